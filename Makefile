@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything runs inside .venv; PYTHON names the interpreter that creates it.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3))
+BIN := .venv/bin
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+NATIVE := $(shell find csrc -type f)
+FORMATTED := $(filter %.h %.cpp %.cu,$(NATIVE))
+PYTEST_ARGS ?= -q
+
+VENV_STAMP := .venv/.installed-$(firstword $(shell cksum requirements/test.txt))
+# A build for other devices is another build.
+BUILD_STAMP := build/.built-$(firstword $(shell echo '$(FORCE_CPU)/$(FORCE_CUDA)/$(TORCH_CUDA_ARCH_LIST)/$(DEBUG)' | cksum))
+
+.PHONY: help venv build test lint format demo bench sdist clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+venv: $(VENV_STAMP)  ## create .venv with the pinned requirements
+
+$(VENV_STAMP): requirements/test.txt
+	@[ -n "$(PYTHON)" ] && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make venv: needs Python 3.11 or newer; install it or run: make venv PYTHON=/path/to/python3"; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || \
+	  { echo "make venv: needs a C++ compiler; on Debian: apt-get install g++"; exit 1; }
+	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv || \
+	  { rm -rf .venv; echo "make venv: cannot create .venv; on Debian: apt-get install python3-venv python3-dev"; exit 1; }
+	@[ -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || \
+	  { echo "make venv: needs the Python headers; on Debian: apt-get install python3-dev"; exit 1; }
+	@echo "installing requirements/test.txt into .venv"
+	@$(BIN)/python -m pip install -r requirements/test.txt | sed -u '/^Requirement already/d'
+	@rm -f .venv/.installed-*
+	@touch $@
+
+build: $(BUILD_STAMP)  ## compile the extension and install it in place
+
+$(BUILD_STAMP): $(VENV_STAMP) $(NATIVE) setup.py pyproject.toml
+	@echo "building fastdense._C"
+	@mkdir -p build
+	@$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@rm -f build/.built-*
+	@touch $@
+
+test: build lint  ## lint, then run the tests (PYTEST_ARGS="-q -k name")
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV_STAMP)  ## check style and types
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	@$(BIN)/mypy --no-error-summary
+
+format: $(VENV_STAMP)  ## rewrite the sources in the project's style
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(FORMATTED)
+
+demo: build  ## run the demonstration
+	@$(BIN)/python -m fastdense demo
+
+bench: build  ## run the benchmarks
+	@$(BIN)/python -m pytest benchmarks --benchmark-only
+
+sdist: $(VENV_STAMP)  ## pack the source distribution into dist/
+	@$(BIN)/python -m build --sdist --no-isolation
+
+clean:  ## remove builds and caches, keep .venv
+	@rm -rf build dist *.egg-info fastdense/*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// Module fastdense._C: what is not a tensor. build_info() and the SIMD level, and in the submodule `scalar`
+// the scalar functions that CPU and CUDA kernels share, for tests: one bind_<op>() an op. Importing the
+// module also loads the ops registered in library.cpp.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <thread>
+
+#include "common/scalar.h"
+#include "common/simd.h"
+#include "dropout_mask/dropout_mask_math.h"
+
+#ifdef C10_API
+#error "bindings.cpp must not include a torch header: tensors go through the dispatcher"
+#endif
+
+namespace py = pybind11;
+
+namespace fastdense {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTDENSE_VERSION;
+  info["torch"] = FASTDENSE_TORCH_VERSION;
+#ifdef FASTDENSE_CUDA_VERSION
+  info["cuda"] = FASTDENSE_CUDA_VERSION;
+  info["cuda_arch_list"] = FASTDENSE_CUDA_ARCH_LIST;
+#else
+  info["cuda"] = py::none();
+  info["cuda_arch_list"] = py::none();
+#endif
+#ifdef __clang__
+  info["compiler"] = "Clang " __clang_version__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
+  info["simd"] = simd_name(simd_level());
+  info["threads"] = std::thread::hardware_concurrency();
+  return info;
+}
+
+template <typename A>
+void bind_arithmetic(py::module_& scalar, const char* suffix) {
+  const auto def = [&](std::string name, auto function, auto... arguments) {
+    scalar.def((name + suffix).c_str(), function, arguments...);
+  };
+  def("mul_add", [](A a, A b, A c) { return mul_add(a, b, c); }, py::arg("a"), py::arg("b"), py::arg("c"));
+  def("relu", [](A v) { return relu(v); }, py::arg("v"));
+  def("relu_passes", [](A v) { return relu_passes(v); }, py::arg("v"));
+}
+
+template <typename T>
+void bind_storage(py::module_& scalar, const char* name) {
+  const std::string suffix = std::string("_") + name;
+  scalar.def(("load" + suffix).c_str(), [](uint16_t bits) { return load(T{bits}); }, py::arg("bits"));
+  scalar.def(("store" + suffix).c_str(), [](float v) { return store<T>(v).bits; }, py::arg("v"));
+}
+
+void bind_dropout_mask(py::module_& scalar) {
+  using Key = std::array<uint32_t, 2>;
+  using Block = std::array<uint32_t, 4>;
+  scalar.def(
+      "philox4x32",
+      [](const Key& key, const Block& counter) {
+        const PhiloxBlock random =
+            philox4x32({{key[0], key[1]}}, {{counter[0], counter[1], counter[2], counter[3]}});
+        return std::to_array(random.words);
+      },
+      py::arg("key"), py::arg("counter"));
+  scalar.def("dropout_threshold", &dropout_threshold, py::arg("drop_rate"));
+  scalar.def("dropout_keep", &dropout_keep, py::arg("seed"), py::arg("layer"), py::arg("index"),
+             py::arg("threshold"));
+}
+
+void bind(py::module_& m) {
+  m.def("build_info", &build_info);
+  m.def("set_simd_level", py::overload_cast<const char*>(&set_simd_level), py::arg("name"));
+  py::module_ scalar = m.def_submodule("scalar", "Scalar functions shared by the CPU and CUDA kernels.");
+  bind_arithmetic<double>(scalar, "");
+  bind_arithmetic<float>(scalar, "_float");
+  bind_storage<bfloat16>(scalar, "bfloat16");
+  bind_storage<half>(scalar, "half");
+  bind_dropout_mask(scalar);
+}
+
+}  // namespace
+}  // namespace fastdense
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { fastdense::bind(m); }

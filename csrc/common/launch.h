@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA's types and launch syntax, or under FASTDENSE_EMULATE their host twins, so that a .cu file reads the
+// same for nvcc and for a host compiler. FASTDENSE_LAUNCH(kernel, grid, block, shared_bytes, stream,
+// arguments...) starts a kernel; a kernel with more than one template argument is put in parentheses.
+#pragma once
+
+#ifdef FASTDENSE_EMULATE
+#include "emulation.h"
+#else
+#include <cuda_runtime_api.h>
+#define FASTDENSE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+#endif

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/simd.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace fastdense {
+namespace {
+
+constexpr SimdLevel kLevels[] = {SimdLevel::kBaseline, SimdLevel::kAvx2, SimdLevel::kAvx512};
+constexpr const char* kAllowed = "baseline, avx2 or avx512";
+
+SimdLevel machine_level() {
+#if defined(__x86_64__) || defined(__i386__)
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) return avx512 ? SimdLevel::kAvx512 : SimdLevel::kAvx2;
+#endif
+  return SimdLevel::kBaseline;
+}
+
+std::optional<SimdLevel> parse(std::string_view name) {
+  for (const SimdLevel level : kLevels) {
+    if (name == simd_name(level)) return level;
+  }
+  return std::nullopt;
+}
+
+SimdLevel initial_level() {
+  const char* name = std::getenv("FASTDENSE_SIMD");
+  if (name == nullptr || *name == '\0') return machine_level();
+  const std::optional<SimdLevel> wanted = parse(name);
+  if (!wanted) {
+    std::fprintf(stderr, "fastdense: ignoring FASTDENSE_SIMD=%s, expected %s\n", name, kAllowed);
+    return machine_level();
+  }
+  return std::min(*wanted, machine_level());
+}
+
+std::atomic<SimdLevel>& current_level() {
+  static std::atomic<SimdLevel> level{initial_level()};
+  return level;
+}
+
+}  // namespace
+
+SimdLevel simd_level() { return current_level().load(std::memory_order_relaxed); }
+
+const char* simd_name(SimdLevel level) {
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+  return kNames[static_cast<int>(level)];
+}
+
+void set_simd_level(SimdLevel level) {
+  if (level > machine_level()) {
+    throw std::invalid_argument(std::string("set_simd_level: expected a level this machine has, at most ") +
+                                simd_name(machine_level()) + ", got " + simd_name(level));
+  }
+  current_level().store(level, std::memory_order_relaxed);
+}
+
+void set_simd_level(const char* name) {
+  const std::optional<SimdLevel> level = parse(name);
+  if (!level) {
+    throw std::invalid_argument(std::string("set_simd_level: expected name to be ") + kAllowed + ", got " +
+                                name);
+  }
+  set_simd_level(*level);
+}
+
+}  // namespace fastdense

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which vector instructions the CPU loops may use, chosen when the program runs.
+//
+// The extension is compiled for the baseline of its architecture, so that one binary runs everywhere; loops
+// that gain from wider vectors are compiled once more for each level (per-function targets) and picked by
+// simd_level(). FASTDENSE_SIMD=baseline|avx2|avx512 in the environment lowers the level.
+#pragma once
+
+namespace fastdense {
+
+enum class SimdLevel { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+SimdLevel simd_level();
+
+const char* simd_name(SimdLevel level);
+
+// For tests; throws std::invalid_argument when the machine lacks the level.
+void set_simd_level(SimdLevel level);
+void set_simd_level(const char* name);
+
+}  // namespace fastdense

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// Opens the code of one instruction set.  A file <op>_kernels_<target>.cpp defines FASTDENSE_TARGET (a namespace) and
+// FASTDENSE_TARGET_<SET>, includes every shared header first (so that shared inline functions stay portable), then this
+// file, then the kernels, and ends with common/target_end.h.
+#if defined(FASTDENSE_TARGET_AVX2) || defined(FASTDENSE_TARGET_AVX512)
+#include <immintrin.h>
+#endif
+
+#if defined(FASTDENSE_TARGET_AVX512)
+#define FASTDENSE_TARGET_ISA "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#elif defined(FASTDENSE_TARGET_AVX2)
+#define FASTDENSE_TARGET_ISA "avx2,fma,f16c"
+#endif
+
+#ifdef FASTDENSE_TARGET_ISA
+#define FASTDENSE_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define FASTDENSE_PUSH(isa) FASTDENSE_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+FASTDENSE_PUSH(FASTDENSE_TARGET_ISA)
+#else
+#define FASTDENSE_PUSH(isa) FASTDENSE_PRAGMA(GCC target(isa))
+#pragma GCC push_options
+FASTDENSE_PUSH(FASTDENSE_TARGET_ISA)
+#endif
+#endif

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// SIMD vectors for the instruction set named by FASTDENSE_TARGET.  Included once per target inside
+// FASTDENSE_TARGET_BEGIN/END (see target.h), hence no include guard.
+namespace fastdense::FASTDENSE_TARGET {
+
+template <typename A>
+struct Vec;
+
+#if defined(FASTDENSE_TARGET_AVX512)
+constexpr int kTileRows = 12;  // 12 x 2 accumulators of the 32 registers
+template <>
+struct Vec<float> {
+  static constexpr int kLanes = 16;
+  __m512 v;
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec splat(float s) { return {_mm512_set1_ps(s)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+};
+template <>
+struct Vec<double> {
+  static constexpr int kLanes = 8;
+  __m512d v;
+  static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static Vec splat(double s) { return {_mm512_set1_pd(s)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+};
+#elif defined(FASTDENSE_TARGET_AVX2)
+constexpr int kTileRows = 6;  // 6 x 2 accumulators of the 16 registers
+template <>
+struct Vec<float> {
+  static constexpr int kLanes = 8;
+  __m256 v;
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec splat(float s) { return {_mm256_set1_ps(s)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+};
+template <>
+struct Vec<double> {
+  static constexpr int kLanes = 4;
+  __m256d v;
+  static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static Vec splat(double s) { return {_mm256_set1_pd(s)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+};
+#else  // 16-byte vectors of the compiler: SSE2, NEON, or plain code
+constexpr int kTileRows = 6;
+template <typename A>
+struct Vec {
+  static constexpr int kLanes = 16 / sizeof(A);
+  typedef A Native __attribute__((vector_size(16)));
+  Native v;
+  static Vec load(const A* p) {
+    Vec r;
+    __builtin_memcpy(&r.v, p, sizeof(r.v));
+    return r;
+  }
+  static Vec splat(A s) { return {s - Native{}}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  void store(A* p) const { __builtin_memcpy(p, &v, sizeof(v)); }
+};
+#endif
+
+}  // namespace fastdense::FASTDENSE_TARGET

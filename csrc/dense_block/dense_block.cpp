@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "dense_block/dense_block.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
+
+#include "common/checks.h"
+
+namespace fastdense {
+namespace {
+
+constexpr const char* kOp = "dense_block";
+
+// Hands out the list of weights in order and checks each.
+class WeightReader {
+ public:
+  WeightReader(at::TensorList weights, at::ArrayRef<double> eps, const at::TensorOptions& options)
+      : weights_(weights), eps_(eps), options_(options) {}
+
+  NormArgs norm(const std::string& name, int64_t channels) {
+    NormArgs n;
+    n.at = next_;
+    const std::vector<int64_t> shape{channels};
+    n.weight = take(name + ".weight", shape, true);
+    n.bias = take(name + ".bias", shape, true);
+    n.running_mean = take(name + ".running_mean", shape, true);
+    n.running_var = take(name + ".running_var", shape, true);
+    n.eps = eps_[next_eps_++];
+    TORCH_CHECK_VALUE(n.running_mean.defined() == n.running_var.defined(), kOp, ": expected ", name,
+                      ".running_mean and running_var to be given together, got one of them");
+    return n;
+  }
+
+  at::Tensor conv(const std::string& name, at::IntArrayRef shape) { return take(name + ".weight", shape, false); }
+
+  int64_t position() const { return next_; }
+
+  // The tensor at the current position, to learn a shape from.
+  const at::Tensor peek(int64_t ahead, const std::string& name) const {
+    const at::Tensor& t = weights_[size_t(next_ + ahead)];
+    TORCH_CHECK_VALUE(t.numel() > 0, kOp, ": expected ", name, ".weight to be given, got an empty tensor");
+    return t;
+  }
+
+ private:
+  at::Tensor take(const std::string& name, at::IntArrayRef shape, bool optional) {
+    const at::Tensor& t = weights_[size_t(next_++)];
+    if (optional && t.numel() == 0) return {};
+    check_floating(kOp, name.c_str(), t);
+    TORCH_CHECK_VALUE(t.device() == options_.device(), kOp, ": expected ", name, " to be on ", options_.device(),
+                      " like input, got ", t.device());
+    check_shape(kOp, name.c_str(), t, shape);
+    return t;
+  }
+
+  at::TensorList weights_;
+  at::ArrayRef<double> eps_;
+  const at::TensorOptions& options_;
+  int64_t next_ = 0;
+  int64_t next_eps_ = 0;
+};
+
+Tail parse_tail(std::string_view tail) {
+  if (tail == "none") return Tail::kNone;
+  if (tail == "transition") return Tail::kTransition;
+  if (tail == "norm") return Tail::kNorm;
+  if (tail == "norm_relu") return Tail::kNormRelu;
+  TORCH_CHECK_VALUE(false, kOp, ": expected tail to be none, transition, norm or norm_relu, got ", tail);
+}
+
+std::vector<int64_t> ones(int64_t out, int64_t in, size_t spatial) {
+  std::vector<int64_t> shape{out, in};
+  shape.resize(2 + spatial, 1);
+  return shape;
+}
+
+// Spatial sizes as three dimensions, the missing ones leading with size 1.
+void fill_three(at::IntArrayRef from, int64_t (&to)[3]) {
+  for (size_t d = 0; d < 3; ++d) to[d] = d + from.size() < 3 ? 1 : from[d + from.size() - 3];
+}
+
+void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers) {
+  const size_t dims = args.spatial.size();
+  for (int64_t l = 0; l < num_layers; ++l) {
+    const std::string name = "layer " + std::to_string(l);
+    LayerArgs layer;
+    layer.channels = args.in_channels + l * args.growth;
+    int64_t in = layer.channels;
+    layer.norm1 = reader.norm(name + ".norm1", in);
+    if (args.bottleneck) {
+      if (l == 0) args.width = reader.peek(0, name + ".conv1").size(0);
+      layer.conv1_at = reader.position();
+      layer.conv1 = reader.conv(name + ".conv1", ones(args.width, in, dims));
+      in = args.width;
+      layer.norm2 = reader.norm(name + ".norm2", in);
+    }
+    layer.conv2_at = reader.position();
+    if (l == 0) {
+      const at::Tensor first = reader.peek(0, name + ".conv2");
+      check_rank(kOp, (name + ".conv2.weight").c_str(), first, int64_t(dims) + 2);
+      args.growth = first.size(0);
+      fill_three(first.sizes().slice(2), args.conv.kernel);
+      for (int64_t size : args.conv.kernel)
+        TORCH_CHECK_VALUE(size % 2 == 1, kOp, ": expected the kernel of ", name, ".conv2 to be odd, got ", first.sizes());
+    }
+    std::vector<int64_t> shape{args.growth, in};
+    for (size_t d = 0; d < dims; ++d) shape.push_back(args.conv.kernel[d + 3 - dims]);
+    layer.conv2 = reader.conv(name + ".conv2", shape);
+    args.layers.push_back(std::move(layer));
+  }
+}
+
+void read_tail(WeightReader& reader, DenseBlockArgs& args) {
+  if (args.tail == Tail::kNone) return;
+  args.tail_norm = reader.norm("tail.norm", args.channels());
+  if (args.tail != Tail::kTransition) return;
+  args.tail_conv_at = reader.position();
+  const int64_t out = reader.peek(0, "tail.conv").size(0);
+  args.tail_conv = reader.conv("tail.conv", ones(out, args.channels(), args.spatial.size()));
+  for (size_t d = 0; d < 3; ++d) {
+    args.pool.size[d] = args.conv.size[d];
+    args.pool.window[d] = d + args.spatial.size() < 3 ? 1 : 2;
+    TORCH_CHECK_VALUE(args.conv.size[d] >= args.pool.window[d], kOp,
+                      ": expected every spatial size to be at least 2 in front of the transition's pooling, got ",
+                      at::IntArrayRef(args.spatial));
+  }
+}
+
+}  // namespace
+
+bool DenseBlockArgs::any_batch_statistics() const {
+  for (const LayerArgs& layer : layers)
+    if (!layer.norm1.frozen() || (bottleneck && !layer.norm2.frozen())) return true;
+  return tail != Tail::kNone && !tail_norm.frozen();
+}
+
+std::vector<int64_t> DenseBlockArgs::sizes(int64_t channels, bool pooled) const {
+  std::vector<int64_t> sizes{batch, channels};
+  for (size_t d = 3 - spatial.size(); d < 3; ++d) sizes.push_back(pooled ? pool.pooled(int(d)) : conv.size[d]);
+  return sizes;
+}
+
+DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options,
+                                 at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers,
+                                 bool bottleneck, std::string_view tail, double drop_rate,
+                                 const std::optional<at::Tensor>& seed) {
+  TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, kOp,
+                    ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
+  check_at_least(kOp, "num_layers", num_layers, 0);
+  check_probability(kOp, "drop_rate", drop_rate);
+  TORCH_CHECK_VALUE(drop_rate == 0 || seed.has_value(), kOp, ": expected seed to be given when drop_rate is ",
+                    drop_rate, ", got None");
+  DenseBlockArgs args;
+  args.tail = parse_tail(tail);
+  const bool has_tail = args.tail != Tail::kNone;
+  const int64_t expected = num_layers * (bottleneck ? 10 : 5) + (has_tail ? 4 : 0) + (args.tail == Tail::kTransition);
+  const int64_t norms = num_layers * (bottleneck ? 2 : 1) + has_tail;
+  TORCH_CHECK_VALUE(int64_t(weights.size()) == expected, kOp, ": expected weights to have ", expected,
+                    " entries, got ", weights.size());
+  TORCH_CHECK_VALUE(int64_t(eps.size()) == norms, kOp, ": expected eps to have ", norms, " entries, got ", eps.size());
+  args.batch = sizes[0];
+  args.in_channels = sizes[1];
+  args.spatial.assign(sizes.begin() + 2, sizes.end());
+  args.bottleneck = bottleneck;
+  args.drop_rate = drop_rate;
+  fill_three(args.spatial, args.conv.size);
+  WeightReader reader(weights, eps, options);
+  read_layers(reader, args, num_layers);
+  read_tail(reader, args);
+  TORCH_CHECK_VALUE(args.pixels() > 1 || !args.any_batch_statistics(), kOp,
+                    ": expected input to have more than 1 value per channel when training, got shape ", sizes);
+  return args;
+}
+
+at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  std::vector<int64_t> strides(sizes.size());
+  strides[1] = 1;
+  int64_t stride = sizes[1];
+  for (size_t d = sizes.size(); d-- > 2; stride *= sizes[d]) strides[d] = stride;
+  strides[0] = stride;
+  return at::empty_strided(sizes, strides, options);
+}
+
+at::Tensor to_channels_last(const at::Tensor& t) { return t.movedim(1, -1).contiguous().movedim(-1, 1); }
+
+DenseBlockOutputs allocate_dense_block(const DenseBlockArgs& args, const at::TensorOptions& options,
+                                       bool keep_bottleneck) {
+  const auto statistics = options.dtype(options.dtype() == at::kDouble ? at::kDouble : at::kFloat);
+  const int64_t kept = keep_bottleneck && args.bottleneck ? int64_t(args.layers.size()) : 0;
+  DenseBlockOutputs o;
+  o.buffer = empty_channels_last(args.sizes(args.channels()), options);
+  o.mean = at::zeros({args.statistics()}, statistics);
+  o.var = at::zeros({args.statistics()}, statistics);
+  o.z = at::empty({kept, args.pixels(), args.width}, options);
+  if (args.tail == Tail::kTransition)
+    o.out = empty_channels_last(args.sizes(args.tail_conv.size(0), true), options);
+  else if (args.tail != Tail::kNone)
+    o.out = empty_channels_last(args.sizes(args.channels()), options);
+  return o;
+}
+
+}  // namespace fastdense

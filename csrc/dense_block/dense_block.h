@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// Front half of the dense block op, shared by all devices: what the arguments mean, the checks, the allocations.
+//
+// Shared buffer.  A block of L layers owns one buffer [N, C, spatial] with channels innermost, C = c0 + L * k:
+//
+//   [pixels, C]   |<--- c0 --->|<-k->|<-k->| ... |<-k->|     layer l reads channels [0, c0 + l*k)
+//                     input      y_0   y_1         y_L-1     and writes     [c0 + l*k, c0 + (l+1)*k)
+//
+// It is allocated by the forward op, saved for backward, and is the block's output; nothing is cached between calls.
+// In forward every slice is written once, by its own layer, and its batch statistics are taken then; all layers share
+// them.  Backward reads it and owns a gradient buffer of the same layout.
+//
+// Deferred correction.  The gradient of batch norm is affine in x per channel.  Its consumers l of a channel add
+// scale_l * dy_l to the gradient buffer and the two correction terms to two numbers per channel, which are applied once,
+// when the channel's own layer takes its gradient (finalise_gradient in dense_block_math.h).
+//
+// Saved: the buffer, mean and variance [C + L*b], and in `keep_bottleneck` mode the 1x1 outputs z [L, pixels, b].
+// Recomputed: norm + ReLU of every prefix, norm2 + ReLU, dropout masks, and z when it was not kept.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "dense_block/dense_block_kernels.h"
+
+namespace fastdense {
+
+enum class Tail { kNone, kTransition, kNorm, kNormRelu };
+
+// A batch norm.  Running statistics are given when it normalises with them (eval mode, frozen), else undefined.
+struct NormArgs {
+  at::Tensor weight, bias, running_mean, running_var;
+  double eps = 0;
+  int64_t at = 0;  // position of `weight` in the list of weights
+  bool frozen() const { return running_mean.defined(); }
+};
+
+struct LayerArgs {
+  NormArgs norm1, norm2;       // norm2 and conv1 only with a bottleneck
+  at::Tensor conv1, conv2;     // [b, c, 1...], [k, b or c, kernel...]
+  int64_t conv1_at = 0, conv2_at = 0;
+  int64_t channels = 0;        // of the prefix that it reads
+};
+
+struct DenseBlockArgs {
+  std::vector<LayerArgs> layers;
+  bool bottleneck = false;
+  int64_t batch = 0, in_channels = 0, growth = 0, width = 0;  // width = b, 0 without a bottleneck
+  std::vector<int64_t> spatial;
+  ConvGeometry conv{};
+  Tail tail = Tail::kNone;
+  NormArgs tail_norm;
+  at::Tensor tail_conv;  // [co, C, 1...]
+  int64_t tail_conv_at = 0;
+  PoolGeometry pool{};
+  double drop_rate = 0;
+
+  int64_t channels() const { return in_channels + int64_t(layers.size()) * growth; }
+  int64_t pixels() const { return batch * conv.pixels(); }
+  int64_t statistics() const { return channels() + int64_t(layers.size()) * width; }
+  // Where the statistics of layer l's norm2 start; those of prefixes start at 0.
+  int64_t norm2_statistics(int64_t l) const { return channels() + l * width; }
+  bool any_batch_statistics() const;
+  std::vector<int64_t> sizes(int64_t channels, bool pooled = false) const;
+};
+
+// Reads and checks the arguments.  `sizes` is the shape of the input; the lists are laid out as in ops/dense_block.py:
+// for each layer norm1 (weight, bias, running_mean, running_var), conv1, norm2 (4), conv2, then the tail's norm and conv.
+// A tensor without elements stands for an absent one.
+DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options,
+                                 at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers,
+                                 bool bottleneck, std::string_view tail, double drop_rate,
+                                 const std::optional<at::Tensor>& seed);
+
+// Uninitialised tensor of logical shape [N, C, spatial] with the channels innermost in memory, in any number of dimensions.
+at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// `t` [N, C, spatial] with the channels innermost: itself if it is so already, else a copy.
+at::Tensor to_channels_last(const at::Tensor& t);
+
+struct DenseBlockOutputs {
+  at::Tensor buffer, mean, var, z, out;
+};
+DenseBlockOutputs allocate_dense_block(const DenseBlockArgs& args, const at::TensorOptions& options,
+                                       bool keep_bottleneck);
+
+}  // namespace fastdense

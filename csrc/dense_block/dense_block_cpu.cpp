@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of the dense block on the CPU: the loop over layers, chunk by chunk.
+#include <ATen/Dispatch.h>
+#include <torch/library.h>
+
+#include "common/checks.h"
+#include "dense_block/dense_block_driver.h"
+
+namespace fastdense {
+namespace {
+
+template <typename T>
+class Forward : DenseBlockDriver<T> {
+  using Base = DenseBlockDriver<T>;
+  using A = typename Base::A;
+  using typename Base::Coefficients;
+  using Base::args;
+  using Base::kernels;
+
+ public:
+  Forward(const DenseBlockArgs& args, const DenseBlockOutputs& o, uint64_t seed)
+      : Base(args),
+        seed_(seed),
+        pixels_(args.pixels()),
+        ld_(args.channels()),
+        x_(static_cast<T*>(o.buffer.mutable_data_ptr())),
+        mean_(o.mean.mutable_data_ptr<A>()),
+        var_(o.var.mutable_data_ptr<A>()),
+        z_(o.z) {}
+
+  void run(const at::Tensor& input, const DenseBlockOutputs& o) {
+    o.buffer.narrow(1, 0, args.in_channels).copy_(input);
+    if (args.any_batch_statistics()) input_statistics();
+    if (args.bottleneck && z_.size(0) == 0 && !args.layers.empty())
+      one_z_ = at::empty({pixels_, args.width}, o.z.options());
+    for (size_t l = 0; l < args.layers.size(); ++l) layer(int64_t(l));
+    if (args.tail == Tail::kTransition) transition(static_cast<T*>(o.out.mutable_data_ptr()));
+    if (args.tail == Tail::kNorm || args.tail == Tail::kNormRelu) norm(static_cast<T*>(o.out.mutable_data_ptr()));
+  }
+
+ private:
+  // Moments of chunks, combined in order.
+  void combine(const at::Tensor& partial, int64_t units, int64_t n, int64_t first,
+               const std::function<int64_t(int64_t)>& count) {
+    const A* p = partial.const_data_ptr<A>();
+    for (int64_t j = 0; j < n; ++j) {
+      Moments<double> total{0, 0, 0};
+      for (int64_t u = 0; u < units; ++u)
+        total = combine_moments<double>(total, {double(count(u)), double(p[2 * u * n + j]), double(p[(2 * u + 1) * n + j])});
+      mean_[first + j] = A(total.mean);
+      var_[first + j] = A(total.m2 / total.count);
+    }
+  }
+
+  void input_statistics() {
+    constexpr int64_t kRows = 1024;
+    const int64_t n = args.in_channels, chunks = this->num_chunks(pixels_, kRows);
+    at::Tensor partial = this->template temporary<A>({chunks, 2, n});
+    A* p = partial.mutable_data_ptr<A>();
+    this->for_each_chunk(pixels_, kRows, [&](int64_t, int64_t chunk, int64_t row, int64_t rows) {
+      kernels.moments(x_ + row * ld_, ld_, rows, n, p + 2 * chunk * n, p + (2 * chunk + 1) * n);
+    });
+    combine(partial, chunks, n, 0, [&](int64_t u) { return this->chunk_count(pixels_, kRows, u); });
+  }
+
+  void layer(int64_t l) {
+    const LayerArgs& layer = args.layers[l];
+    const Coefficients c1 = this->coefficients(layer.norm1, mean_, var_, layer.channels);
+    const Source<T> prefix = this->source(x_, ld_, c1);
+    if (!args.bottleneck) return conv(l, prefix);
+    T* z = static_cast<T*>((one_z_.defined() ? one_z_ : z_[l]).mutable_data_ptr());
+    const int64_t at = args.norm2_statistics(l);
+    bottleneck(layer, prefix, z, !layer.norm2.frozen(), at);
+    const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, args.width);
+    conv(l, this->source(z, args.width, c2));
+  }
+
+  void bottleneck(const LayerArgs& layer, const Source<T>& prefix, T* z, bool statistics, int64_t first) {
+    const int64_t b = args.width, most = kernels.chunk_rows(layer.channels), chunks = this->num_chunks(pixels_, most);
+    at::Tensor partial = this->template temporary<A>({statistics ? chunks : 0, 2, b});
+    this->make_bottleneck(layer, prefix, z, statistics ? partial.mutable_data_ptr<A>() : nullptr);
+    if (statistics) combine(partial, chunks, b, first, [&](int64_t u) { return this->chunk_count(pixels_, most, u); });
+  }
+
+  void conv(int64_t l, const Source<T>& in) {
+    const LayerArgs& layer = args.layers[l];
+    const int64_t k = args.growth, outer = args.conv.size[0], planes = this->slab_planes();
+    const int64_t slabs = this->slabs_per_image(), units = args.batch * slabs;
+    const bool statistics = args.any_batch_statistics();
+    const at::Tensor weight = this->tap_rows(layer.conv2);
+    const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), in.channels, args.conv.taps() * k, 1, in.channels);
+    at::Tensor partial = this->template temporary<A>({statistics ? units : 0, 2, k});
+    A* p = partial.mutable_data_ptr<A>();
+    const A* w = panels.const_data_ptr<A>();
+    const Dropout dropout = this->dropout(seed_, l);
+    this->for_each_worker(units, [&](int64_t worker, int64_t unit) {
+      const int64_t begin = unit % slabs * planes;
+      kernels.conv(in, args.conv, unit / slabs, begin, std::min(begin + planes, outer), w, k, x_ + layer.channels, ld_,
+                   dropout, statistics ? p + 2 * unit * k : nullptr, statistics ? p + (2 * unit + 1) * k : nullptr,
+                   this->scratch(worker));
+    });
+    if (!statistics) return;
+    combine(partial, units, k, layer.channels, [&](int64_t u) {
+      const int64_t begin = u % slabs * planes;
+      return (std::min(begin + planes, outer) - begin) * args.conv.plane();
+    });
+  }
+
+  void transition(T* out) {
+    const int64_t co = args.tail_conv.size(0), most = kernels.chunk_rows(ld_);
+    const Coefficients c = this->coefficients(args.tail_norm, mean_, var_, ld_);
+    const at::Tensor weight = this->accumulate_type(args.tail_conv);
+    const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), ld_, co, 1, ld_);
+    this->for_each_chunk(args.batch * args.pool.pixels(), most, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+      kernels.product(this->source(x_, ld_, c), &args.pool, row, rows, panels.const_data_ptr<A>(), co, out, co, nullptr,
+                      nullptr, this->scratch(worker));
+    });
+  }
+
+  void norm(T* out) {
+    const Coefficients c = this->coefficients(args.tail_norm, mean_, var_, ld_);
+    this->for_each_chunk(pixels_, kernels.chunk_rows(ld_), [&](int64_t, int64_t, int64_t row, int64_t rows) {
+      kernels.norm(this->source(x_, ld_, c), args.tail == Tail::kNormRelu, row, rows, out);
+    });
+  }
+
+  const uint64_t seed_;
+  const int64_t pixels_, ld_;
+  T* const x_;
+  A *const mean_, *const var_;
+  const at::Tensor z_;
+  at::Tensor one_z_;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_block_cpu(
+    const at::Tensor& input,  // [N, C0, spatial]
+    at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck,
+    std::string_view tail, double drop_rate, const std::optional<at::Tensor>& seed, bool keep_bottleneck) {
+  check_floating("dense_block", "input", input);
+  const DenseBlockArgs args = parse_dense_block(input.sizes(), input.options(), weights, eps, num_layers, bottleneck,
+                                                tail, drop_rate, seed);
+  const DenseBlockOutputs o = allocate_dense_block(args, input.options(), keep_bottleneck);
+  if (args.pixels() > 0) {
+    const uint64_t seed_value = drop_rate > 0 ? uint64_t(seed->item<int64_t>()) : 0;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "dense_block", [&] {
+      Forward<typename Storage<scalar_t>::type>(args, o, seed_value).run(input, o);
+    });
+  }
+  const bool has_tail = args.tail != Tail::kNone;
+  return {has_tail ? o.out : o.buffer, has_tail ? o.buffer : at::empty({0}, input.options()), o.mean, o.var, o.z};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("dense_block", &dense_block_cpu); }
+
+}  // namespace fastdense

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "dense_block/dense_block_kernels.h"
+#include "dense_block/dense_block_math.h"
+#include "dropout_mask/dropout_mask_math.h"
+
+#define FASTDENSE_TARGET baseline
+#define FASTDENSE_TARGET_BASELINE
+#include "common/target.h"
+#include "common/vec.h"
+#include "dense_block/dense_block_kernels_impl.h"
+#include "common/target_end.h"

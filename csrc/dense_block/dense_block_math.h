@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scalar maths of the dense block (Huang et al., "Densely Connected Convolutional Networks", 2017), shared by every
+// device: batch norm as relu(scale * x + shift), its backward with the correction deferred until all consumers of a
+// channel are done, and the running statistics.  Written once; loops around it live with the devices.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/scalar.h"
+
+namespace fastdense {
+
+// Batch norm of one channel: y = scale * x + shift with xhat = (x - mean) * rstd.
+template <typename A>
+struct NormCoefficients {
+  A scale, shift, mean, rstd;
+};
+
+template <typename A>
+FASTDENSE_HD NormCoefficients<A> norm_coefficients(A weight, A bias, A mean, A var, A eps) {
+  const A rstd = A(1) / std::sqrt(var + eps);
+  const A scale = weight * rstd;
+  return {scale, bias - mean * scale, mean, rstd};
+}
+
+// Forward and backward decide the sign of scale * x + shift by this very expression, so that they always agree.
+template <typename A>
+FASTDENSE_HD A norm_relu(A x, A scale, A shift) {
+  return relu(mul_add(x, scale, shift));
+}
+
+// Gradient of a channel once all its consumers have added scale * dy to g (see `Deferred correction` in dense_block.h):
+// shift_sum = sum_l scale_l s1_l / M and slope_sum = sum_l scale_l rstd_l s2_l / M.
+template <typename A>
+FASTDENSE_HD A finalise_gradient(A g, A x, A mean, A shift_sum, A slope_sum) {
+  return g - shift_sum - (x - mean) * slope_sum;
+}
+
+// Immediate form for a channel with one consumer; t1 = sum dy, t2 = sum dy * xhat, inv_count = 1/M (0 when frozen).
+template <typename A>
+FASTDENSE_HD A norm_input_gradient(A dy, A x, NormCoefficients<A> n, A t1, A t2, A inv_count) {
+  const A xhat = (x - n.mean) * n.rstd;
+  return n.scale * (dy - (t1 + xhat * t2) * inv_count);
+}
+
+// Count, mean and sum of squared deviations of a set of values.
+template <typename A>
+struct Moments {
+  A count, mean, m2;
+};
+
+// Chan, Golub, LeVeque (1979): moments of a union.  Never negative, exact for unequal counts.
+template <typename A>
+FASTDENSE_HD Moments<A> combine_moments(Moments<A> p, Moments<A> q) {
+  const A count = p.count + q.count;
+  if (count == A(0)) return p;
+  const A delta = q.mean - p.mean, share = q.count / count;
+  return {count, p.mean + delta * share, p.m2 + q.m2 + delta * delta * p.count * share};
+}
+
+// running <- running + factor * (batch - running); `batch` is the unbiased variance for running_var.
+template <typename A>
+FASTDENSE_HD A update_running(A running, A batch, A factor) {
+  return running + factor * (batch - running);
+}
+
+FASTDENSE_HD double unbiased_factor(double count) { return count / (count - 1); }
+
+}  // namespace fastdense

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every native op of fastdense, one schema a line. Kernels register themselves in csrc/<op>/<op>_{cpu,cuda}.cpp.
+#include <torch/library.h>
+
+TORCH_LIBRARY(fastdense, m) {
+  m.def(
+      "dense_block(Tensor input, Tensor[] weights, float[] eps, int num_layers, bool bottleneck, str tail, "
+      "float drop_rate, Tensor? seed, bool keep_bottleneck) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_dense_block_backward(Tensor grad_output, Tensor buffer, Tensor mean, Tensor var, Tensor z, Tensor[] weights, "
+      "float[] eps, int num_layers, bool bottleneck, str tail, float drop_rate, Tensor? seed, SymInt in_channels, "
+      "bool[] needs_grad) -> Tensor[]");
+  m.def(
+      "update_running_stats_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] num_batches_tracked, "
+      "Tensor mean, Tensor var, int[] offsets, float[] momentum, SymInt count) -> ()");
+  m.def("dropout_mask(Tensor seed, int layer, int rows, int channels, float drop_rate) -> Tensor");
+}

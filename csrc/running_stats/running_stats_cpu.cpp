@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// update_running_stats_: running mean and variance of many norms from the batch statistics of one block, once a step.
+// Norm i reads mean[offsets[i] ...]; a negative momentum means the cumulative average 1 / num_batches_tracked.
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#include "common/checks.h"
+#include "dense_block/dense_block_math.h"
+
+namespace fastdense {
+namespace {
+
+constexpr const char* kOp = "update_running_stats_";
+
+void check(at::TensorList running_mean, at::TensorList running_var, at::TensorList batches, const at::Tensor& mean,
+           const at::Tensor& var, at::IntArrayRef offsets, at::ArrayRef<double> momentum, int64_t count) {
+  const size_t norms = running_mean.size();
+  TORCH_CHECK_VALUE(running_var.size() == norms && batches.size() == norms && offsets.size() == norms &&
+                        momentum.size() == norms,
+                    kOp, ": expected all lists to have ", norms, " entries, got ", running_var.size(), ", ",
+                    batches.size(), ", ", offsets.size(), " and ", momentum.size());
+  TORCH_CHECK_VALUE(count > 1, kOp, ": expected count to be more than 1 value per channel, got ", count);
+  check_rank(kOp, "mean", mean, 1);
+  check_shape(kOp, "var", var, mean.sizes());
+  for (size_t i = 0; i < norms; ++i) {
+    check_floating(kOp, "running_mean", running_mean[i]);
+    check_same_dtype(kOp, "running_var", running_var[i], "running_mean", running_mean[i]);
+    check_shape(kOp, "running_var", running_var[i], running_mean[i].sizes());
+    check_dtype(kOp, "num_batches_tracked", batches[i], at::kLong);
+    check_at_least(kOp, "offsets", offsets[i], 0);
+    check_at_most(kOp, "offsets + channels", offsets[i] + running_mean[i].numel(), mean.numel());
+  }
+}
+
+template <typename T>
+void update(const at::Tensor& running, const at::Tensor& batch, int64_t offset, double factor, double unbias) {
+  T* r = running.mutable_data_ptr<T>();
+  AT_DISPATCH_FLOATING_TYPES(batch.scalar_type(), kOp, [&] {
+    const scalar_t* b = batch.const_data_ptr<scalar_t>() + offset;
+    for (int64_t j = 0, n = running.numel(); j < n; ++j)
+      r[j] = T(update_running<double>(double(r[j]), double(b[j]) * unbias, factor));
+  });
+}
+
+void update_running_stats_cpu(at::TensorList running_mean, at::TensorList running_var, at::TensorList batches,
+                              const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef offsets,
+                              at::ArrayRef<double> momentum, int64_t count) {
+  check(running_mean, running_var, batches, mean, var, offsets, momentum, count);
+  // Inside a backward pass this is an outer activation checkpoint running the forward again: the step has been counted.
+  if (torch::autograd::get_current_graph_task_id() != -1) return;
+  for (size_t i = 0; i < running_mean.size(); ++i) {
+    int64_t& tracked = *batches[i].mutable_data_ptr<int64_t>();
+    ++tracked;
+    const double factor = momentum[i] < 0 ? 1.0 / double(tracked) : momentum[i];
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, running_mean[i].scalar_type(), kOp, [&] {
+      update<scalar_t>(running_mean[i], mean, offsets[i], factor, 1.0);
+      update<scalar_t>(running_var[i], var, offsets[i], factor, unbiased_factor(double(count)));
+    });
+    for (const at::Tensor& t : {running_mean[i], running_var[i], batches[i]})
+      if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("update_running_stats_", &update_running_stats_cpu); }
+
+}  // namespace fastdense

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Densely connected networks on shared buffers: the same numbers, less memory, more speed."""
+
+import torch  # noqa: F401  (loads the libraries that _C links against)
+
+from fastdense import _C, models, nn, ops
+from fastdense.convert import convert, restore
+
+__version__: str = _C.build_info()["version"]
+
+build_info = _C.build_info
+
+__all__ = ["build_info", "convert", "models", "nn", "ops", "restore"]

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line, `fastdense.bench` and `fastdense.train` share: errors, extras, files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what, and what to do."""
+
+
+class MissingExtraError(ImportError):
+    """A package of an optional dependency group is not installed."""
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Turns a failing import of an optional package into the command that installs it.
+
+    Args:
+        name: the dependency group of pyproject.toml that holds the package, e.g. ``"cli"``.
+
+    Raises:
+        MissingExtraError: a package imported inside the block is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "a package").partition(".")[0]
+        raise MissingExtraError(
+            f"fastdense: expected {package} to be installed, got no such module; "
+            f"run: pip install 'fastdense[{name}]'"
+        ) from error
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file so that `path` holds the old content or the new, never a part of it.
+
+    Args:
+        path: the file to replace; its folder is created.
+        write: called with a binary file opened for writing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` survive a power cut, where the system can (POSIX)."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` as strict JSON: NaN and infinities become null."""
+    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def finite(value: object) -> object:
+    """Copies a tree of dicts, lists and scalars with every non-finite float replaced by None."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

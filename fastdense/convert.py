@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the dense blocks of an existing model fast, in place, and plain again."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from fastdense.nn.dense_block import PlainDenseBlock
+from fastdense.nn.fused import (
+    FusedDenseBlock,
+    FusedModule,
+    FusedSequential,
+    FusedTransition,
+    check_memory,
+    fused_class,
+    plain_class,
+)
+from fastdense.nn.structure import NotFusible, read_block, read_transition
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Classes whose forward concatenates what its layers make, and whose layers are norm1 ... conv2: (module, block, layer).
+_DIALECTS = (
+    ("torchvision.models.densenet", "_DenseBlock", "_DenseLayer"),
+    ("timm.models.densenet", "DenseBlock", "DenseLayer"),
+    ("fastdense.nn.dense_block", "PlainDenseBlock", "DenseLayer"),
+)
+
+
+def convert(model: Model, *, memory: str = "balanced") -> Model:
+    """Lets every dense block of ``model`` run on one shared buffer.
+
+    Finds the dense blocks and transitions of torchvision and timm DenseNets, and of models that contain them. A module
+    only changes its class: parameters, buffers, hooks, ``state_dict`` keys and outputs stay what they are, an existing
+    optimizer keeps working.
+
+    Args:
+        model: any module; changed in place.
+        memory: "balanced" (default) keeps the 1x1 outputs for the backward pass, "min" computes them again. A
+            converted model may be converted again to change it.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if ``memory`` is unknown or ``model`` contains no dense block.
+
+    Note:
+        What cannot be fused (another norm or activation, a convolution with bias, hooks on inner modules ...) stays
+        plain, with one warning that names the module and the reason. See :func:`restore`.
+
+    Example:
+        >>> import torchvision, fastdense
+        >>> model = fastdense.convert(torchvision.models.densenet121())
+    """
+    check_memory(memory)
+    found = [_convert_block(name, module, memory) for name, module in _blocks(model)]
+    if not found:
+        looked_for = ", ".join(f"{module}.{block}" for module, block, _ in _DIALECTS)
+        raise ValueError(
+            f"convert: expected model to contain dense blocks (looked for {looked_for}), got {type(model).__name__}"
+        )
+    for name, module in list(model.named_modules()):
+        if _is_transition(module):
+            _try_fuse(name, module, FusedTransition, read_transition, memory)
+    for _, module in list(model.named_modules()):
+        if type(module) is nn.Sequential and any(
+            isinstance(inner, FusedDenseBlock) for inner in module.children()
+        ):
+            module.__class__ = fused_class(FusedSequential, nn.Sequential)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Gives the plain modules of a converted model back, in place.
+
+    Models of :mod:`fastdense.models` become plain PyTorch as well; :func:`convert` makes them fast again.
+
+    Args:
+        model: any module; one without fused modules is left as it is.
+
+    Returns:
+        ``model``.
+    """
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            module.__class__ = plain_class(type(module))
+            for name in ("_fallback_reason", "_fused_name"):
+                module.__dict__.pop(name, None)
+            if not isinstance(module, PlainDenseBlock):
+                module.__dict__.pop("memory", None)
+    return model
+
+
+def _dialect_classes() -> list[tuple[type[nn.Module], type[nn.Module]]]:
+    """Block and layer classes of the libraries that are loaded; a model cannot hold modules of others."""
+    loaded = [(sys.modules[name], block, layer) for name, block, layer in _DIALECTS if name in sys.modules]
+    return [(getattr(module, block), getattr(module, layer)) for module, block, layer in loaded]
+
+
+def _is_block(module: nn.Module, dialects: list[tuple[type[nn.Module], type[nn.Module]]]) -> bool:
+    """A block of a known class whose forward, and whose layers' forward, is the one of that class."""
+    for block, layer in dialects:
+        if isinstance(module, block) and type(module).forward is block.forward:
+            return all(type(inner).forward is layer.forward for inner in module.children())
+    return False
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    dialects = _dialect_classes()
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, FusedDenseBlock) or _is_block(module, dialects)
+    ]
+
+
+def _is_transition(module: nn.Module) -> bool:
+    """A sequence of exactly norm, (relu), conv, pool."""
+    if isinstance(module, FusedTransition):
+        return True
+    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return is_sequence and list(module._modules) in (
+        ["norm", "relu", "conv", "pool"],
+        ["norm", "conv", "pool"],
+    )
+
+
+def _convert_block(name: str, module: nn.Module, memory: str) -> bool:
+    return _try_fuse(name, module, FusedDenseBlock, read_block, memory)
+
+
+def _try_fuse(
+    name: str,
+    module: nn.Module,
+    mixin: type[FusedModule],
+    read: Callable[[nn.Module], object],
+    memory: str,
+) -> bool:
+    """Fuses a module, or warns why it stays plain."""
+    if not isinstance(module, FusedModule):
+        try:
+            read(module)
+        except NotFusible as reason:
+            warnings.warn(f"fastdense: {name} stays plain: {reason}", stacklevel=4)
+            return False
+        module.__class__ = fused_class(mixin, type(module))
+    module.__dict__["memory"] = memory
+    module.__dict__["_fused_name"] = name
+    return True

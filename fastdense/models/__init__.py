@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models by name: ``create("densenet121", num_classes=10)``; ``list()`` names them all."""
+
+import builtins
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fastdense.models.densenet import (
+    DenseNet,
+    densenet121,
+    densenet161,
+    densenet169,
+    densenet201,
+    densenet264,
+    densenet_cifar,
+)
+
+__all__ = [
+    "DenseNet",
+    "create",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "densenet_cifar",
+    "list",
+]
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    make.__name__: make
+    for make in (
+        densenet121,
+        densenet161,
+        densenet169,
+        densenet201,
+        densenet264,
+        densenet_cifar,
+    )
+}
+
+
+def list() -> builtins.list[str]:
+    """Names that :func:`create` takes, sorted."""
+    return sorted(_MODELS)
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """Makes a model with random weights.
+
+    Args:
+        name: one of :func:`list`.
+        **kwargs: arguments of the function of that name in this module.
+
+    Raises:
+        ValueError: if there is no such model.
+
+    Example:
+        >>> model = create("densenet_cifar", depth=40, growth_rate=12, num_classes=10)
+    """
+    if name not in _MODELS:
+        raise ValueError(f"create: expected name to be one of {', '.join(list())}, got {name!r}")
+    return _MODELS[name](**kwargs)

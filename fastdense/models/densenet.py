@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DenseNets for ImageNet and CIFAR on shared buffers, with torchvision's parameter names.
+
+Reference:
+    G. Huang, Z. Liu, L. van der Maaten, K. Weinberger. Densely Connected Convolutional Networks. CVPR 2017,
+    arXiv:1608.06993, table 1 (ImageNet) and section 4.2 (CIFAR).
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdense.nn import DenseBlock, DenseFeatures, Transition
+
+
+class DenseNet(nn.Module):
+    """Dense blocks with transitions between them, a last norm, global average pooling and a linear classifier.
+
+    Args:
+        stem: modules in front of the first block, by name.
+        in_channels: channels behind the stem.
+        growth_rate: channels ``k`` that each layer adds.
+        block_config: number of layers of each block.
+        bn_size: width of the bottleneck in units of ``growth_rate``.
+        bottleneck: False for layers of norm, ReLU, 3x3.
+        compression: theta in (0, 1]; a transition maps ``C`` to ``floor(theta * C)`` channels.
+        drop_rate: probability in [0, 1] that a new feature is dropped in training.
+        num_classes: outputs of the classifier.
+        memory: memory mode of the blocks, see :class:`fastdense.nn.DenseBlock`.
+
+    Shape:
+        ``[N, channels, H, W]`` to ``[N, num_classes]``.
+    """
+
+    def __init__(
+        self,
+        stem: Sequence[tuple[str, nn.Module]],
+        in_channels: int,
+        *,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        bn_size: int = 4,
+        bottleneck: bool = True,
+        compression: float = 0.5,
+        drop_rate: float = 0.0,
+        num_classes: int = 1000,
+        memory: str = "balanced",
+    ) -> None:
+        super().__init__()
+        if not 0 < compression <= 1:
+            raise ValueError(f"DenseNet: expected compression to be in (0, 1], got {compression!r}")
+        modules = list(stem)
+        channels = in_channels
+        for index, num_layers in enumerate(block_config, start=1):
+            block = DenseBlock(
+                num_layers,
+                channels,
+                growth_rate,
+                bn_size=bn_size,
+                bottleneck=bottleneck,
+                drop_rate=drop_rate,
+                memory=memory,
+            )
+            modules.append((f"denseblock{index}", block))
+            channels = block.out_channels
+            if index < len(block_config):
+                compressed = int(channels * compression)
+                modules.append((f"transition{index}", Transition(channels, compressed)))
+                channels = compressed
+        modules.append(("norm5", nn.BatchNorm2d(channels)))
+        self.features = DenseFeatures(OrderedDict(modules))
+        self.classifier = nn.Linear(channels, num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """He initialisation of convolutions, as torchvision's."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.features(x), inplace=True)
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def _imagenet(
+    block_config: Sequence[int], growth_rate: int, in_channels: int, **kwargs: Any
+) -> DenseNet:
+    stem: list[tuple[str, nn.Module]] = [
+        ("conv0", nn.Conv2d(3, in_channels, 7, stride=2, padding=3, bias=False)),
+        ("norm0", nn.BatchNorm2d(in_channels)),
+        ("relu0", nn.ReLU(inplace=True)),
+        ("pool0", nn.MaxPool2d(3, stride=2, padding=1)),
+    ]
+    return DenseNet(
+        stem, in_channels, growth_rate=growth_rate, block_config=block_config, **kwargs
+    )
+
+
+def densenet121(**kwargs: Any) -> DenseNet:
+    """DenseNet-121, k=32, 7,978,856 parameters at 1000 classes; keyword arguments of :class:`DenseNet`."""
+    return _imagenet((6, 12, 24, 16), 32, 64, **kwargs)
+
+
+def densenet161(**kwargs: Any) -> DenseNet:
+    """DenseNet-161, k=48, 28,681,000 parameters at 1000 classes; keyword arguments of :class:`DenseNet`."""
+    return _imagenet((6, 12, 36, 24), 48, 96, **kwargs)
+
+
+def densenet169(**kwargs: Any) -> DenseNet:
+    """DenseNet-169, k=32, 14,149,480 parameters at 1000 classes; keyword arguments of :class:`DenseNet`."""
+    return _imagenet((6, 12, 32, 32), 32, 64, **kwargs)
+
+
+def densenet201(**kwargs: Any) -> DenseNet:
+    """DenseNet-201, k=32, 20,013,928 parameters at 1000 classes; keyword arguments of :class:`DenseNet`."""
+    return _imagenet((6, 12, 48, 32), 32, 64, **kwargs)
+
+
+def densenet264(*, growth_rate: int = 32, **kwargs: Any) -> DenseNet:
+    """DenseNet-264: 33,337,704 parameters with k=32, 72,686,632 with k=48 (arXiv:1707.06990)."""
+    return _imagenet((6, 12, 64, 48), growth_rate, 2 * growth_rate, **kwargs)
+
+
+def densenet_cifar(
+    depth: int = 100,
+    growth_rate: int = 12,
+    bottleneck: bool = True,
+    compression: float = 0.5,
+    num_classes: int = 10,
+    **kwargs: Any,
+) -> DenseNet:
+    """DenseNet for small images: three blocks, a 3x3 stem of stride 1, no pooling in front.
+
+    Args:
+        depth: number of layers ``L``; ``(L - 4) / 3`` layers a block, or ``(L - 4) / 6`` with a bottleneck.
+        growth_rate: channels ``k`` that each layer adds.
+        bottleneck: DenseNet-BC with True; without it the stem has 16 channels and published nets have
+            ``compression=1``.
+        compression: theta of the transitions.
+        num_classes: outputs of the classifier.
+        **kwargs: ``drop_rate``, ``memory``, ``bn_size`` of :class:`DenseNet`.
+
+    Raises:
+        ValueError: if ``depth`` does not give three equal blocks.
+
+    Example:
+        >>> sum(p.numel() for p in densenet_cifar(100, 12).parameters())
+        769162
+    """
+    convolutions = 6 if bottleneck else 3
+    if depth < 4 + convolutions or (depth - 4) % convolutions:
+        raise ValueError(
+            f"densenet_cifar: expected depth to be 4 plus a multiple of {convolutions}, got {depth!r}"
+        )
+    in_channels = 2 * growth_rate if bottleneck else 16
+    stem = [("conv0", nn.Conv2d(3, in_channels, 3, padding=1, bias=False))]
+    return DenseNet(
+        stem,
+        in_channels,
+        growth_rate=growth_rate,
+        block_config=[(depth - 4) // convolutions] * 3,
+        bottleneck=bottleneck,
+        compression=compression,
+        num_classes=num_classes,
+        **kwargs,
+    )

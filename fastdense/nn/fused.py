@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixins that run plain modules as one fused operator.
+
+A fused class is ``class Fused(Mixin, Plain)``: it has the plain class's parameters, keys and attributes, so a plain
+module becomes a fused one by a change of its class, and back. Where the operator cannot stand in for the modules, the
+mixin calls the plain forward and warns once.
+"""
+
+import copyreg
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdense.nn.structure import (
+    Layer,
+    NotFusible,
+    Tail,
+    check_no_global_hooks,
+    is_quiet,
+    layer_weights,
+    norms_of,
+    read_block,
+    read_last_norm,
+    read_transition,
+    tail_weights,
+)
+from fastdense.ops import BatchStatistics, dense_block, update_running_stats_
+from fastdense.ops.dense_block import MEMORY_MODES, has_kernels
+
+
+class FusedModule(nn.Module):
+    """Base of the mixins: memory mode, the plain class behind it, pickling, the one warning."""
+
+    memory: str = "balanced"
+
+    def plain_forward(self, input: Tensor) -> Tensor:
+        """Runs the plain modules."""
+        return plain_class(type(self)).forward(self, input)
+
+    def fall_back(self, input: Tensor, reason: NotFusible) -> Tensor:
+        if self.__dict__.get("_fallback_reason") != str(reason):
+            self.__dict__["_fallback_reason"] = str(reason)
+            name = self.__dict__.get("_fused_name") or type(self).__name__
+            warnings.warn(f"fastdense: {name} runs as plain modules: {reason}", stacklevel=4)
+        return self.plain_forward(input)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if "_made_by_fuse" not in type(self).__dict__:
+            return super().__reduce_ex__(protocol)
+        mixin, plain = type(self).__bases__
+        return _new_fused, (mixin, plain), self.__dict__
+
+
+@functools.cache
+def fused_class(mixin: type[FusedModule], plain: type[nn.Module]) -> type[nn.Module]:
+    """The class that runs ``plain`` by ``mixin``; library classes name theirs, others get one made."""
+    for known in plain.__subclasses__():
+        if issubclass(known, mixin) and known.__bases__ == (mixin, plain):
+            return known
+    body = {"__module__": plain.__module__, "__doc__": plain.__doc__, "_made_by_fuse": True}
+    return type(f"Fused{plain.__name__}", (mixin, plain), body)
+
+
+def plain_class(fused: type[nn.Module]) -> type[nn.Module]:
+    """The plain class behind a fused one, through library subclasses of it."""
+    for base in fused.__mro__:
+        if len(base.__bases__) == 2 and issubclass(base.__bases__[0], FusedModule):
+            return base.__bases__[1]
+    raise TypeError(f"plain_class: expected a fused class, got {fused.__name__}")
+
+
+def _new_fused(mixin: type[FusedModule], plain: type[nn.Module]) -> nn.Module:
+    return copyreg.__newobj__(fused_class(mixin, plain))  # type: ignore[attr-defined]
+
+
+def check_memory(memory: str) -> str:
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"fastdense: expected memory to be one of {MEMORY_MODES}, got {memory!r}")
+    return memory
+
+
+def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str) -> Tensor:
+    """One operator call for a block and its tail, then the running statistics of all its norms."""
+    if not has_kernels(input.device.type):
+        raise NotFusible(f"this build has no kernels for {input.device.type} tensors")
+    drop_rate = layers[0].drop_rate if layers else 0.0
+    seed = None
+    if drop_rate > 0:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=input.device)
+    out, statistics = dense_block(
+        input,
+        [layer_weights(layer) for layer in layers],
+        tail=tail_weights(tail) if tail is not None else None,
+        drop_rate=drop_rate,
+        seed=seed,
+        memory=memory,
+    )
+    _update_running_stats(input, layers, tail, statistics)
+    return out
+
+
+def _update_running_stats(
+    input: Tensor, layers: list[Layer], tail: Tail | None, statistics: BatchStatistics
+) -> None:
+    growth = layers[0].conv2.weight.shape[0] if layers else 0
+    next_offset = input.shape[1] + len(layers) * growth
+    norms, offsets = [], []
+    bottlenecks = {id(layer.norm2) for layer in layers}
+    for norm in norms_of(layers, tail):
+        is_bottleneck = id(norm) in bottlenecks
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+            norms.append(norm)
+            offsets.append(next_offset if is_bottleneck else 0)
+        if is_bottleneck:
+            next_offset += norm.num_features
+    if norms:
+        update_running_stats_(
+            [norm.running_mean for norm in norms],
+            [norm.running_var for norm in norms],
+            [norm.num_batches_tracked for norm in norms],
+            statistics.mean.detach(),
+            statistics.var.detach(),
+            offsets,
+            [norm.momentum for norm in norms],
+            input.numel() // input.shape[1],
+        )
+
+
+class FusedDenseBlock(FusedModule):
+    """A dense block whose layers are children ``norm1 ... conv2`` in order."""
+
+    def forward(self, init_features: Tensor) -> Tensor:
+        try:
+            return run_block(init_features, read_block(self), None, self.memory)
+        except NotFusible as reason:
+            return self.fall_back(init_features, reason)
+
+
+class FusedTransition(FusedModule):
+    """A transition: children norm, relu, conv, pool."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        try:
+            return run_block(input, [], read_transition(self), self.memory)
+        except NotFusible as reason:
+            return self.fall_back(input, reason)
+
+
+class FusedSequential(FusedModule):
+    """A sequence in which a dense block and the transition or norm behind it run as one operator.
+
+    The norm's statistics are those of the block, its gradient joins the block's, and no feature map of the block's
+    size is made twice. Pairs with hooks on either module run one by one.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        modules = list(self.__dict__["_modules"].values())
+        at = 0
+        while at < len(modules):
+            module = modules[at]
+            tail = _read_pair(module, modules[at + 1]) if at + 1 < len(modules) else None
+            if tail is None:
+                input = module(input)
+                at += 1
+                continue
+            try:
+                input = run_block(input, read_block(module), tail, module.memory)
+                at += 2
+            except NotFusible:
+                input = module(input)  # which falls back, with its own warning
+                at += 1
+        return input
+
+
+def _read_pair(block: nn.Module, behind: nn.Module) -> Tail | None:
+    """The tail that ``behind`` makes of ``block``, or None where the two must be called one by one."""
+    if not isinstance(block, FusedDenseBlock) or not is_quiet(block) or not is_quiet(behind):
+        return None
+    try:
+        check_no_global_hooks()
+        if isinstance(behind, FusedTransition):
+            return read_transition(behind)
+        return read_last_norm(behind)
+    except NotFusible:
+        return None

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads plain modules: which ones form a dense block, and what keeps one from being fused.
+
+Everything is read again at each call, so that hooks, replaced sub-modules, frozen norms and changed parameters are
+seen when they matter. A fused operator does not call the inner modules; what relies on such calls makes
+:class:`NotFusible`, and the caller runs the plain modules instead.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch.nn.modules.module as global_hooks
+from torch import nn
+
+from fastdense.ops import LayerWeights, NormWeights, TailWeights
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class NotFusible(Exception):
+    """The reason why a block has to run as plain modules."""
+
+
+class Layer(NamedTuple):
+    """The modules of a dense layer; conv1 and norm2 are None without a bottleneck."""
+
+    norm1: nn.Module
+    conv1: nn.Conv2d | None
+    norm2: nn.Module | None
+    conv2: nn.Conv2d
+    drop_rate: float
+
+
+class Tail(NamedTuple):
+    """The modules that read a finished block: norm and 1x1 of a transition, or a last norm alone."""
+
+    norm: nn.Module
+    conv: nn.Conv2d | None
+    relu: bool
+
+
+def is_quiet(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs its class's forward and nothing else."""
+    state = module.__dict__
+    return (
+        not any(state.get(hooks) for hooks in _HOOKS)
+        and "parametrizations" not in state["_modules"]
+        and "forward" not in state
+    )
+
+
+def check_quiet(module: nn.Module, name: str) -> None:
+    if not is_quiet(module):
+        raise NotFusible(f"{name} has hooks, a parametrization or a forward of its own")
+
+
+def check_no_global_hooks() -> None:
+    if (
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    ):
+        raise NotFusible("global module hooks are installed")
+
+
+def child(module: nn.Module, name: str) -> nn.Module | None:
+    return module.__dict__["_modules"].get(name)
+
+
+def _check_conv(conv: nn.Module | None, name: str, kernel: int | None) -> nn.Conv2d:
+    """A convolution without bias, of stride 1, whose output has the input's size; ``kernel`` None: any odd one."""
+    if type(conv) not in _CONVS:
+        raise NotFusible(f"{name} is a {type(conv).__name__}, not a Conv1d, Conv2d or Conv3d")
+    check_quiet(conv, name)
+    plain = (
+        conv.bias is None
+        and conv.groups == 1
+        and all(s == 1 for s in conv.stride)
+        and all(d == 1 for d in conv.dilation)
+        and conv.padding_mode == "zeros"
+        and all(k % 2 == 1 and (kernel is None or k == kernel) for k in conv.kernel_size)
+        and (
+            conv.padding == "same"
+            if isinstance(conv.padding, str)
+            else all(p == k // 2 for p, k in zip(conv.padding, conv.kernel_size, strict=True))
+        )
+    )
+    if not plain:
+        raise NotFusible(f"{name} is {conv}: expected no bias, stride 1, groups 1, 'same' zero padding")
+    return conv  # type: ignore[return-value]
+
+
+def _has_fused_relu(norm: nn.Module) -> bool:
+    """Whether ``norm`` is timm's BatchNormAct2d with a plain ReLU inside."""
+    return (
+        type(norm).__name__ == "BatchNormAct2d"
+        and type(child(norm, "act")) is nn.ReLU
+        and type(child(norm, "drop")) is nn.Identity
+    )
+
+
+def _check_norm(norm: nn.Module | None, name: str) -> nn.Module:
+    if norm is None or (type(norm) not in _NORMS and not _has_fused_relu(norm)):
+        raise NotFusible(f"{name} is a {type(norm).__name__}, not a BatchNorm with ReLU")
+    check_quiet(norm, name)
+    for inner in norm.__dict__["_modules"].values():
+        check_quiet(inner, f"{name}'s activation")
+    if norm.running_mean is not None and norm.num_batches_tracked is None:
+        raise NotFusible(f"{name} has running statistics without num_batches_tracked")
+    return norm
+
+
+def _check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> nn.Module:
+    """A batch norm followed by ReLU: two modules, or one that does both."""
+    found = _check_norm(child(module, norm), f"{where}{norm}")
+    activation = child(module, relu)
+    if _has_fused_relu(found) == (activation is not None):
+        raise NotFusible(f"{where}{norm} is not followed by one ReLU")
+    if activation is not None:
+        if type(activation) is not nn.ReLU:
+            raise NotFusible(f"{where}{relu} is a {type(activation).__name__}, not a ReLU")
+        check_quiet(activation, f"{where}{relu}")
+    return found
+
+
+def read_layer(module: nn.Module, name: str) -> Layer:
+    """Reads norm1, relu1, conv1, norm2, relu2, conv2 (conv1 and norm2 may be missing together)."""
+    check_quiet(module, name)
+    children = {key for key, value in module.__dict__["_modules"].items() if value is not None}
+    unknown = children - {"norm1", "relu1", "conv1", "norm2", "relu2", "conv2"}
+    if unknown:
+        raise NotFusible(f"{name} has unknown sub-modules {sorted(unknown)}")
+    where = f"{name}."
+    norm1 = _check_norm_relu(module, "norm1", "relu1", where)
+    conv1, norm2 = None, None
+    if "conv1" in children:
+        conv1 = _check_conv(child(module, "conv1"), f"{where}conv1", 1)
+        norm2 = _check_norm_relu(module, "norm2", "relu2", where)
+    conv2 = _check_conv(child(module, "conv2"), f"{where}conv2", None)
+    drop_rate = float(module.drop_rate) if module.training else 0.0
+    return Layer(norm1, conv1, norm2, conv2, drop_rate)
+
+
+def read_block(module: nn.Module) -> list[Layer]:
+    """Reads the layers of a dense block, in order."""
+    check_no_global_hooks()
+    layers = [read_layer(layer, name) for name, layer in module.named_children()]
+    if len({(layer.conv1 is None, layer.drop_rate) for layer in layers}) > 1:
+        raise NotFusible("its layers differ in bottleneck or drop_rate")
+    return layers
+
+
+def read_transition(module: nn.Module) -> Tail:
+    """Reads norm, relu, conv, pool of a transition."""
+    check_no_global_hooks()
+    norm = _check_norm_relu(module, "norm", "relu", "")
+    conv = _check_conv(child(module, "conv"), "conv", 1)
+    pool = child(module, "pool")
+    if type(pool) not in _POOLS:
+        raise NotFusible(f"pool is a {type(pool).__name__}, not an average pool")
+    check_quiet(pool, "pool")
+    kernel, stride, padding = (
+        {size} if isinstance(size, int) else set(size)
+        for size in (pool.kernel_size, pool.stride, pool.padding)
+    )
+    if not (kernel == stride == {2} and padding == {0}) or pool.ceil_mode:
+        raise NotFusible(f"pool is {pool}: expected kernel and stride 2 without padding")
+    if getattr(pool, "divisor_override", None) is not None:
+        raise NotFusible("pool has a divisor_override")
+    return Tail(norm, conv, True)
+
+
+def read_last_norm(module: nn.Module) -> Tail:
+    """Reads a batch norm behind the last block, with or without a ReLU inside."""
+    check_no_global_hooks()
+    return Tail(_check_norm(module, "norm"), None, _has_fused_relu(module))
+
+
+def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.Module]:
+    """All norms in the order of the operator's arguments."""
+    for layer in layers:
+        yield layer.norm1
+        if layer.norm2 is not None:
+            yield layer.norm2
+    if tail is not None:
+        yield tail.norm
+
+
+def norm_weights(norm: nn.Module) -> NormWeights:
+    # As in nn.BatchNorm: the running statistics normalise in eval mode, where there are any.
+    running = not norm.training and norm.running_mean is not None
+    return NormWeights(
+        norm.weight,
+        norm.bias,
+        norm.running_mean if running else None,
+        norm.running_var if running else None,
+        norm.eps,
+    )
+
+
+def layer_weights(layer: Layer) -> LayerWeights:
+    return LayerWeights(
+        norm_weights(layer.norm1),
+        layer.conv1.weight if layer.conv1 is not None else None,
+        norm_weights(layer.norm2) if layer.norm2 is not None else None,
+        layer.conv2.weight,
+    )
+
+
+def tail_weights(tail: Tail) -> TailWeights:
+    conv = tail.conv.weight if tail.conv is not None else None
+    return TailWeights(norm_weights(tail.norm), conv, tail.relu)

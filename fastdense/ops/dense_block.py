@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense block on one shared buffer, as a single differentiable operator."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MEMORY_MODES = ("balanced", "min")
+_DEVICES = ("cpu", "meta")
+
+
+def has_kernels(device: str) -> bool:
+    """Whether this build runs the operator on tensors of a device type."""
+    return device in _DEVICES
+
+
+class NormWeights(NamedTuple):
+    """A batch norm over ``C`` channels.
+
+    ``running_mean`` and ``running_var`` are given when the norm uses them to normalise (eval mode, frozen) and None
+    when it uses the statistics of the batch; ``weight`` and ``bias`` are None without an affine map. All are ``[C]``.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    eps: float
+
+
+class LayerWeights(NamedTuple):
+    """One layer: norm1, ReLU, conv1 ``[b, c, 1...]``, norm2, ReLU, conv2 ``[k, b, 3...]``.
+
+    Without a bottleneck ``conv1`` and ``norm2`` are None and conv2 is ``[k, c, 3...]``.
+    """
+
+    norm1: NormWeights
+    conv1: Tensor | None
+    norm2: NormWeights | None
+    conv2: Tensor
+
+
+class TailWeights(NamedTuple):
+    """What reads the finished block: a transition (``conv`` ``[co, C, 1...]``) or a last norm (``conv`` None)."""
+
+    norm: NormWeights
+    conv: Tensor | None
+    relu: bool = True
+
+    @property
+    def kind(self) -> str:
+        return "transition" if self.conv is not None else "norm_relu" if self.relu else "norm"
+
+
+class BatchStatistics(NamedTuple):
+    """Mean and biased variance ``[C + L * b]``: the buffer's channels, then norm2's of every layer."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def dense_block(
+    input: Tensor,
+    layers: Sequence[LayerWeights],
+    *,
+    tail: TailWeights | None = None,
+    drop_rate: float = 0.0,
+    seed: Tensor | None = None,
+    memory: str = "balanced",
+) -> tuple[Tensor, BatchStatistics]:
+    """Runs a dense block, and optionally what follows it, on one shared channels-last buffer.
+
+    Layer ``l`` reads the channels ``x_l = [x_0, y_0, ..., y_{l-1}]`` written so far and appends
+    ``y_l = dropout(conv2(relu(norm2(conv1(relu(norm1(x_l)))))))``, or without a bottleneck
+    ``y_l = dropout(conv2(relu(norm1(x_l))))``. Batch statistics are taken once per channel. A transition pools
+    before its 1x1 convolution, which gives the same values with a quarter of the work.
+
+    Args:
+        input: ``[N, C0, spatial]`` with one to three spatial dimensions; float64, float32, bfloat16 or float16; any
+            strides. Under autocast it is cast to the autocast type.
+        layers: parameters of the ``L`` layers; an empty sequence runs the tail alone.
+        tail: parameters of the transition or norm that reads the whole block, or None.
+        drop_rate: probability in [0, 1] that a new feature is dropped.
+        seed: ``[]``, int64, on the input's device; required if ``drop_rate > 0``. See :func:`dropout_mask`; the
+            layer's number separates the masks.
+        memory: "balanced" keeps the outputs of conv1 for the backward pass, "min" computes them again.
+
+    Returns:
+        The output with its channels innermost in memory: ``[N, C0 + L * k, spatial]`` without a tail or with a norm,
+        ``[N, co, spatial // 2]`` with a transition; and the batch statistics.
+
+    Raises:
+        ValueError: shapes that do not fit, mixed devices, one value per channel in training, unknown ``memory``.
+        TypeError: a dtype that is not floating point, or weights of another dtype than the input's.
+
+    Note:
+        Running statistics are not touched: see :func:`update_running_stats_`. Kept for backward: the buffer
+        (``C0 + L * k`` numbers per pixel), in "balanced" mode ``L * b`` more, and the statistics. Reruns on one machine
+        with one thread count are bit-identical. Double backward raises.
+
+    Reference:
+        G. Huang, Z. Liu, L. van der Maaten, K. Weinberger. Densely Connected Convolutional Networks. CVPR 2017,
+        arXiv:1608.06993, equation 2; shared memory after G. Pleiss et al., arXiv:1707.06990.
+    """
+    if memory not in MEMORY_MODES:
+        raise ValueError(
+            f"dense_block: expected memory to be one of {MEMORY_MODES}, got {memory!r}"
+        )
+    device = input.device.type
+    if not has_kernels(device):
+        raise NotImplementedError(
+            f"dense_block: expected input to be on one of {_DEVICES}, for which this build has kernels, got {device}"
+        )
+    if torch.is_autocast_enabled(device):
+        if input.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            input = input.to(torch.get_autocast_dtype(device))
+    else:
+        _check_conv_dtypes(input, layers, tail)
+    weights, eps = _flatten(layers, tail, absent=input.detach().new_empty(0))
+    bottleneck = bool(layers) and layers[0].conv1 is not None
+    keep = memory == "balanced" and torch.is_grad_enabled() and _any_requires_grad(input, weights)
+    out, _, mean, var, _ = torch.ops.fastdense.dense_block(
+        input,
+        weights,
+        eps,
+        len(layers),
+        bottleneck,
+        tail.kind if tail is not None else "none",
+        drop_rate,
+        seed,
+        keep,
+    )
+    return out, BatchStatistics(mean, var)
+
+
+def _check_conv_dtypes(
+    input: Tensor, layers: Sequence[LayerWeights], tail: TailWeights | None
+) -> None:
+    convs = [conv for layer in layers for conv in (layer.conv1, layer.conv2) if conv is not None]
+    if tail is not None and tail.conv is not None:
+        convs.append(tail.conv)
+    for conv in convs:
+        if conv.dtype != input.dtype:
+            raise TypeError(
+                f"dense_block: expected input to be {conv.dtype} like the convolution weights, got {input.dtype}"
+            )
+
+
+def _any_requires_grad(input: Tensor, weights: Sequence[Tensor]) -> bool:
+    return input.requires_grad or any(w.requires_grad for w in weights)
+
+
+def _flatten(
+    layers: Sequence[LayerWeights], tail: TailWeights | None, absent: Tensor
+) -> tuple[list[Tensor], list[float]]:
+    """Lists the parameters in the order of the native operator (csrc/dense_block/dense_block.h).
+
+    ``absent`` stands for what a norm does not have: lists with None are not differentiable in custom operators.
+    """
+    weights: list[Tensor] = []
+    eps: list[float] = []
+
+    def add(norm: NormWeights) -> None:
+        weights.extend(absent if w is None else w for w in norm[:4])
+        eps.append(norm.eps)
+
+    for layer in layers:
+        add(layer.norm1)
+        if layer.conv1 is not None and layer.norm2 is not None:
+            weights.append(layer.conv1)
+            add(layer.norm2)
+        weights.append(layer.conv2)
+    if tail is not None:
+        add(tail.norm)
+        if tail.conv is not None:
+            weights.append(tail.conv)
+    return weights, eps
+
+
+def _empty_channels_last(like: Tensor, sizes: Sequence[int]) -> Tensor:
+    strides = [1] * len(sizes)
+    stride = sizes[1]
+    for d in range(len(sizes) - 1, 1, -1):
+        strides[d] = stride
+        stride = stride * sizes[d]
+    strides[0] = stride
+    return like.new_empty_strided(sizes, strides)
+
+
+@torch.library.register_fake("fastdense::dense_block")
+def _(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    eps: Sequence[float],
+    num_layers: int,
+    bottleneck: bool,
+    tail: str,
+    drop_rate: float,
+    seed: Tensor | None,
+    keep_bottleneck: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    stride = 10 if bottleneck else 5
+    growth, width = 0, 0
+    if num_layers:
+        conv1, conv2 = weights[4], weights[stride - 1]
+        growth = conv2.shape[0]
+        if bottleneck:
+            width = conv1.shape[0]
+    batch, in_channels, *spatial = input.shape
+    channels = in_channels + num_layers * growth
+    pixels = batch
+    for size in spatial:
+        pixels = pixels * size
+    buffer = _empty_channels_last(input, [batch, channels, *spatial])
+    statistics = torch.float64 if input.dtype == torch.float64 else torch.float32
+    mean = input.new_empty([channels + num_layers * width], dtype=statistics)
+    kept = num_layers if keep_bottleneck and bottleneck else 0
+    z = input.new_empty([kept, pixels, width])
+    if tail == "none":
+        return buffer, input.new_empty([0]), mean, torch.empty_like(mean), z
+    out = torch.empty_like(buffer)
+    if tail == "transition":
+        out = _empty_channels_last(input, [batch, weights[-1].shape[0], *(size // 2 for size in spatial)])
+    return out, buffer, mean, torch.empty_like(mean), z
+
+
+@torch.library.register_fake("fastdense::_dense_block_backward")
+def _(
+    grad_output: Tensor,
+    buffer: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    z: Tensor,
+    weights: Sequence[Tensor],
+    eps: Sequence[float],
+    num_layers: int,
+    bottleneck: bool,
+    tail: str,
+    drop_rate: float,
+    seed: Tensor | None,
+    in_channels: int,
+    needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    shape = [buffer.shape[0], in_channels, *buffer.shape[2:]]
+    grads = [_empty_channels_last(buffer, shape) if needs_grad[0] else buffer.new_empty([0])]
+    for weight, needed in zip(weights, needs_grad[1:], strict=True):
+        grads.append(weight.new_empty(weight.shape) if needed else buffer.new_empty([0]))
+    return grads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, _ = inputs
+    out, buffer, mean, var, z = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(out if tail == "none" else buffer, mean, var, z, seed, *weights)
+    ctx.arguments = (eps, num_layers, bottleneck, tail, drop_rate)
+    ctx.in_channels = input.shape[1]
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    needs_input, needs_weights, *rest = ctx.needs_input_grad
+    none = (None,) * len(rest)
+    if not isinstance(needs_weights, list):  # an empty list of weights
+        needs_weights = []
+    if grad_output is None:
+        return (None, [None] * len(needs_weights), *none)
+    buffer, mean, var, z, seed, *weights = ctx.saved_tensors
+    needs_grad = [needs_input, *needs_weights]
+    grads = torch.ops.fastdense._dense_block_backward(
+        grad_output,
+        buffer,
+        mean,
+        var,
+        z,
+        weights,
+        *ctx.arguments,
+        seed,
+        ctx.in_channels,
+        needs_grad,
+    )
+    wanted = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
+    return (wanted[0], wanted[1:], *none)
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "dense_block: double backward is not supported; call fastdense.restore(model) for plain modules"
+    )
+
+
+torch.library.register_autograd("fastdense::dense_block", _backward, setup_context=_setup_context)
+torch.library.register_autograd("fastdense::_dense_block_backward", _no_double_backward)

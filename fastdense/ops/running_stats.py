@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running statistics of all norms of a block, updated once a step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def update_running_stats_(
+    running_mean: Sequence[Tensor],
+    running_var: Sequence[Tensor],
+    num_batches_tracked: Sequence[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    offsets: Sequence[int],
+    momentum: Sequence[float | None],
+    count: int,
+) -> None:
+    """Moves running statistics towards those of the batch, in place.
+
+    ``running = running + f * (batch - running)`` with ``f = momentum``, or ``1 / num_batches_tracked`` after it was
+    incremented where momentum is None; the variance that enters is the unbiased one, ``var * M / (M - 1)``.
+
+    Args:
+        running_mean: one ``[C_i]`` per norm, floating point.
+        running_var: likewise.
+        num_batches_tracked: one ``[]`` int64 per norm; incremented.
+        mean: ``[S]``, batch means of a block, float32 or float64.
+        var: ``[S]``, biased batch variances.
+        offsets: norm ``i`` reads ``mean[offsets[i] : offsets[i] + C_i]``.
+        momentum: one per norm, None for the cumulative average.
+        count: number of values ``M`` behind each mean, more than 1.
+
+    Raises:
+        ValueError: shapes or list lengths that do not fit; nothing is written then.
+
+    Note:
+        Does nothing inside a backward pass: there an outer activation checkpoint runs the forward pass a second time,
+        and the step has been counted already.
+    """
+    torch.ops.fastdense.update_running_stats_(
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        mean,
+        var,
+        offsets,
+        [-1.0 if m is None else m for m in momentum],
+        count,
+    )

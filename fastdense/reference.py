@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain PyTorch versions of the operators: slow, obvious, differentiable by autograd. The only oracle of the tests."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdense.ops.dense_block import BatchStatistics, LayerWeights, NormWeights, TailWeights
+from fastdense.ops.dropout_mask import dropout_mask
+
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
+_AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+
+
+def _conv(x: Tensor, weight: Tensor) -> Tensor:
+    padding = [size // 2 for size in weight.shape[2:]]
+    return _CONV[x.dim() - 3](x, weight, padding=padding)
+
+
+def _norm(x: Tensor, norm: NormWeights) -> Tensor:
+    batch_statistics = norm.running_mean is None
+    return F.batch_norm(
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, batch_statistics, 0.0, norm.eps
+    )
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``[C]`` of ``[N, C, spatial]``."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    return x.mean(dims), x.var(dims, correction=0)
+
+
+def dropout_factors(seed: Tensor, layer: int, drop_rate: float, like: Tensor) -> Tensor:
+    """The factors 0 or ``1 / (1 - drop_rate)`` for new features ``[N, k, spatial]``."""
+    rows = like.numel() // like.shape[1]
+    keep = dropout_mask(seed, layer, rows, like.shape[1], drop_rate)
+    keep = keep.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
+    scale = 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
+    return keep.to(like.dtype) * scale
+
+
+def dense_layer(x: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor | None]:
+    """New features of one layer before dropout, and the bottleneck's output."""
+    y = F.relu(_norm(x, layer.norm1))
+    z = None
+    if layer.conv1 is not None and layer.norm2 is not None:
+        z = _conv(y, layer.conv1)
+        y = F.relu(_norm(z, layer.norm2))
+    return _conv(y, layer.conv2), z
+
+
+def dense_block(
+    input: Tensor,
+    layers: Sequence[LayerWeights],
+    *,
+    tail: TailWeights | None = None,
+    drop_rate: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, BatchStatistics]:
+    """:func:`fastdense.ops.dense_block` by concatenation; the transition convolves first, then pools."""
+    features = [input]
+    bottlenecks = []
+    for index, layer in enumerate(layers):
+        new, z = dense_layer(torch.cat(features, 1), layer)
+        if drop_rate > 0:
+            assert seed is not None
+            new = new * dropout_factors(seed, index, drop_rate, new)
+        features.append(new)
+        bottlenecks += [z] if z is not None else []
+    out = torch.cat(features, 1)
+    means, variances = zip(*map(batch_statistics, [out, *bottlenecks]), strict=True)
+    statistics = BatchStatistics(torch.cat(means).detach(), torch.cat(variances).detach())
+    if tail is not None:
+        out = _norm(out, tail.norm)
+        out = F.relu(out) if tail.kind != "norm" else out
+        if tail.conv is not None:
+            out = _AVG_POOL[out.dim() - 3](_conv(out, tail.conv), 2)
+    return out, statistics

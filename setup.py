@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the extension fastdense._C; everything declarative is in pyproject.toml.
+
+CUDA is on when torch has it and a toolkit is found. Environment variables: FORCE_CUDA=1,
+FORCE_CPU=1, CUDA_HOME, TORCH_CUDA_ARCH_LIST, NVCC_FLAGS, MAX_JOBS, DEBUG=1.
+"""
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    sys.exit(
+        f"fastdense: cannot import torch while building ({error}).\n"
+        "It compiles against the installed torch: install that first, then run\n"
+        "    pip install --no-build-isolation ."
+    )
+
+ROOT = Path(__file__).resolve().parent
+TORCH_INCLUDE = Path(torch.__file__).parent / "include"
+DEFAULT_ARCH_LIST = "7.5;8.0;9.0+PTX"
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "off", "no")
+
+
+def is_toolkit(home: str | None) -> bool:
+    parts = ("include/cuda_runtime.h", "bin/nvcc")
+    return bool(home) and all((Path(home) / part).exists() for part in parts)
+
+
+def find_cuda() -> str | None:
+    """Returns the toolkit to build with, or None for a CPU build; contradictions end the build."""
+    chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    # torch takes the folder above whichever nvcc is on PATH; a wrapper script leads it astray.
+    candidates = (chosen, cpp_extension.CUDA_HOME, "/usr/local/cuda")
+    problem = None
+    if flag("FORCE_CPU"):
+        problem = "FORCE_CPU is set too"
+    elif torch.version.cuda is None:
+        problem = f"torch {torch.__version__} is built without CUDA"
+    elif chosen and not is_toolkit(chosen):
+        sys.exit(f"fastdense: CUDA_HOME={chosen} has no include/cuda_runtime.h or no bin/nvcc.")
+    elif not any(map(is_toolkit, candidates)):
+        problem = "no CUDA toolkit was found; set CUDA_HOME"
+    if problem and flag("FORCE_CUDA"):
+        sys.exit(f"fastdense: FORCE_CUDA is set, but {problem}.")
+    return None if problem else next(filter(is_toolkit, candidates))
+
+
+def find_arch_list() -> str:
+    visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    found = ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or found or DEFAULT_ARCH_LIST
+
+
+def extension() -> cpp_extension.CppExtension:
+    cuda, csrc = find_cuda(), Path("csrc")
+    sources = {str(path) for path in csrc.rglob("*.cpp") if cuda or not path.stem.endswith("_cuda")}
+    macros = {"VERSION": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]}
+    macros["TORCH_VERSION"] = torch.__version__
+    if cuda:
+        cpp_extension.CUDA_HOME = cuda
+        sources |= {str(path) for path in csrc.rglob("*.cu")}
+        macros["CUDA_VERSION"] = torch.version.cuda
+        macros["CUDA_ARCH_LIST"] = os.environ["TORCH_CUDA_ARCH_LIST"] = find_arch_list()
+    host = ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-g0"]
+    # A ReLU mask recomputed by the backward pass must round as in the forward pass: no fma behind
+    # our back. Traps and errno would block vectorisation without changing a result.
+    host += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
+    # TORCH_CHECK stores file names: keep this machine's folders out of the binary.
+    host += [f"-ffile-prefix-map={path}/=" for path in (ROOT, TORCH_INCLUDE)]
+    # at::parallel_for is OpenMP code in a header. Compiled, but not linked, with OpenMP: the calls then find the runtime
+    # that torch brought along; a second one would keep a second pool of spinning threads.
+    cxx = [*host, "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", f"-isystem{TORCH_INCLUDE}"]
+    cxx += [f'-DFASTDENSE_{name}="{value}"' for name, value in macros.items()]
+    nvcc = [host[0], f"-Xcompiler={','.join(host)}", *os.environ.get("NVCC_FLAGS", "").split()]
+    target = "CUDA {CUDA_VERSION} for {CUDA_ARCH_LIST}".format(**macros) if cuda else "CPU only"
+    print(
+        f"fastdense: torch {torch.__version__}, {target}, {len(sources)} sources", file=sys.stderr
+    )
+    return (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
+        "fastdense._C",
+        sorted(sources),
+        include_dirs=[str(ROOT / "csrc")],
+        depends=[*map(str, csrc.rglob("*.h")), "setup.py", "pyproject.toml"],
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=[] if flag("DEBUG") else ["-s"],
+    )
+
+
+class Build(cpp_extension.BuildExtension):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # An editable install names a new temporary folder each time; ninja needs the last objects.
+        self.build_temp = str(ROOT / "build" / "objects")
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The build script, what the binary says about itself, and the stub that describes it."""
+
+import ast
+import functools
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastdense import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+SIMD_LEVELS = ["baseline", "avx2", "avx512"]
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def public_names(module: ModuleType) -> set[str]:
+    return {name for name in vars(module) if not name.startswith("_")}
+
+
+def stub_names(body: list[ast.stmt]) -> set[str]:
+    names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    return names - {"BuildInfo"}
+
+
+def test_stub_has_the_names_of_the_module():
+    stub = ast.parse((ROOT / "fastdense/_C.pyi").read_text())
+    classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
+    assert stub_names(stub.body) == public_names(_C)
+    assert stub_names(classes["scalar"].body) == public_names(_C.scalar)
+    fields = [node for node in classes["BuildInfo"].body if isinstance(node, ast.AnnAssign)]
+    assert [ast.unparse(field.target) for field in fields] == list(_C.build_info())
+
+
+def test_build_info():
+    info = _C.build_info()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert info["version"] == project["version"]
+    assert info["torch"] == torch.__version__
+    assert info["cuda"] in (None, torch.version.cuda)
+    assert (info["cuda"] is None) == (info["cuda_arch_list"] is None)
+    assert info["compiler"].split()[0] in ("GCC", "Clang")
+    assert info["simd"] in SIMD_LEVELS
+    assert info["threads"] >= 1
+
+
+PRINT_SIMD = ("-c", "import torch; from fastdense import _C; print(_C.build_info()['simd'])")
+
+
+@functools.cache
+def machine_level() -> str:
+    return run_python(*PRINT_SIMD, FASTDENSE_SIMD="").stdout.strip()
+
+
+@pytest.mark.parametrize("name", SIMD_LEVELS)
+def test_environment_lowers_the_simd_level(name):
+    result = run_python(*PRINT_SIMD, FASTDENSE_SIMD=name)
+    assert result.stdout.strip() == min(name, machine_level(), key=SIMD_LEVELS.index)
+    assert "FASTDENSE_SIMD" not in result.stderr
+
+
+def test_unknown_simd_level_in_the_environment_is_named_and_ignored():
+    result = run_python(*PRINT_SIMD, FASTDENSE_SIMD="sse9")
+    assert result.stdout.strip() == machine_level()
+    expected = "fastdense: ignoring FASTDENSE_SIMD=sse9, expected baseline, avx2 or avx512"
+    assert expected in result.stderr
+
+
+def test_set_simd_level():
+    before = _C.build_info()["simd"]
+    try:
+        available = SIMD_LEVELS[: SIMD_LEVELS.index(machine_level()) + 1]
+        for name in available:
+            _C.set_simd_level(name)
+            assert _C.build_info()["simd"] == name
+        for name in set(SIMD_LEVELS) - set(available):
+            with pytest.raises(ValueError, match=f"at most {available[-1]}, got {name}"):
+                _C.set_simd_level(name)
+        with pytest.raises(ValueError, match="to be baseline, avx2 or avx512, got neon"):
+            _C.set_simd_level("neon")
+    finally:
+        _C.set_simd_level(before)
+
+
+def run_setup(**environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {"FORCE_CPU": "", "FORCE_CUDA": "", "CUDA_HOME": "", "CUDA_PATH": ""}
+    return run_python("setup.py", "--quiet", "--version", **clean | environment)
+
+
+def test_setup_without_torch_says_what_to_type(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    result = run_setup(PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr == (
+        "fastdense: cannot import torch while building (No module named torch).\n"
+        "It compiles against the installed torch: install that first, then run\n"
+        "    pip install --no-build-isolation .\n"
+    )
+
+
+def test_setup_refuses_both_devices_at_once():
+    result = run_setup(FORCE_CPU="1", FORCE_CUDA="1")
+    assert result.returncode == 1
+    assert "fastdense: FORCE_CUDA is set, but FORCE_CPU is set too." in result.stderr
+
+
+def test_setup_refuses_cuda_without_a_toolkit(tmp_path):
+    result = run_setup(FORCE_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert result.returncode == 1
+    reason = "built without CUDA" if torch.version.cuda is None else f"CUDA_HOME={tmp_path} has no"
+    assert reason in result.stderr
+
+
+def test_setup_for_cpu_ignores_a_broken_toolkit(tmp_path):
+    result = run_setup(FORCE_CPU="1", CUDA_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "CPU only" in result.stderr

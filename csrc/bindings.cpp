@@ -66,14 +66,12 @@ void bind_dropout_mask(py::module_& scalar) {
   scalar.def(
       "philox4x32",
       [](const Key& key, const Block& counter) {
-        const PhiloxBlock random =
-            philox4x32({{key[0], key[1]}}, {{counter[0], counter[1], counter[2], counter[3]}});
+        const PhiloxBlock random = philox4x32({{key[0], key[1]}}, {{counter[0], counter[1], counter[2], counter[3]}});
         return std::to_array(random.words);
       },
       py::arg("key"), py::arg("counter"));
   scalar.def("dropout_threshold", &dropout_threshold, py::arg("drop_rate"));
-  scalar.def("dropout_keep", &dropout_keep, py::arg("seed"), py::arg("layer"), py::arg("index"),
-             py::arg("threshold"));
+  scalar.def("dropout_keep", &dropout_keep, py::arg("seed"), py::arg("layer"), py::arg("index"), py::arg("threshold"));
 }
 
 void bind(py::module_& m) {

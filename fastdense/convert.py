@@ -67,9 +67,7 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
         if _is_transition(module):
             _try_fuse(name, module, FusedTransition, read_transition, memory)
     for _, module in list(model.named_modules()):
-        if type(module) is nn.Sequential and any(
-            isinstance(inner, FusedDenseBlock) for inner in module.children()
-        ):
+        if type(module) is nn.Sequential and any(isinstance(inner, FusedDenseBlock) for inner in module.children()):
             module.__class__ = fused_class(FusedSequential, nn.Sequential)
     return model
 

@@ -21,9 +21,7 @@ def _conv(x: Tensor, weight: Tensor) -> Tensor:
 
 def _norm(x: Tensor, norm: NormWeights) -> Tensor:
     batch_statistics = norm.running_mean is None
-    return F.batch_norm(
-        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, batch_statistics, 0.0, norm.eps
-    )
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, batch_statistics, 0.0, norm.eps)
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

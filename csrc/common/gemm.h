@@ -12,8 +12,8 @@ constexpr int64_t kGemmBlock = 256;
 
 // C[rows, kPanel] (+)= sum_k L(i, k) * panel[k, :] with L(i, k) = left[i * row_stride + k * step].
 template <int Rows, typename A>
-inline void gemm_tile(int64_t depth, const A* left, int64_t row_stride, int64_t step, const A* panel, A* c,
-                      int64_t ldc, bool accumulate) {
+inline void gemm_tile(int64_t depth, const A* left, int64_t row_stride, int64_t step, const A* panel, A* c, int64_t ldc,
+                      bool accumulate) {
   using V = Vec<A>;
   V sum[Rows][2];
 #pragma GCC unroll 12
@@ -72,8 +72,7 @@ inline void gemm(int64_t rows, int64_t depth, int64_t n, const A* left, int64_t 
 template <typename A>
 inline void gemm_transposed(int64_t rows, int64_t m, int64_t n, const A* left, int64_t ldl, const A* panels, A* c,
                             int64_t ldc) {
-  for (int64_t j = 0; j < n; j += kPanel<A>)
-    gemm_column(m, rows, left, 1, ldl, panels + j * rows, c + j, ldc, true);
+  for (int64_t j = 0; j < n; j += kPanel<A>) gemm_column(m, rows, left, 1, ldl, panels + j * rows, c + j, ldc, true);
 }
 
 }  // namespace fastdense::FASTDENSE_TARGET

@@ -18,8 +18,7 @@ constexpr const char* kAllowed = "baseline, avx2 or avx512";
 
 SimdLevel machine_level() {
 #if defined(__x86_64__) || defined(__i386__)
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2) return avx512 ? SimdLevel::kAvx512 : SimdLevel::kAvx2;
@@ -70,8 +69,7 @@ void set_simd_level(SimdLevel level) {
 void set_simd_level(const char* name) {
   const std::optional<SimdLevel> level = parse(name);
   if (!level) {
-    throw std::invalid_argument(std::string("set_simd_level: expected name to be ") + kAllowed + ", got " +
-                                name);
+    throw std::invalid_argument(std::string("set_simd_level: expected name to be ") + kAllowed + ", got " + name);
   }
   set_simd_level(*level);
 }

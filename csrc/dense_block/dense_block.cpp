@@ -102,7 +102,8 @@ void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers)
       args.growth = first.size(0);
       fill_three(first.sizes().slice(2), args.conv.kernel);
       for (int64_t size : args.conv.kernel)
-        TORCH_CHECK_VALUE(size % 2 == 1, kOp, ": expected the kernel of ", name, ".conv2 to be odd, got ", first.sizes());
+        TORCH_CHECK_VALUE(size % 2 == 1, kOp, ": expected the kernel of ", name, ".conv2 to be odd, got ",
+                          first.sizes());
     }
     std::vector<int64_t> shape{args.growth, in};
     for (size_t d = 0; d < dims; ++d) shape.push_back(args.conv.kernel[d + 3 - dims]);
@@ -141,10 +142,9 @@ std::vector<int64_t> DenseBlockArgs::sizes(int64_t channels, bool pooled) const 
   return sizes;
 }
 
-DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options,
-                                 at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers,
-                                 bool bottleneck, std::string_view tail, double drop_rate,
-                                 const std::optional<at::Tensor>& seed) {
+DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
+                                 at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
+                                 double drop_rate, const std::optional<at::Tensor>& seed) {
   TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, kOp,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
   check_at_least(kOp, "num_layers", num_layers, 0);
@@ -156,8 +156,8 @@ DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions&
   const bool has_tail = args.tail != Tail::kNone;
   const int64_t expected = num_layers * (bottleneck ? 10 : 5) + (has_tail ? 4 : 0) + (args.tail == Tail::kTransition);
   const int64_t norms = num_layers * (bottleneck ? 2 : 1) + has_tail;
-  TORCH_CHECK_VALUE(int64_t(weights.size()) == expected, kOp, ": expected weights to have ", expected,
-                    " entries, got ", weights.size());
+  TORCH_CHECK_VALUE(int64_t(weights.size()) == expected, kOp, ": expected weights to have ", expected, " entries, got ",
+                    weights.size());
   TORCH_CHECK_VALUE(int64_t(eps.size()) == norms, kOp, ": expected eps to have ", norms, " entries, got ", eps.size());
   args.batch = sizes[0];
   args.in_channels = sizes[1];

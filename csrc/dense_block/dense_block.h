@@ -11,8 +11,8 @@
 // them.  Backward reads it and owns a gradient buffer of the same layout.
 //
 // Deferred correction.  The gradient of batch norm is affine in x per channel.  Its consumers l of a channel add
-// scale_l * dy_l to the gradient buffer and the two correction terms to two numbers per channel, which are applied once,
-// when the channel's own layer takes its gradient (finalise_gradient in dense_block_math.h).
+// scale_l * dy_l to the gradient buffer and the two correction terms to two numbers per channel, which are applied
+// once, when the channel's own layer takes its gradient (finalise_gradient in dense_block_math.h).
 //
 // Saved: the buffer, mean and variance [C + L*b], and in `keep_bottleneck` mode the 1x1 outputs z [L, pixels, b].
 // Recomputed: norm + ReLU of every prefix, norm2 + ReLU, dropout masks, and z when it was not kept.
@@ -39,10 +39,10 @@ struct NormArgs {
 };
 
 struct LayerArgs {
-  NormArgs norm1, norm2;       // norm2 and conv1 only with a bottleneck
-  at::Tensor conv1, conv2;     // [b, c, 1...], [k, b or c, kernel...]
+  NormArgs norm1, norm2;    // norm2 and conv1 only with a bottleneck
+  at::Tensor conv1, conv2;  // [b, c, 1...], [k, b or c, kernel...]
   int64_t conv1_at = 0, conv2_at = 0;
-  int64_t channels = 0;        // of the prefix that it reads
+  int64_t channels = 0;  // of the prefix that it reads
 };
 
 struct DenseBlockArgs {
@@ -68,14 +68,14 @@ struct DenseBlockArgs {
 };
 
 // Reads and checks the arguments.  `sizes` is the shape of the input; the lists are laid out as in ops/dense_block.py:
-// for each layer norm1 (weight, bias, running_mean, running_var), conv1, norm2 (4), conv2, then the tail's norm and conv.
-// A tensor without elements stands for an absent one.
-DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options,
-                                 at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers,
-                                 bool bottleneck, std::string_view tail, double drop_rate,
-                                 const std::optional<at::Tensor>& seed);
+// for each layer norm1 (weight, bias, running_mean, running_var), conv1, norm2 (4), conv2, then the tail's norm and
+// conv. A tensor without elements stands for an absent one.
+DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
+                                 at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
+                                 double drop_rate, const std::optional<at::Tensor>& seed);
 
-// Uninitialised tensor of logical shape [N, C, spatial] with the channels innermost in memory, in any number of dimensions.
+// Uninitialised tensor of logical shape [N, C, spatial] with the channels innermost in memory, in any number of
+// dimensions.
 at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // `t` [N, C, spatial] with the channels innermost: itself if it is so already, else a copy.

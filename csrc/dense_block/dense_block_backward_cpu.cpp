@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of the dense block on the CPU.  Layers in reverse; `gradient_` collects scale * dy of all consumers, and
-// shift_sum_, slope_sum_ the norm corrections, until a slice is finalised.  Sums and weight gradients are kept per worker
-// and added in order, so reruns with the same number of threads are bit-identical.
+// shift_sum_, slope_sum_ the norm corrections, until a slice is finalised.  Sums and weight gradients are kept per
+// worker and added in order, so reruns with the same number of threads are bit-identical.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -18,9 +18,9 @@ template <typename T>
 class Backward : DenseBlockDriver<T> {
   using Base = DenseBlockDriver<T>;
   using A = typename Base::A;
-  using typename Base::Coefficients;
   using Base::args;
   using Base::kernels;
+  using typename Base::Coefficients;
   using Needs = std::vector<bool>;
 
  public:
@@ -100,7 +100,8 @@ class Backward : DenseBlockDriver<T> {
   // Weight gradients [workers, depth, padded n], zeroed, if needed.
   at::Tensor worker_gradients(bool needed, int64_t depth, int64_t n) {
     sums_.zero_();
-    return at::zeros({needed ? this->workers : 0, depth, this->padded(n)}, at::TensorOptions().dtype(Base::kAccumulate));
+    return at::zeros({needed ? this->workers : 0, depth, this->padded(n)},
+                     at::TensorOptions().dtype(Base::kAccumulate));
   }
   static A* of_worker(const at::Tensor& gradients, int64_t worker) {
     return gradients.size(0) == 0 ? nullptr
@@ -108,7 +109,8 @@ class Backward : DenseBlockDriver<T> {
   }
   static at::Tensor total(const at::Tensor& gradients, int64_t n) { return gradients.sum(0).narrow(1, 0, n); }
 
-  BackwardSink<T> sink(int64_t worker, T* gradient, int64_t ld, const A* scale, const A* mean, const at::Tensor& dweight) {
+  BackwardSink<T> sink(int64_t worker, T* gradient, int64_t ld, const A* scale, const A* mean,
+                       const at::Tensor& dweight) {
     const Sums s = worker_sums(worker);
     return {gradient, ld, scale, mean, s.sum, s.weighted, of_worker(dweight, worker)};
   }
@@ -146,12 +148,11 @@ class Backward : DenseBlockDriver<T> {
     const at::Tensor dweight = worker_gradients(needs(args.tail_conv_at), co, ld_);
     const T* dy = static_cast<const T*>(grad.const_data_ptr());
     const Source<T> source = this->source(x_, ld_, c);
-    this->for_each_chunk(args.batch * args.pool.pixels(), kBackwardRows,
-                         [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-                           kernels.pool_backward(source, args.pool, row, rows, dy, co, co, panels.const_data_ptr<A>(),
-                                                 sink(worker, g_, ld_, c.scale(), c.mean(), dweight),
-                                                 this->scratch(worker));
-                         });
+    this->for_each_chunk(
+        args.batch * args.pool.pixels(), kBackwardRows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+          kernels.pool_backward(source, args.pool, row, rows, dy, co, co, panels.const_data_ptr<A>(),
+                                sink(worker, g_, ld_, c.scale(), c.mean(), dweight), this->scratch(worker));
+        });
     if (needs(args.tail_conv_at)) set(args.tail_conv_at, total(dweight, ld_).reshape(args.tail_conv.sizes()));
     consumed(args.tail_norm, c);
   }
@@ -288,12 +289,13 @@ class Backward : DenseBlockDriver<T> {
 };
 
 // Gradients of the input and of every weight, empty where `needs_grad` says that none is wanted.
-std::vector<at::Tensor> dense_block_backward_cpu(
-    const at::Tensor& grad_output,  // shape of the block's output
-    const at::Tensor& buffer,       // [N, C, spatial], channels innermost
-    const at::Tensor& mean, const at::Tensor& var, const at::Tensor& z, at::TensorList weights,
-    at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail, double drop_rate,
-    const std::optional<at::Tensor>& seed, int64_t in_channels, c10::List<bool> needs_grad) {
+std::vector<at::Tensor> dense_block_backward_cpu(const at::Tensor& grad_output,  // shape of the block's output
+                                                 const at::Tensor& buffer,       // [N, C, spatial], channels innermost
+                                                 const at::Tensor& mean, const at::Tensor& var, const at::Tensor& z,
+                                                 at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers,
+                                                 bool bottleneck, std::string_view tail, double drop_rate,
+                                                 const std::optional<at::Tensor>& seed, int64_t in_channels,
+                                                 c10::List<bool> needs_grad) {
   check_at_most("_dense_block_backward", "in_channels", in_channels, buffer.size(1));
   std::vector<int64_t> sizes = buffer.sizes().vec();
   sizes[1] = in_channels;

@@ -13,9 +13,9 @@ template <typename T>
 class Forward : DenseBlockDriver<T> {
   using Base = DenseBlockDriver<T>;
   using A = typename Base::A;
-  using typename Base::Coefficients;
   using Base::args;
   using Base::kernels;
+  using typename Base::Coefficients;
 
  public:
   Forward(const DenseBlockArgs& args, const DenseBlockOutputs& o, uint64_t seed)
@@ -42,11 +42,11 @@ class Forward : DenseBlockDriver<T> {
   // Moments of chunks, combined in order.
   void combine(const at::Tensor& partial, int64_t units, int64_t n, int64_t first,
                const std::function<int64_t(int64_t)>& count) {
-    const A* p = partial.const_data_ptr<A>();
+    const double* p = partial.const_data_ptr<double>();
     for (int64_t j = 0; j < n; ++j) {
       Moments<double> total{0, 0, 0};
       for (int64_t u = 0; u < units; ++u)
-        total = combine_moments<double>(total, {double(count(u)), double(p[2 * u * n + j]), double(p[(2 * u + 1) * n + j])});
+        total = combine_moments<double>(total, {double(count(u)), p[2 * u * n + j], p[(2 * u + 1) * n + j]});
       mean_[first + j] = A(total.mean);
       var_[first + j] = A(total.m2 / total.count);
     }
@@ -55,8 +55,8 @@ class Forward : DenseBlockDriver<T> {
   void input_statistics() {
     constexpr int64_t kRows = 1024;
     const int64_t n = args.in_channels, chunks = this->num_chunks(pixels_, kRows);
-    at::Tensor partial = this->template temporary<A>({chunks, 2, n});
-    A* p = partial.mutable_data_ptr<A>();
+    at::Tensor partial = this->template temporary<double>({chunks, 2, n});
+    double* p = partial.mutable_data_ptr<double>();
     this->for_each_chunk(pixels_, kRows, [&](int64_t, int64_t chunk, int64_t row, int64_t rows) {
       kernels.moments(x_ + row * ld_, ld_, rows, n, p + 2 * chunk * n, p + (2 * chunk + 1) * n);
     });
@@ -77,8 +77,8 @@ class Forward : DenseBlockDriver<T> {
 
   void bottleneck(const LayerArgs& layer, const Source<T>& prefix, T* z, bool statistics, int64_t first) {
     const int64_t b = args.width, most = kernels.chunk_rows(layer.channels), chunks = this->num_chunks(pixels_, most);
-    at::Tensor partial = this->template temporary<A>({statistics ? chunks : 0, 2, b});
-    this->make_bottleneck(layer, prefix, z, statistics ? partial.mutable_data_ptr<A>() : nullptr);
+    at::Tensor partial = this->template temporary<double>({statistics ? chunks : 0, 2, b});
+    this->make_bottleneck(layer, prefix, z, statistics ? partial.mutable_data_ptr<double>() : nullptr);
     if (statistics) combine(partial, chunks, b, first, [&](int64_t u) { return this->chunk_count(pixels_, most, u); });
   }
 
@@ -88,9 +88,10 @@ class Forward : DenseBlockDriver<T> {
     const int64_t slabs = this->slabs_per_image(), units = args.batch * slabs;
     const bool statistics = args.any_batch_statistics();
     const at::Tensor weight = this->tap_rows(layer.conv2);
-    const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), in.channels, args.conv.taps() * k, 1, in.channels);
-    at::Tensor partial = this->template temporary<A>({statistics ? units : 0, 2, k});
-    A* p = partial.mutable_data_ptr<A>();
+    const at::Tensor panels =
+        this->pack(weight.template const_data_ptr<A>(), in.channels, args.conv.taps() * k, 1, in.channels);
+    at::Tensor partial = this->template temporary<double>({statistics ? units : 0, 2, k});
+    double* p = partial.mutable_data_ptr<double>();
     const A* w = panels.const_data_ptr<A>();
     const Dropout dropout = this->dropout(seed_, l);
     this->for_each_worker(units, [&](int64_t worker, int64_t unit) {
@@ -111,10 +112,11 @@ class Forward : DenseBlockDriver<T> {
     const Coefficients c = this->coefficients(args.tail_norm, mean_, var_, ld_);
     const at::Tensor weight = this->accumulate_type(args.tail_conv);
     const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), ld_, co, 1, ld_);
-    this->for_each_chunk(args.batch * args.pool.pixels(), most, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      kernels.product(this->source(x_, ld_, c), &args.pool, row, rows, panels.const_data_ptr<A>(), co, out, co, nullptr,
-                      nullptr, this->scratch(worker));
-    });
+    this->for_each_chunk(args.batch * args.pool.pixels(), most,
+                         [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+                           kernels.product(this->source(x_, ld_, c), &args.pool, row, rows, panels.const_data_ptr<A>(),
+                                           co, out, co, nullptr, nullptr, this->scratch(worker));
+                         });
   }
 
   void norm(T* out) {
@@ -134,11 +136,11 @@ class Forward : DenseBlockDriver<T> {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_block_cpu(
     const at::Tensor& input,  // [N, C0, spatial]
-    at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck,
-    std::string_view tail, double drop_rate, const std::optional<at::Tensor>& seed, bool keep_bottleneck) {
+    at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
+    double drop_rate, const std::optional<at::Tensor>& seed, bool keep_bottleneck) {
   check_floating("dense_block", "input", input);
-  const DenseBlockArgs args = parse_dense_block(input.sizes(), input.options(), weights, eps, num_layers, bottleneck,
-                                                tail, drop_rate, seed);
+  const DenseBlockArgs args =
+      parse_dense_block(input.sizes(), input.options(), weights, eps, num_layers, bottleneck, tail, drop_rate, seed);
   const DenseBlockOutputs o = allocate_dense_block(args, input.options(), keep_bottleneck);
   if (args.pixels() > 0) {
     const uint64_t seed_value = drop_rate > 0 ? uint64_t(seed->item<int64_t>()) : 0;

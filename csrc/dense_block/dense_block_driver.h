@@ -137,13 +137,13 @@ class DenseBlockDriver {
   static Source<T> source(const T* x, int64_t ld, const Coefficients& c) { return {x, ld, c.n, c.scale(), c.shift()}; }
 
   // z [pixels, b] = act(prefix) * conv1^T; partial [chunks, 2, b]: mean and M2 of each chunk, or nullptr.
-  void make_bottleneck(const LayerArgs& layer, const Source<T>& prefix, T* z, A* partial) const {
+  void make_bottleneck(const LayerArgs& layer, const Source<T>& prefix, T* z, double* partial) const {
     const int64_t c = layer.channels, b = args.width;
     const at::Tensor weight = accumulate_type(layer.conv1);
     const at::Tensor packed = pack(weight.template const_data_ptr<A>(), c, b, 1, c);
     const A* panels = packed.template const_data_ptr<A>();
     for_each_chunk(args.pixels(), kernels.chunk_rows(c), [&](int64_t worker, int64_t chunk, int64_t row, int64_t rows) {
-      A* moments = partial ? partial + 2 * chunk * b : nullptr;
+      double* moments = partial ? partial + 2 * chunk * b : nullptr;
       kernels.product(prefix, nullptr, row, rows, panels, b, z, b, moments, moments ? moments + b : nullptr,
                       scratch(worker));
     });

@@ -14,9 +14,9 @@ namespace fastdense {
 // relu(scale * x + shift) of `channels` columns of a matrix of rows: what a norm + ReLU makes of a channel prefix.
 template <typename T>
 struct Source {
-  const T* x;        // [rows, ld]
-  int64_t ld;        // row stride in elements
-  int64_t channels;  // columns read
+  const T* x;                    // [rows, ld]
+  int64_t ld;                    // row stride in elements
+  int64_t channels;              // columns read
   const accumulate_t<T>* scale;  // [channels]
   const accumulate_t<T>* shift;  // [channels]
 };
@@ -40,7 +40,7 @@ struct PoolGeometry {
 };
 
 struct Dropout {
-  double rate;    // 0: none
+  double rate;  // 0: none
   uint64_t seed;
   uint32_t layer;
 };
@@ -49,7 +49,7 @@ struct Dropout {
 template <typename T>
 struct BackwardSink {
   using A = accumulate_t<T>;
-  T* gradient;       // [rows, ld]: += scale * dy, or = dy without `scale`
+  T* gradient;  // [rows, ld]: += scale * dy, or = dy without `scale`
   int64_t ld;
   const A* scale;    // [n] or nullptr
   const A* mean;     // [n]
@@ -67,13 +67,13 @@ struct DenseBlockKernels {
   void (*pack)(const A* w, int64_t depth, int64_t n, int64_t depth_stride, int64_t column_stride, int64_t first_panel,
                int64_t last_panel, A* panels);
   // mean and M2 of the columns of rows
-  void (*moments)(const T* x, int64_t ld, int64_t rows, int64_t n, A* mean, A* m2);
+  void (*moments)(const T* x, int64_t ld, int64_t rows, int64_t n, double* mean, double* m2);
   // out[row, :n] = act(source)[row] * weight, pooled rows if `pool`; moments of the stored values if `mean`
   void (*product)(const Source<T>&, const PoolGeometry* pool, int64_t row, int64_t rows, const A* panels, int64_t n,
-                  T* out, int64_t ldo, A* mean, A* m2, A* scratch);
+                  T* out, int64_t ldo, double* mean, double* m2, A* scratch);
   // slice[row, :k] = dropout(conv(act(source))) for the outermost indices [begin, end) of an image
   void (*conv)(const Source<T>&, const ConvGeometry&, int64_t image, int64_t begin, int64_t end, const A* panels,
-               int64_t k, T* slice, int64_t lds, const Dropout&, A* mean, A* m2, A* scratch);
+               int64_t k, T* slice, int64_t lds, const Dropout&, double* mean, double* m2, A* scratch);
   // d[row, :n] = dropout factor * finalised gradient; D is A (slices) or T (the block's input)
   void (*finalise)(const T* g, const T* x, int64_t ld, int64_t row, int64_t rows, int64_t n, const A* mean,
                    const A* shift_sum, const A* slope_sum, const Dropout&, A* d);
@@ -90,8 +90,8 @@ struct DenseBlockKernels {
                         int64_t n, const A* panels, const BackwardSink<T>&, A* scratch);
   // out = scale * x + shift, with or without ReLU, and its backward
   void (*norm)(const Source<T>&, bool relu, int64_t row, int64_t rows, T* out);
-  void (*norm_backward)(const Source<T>&, bool relu, int64_t row, int64_t rows, const T* grad,
-                        const BackwardSink<T>&, A* scratch);
+  void (*norm_backward)(const Source<T>&, bool relu, int64_t row, int64_t rows, const T* grad, const BackwardSink<T>&,
+                        A* scratch);
   // elements of scratch that a thread needs for any of the above: the most channels of a source, the most columns on
   // either side of a product (taps * k counts), and the elements of the largest slab of `conv`
   int64_t (*scratch_size)(int64_t widest_source, int64_t widest_product, int64_t slab);

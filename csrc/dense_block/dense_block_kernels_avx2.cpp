@@ -7,7 +7,10 @@
 #define FASTDENSE_TARGET avx2
 #define FASTDENSE_TARGET_AVX2
 #include "common/target.h"
+
 #include "common/vec.h"
+
 #include "dense_block/dense_block_kernels_impl.h"
+
 #include "common/target_end.h"
 #endif

@@ -6,6 +6,9 @@
 #define FASTDENSE_TARGET baseline
 #define FASTDENSE_TARGET_BASELINE
 #include "common/target.h"
+
 #include "common/vec.h"
+
 #include "dense_block/dense_block_kernels_impl.h"
+
 #include "common/target_end.h"

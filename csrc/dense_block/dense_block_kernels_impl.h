@@ -50,7 +50,7 @@ void pack(const A* w, int64_t depth, int64_t n, int64_t depth_stride, int64_t co
 
 template <typename T, typename A = accumulate_t<T>>
 void product(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const A* panels, int64_t n,
-             T* out, int64_t ldo, A* mean, A* m2, A* scratch) {
+             T* out, int64_t ldo, double* mean, double* m2, A* scratch) {
   const int64_t ldy = scratch_ld<A>(s.channels), ldc = padded<A>(n);
   A *y = scratch, *c = scratch + rows * ldy;
   if (pool)
@@ -74,8 +74,8 @@ struct PixelIndex {
   }
 };
 
-// Calls visit(tap, pixel) for every tap at which input pixel p meets an output pixel q = p - offset(tap) whose outermost
-// index lies in [begin, end), and outside(tap) for the others.
+// Calls visit(tap, pixel) for every tap at which input pixel p meets an output pixel q = p - offset(tap) whose
+// outermost index lies in [begin, end), and outside(tap) for the others.
 template <typename Visit, typename Outside>
 inline void for_each_tap(const ConvGeometry& g, const PixelIndex& p, int64_t begin, int64_t end, Visit visit,
                          Outside outside) {
@@ -153,7 +153,7 @@ inline void apply_dropout(const Dropout& dropout, int64_t row, int64_t rows, int
 
 template <typename T, typename A = accumulate_t<T>>
 void conv(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begin, int64_t end, const A* panels,
-          int64_t k, T* slice, int64_t lds, const Dropout& dropout, A* mean, A* m2, A* scratch) {
+          int64_t k, T* slice, int64_t lds, const Dropout& dropout, double* mean, double* m2, A* scratch) {
   const int64_t plane = g.plane(), halo = g.kernel[0] / 2, slab = (end - begin) * plane;
   const int64_t n = g.taps() * k, ldu = scratch_ld<A>(s.channels), ldt = padded<A>(n);
   const int64_t step = chunk_rows<A>(s.channels > n ? s.channels : n);
@@ -176,7 +176,8 @@ void finalise(const T* g, const T* x, int64_t ld, int64_t row, int64_t rows, int
               const A* shift_sum, const A* slope_sum, const Dropout& dropout, A* d) {
   for (int64_t r = row; r < row + rows; ++r)
     for (int64_t j = 0; j < n; ++j)
-      d[r * n + j] = finalise_gradient<A>(load(g[r * ld + j]), load(x[r * ld + j]), mean[j], shift_sum[j], slope_sum[j]);
+      d[r * n + j] =
+          finalise_gradient<A>(load(g[r * ld + j]), load(x[r * ld + j]), mean[j], shift_sum[j], slope_sum[j]);
   apply_dropout(dropout, row, rows, n, d + row * n);
 }
 
@@ -185,8 +186,8 @@ void finalise_input(const T* g, const T* x, int64_t ld, int64_t row, int64_t row
                     const A* shift_sum, const A* slope_sum, T* dx) {
   for (int64_t r = row; r < row + rows; ++r)
     for (int64_t j = 0; j < n; ++j)
-      dx[r * n + j] = store<T>(
-          finalise_gradient<A>(load(g[r * ld + j]), load(x[r * ld + j]), mean[j], shift_sum[j], slope_sum[j]));
+      dx[r * n + j] =
+          store<T>(finalise_gradient<A>(load(g[r * ld + j]), load(x[r * ld + j]), mean[j], shift_sum[j], slope_sum[j]));
 }
 
 // Spreads the gradient of a pooled pixel over its window.
@@ -223,8 +224,7 @@ void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t
     } else {
       activate_panels(s, row, rows, begin, end, act);
     }
-    if (sink.dweight)
-      gemm_transposed(rows, depth, n, left, ldl, act, sink.dweight + begin, padded<A>(s.channels));
+    if (sink.dweight) gemm_transposed(rows, depth, n, left, ldl, act, sink.dweight + begin, padded<A>(s.channels));
     if (!sink.gradient) continue;
     A sum[kColumnBlock] = {}, weighted[kColumnBlock] = {};
     for (int64_t r = 0; r < rows; ++r) {
@@ -314,9 +314,9 @@ template <typename T>
 const DenseBlockKernels<T>& dense_block_kernels() {
   using A = accumulate_t<T>;
   static const DenseBlockKernels<T> kernels = {
-      kPanel<A>,        pack<A>,       moments<T>,        product<T>,          conv<T>,
-      finalise<T>,      finalise_input<T>, conv_backward<T>, product_backward<T>, pool_backward<T>,
-      norm<T>,          norm_backward<T>,  scratch_size<A>,  chunk_rows<A>};
+      kPanel<A>,   pack<A>,           moments<T>,       product<T>,          conv<T>,
+      finalise<T>, finalise_input<T>, conv_backward<T>, product_backward<T>, pool_backward<T>,
+      norm<T>,     norm_backward<T>,  scratch_size<A>,  chunk_rows<A>};
   return kernels;
 }
 

@@ -66,8 +66,11 @@ inline void activate_panels(const Source<T>& s, int64_t row, int64_t rows, int64
     const T* x = s.x + row * s.ld + j;
     const A *scale = s.scale + j, *shift = s.shift + j;
     if (end - j >= kWidth) {
-      for (int64_t r = 0; r < rows; ++r)
-        for (int i = 0; i < kWidth; ++i) panels[r * kWidth + i] = norm_relu(load(x[r * s.ld + i]), scale[i], shift[i]);
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* __restrict in = x + r * s.ld;
+        A* __restrict out = panels + r * kWidth;
+        for (int i = 0; i < kWidth; ++i) out[i] = norm_relu(load(in[i]), scale[i], shift[i]);
+      }
     } else {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t i = 0; i < kWidth; ++i)
@@ -76,32 +79,37 @@ inline void activate_panels(const Source<T>& s, int64_t row, int64_t rows, int64
   }
 }
 
-// Mean and M2 of the columns of x[rows, ld], by tiles of kTile rows that are combined in order (Chan).
+// Mean and M2 of the columns of x[rows, ld], by tiles of kTile rows that are combined in order (Chan).  The second pass
+// over a tile also takes the sum of the deviations, which would be 0 but for the rounding of the mean, and corrects
+// both.
 template <typename T>
-void moments(const T* x, int64_t ld, int64_t rows, int64_t n, accumulate_t<T>* mean, accumulate_t<T>* m2) {
+void moments(const T* x, int64_t ld, int64_t rows, int64_t n, double* mean, double* m2) {
   using A = accumulate_t<T>;
   constexpr int64_t kTile = 128;
   constexpr int64_t kColumns = 64;
   for (int64_t j = 0; j < n; j += kColumns) {
     const int64_t width = n - j < kColumns ? n - j : kColumns;
-    A *total_mean = mean + j, *total_m2 = m2 + j;
-    for (int64_t i = 0; i < width; ++i) total_mean[i] = total_m2[i] = 0;
+    for (int64_t i = 0; i < width; ++i) mean[j + i] = m2[j + i] = 0;
     for (int64_t r = 0; r < rows; r += kTile) {
       const int64_t tile = rows - r < kTile ? rows - r : kTile;
       const T* first = x + r * ld + j;
-      A tile_mean[kColumns] = {}, tile_m2[kColumns] = {};
+      A near[kColumns] = {}, squares[kColumns] = {}, rest[kColumns] = {};  // `near` the mean, up to rounding
       for (int64_t q = 0; q < tile; ++q)
-        for (int64_t i = 0; i < width; ++i) tile_mean[i] += load(first[q * ld + i]);
-      for (int64_t i = 0; i < width; ++i) tile_mean[i] /= A(tile);
+        for (int64_t i = 0; i < width; ++i) near[i] += load(first[q * ld + i]);
+      for (int64_t i = 0; i < width; ++i) near[i] /= A(tile);
       for (int64_t q = 0; q < tile; ++q)
         for (int64_t i = 0; i < width; ++i) {
-          const A delta = load(first[q * ld + i]) - tile_mean[i];
-          tile_m2[i] += delta * delta;
+          const A delta = load(first[q * ld + i]) - near[i];
+          squares[i] += delta * delta;
+          rest[i] += delta;
         }
       for (int64_t i = 0; i < width; ++i) {
-        const auto sum = combine_moments<A>({A(r), total_mean[i], total_m2[i]}, {A(tile), tile_mean[i], tile_m2[i]});
-        total_mean[i] = sum.mean;
-        total_m2[i] = sum.m2;
+        const double shift = double(rest[i]) / double(tile);
+        const Moments<double> part = {double(tile), double(near[i]) + shift,
+                                      double(squares[i]) - double(rest[i]) * shift};
+        const auto sum = combine_moments<double>({double(r), mean[j + i], m2[j + i]}, part);
+        mean[j + i] = sum.mean;
+        m2[j + i] = sum.m2;
       }
     }
   }
@@ -110,7 +118,7 @@ void moments(const T* x, int64_t ld, int64_t rows, int64_t n, accumulate_t<T>* m
 // Rounds v[rows, ldv] into out[rows, ldo]; the moments are those of the stored values.
 template <typename T>
 inline void store_rows(const accumulate_t<T>* v, int64_t ldv, int64_t rows, int64_t n, T* out, int64_t ldo,
-                       accumulate_t<T>* mean, accumulate_t<T>* m2) {
+                       double* mean, double* m2) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < n; ++j) out[r * ldo + j] = store<T>(v[r * ldv + j]);
   if (mean) moments(out, ldo, rows, n, mean, m2);

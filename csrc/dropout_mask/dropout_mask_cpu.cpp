@@ -7,8 +7,7 @@
 namespace fastdense {
 namespace {
 
-at::Tensor dropout_mask_cpu(const at::Tensor& seed, int64_t layer, int64_t rows, int64_t channels,
-                            double drop_rate) {
+at::Tensor dropout_mask_cpu(const at::Tensor& seed, int64_t layer, int64_t rows, int64_t channels, double drop_rate) {
   constexpr int64_t kGrain = 4096;
   const at::Tensor mask = dropout_mask_prepare(seed, layer, rows, channels, drop_rate);
   if (mask.numel() == 0) return mask;

@@ -10,8 +10,7 @@
 namespace fastdense {
 namespace {
 
-at::Tensor dropout_mask_cuda(const at::Tensor& seed, int64_t layer, int64_t rows, int64_t channels,
-                             double drop_rate) {
+at::Tensor dropout_mask_cuda(const at::Tensor& seed, int64_t layer, int64_t rows, int64_t channels, double drop_rate) {
   const c10::cuda::CUDAGuard guard(seed.device());
   const at::Tensor mask = dropout_mask_prepare(seed, layer, rows, channels, drop_rate);
   if (mask.numel() == 0) return mask;

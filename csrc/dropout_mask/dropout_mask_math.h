@@ -41,8 +41,7 @@ FASTDENSE_HD PhiloxBlock philox4x32(PhiloxKey key, PhiloxBlock counter) {
 
 // The four random words of elements 4 * block ... 4 * block + 3.
 FASTDENSE_HD PhiloxBlock dropout_words(uint64_t seed, uint32_t layer, uint64_t block) {
-  return philox4x32({{uint32_t(seed), uint32_t(seed >> 32)}},
-                    {{uint32_t(block), uint32_t(block >> 32), layer, 0}});
+  return philox4x32({{uint32_t(seed), uint32_t(seed >> 32)}}, {{uint32_t(block), uint32_t(block >> 32), layer, 0}});
 }
 
 // Smallest word that is kept, in [0, 2^32]: 64 bits, so that drop_rate 1 keeps nothing.

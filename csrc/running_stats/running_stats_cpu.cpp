@@ -17,10 +17,10 @@ constexpr const char* kOp = "update_running_stats_";
 void check(at::TensorList running_mean, at::TensorList running_var, at::TensorList batches, const at::Tensor& mean,
            const at::Tensor& var, at::IntArrayRef offsets, at::ArrayRef<double> momentum, int64_t count) {
   const size_t norms = running_mean.size();
-  TORCH_CHECK_VALUE(running_var.size() == norms && batches.size() == norms && offsets.size() == norms &&
-                        momentum.size() == norms,
-                    kOp, ": expected all lists to have ", norms, " entries, got ", running_var.size(), ", ",
-                    batches.size(), ", ", offsets.size(), " and ", momentum.size());
+  TORCH_CHECK_VALUE(
+      running_var.size() == norms && batches.size() == norms && offsets.size() == norms && momentum.size() == norms,
+      kOp, ": expected all lists to have ", norms, " entries, got ", running_var.size(), ", ", batches.size(), ", ",
+      offsets.size(), " and ", momentum.size());
   TORCH_CHECK_VALUE(count > 1, kOp, ": expected count to be more than 1 value per channel, got ", count);
   check_rank(kOp, "mean", mean, 1);
   check_shape(kOp, "var", var, mean.sizes());

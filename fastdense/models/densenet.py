@@ -87,18 +87,14 @@ class DenseNet(nn.Module):
         return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def _imagenet(
-    block_config: Sequence[int], growth_rate: int, in_channels: int, **kwargs: Any
-) -> DenseNet:
+def _imagenet(block_config: Sequence[int], growth_rate: int, in_channels: int, **kwargs: Any) -> DenseNet:
     stem: list[tuple[str, nn.Module]] = [
         ("conv0", nn.Conv2d(3, in_channels, 7, stride=2, padding=3, bias=False)),
         ("norm0", nn.BatchNorm2d(in_channels)),
         ("relu0", nn.ReLU(inplace=True)),
         ("pool0", nn.MaxPool2d(3, stride=2, padding=1)),
     ]
-    return DenseNet(
-        stem, in_channels, growth_rate=growth_rate, block_config=block_config, **kwargs
-    )
+    return DenseNet(stem, in_channels, growth_rate=growth_rate, block_config=block_config, **kwargs)
 
 
 def densenet121(**kwargs: Any) -> DenseNet:
@@ -154,9 +150,7 @@ def densenet_cifar(
     """
     convolutions = 6 if bottleneck else 3
     if depth < 4 + convolutions or (depth - 4) % convolutions:
-        raise ValueError(
-            f"densenet_cifar: expected depth to be 4 plus a multiple of {convolutions}, got {depth!r}"
-        )
+        raise ValueError(f"densenet_cifar: expected depth to be 4 plus a multiple of {convolutions}, got {depth!r}")
     in_channels = 2 * growth_rate if bottleneck else 16
     stem = [("conv0", nn.Conv2d(3, in_channels, 3, padding=1, bias=False))]
     return DenseNet(

@@ -57,14 +57,10 @@ class DenseLayer(nn.Module):
         track_running_stats: bool = True,
     ) -> None:
         super().__init__()
-        _check_positive(
-            "DenseLayer", in_channels=in_channels, growth_rate=growth_rate, bn_size=bn_size
-        )
+        _check_positive("DenseLayer", in_channels=in_channels, growth_rate=growth_rate, bn_size=bn_size)
         _check_spatial_dims("DenseLayer", spatial_dims)
         if not 0 <= drop_rate <= 1:
-            raise ValueError(
-                f"DenseLayer: expected drop_rate to be a probability in [0, 1], got {drop_rate!r}"
-            )
+            raise ValueError(f"DenseLayer: expected drop_rate to be a probability in [0, 1], got {drop_rate!r}")
         conv, norm = _CONV[spatial_dims - 1], _NORM[spatial_dims - 1]
         width = in_channels
         self.norm1 = norm(in_channels, eps, momentum, affine, track_running_stats)

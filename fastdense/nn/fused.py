@@ -7,7 +7,6 @@ mixin calls the plain forward and warns once.
 """
 
 import copyreg
-import functools
 import warnings
 from typing import Any
 
@@ -54,17 +53,21 @@ class FusedModule(nn.Module):
         return _new_fused, (mixin, plain), self.__dict__
 
 
-@functools.cache
-def fused_class(mixin: type[FusedModule], plain: type[nn.Module]) -> type[nn.Module]:
+_MADE: dict[tuple[Any, Any], Any] = {}
+
+
+def fused_class(mixin: Any, plain: Any) -> Any:
     """The class that runs ``plain`` by ``mixin``; library classes name theirs, others get one made."""
     for known in plain.__subclasses__():
         if issubclass(known, mixin) and known.__bases__ == (mixin, plain):
             return known
+    if (mixin, plain) in _MADE:
+        return _MADE[mixin, plain]
     body = {"__module__": plain.__module__, "__doc__": plain.__doc__, "_made_by_fuse": True}
-    return type(f"Fused{plain.__name__}", (mixin, plain), body)
+    return _MADE.setdefault((mixin, plain), type(f"Fused{plain.__name__}", (mixin, plain), body))
 
 
-def plain_class(fused: type[nn.Module]) -> type[nn.Module]:
+def plain_class(fused: type[nn.Module]) -> Any:
     """The plain class behind a fused one, through library subclasses of it."""
     for base in fused.__mro__:
         if len(base.__bases__) == 2 and issubclass(base.__bases__[0], FusedModule):
@@ -102,12 +105,11 @@ def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str
     return out
 
 
-def _update_running_stats(
-    input: Tensor, layers: list[Layer], tail: Tail | None, statistics: BatchStatistics
-) -> None:
+def _update_running_stats(input: Tensor, layers: list[Layer], tail: Tail | None, statistics: BatchStatistics) -> None:
     growth = layers[0].conv2.weight.shape[0] if layers else 0
     next_offset = input.shape[1] + len(layers) * growth
-    norms, offsets = [], []
+    norms: list[Any] = []
+    offsets: list[int] = []
     bottlenecks = {id(layer.norm2) for layer in layers}
     for norm in norms_of(layers, tail):
         is_bottleneck = id(norm) in bottlenecks

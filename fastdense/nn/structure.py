@@ -7,7 +7,7 @@ seen when they matter. A fused operator does not call the inner modules; what re
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.modules.module as global_hooks
 from torch import nn
@@ -27,9 +27,9 @@ class NotFusible(Exception):
 class Layer(NamedTuple):
     """The modules of a dense layer; conv1 and norm2 are None without a bottleneck."""
 
-    norm1: nn.Module
+    norm1: nn.BatchNorm2d
     conv1: nn.Conv2d | None
-    norm2: nn.Module | None
+    norm2: nn.BatchNorm2d | None
     conv2: nn.Conv2d
     drop_rate: float
 
@@ -37,7 +37,7 @@ class Layer(NamedTuple):
 class Tail(NamedTuple):
     """The modules that read a finished block: norm and 1x1 of a transition, or a last norm alone."""
 
-    norm: nn.Module
+    norm: nn.BatchNorm2d
     conv: nn.Conv2d | None
     relu: bool
 
@@ -71,7 +71,7 @@ def child(module: nn.Module, name: str) -> nn.Module | None:
     return module.__dict__["_modules"].get(name)
 
 
-def _check_conv(conv: nn.Module | None, name: str, kernel: int | None) -> nn.Conv2d:
+def _check_conv(conv: Any, name: str, kernel: int | None) -> nn.Conv2d:
     """A convolution without bias, of stride 1, whose output has the input's size; ``kernel`` None: any odd one."""
     if type(conv) not in _CONVS:
         raise NotFusible(f"{name} is a {type(conv).__name__}, not a Conv1d, Conv2d or Conv3d")
@@ -91,7 +91,7 @@ def _check_conv(conv: nn.Module | None, name: str, kernel: int | None) -> nn.Con
     )
     if not plain:
         raise NotFusible(f"{name} is {conv}: expected no bias, stride 1, groups 1, 'same' zero padding")
-    return conv  # type: ignore[return-value]
+    return conv
 
 
 def _has_fused_relu(norm: nn.Module) -> bool:
@@ -103,7 +103,7 @@ def _has_fused_relu(norm: nn.Module) -> bool:
     )
 
 
-def _check_norm(norm: nn.Module | None, name: str) -> nn.Module:
+def _check_norm(norm: Any, name: str) -> Any:
     if norm is None or (type(norm) not in _NORMS and not _has_fused_relu(norm)):
         raise NotFusible(f"{name} is a {type(norm).__name__}, not a BatchNorm with ReLU")
     check_quiet(norm, name)
@@ -114,7 +114,7 @@ def _check_norm(norm: nn.Module | None, name: str) -> nn.Module:
     return norm
 
 
-def _check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> nn.Module:
+def _check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> Any:
     """A batch norm followed by ReLU: two modules, or one that does both."""
     found = _check_norm(child(module, norm), f"{where}{norm}")
     activation = child(module, relu)
@@ -127,7 +127,7 @@ def _check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> nn.
     return found
 
 
-def read_layer(module: nn.Module, name: str) -> Layer:
+def read_layer(module: Any, name: str) -> Layer:
     """Reads norm1, relu1, conv1, norm2, relu2, conv2 (conv1 and norm2 may be missing together)."""
     check_quiet(module, name)
     children = {key for key, value in module.__dict__["_modules"].items() if value is not None}
@@ -159,13 +159,12 @@ def read_transition(module: nn.Module) -> Tail:
     check_no_global_hooks()
     norm = _check_norm_relu(module, "norm", "relu", "")
     conv = _check_conv(child(module, "conv"), "conv", 1)
-    pool = child(module, "pool")
+    pool: Any = child(module, "pool")
     if type(pool) not in _POOLS:
         raise NotFusible(f"pool is a {type(pool).__name__}, not an average pool")
     check_quiet(pool, "pool")
     kernel, stride, padding = (
-        {size} if isinstance(size, int) else set(size)
-        for size in (pool.kernel_size, pool.stride, pool.padding)
+        {size} if isinstance(size, int) else set(size) for size in (pool.kernel_size, pool.stride, pool.padding)
     )
     if not (kernel == stride == {2} and padding == {0}) or pool.ceil_mode:
         raise NotFusible(f"pool is {pool}: expected kernel and stride 2 without padding")
@@ -180,7 +179,7 @@ def read_last_norm(module: nn.Module) -> Tail:
     return Tail(_check_norm(module, "norm"), None, _has_fused_relu(module))
 
 
-def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.Module]:
+def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.BatchNorm2d]:
     """All norms in the order of the operator's arguments."""
     for layer in layers:
         yield layer.norm1
@@ -190,7 +189,7 @@ def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.Module]:
         yield tail.norm
 
 
-def norm_weights(norm: nn.Module) -> NormWeights:
+def norm_weights(norm: Any) -> NormWeights:
     # As in nn.BatchNorm: the running statistics normalise in eval mode, where there are any.
     running = not norm.training and norm.running_mean is not None
     return NormWeights(

@@ -105,9 +105,7 @@ def dense_block(
         arXiv:1608.06993, equation 2; shared memory after G. Pleiss et al., arXiv:1707.06990.
     """
     if memory not in MEMORY_MODES:
-        raise ValueError(
-            f"dense_block: expected memory to be one of {MEMORY_MODES}, got {memory!r}"
-        )
+        raise ValueError(f"dense_block: expected memory to be one of {MEMORY_MODES}, got {memory!r}")
     device = input.device.type
     if not has_kernels(device):
         raise NotImplementedError(
@@ -119,6 +117,9 @@ def dense_block(
     else:
         _check_conv_dtypes(input, layers, tail)
     weights, eps = _flatten(layers, tail, absent=input.detach().new_empty(0))
+    for weight in weights:
+        if weight.device != input.device:
+            raise ValueError(f"dense_block: expected all weights to be on {input.device} like input, got {weight.device}")
     bottleneck = bool(layers) and layers[0].conv1 is not None
     keep = memory == "balanced" and torch.is_grad_enabled() and _any_requires_grad(input, weights)
     out, _, mean, var, _ = torch.ops.fastdense.dense_block(
@@ -135,9 +136,7 @@ def dense_block(
     return out, BatchStatistics(mean, var)
 
 
-def _check_conv_dtypes(
-    input: Tensor, layers: Sequence[LayerWeights], tail: TailWeights | None
-) -> None:
+def _check_conv_dtypes(input: Tensor, layers: Sequence[LayerWeights], tail: TailWeights | None) -> None:
     convs = [conv for layer in layers for conv in (layer.conv1, layer.conv2) if conv is not None]
     if tail is not None and tail.conv is not None:
         convs.append(tail.conv)
@@ -286,9 +285,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[
 
 
 def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "dense_block: double backward is not supported; call fastdense.restore(model) for plain modules"
-    )
+    raise RuntimeError("dense_block: double backward is not supported; call fastdense.restore(model) for plain modules")
 
 
 torch.library.register_autograd("fastdense::dense_block", _backward, setup_context=_setup_context)

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense block operator against the concatenating reference."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdense import _C, reference
+from fastdense.ops import LayerWeights, NormWeights, TailWeights, dense_block, update_running_stats_
+
+LEVELS = ("baseline", "avx2", "avx512")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small block; `tail` names what reads it."""
+
+    batch: int = 3
+    in_channels: int = 10
+    growth_rate: int = 6
+    num_layers: int = 3
+    width: int = 20  # of the bottleneck, 0 for none
+    size: tuple[int, ...] = (7, 5)
+    tail: str = "none"
+    frozen: tuple[str, ...] = ()
+    affine: bool = True
+    dtype: torch.dtype = torch.float64
+    drop_rate: float = 0.0
+    memory: str = "balanced"
+
+
+class Block:
+    """Random parameters of a case, and both implementations."""
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        self.case = case
+        self.random = torch.Generator().manual_seed(seed)
+        self.names: list[str] = []
+        self.parameters: list[Tensor] = []
+        dims = len(case.size)
+        kernel, one = [3] * dims, [1] * dims
+        self.layers = []
+        for index in range(case.num_layers):
+            channels = case.in_channels + index * case.growth_rate
+            fan = case.width or channels
+            self.layers.append(
+                LayerWeights(
+                    self.norm(f"{index}.norm1", channels, 1e-5 * (index + 1)),
+                    self.weight(f"{index}.conv1", case.width, channels, *one) if case.width else None,
+                    self.norm(f"{index}.norm2", case.width, 1e-3) if case.width else None,
+                    self.weight(f"{index}.conv2", case.growth_rate, fan, *kernel),
+                )
+            )
+        channels = case.in_channels + case.num_layers * case.growth_rate
+        self.tail = None
+        if case.tail != "none":
+            norm = self.norm("tail.norm", channels, 1e-5)
+            conv = self.weight("tail.conv", 7, channels, *one) if case.tail == "transition" else None
+            self.tail = TailWeights(norm, conv, case.tail == "norm_relu")
+        shape = (case.batch, case.in_channels, *case.size)
+        self.input = (self.normal(*shape) + 0.5).requires_grad_()
+        self.seed = torch.tensor(1234)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.random, dtype=torch.float64).to(self.case.dtype)
+
+    def add(self, name: str, value: Tensor) -> Tensor:
+        self.names.append(name)
+        self.parameters.append(value.requires_grad_())
+        return value
+
+    def weight(self, name: str, *shape: int) -> Tensor:
+        fan = torch.Size(shape[1:]).numel()
+        return self.add(name, self.normal(*shape) * (2 / fan) ** 0.5)
+
+    def norm(self, name: str, channels: int, eps: float) -> NormWeights:
+        weight = bias = mean = var = None
+        if self.case.affine:
+            weight = self.add(f"{name}.weight", self.normal(channels).abs() + 0.5)
+            bias = self.add(f"{name}.bias", self.normal(channels) * 0.3)
+        if any(part in name for part in self.case.frozen):
+            mean, var = self.normal(channels) * 0.2, self.normal(channels).abs() + 0.5
+        return NormWeights(weight, bias, mean, var, eps)
+
+    def run(self, memory: str | None = None):
+        return dense_block(
+            self.input,
+            self.layers,
+            tail=self.tail,
+            drop_rate=self.case.drop_rate,
+            seed=self.seed,
+            memory=memory or self.case.memory,
+        )
+
+    def expected(self):
+        return reference.dense_block(
+            self.input, self.layers, tail=self.tail, drop_rate=self.case.drop_rate, seed=self.seed
+        )
+
+    def gradients(self, out: Tensor, grad: Tensor, **kwargs) -> dict[str, Tensor]:
+        grads = torch.autograd.grad(out, [self.input, *self.parameters], grad, **kwargs)
+        return dict(zip(["input", *self.names], grads, strict=True))
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def check(case: Case, tolerance: float = 1e-12) -> None:
+    block = Block(case)
+    out, statistics = block.run()
+    expected, expected_statistics = block.expected()
+    grad = block.normal(*expected.shape)
+    errors = {"out": relative(out, expected)}
+    if len(block.case.frozen) == 0:
+        errors["mean"] = relative(statistics.mean, expected_statistics.mean)
+        errors["var"] = relative(statistics.var, expected_statistics.var)
+    actual, wanted = block.gradients(out, grad), block.gradients(expected, grad)
+    errors |= {name: relative(actual[name], wanted[name]) for name in wanted}
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] < tolerance, (worst, errors[worst])
+
+
+ALL = ("norm1", "norm2", "tail")
+
+
+@pytest.mark.parametrize("memory", ["balanced", "min"])
+@pytest.mark.parametrize("tail", ["none", "transition", "norm", "norm_relu"])
+@pytest.mark.parametrize("width", [20, 0], ids=["bottleneck", "plain"])
+@pytest.mark.parametrize("size", [(9,), (7, 5), (5, 4, 3)], ids=["1d", "2d", "3d"])
+def test_parity(size, width, tail, memory):
+    check(Case(size=size, width=width, tail=tail, memory=memory))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(frozen=ALL, tail="transition"),
+        Case(frozen=("norm1",), tail="transition"),
+        Case(frozen=("norm2",), tail="norm"),
+        Case(frozen=("1.norm1", "tail"), tail="norm_relu", memory="min"),
+        Case(frozen=ALL, width=0, tail="none"),
+        Case(affine=False, tail="transition"),
+        Case(drop_rate=0.3, tail="transition"),
+        Case(drop_rate=0.3, tail="transition", memory="min"),
+        Case(drop_rate=1.0, tail="none", frozen=ALL),
+        Case(num_layers=0, tail="transition"),
+        Case(num_layers=0, tail="norm_relu"),
+        Case(batch=1, size=(1, 2), num_layers=1),
+        Case(batch=1, size=(13, 11), tail="transition"),
+        Case(batch=2, in_channels=2, growth_rate=1, width=3, size=(17, 1)),
+        Case(batch=2, in_channels=300, growth_rate=12, width=48, num_layers=2, size=(6, 6), tail="norm"),
+        Case(batch=5, in_channels=24, growth_rate=32, width=128, num_layers=2, size=(31, 30), tail="transition"),
+    ],
+    ids=repr,
+)
+def test_parity_of_special_cases(case):
+    check(case)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_simd_level_of_this_machine(level):
+    best = _C.build_info()["simd"]
+    if LEVELS.index(level) > LEVELS.index(best):
+        with pytest.raises(ValueError, match=level):
+            _C.set_simd_level(level)
+        return
+    try:
+        _C.set_simd_level(level)
+        check(Case(in_channels=37, growth_rate=5, width=19, tail="transition", size=(9, 8)))
+        check(Case(dtype=torch.float32, in_channels=37, width=19, tail="transition"), tolerance=2e-5)
+    finally:
+        _C.set_simd_level(best)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 3, 2, 2, 4, (3, 4), "transition"),
+        Case(2, 3, 2, 2, 4, (4, 3), "norm_relu", frozen=ALL),
+        Case(2, 3, 2, 2, 0, (5,), "none", memory="min", drop_rate=0.4),
+    ],
+    ids=repr,
+)
+def test_gradcheck_of_a_whole_block(case):
+    block = Block(case)
+
+    def run(*_):
+        return block.run()[0]
+
+    assert torch.autograd.gradcheck(run, [block.input, *block.parameters], fast_mode=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_no_worse_than_torch(dtype):
+    case = Case(batch=4, in_channels=24, growth_rate=12, width=48, num_layers=4, size=(12, 12), tail="transition")
+    exact, low = Block(case), Block(replace(case, dtype=dtype))
+    grad = exact.normal(4, 7, 6, 6)
+    with torch.no_grad():
+        for target, source in zip([low.input, *low.parameters], [exact.input, *exact.parameters], strict=True):
+            source.copy_(target)
+    truth, _ = exact.expected()
+    wanted = exact.gradients(truth, grad)
+    for run, factor in ((low.run, 1.25), (low.expected, 1.0)):
+        out, _ = run()
+        assert out.dtype == dtype
+        got = low.gradients(out, grad.to(dtype))
+        errors = [relative(out.double(), truth)] + [relative(got[n].double(), wanted[n]) for n in wanted]
+        if factor > 1:
+            ours = errors
+        else:
+            assert sum(ours) <= 1.25 * sum(errors)
+            assert all(mine <= 2 * theirs + 1e-6 for mine, theirs in zip(ours, errors, strict=True))
+
+
+def test_memory_modes_are_bit_identical():
+    block = Block(Case(dtype=torch.float32, tail="transition", size=(24, 24), drop_rate=0.2))
+    results = [block.run(memory) for memory in ("balanced", "min", "balanced")]
+    grad = torch.ones_like(results[0][0])
+    gradients = [block.gradients(out, grad) for out, _ in results]
+    for (out, statistics), grads in zip(results[1:], gradients[1:], strict=True):
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(statistics.var, results[0][1].var)
+        assert all(torch.equal(grads[name], gradients[0][name]) for name in grads)
+
+
+def test_saved_bytes_match_the_closed_form():
+    for memory, per_pixel in (("balanced", 28 + 3 * 20), ("min", 28)):
+        block = Block(Case(dtype=torch.float32, memory=memory))
+        own = {p.untyped_storage().data_ptr() for p in block.parameters}
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            block.run()
+        kept = sum(size for at, size in saved.items() if at not in own)
+        statistics = 2 * (28 + 3 * 20)
+        pixels = 3 * 7 * 5
+        assert abs(kept - 4 * (pixels * per_pixel + statistics)) <= 16  # the seed
+
+
+@pytest.mark.parametrize("part", ["input", "0.conv2", "2.norm1.weight", "1.conv1", "tail.conv", "tail.norm.bias"])
+def test_only_what_needs_a_gradient_gets_one(part):
+    block = Block(Case(tail="transition"))
+    expected, _ = block.expected()
+    grad = block.normal(*expected.shape)
+    wanted = block.gradients(expected, grad)[part]
+    for name, tensor in zip(["input", *block.names], [block.input, *block.parameters], strict=True):
+        tensor.requires_grad_(name == part)
+    leaf = block.input if part == "input" else block.parameters[block.names.index(part)]
+    out, _ = block.run()
+    (actual,) = torch.autograd.grad(out, [leaf], grad)
+    assert relative(actual, wanted) < 1e-12
+
+
+def test_gradient_that_is_expanded_strided_or_reused():
+    block = Block(Case(tail="none"))
+    out, _ = block.run()
+    expected, _ = block.expected()
+    for grad in (torch.ones((), dtype=out.dtype).expand_as(out), block.normal(*out.shape, 2)[..., 0]):
+        before = grad.clone()
+        actual = block.gradients(out, grad, retain_graph=True)
+        wanted = block.gradients(expected, grad, retain_graph=True)
+        again = block.gradients(out, grad, retain_graph=True)
+        assert torch.equal(grad, before)
+        for name in wanted:
+            assert relative(actual[name], wanted[name]) < 1e-12
+            assert torch.equal(actual[name], again[name])
+
+
+def test_non_finite_values_propagate_as_in_torch():
+    for value in (float("nan"), float("inf")):
+        block = Block(Case(tail="norm_relu", frozen=ALL))
+        with torch.no_grad():
+            block.input[1, 2, 3, 3] = value
+        out, _ = block.run()
+        expected, _ = block.expected()
+        assert torch.equal(out.isfinite(), expected.isfinite())
+        assert out.isnan().any()
+
+
+def test_in_place_edit_of_the_output_raises_in_backward():
+    out, _ = Block(Case()).run()
+    out.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_double_backward_raises():
+    block = Block(Case())
+    out, _ = block.run()
+    (grad,) = torch.autograd.grad(out.square().sum(), block.input, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+
+
+def test_large_mean_keeps_the_variance():
+    block = Block(Case(dtype=torch.float32, batch=8, size=(32, 32), num_layers=1))
+    with torch.no_grad():
+        block.input.add_(1000)
+    _, statistics = block.run()
+    exact = reference.batch_statistics(block.input.double())[1]
+    assert relative(statistics.var[:10].double(), exact) < 1e-6
+
+
+def test_inputs_of_any_strides():
+    block = Block(Case())
+    base = block.normal(6, 20, 14, 10)
+    expected = None
+    for view in (base[::2, :10, ::2, ::2], base[::2, :10, ::2, ::2].contiguous()):
+        out, _ = dense_block(view, block.layers)
+        expected = out if expected is None else expected
+        assert torch.equal(out, expected)
+    channels_last = base[:3, :10, :7, :5].to(memory_format=torch.channels_last)
+    assert torch.equal(dense_block(channels_last, block.layers)[0], dense_block(base[:3, :10, :7, :5], block.layers)[0])
+
+
+def test_output_is_channels_last():
+    for tail in ("none", "transition", "norm"):
+        out, _ = Block(Case(tail=tail)).run()
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_empty_batch():
+    block = Block(Case(batch=0, frozen=ALL, tail="transition"))
+    out, _ = block.run()
+    assert out.shape == (0, 7, 3, 2)
+    grads = block.gradients(out, torch.zeros_like(out))
+    assert all(grads[name].abs().sum() == 0 for name in grads)
+
+
+def with_conv2(block: Block, **changes) -> list[LayerWeights]:
+    return [block.layers[0]._replace(**changes), *block.layers[1:]]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "3 to 5 dimensions", lambda b: (b.input[:, :, 0, 0], b.layers)),
+        (ValueError, "more than 1 value per channel", lambda b: (b.input[:1, :, :1, :1], b.layers)),
+        (ValueError, "more than 1 value per channel", lambda b: (b.input[:0], b.layers)),
+        (ValueError, r"layer 0.norm1.weight to have shape \[9\], got \[10\]", lambda b: (b.input[:, :9], b.layers)),
+        (TypeError, "input to be torch.float64", lambda b: (b.input.float(), b.layers)),
+        (TypeError, "float32, float64, float16 or bfloat16", lambda b: (torch.zeros(2, 10, 3, 3).long(), [])),
+        (ValueError, "weights to be on cpu like input, got meta", lambda b: (b.input, with_conv2(b, conv2=b.layers[0].conv2.to("meta")))),
+        (ValueError, "kernel of layer 0.conv2 to be odd", lambda b: (b.input, with_conv2(b, conv2=b.normal(6, 20, 2, 2)))),
+        (ValueError, "layer 1.conv2.weight to have shape", lambda b: (b.input, with_conv2(b, conv2=b.normal(6, 20, 1, 3)))),
+    ],
+)  # fmt: skip
+def test_errors(error, message, arguments):
+    block = Block(Case())
+    with pytest.raises(error, match=message):
+        dense_block(*arguments(block))
+
+
+def test_errors_of_options():
+    block = Block(Case())
+    with pytest.raises(ValueError, match="memory to be one of"):
+        dense_block(block.input, block.layers, memory="tiny")
+    with pytest.raises(ValueError, match="probability"):
+        dense_block(block.input, block.layers, drop_rate=1.5, seed=block.seed)
+    with pytest.raises(ValueError, match="seed to be given"):
+        dense_block(block.input, block.layers, drop_rate=0.5)
+    tail = Block(Case(tail="transition")).tail
+    with pytest.raises(ValueError, match="at least 2 in front of the transition"):
+        dense_block(block.input[..., :1], block.layers, tail=tail)
+
+
+def running(*sizes: int):
+    means = [torch.zeros(n) for n in sizes]
+    return means, [torch.ones(n) for n in sizes], [torch.tensor(0) for _ in sizes]
+
+
+def test_running_statistics_follow_batch_norm():
+    x = torch.randn(4, 6, 5, 5)
+    norms = [torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(6, momentum=None)]
+    means, variances, tracked = running(4, 6)
+    for _ in range(3):
+        x = x * 1.5 + 1
+        for norm in norms:
+            norm(x[:, : norm.num_features])
+        mean, var = reference.batch_statistics(x)
+        update_running_stats_(means, variances, tracked, mean, var, [0, 0], [0.1, None], 100)
+    for i, norm in enumerate(norms):
+        torch.testing.assert_close(means[i], norm.running_mean)
+        torch.testing.assert_close(variances[i], norm.running_var)
+        assert tracked[i] == norm.num_batches_tracked
+
+
+def test_running_statistics_are_untouched_after_an_error():
+    means, variances, tracked = running(4, 6)
+    arguments = (means, variances, tracked, torch.ones(8), torch.ones(8))
+    for offsets, count, message in (([0, 3], 100, "offsets"), ([0, 0], 1, "count"), ([0], 100, "2 entries")):
+        with pytest.raises(ValueError, match=message):
+            update_running_stats_(*arguments, offsets, [0.1] * len(offsets), count)
+    assert all(m.abs().sum() == 0 for m in means)
+    assert all(t == 0 for t in tracked)

@@ -39,7 +39,8 @@ class Backward : DenseBlockDriver<T> {
         options_(buffer.options()),
         shift_sum_(size_t(ld_)),
         slope_sum_(size_t(ld_)),
-        grads_(needs.size(), at::empty({0}, buffer.options())) {
+        grads_(needs.size()) {
+    for (at::Tensor& grad : grads_) grad = at::empty({0}, buffer.options());
     widest_ = std::max(args.channels(), args.width);
     sums_ = at::empty({this->workers, 2, widest_}, at::TensorOptions().dtype(at::kDouble));
   }
@@ -61,7 +62,7 @@ class Backward : DenseBlockDriver<T> {
  private:
   bool needs(int64_t weight) const { return needs_[size_t(weight) + 1]; }
   void set(int64_t weight, const at::Tensor& value) {
-    if (needs(weight)) grads_[size_t(weight) + 1] = value.to(weights_[size_t(weight)].scalar_type());
+    if (needs(weight)) grads_[size_t(weight) + 1] = value.to(weights_[size_t(weight)].scalar_type()).contiguous();
   }
 
   // Layers below the lowest one with a parameter or input that needs a gradient are left out.

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every native operator passes torch.library.opcheck; one without samples here fails."""
+
+import pytest
+import torch
+
+import fastdense  # noqa: F401  (registers the operators)
+from tests.test_dense_block import ALL, Block, Case
+
+
+def dense_block_samples():
+    from fastdense.ops.dense_block import _flatten
+
+    for case in (
+        Case(tail="transition", drop_rate=0.2),
+        Case(tail="none", size=(6,)),
+        Case(tail="norm_relu", width=0, size=(4, 3, 2), memory="min"),
+        Case(tail="norm", frozen=ALL, dtype=torch.float32),
+    ):
+        block = Block(case)
+        weights, eps = _flatten(block.layers, block.tail, torch.empty(0, dtype=case.dtype))
+        options = (case.num_layers, case.width > 0, case.tail, case.drop_rate, block.seed)
+        yield block, weights, eps, options
+
+
+def samples(name: str):
+    if name == "dense_block":
+        for block, weights, eps, options in dense_block_samples():
+            yield block.input, weights, eps, *options, block.case.memory == "balanced"
+    elif name == "_dense_block_backward":
+        for block, weights, eps, options in dense_block_samples():
+            with torch.no_grad():
+                keep = block.case.memory == "balanced"
+                out, buffer, *saved = torch.ops.fastdense.dense_block(block.input, weights, eps, *options, keep)
+                grad = torch.randn_like(out)
+                buffer = out if block.case.tail == "none" else buffer
+                needs = [True] + [w.requires_grad for w in weights]
+                parameters = [w.detach() for w in weights]
+                yield grad, buffer, *saved, parameters, eps, *options, block.input.shape[1], needs
+    elif name == "update_running_stats_":
+        lists = [torch.zeros(3), torch.zeros(5)], [torch.ones(3), torch.ones(5)], [torch.tensor(0), torch.tensor(4)]
+        yield *lists, torch.randn(8), torch.rand(8), [0, 3], [0.1, -1.0], 10
+    elif name == "dropout_mask":
+        yield torch.tensor(5), 1, 6, 7, 0.3
+
+
+def operators() -> list[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name.removeprefix("fastdense::") for name in names if name.startswith("fastdense::"))
+
+
+@pytest.mark.parametrize("name", operators())
+def test_opcheck(name):
+    arguments = list(samples(name))
+    assert arguments, f"{name} has no samples in this file"
+    for sample in arguments:
+        torch.library.opcheck(getattr(torch.ops.fastdense, name).default, sample)
+
+
+def test_the_library_is_what_is_documented():
+    assert operators() == ["_dense_block_backward", "dense_block", "dropout_mask", "update_running_stats_"]

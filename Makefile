@@ -24,6 +24,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 venv: $(VENV_STAMP)  ## create .venv with the pinned requirements
+	@:
 
 $(VENV_STAMP): requirements/test.txt
 	@[ -n "$(PYTHON)" ] && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -40,6 +41,7 @@ $(VENV_STAMP): requirements/test.txt
 	@touch $@
 
 build: $(BUILD_STAMP)  ## compile the extension and install it in place
+	@:
 
 $(BUILD_STAMP): $(VENV_STAMP) $(NATIVE) setup.py pyproject.toml
 	@echo "building fastdense._C"

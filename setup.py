@@ -77,20 +77,17 @@ def extension() -> cpp_extension.CppExtension:
     host += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
     # TORCH_CHECK stores file names: keep this machine's folders out of the binary.
     host += [f"-ffile-prefix-map={path}/=" for path in (ROOT, TORCH_INCLUDE)]
-    # at::parallel_for is OpenMP code in a header. Compiled, but not linked, with OpenMP: the calls then find the runtime
-    # that torch brought along; a second one would keep a second pool of spinning threads.
+    # at::parallel_for is OpenMP code in a header. Compiled, but not linked, with OpenMP: the calls
+    # then find torch's own runtime; a second one would keep a second pool of spinning threads.
     cxx = [*host, "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", f"-isystem{TORCH_INCLUDE}"]
     cxx += [f'-DFASTDENSE_{name}="{value}"' for name, value in macros.items()]
     nvcc = [host[0], f"-Xcompiler={','.join(host)}", *os.environ.get("NVCC_FLAGS", "").split()]
     target = "CUDA {CUDA_VERSION} for {CUDA_ARCH_LIST}".format(**macros) if cuda else "CPU only"
-    print(
-        f"fastdense: torch {torch.__version__}, {target}, {len(sources)} sources", file=sys.stderr
-    )
+    print(f"fastdense: torch {torch.__version__}, {target}, {len(sources)} sources", file=sys.stderr)
     return (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "fastdense._C",
         sorted(sources),
         include_dirs=[str(ROOT / "csrc")],
-        depends=[*map(str, csrc.rglob("*.h")), "setup.py", "pyproject.toml"],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=[] if flag("DEBUG") else ["-s"],
     )
@@ -99,7 +96,9 @@ def extension() -> cpp_extension.CppExtension:
 class Build(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
-        # An editable install names a new temporary folder each time; ninja needs the last objects.
+        # ninja decides what is out of date, by headers and flags as well: it is always asked, and
+        # finds its last objects even where an editable install names a new temporary folder.
+        self.force = True
         self.build_temp = str(ROOT / "build" / "objects")
 
 

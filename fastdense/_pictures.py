@@ -13,7 +13,7 @@ from fastdense._support import extra
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
+SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 
 # Mean and standard deviation of ImageNet's training images, per RGB channel in [0, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -59,11 +59,7 @@ def test_keep_uses_64_bit_seed_and_index(index):
 def test_mask_is_row_major(device, seed, rows, channels):
     mask = dropout_mask(make_seed(seed, device), 3, rows, channels, 0.3)
     key = [seed % 2**32, seed % 2**64 // 2**32]
-    random = [
-        word
-        for block in range(-(-rows * channels // 4))
-        for word in _C.scalar.philox4x32(key, [block, 0, 3, 0])
-    ]
+    random = [word for block in range(-(-rows * channels // 4)) for word in _C.scalar.philox4x32(key, [block, 0, 3, 0])]
     expected = numpy.array(random[: rows * channels]) >= 0.3 * 2**32
     assert mask.dtype == torch.bool
     assert mask.device.type == device.type

@@ -54,9 +54,7 @@ def mib_per_image(peaks: Mapping[int, float]) -> float:
         MiB per image.
     """
     if len(peaks) < 2:
-        raise ValueError(
-            f"mib_per_image: expected peaks to hold at least two batch sizes, got {len(peaks)}"
-        )
+        raise ValueError(f"mib_per_image: expected peaks to hold at least two batch sizes, got {len(peaks)}")
     mean_batch = sum(peaks) / len(peaks)
     mean_peak = sum(peaks.values()) / len(peaks)
     covariance = sum((batch - mean_batch) * (mib - mean_peak) for batch, mib in peaks.items())

@@ -123,9 +123,7 @@ def plain_model(net: Net, *, memory_efficient: bool = False) -> nn.Module:
         from torchvision.models import get_model
         from torchvision.models.densenet import DenseNet
     if net.name in _TORCHVISION:
-        return get_model(
-            net.name, weights=None, num_classes=net.classes, memory_efficient=memory_efficient
-        )
+        return get_model(net.name, weights=None, num_classes=net.classes, memory_efficient=memory_efficient)
     if net.name in _MORE_BLOCKS:
         return DenseNet(
             block_config=_MORE_BLOCKS[net.name],
@@ -151,12 +149,11 @@ def cifar_densenet(net: Net, *, memory_efficient: bool = False) -> nn.Module:
     layers, rest = divmod(net.depth - 4, 6)
     if rest or layers < 1:
         raise InputError(
-            f"densenet_cifar: expected depth to be 6 n + 4 with n >= 1 (10, 16, ..., 40, ..., 100),"
-            f" got {net.depth}"
+            f"densenet_cifar: expected depth to be 6 n + 4 with n >= 1 (10, 16, ..., 40, ..., 100), got {net.depth}"
         )
     model = DenseNet(
         growth_rate=net.growth_rate,
-        block_config=(layers, layers, layers),  # type: ignore[arg-type]
+        block_config=(layers, layers, layers),
         num_init_features=2 * net.growth_rate,
         num_classes=net.classes,
         memory_efficient=memory_efficient,

@@ -108,9 +108,7 @@ def _folder_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _open_first(
-    paths: Iterable[Path], count: int
-) -> tuple[list[NDArray[np.uint8]], list[str]]:
+def _open_first(paths: Iterable[Path], count: int) -> tuple[list[NDArray[np.uint8]], list[str]]:
     """Decodes pictures until there are `count`; returns them and a line per corrupt file."""
     pictures: list[NDArray[np.uint8]] = []
     skipped: list[str] = []
@@ -124,9 +122,7 @@ def _open_first(
     return pictures, skipped
 
 
-def _random_crop(
-    picture: NDArray[np.uint8], size: int, rng: np.random.Generator
-) -> NDArray[np.float32]:
+def _random_crop(picture: NDArray[np.uint8], size: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """Cuts a random square of half to all of the shorter side, resized and normalised, [3, H, W].
 
     picture: [height, width, 3].
@@ -139,5 +135,5 @@ def _random_crop(
     left = int(rng.integers(width - side + 1))
     square = Image.fromarray(picture[top : top + side, left : left + side])
     pixels = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
-    normalised = (pixels - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+    normalised = (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
     return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)

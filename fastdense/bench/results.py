@@ -145,9 +145,7 @@ class BenchResult:
             "peak_mib": row.peak_mib,
             "mib_per_image": row.slope,
             "time_ratio": median_ratio(row.seconds, fast.seconds if fast else []),
-            "memory_ratio": row.slope / small.slope
-            if row.slope is not None and small and small.slope
-            else None,
+            "memory_ratio": row.slope / small.slope if row.slope is not None and small and small.slope else None,
             "max_loss_difference": row.loss_difference,
             "time_error": row.time_error,
             "memory_error": row.memory_error,
@@ -171,10 +169,7 @@ class BenchResult:
                 "time": fast and fast.variant,
                 "memory": small and small.variant,
             },
-            "rows": [
-                self.summary(row) | {name: getattr(row, name) for name in samples}
-                for row in self.rows
-            ],
+            "rows": [self.summary(row) | {name: getattr(row, name) for name in samples} for row in self.rows],
         }
 
 

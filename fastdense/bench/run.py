@@ -178,9 +178,7 @@ def time_rows(rows: Sequence[Row], config: BenchConfig, images: str, tick: Tick)
         fleet.finish()
 
 
-def _compare_losses(
-    rows: Sequence[Row], losses: dict[str, list[float]], fleet: Fleet, dtype: str
-) -> None:
+def _compare_losses(rows: Sequence[Row], losses: dict[str, list[float]], fleet: Fleet, dtype: str) -> None:
     """Drops every row whose losses differ from those of the reference."""
     reference = reference_row(rows)
     for row in rows:

@@ -9,11 +9,9 @@ shared buffer keeps grows linearly.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from fastdense.bench.environment import describe
-from fastdense.bench.nets import Net
 from fastdense.bench.process import Worker, WorkerError
 from fastdense.bench.results import (
     SCHEMA,
@@ -110,9 +108,7 @@ class SweepResult:
             },
             "environment": self.environment,
             "images": {"source": self.images, "skipped": self.skipped},
-            "points": [
-                dataclasses.asdict(point) | {"step_mib": point.step_mib} for point in self.points
-            ],
+            "points": [dataclasses.asdict(point) | {"step_mib": point.step_mib} for point in self.points],
         }
 
 
@@ -126,8 +122,7 @@ def run_sweep(config: SweepConfig, tick: Tick = lambda _: None) -> SweepResult:
     points = []
     with stored_batch(config.base, config.base.batch) as (images, photos):
         for depth in config.depths:
-            row = [_measure(config.at(depth), variant, images, tick) for variant in
-                   config.base.variants]
+            row = [_measure(config.at(depth), variant, images, tick) for variant in config.base.variants]
             _compare_losses(row, config.base.dtype)
             points += row
     environment = describe(config.base.threads)

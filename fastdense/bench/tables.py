@@ -116,10 +116,7 @@ def _notes(result: BenchResult) -> list[str]:
     if result.memory_baseline:
         batches = " and ".join(map(str, config.memory_batches))
         what = "allocator peak" if config.device == "cuda" else "peak resident memory"
-        notes.append(
-            f"MiB/image: slope of {what} between batch {batches}; ratio to"
-            f" {result.memory_baseline.variant}."
-        )
+        notes.append(f"MiB/image: slope of {what} between batch {batches}; ratio to {result.memory_baseline.variant}.")
     differences = [row.loss_difference for row in result.rows if row.loss_difference is not None]
     if differences:
         notes.append(
@@ -152,6 +149,4 @@ def print_sweep(result: SweepResult, console: Console) -> None:
     console.print(table)
     for point in result.points:
         if point.error:
-            console.print(
-                f"{point.variant}, depth {point.depth}: {point.error}", style="red", markup=False
-            )
+            console.print(f"{point.variant}, depth {point.depth}: {point.error}", style="red", markup=False)

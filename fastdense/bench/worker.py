@@ -46,9 +46,7 @@ class Steps:
         if job.fault == "loss":
             _shift_first_output(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=job.lr, momentum=0.9)
-        self.scaler = torch.amp.GradScaler(
-            job.device, init_scale=1024.0, enabled=job.dtype == "float16"
-        )
+        self.scaler = torch.amp.GradScaler(job.device, init_scale=1024.0, enabled=job.dtype == "float16")
         self.images, self.labels = self._load_batch()
         self.steps_done = 0
         self.forward = torch.compile(self.model) if self.variant.compile else self.model

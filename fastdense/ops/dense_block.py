@@ -119,7 +119,9 @@ def dense_block(
     weights, eps = _flatten(layers, tail, absent=input.detach().new_empty(0))
     for weight in weights:
         if weight.device != input.device:
-            raise ValueError(f"dense_block: expected all weights to be on {input.device} like input, got {weight.device}")
+            raise ValueError(
+                f"dense_block: expected all weights to be on {input.device} like input, got {weight.device}"
+            )
     bottleneck = bool(layers) and layers[0].conv1 is not None
     keep = memory == "balanced" and torch.is_grad_enabled() and _any_requires_grad(input, weights)
     out, _, mean, var, _ = torch.ops.fastdense.dense_block(

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands and their options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fastdense.bench.job import DEVICES, DTYPES, MODES
+from fastdense.bench.nets import VARIANTS
+from fastdense.bench.sweep import DEPTHS
+
+BENCH_VARIANTS = ("plain", "plain-channels-last", "memory-efficient", "balanced", "min")
+
+_BENCH_HELP = """
+Trains the plain torchvision model, the same with memory_efficient=True, and fastdense's modes, each in its own
+process, one step at a time in turns, and compares time and memory. Losses must agree before a time is believed.
+
+examples:
+  fastdense bench                                         DenseNet-121, 224 x 224, batch 8
+  fastdense bench --model densenet_cifar --depth 100 --batch 64
+  fastdense bench --dtype bfloat16 --variants plain-channels-last,balanced
+  fastdense bench --mode eval --json eval.json --plot eval.png
+  fastdense bench --sweep depth --plot depth.png          memory against the number of layers
+
+Exit code 1 if a variant failed or its losses disagree.
+"""
+
+_TRAIN_HELP = """
+Trains a model on a folder of pictures with one sub-folder a class, or on the 8 x 8 digits of scikit-learn. Writes
+checkpoint.pt (atomic, also inside an epoch), metrics.json and curves.png; a run that was killed continues with
+--resume and ends with the same weights.
+
+examples:
+  fastdense train --data digits --epochs 10
+  fastdense train --data pictures/ --model densenet121 --size 224 --batch 16 --out runs/pictures
+  fastdense train --data digits --out runs/digits --resume
+"""
+
+_DEMO_HELP = """
+Benchmarks DenseNet-121 on real photographs, then trains a DenseNet-BC on the digits. Takes a few minutes on two
+cores.
+
+example:
+  fastdense demo --out runs/demo
+
+Exit code 1 if a benchmark row failed or the accuracy stays below 98 %.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets ``run``."""
+    from fastdense.cli import bench, demo, info, train
+
+    parser = argparse.ArgumentParser(
+        prog="fastdense",
+        description="Densely connected networks in less memory and time.",
+        epilog="fastdense COMMAND -h",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_info(commands, info.run)
+    _add_bench(commands, bench.run)
+    _add_train(commands, train.run)
+    _add_demo(commands, demo.run)
+    return parser
+
+
+Commands = argparse._SubParsersAction
+Run = Callable[[argparse.Namespace], int]
+
+
+def _command(commands: Commands, name: str, run: Run, summary: str, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=f"{summary}.\n{text}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_info(commands: Commands, run: Run) -> None:
+    _command(
+        commands, "info", run, "Show what was built and what this machine offers", "\nexample:\n  fastdense info\n"
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser, default: str) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default=default, metavar="NAME", help="model name (default: %(default)s)")
+    model.add_argument("--depth", type=int, default=100, help="layers of densenet_cifar (default: %(default)s)")
+    model.add_argument(
+        "--growth-rate", type=int, default=12, metavar="K", help="channels a layer adds, densenet_cifar (default: 12)"
+    )
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=DEVICES, default="cpu", help="default: %(default)s")
+    machine.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="16-bit types mean autocast (default: %(default)s)"
+    )
+    machine.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+    machine.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def _add_bench(commands: Commands, run: Run) -> None:
+    parser = _command(commands, "bench", run, "Compare time and memory with plain PyTorch", _BENCH_HELP)
+    _add_model(parser, "densenet121")
+    parser.add_argument("--batch", type=int, help="images per step (default: 8, or 64 for densenet_cifar)")
+    parser.add_argument("--size", type=int, help="side of an image in pixels (default: 224, or 32 for densenet_cifar)")
+    parser.add_argument("--mode", choices=MODES, default="train", help="whole training steps or eval forwards")
+    parser.add_argument(
+        "--variants",
+        type=names(VARIANTS),
+        metavar="A,B",
+        help=f"from {', '.join(VARIANTS)} (default: {','.join(BENCH_VARIANTS)})",
+    )
+    parser.add_argument("--memory", type=names(("balanced", "min")), help="fastdense's modes only: balanced,min")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per repeat (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="fresh starts of all processes (default: %(default)s)")
+    parser.add_argument(
+        "--memory-batches",
+        type=numbers,
+        default=(4, 12),
+        metavar="M,N",
+        help="batch sizes of the memory slope, 0 for none (default: 4,12)",
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures (default: scikit-image's photographs)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples and the environment")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
+    parser.add_argument("--sweep", choices=("depth",), help="memory against depth of a CIFAR DenseNet-BC")
+    parser.add_argument("--depths", type=numbers, default=DEPTHS, metavar="L,L", help="depths of the sweep")
+    _add_machine(parser)
+
+
+def _add_train(commands: Commands, run: Run) -> None:
+    parser = _command(commands, "train", run, "Train a model on pictures or digits", _TRAIN_HELP)
+    _add_model(parser, "densenet_cifar")
+    parser.set_defaults(depth=40)
+    parser.add_argument("--data", default="digits", metavar="digits|DIR", help="default: %(default)s")
+    parser.add_argument("--size", type=int, help="side of an image in pixels (default: 16 for digits, else 32)")
+    parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=64, help="images per step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--momentum", type=float, default=0.9, help="Nesterov momentum (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
+    parser.add_argument("--memory", choices=("balanced", "min", "plain"), default="balanced", help="default: balanced")
+    parser.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: %(default)s")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    again.add_argument("--fresh", action="store_true", help="start anew although --out holds a checkpoint")
+    parser.add_argument(
+        "--checkpoint-seconds", type=float, default=60.0, metavar="S", help="between checkpoints (default: 60)"
+    )
+    _add_machine(parser)
+
+
+def _add_demo(commands: Commands, run: Run) -> None:
+    parser = _command(commands, "demo", run, "Show the benchmark and a training run", _DEMO_HELP)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of comma-separated names out of `known`."""
+    allowed = tuple(known)
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+        unknown = [name for name in found if name not in allowed]
+        if unknown or not found:
+            raise argparse.ArgumentTypeError(f"expected names out of {', '.join(allowed)}, got {text!r}")
+        return found
+
+    return parse
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Parses comma-separated positive integers; 0 alone means none."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = (-1,)
+    if values == (0,):
+        return ()
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive integers like 4,12, got {text!r}")
+    return values

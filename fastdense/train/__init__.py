@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a model on digits or a folder of pictures; a run that was killed continues with the same bits.
+
+Example:
+    >>> from fastdense.train import TrainConfig, train
+    >>> result = train(TrainConfig(model_kwargs={"depth": 22, "growth_rate": 12}, epochs=10))
+"""
+
+from fastdense.train.data import Dataset, load
+from fastdense.train.loop import NonFiniteLossError, TrainConfig, TrainResult, train
+
+__all__ = ["Dataset", "NonFiniteLossError", "TrainConfig", "TrainResult", "load", "train"]

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark: workers, believed and disbelieved times, derived numbers, JSON and pictures."""
+
+import dataclasses
+import json
+
+import pytest
+
+from fastdense._support import InputError, write_json
+from fastdense.bench import BenchConfig, BenchResult, Net, Row, SweepConfig, run_bench, run_sweep
+from fastdense.bench.memory import mib_per_image
+from fastdense.bench.nets import VARIANTS, build, cifar_densenet, plain_model
+from fastdense.bench.plots import save_bench, save_sweep
+from fastdense.bench.results import disagreement, median_ratio
+from fastdense.bench.run import count_ticks
+
+TINY = BenchConfig(
+    net=Net("densenet_cifar", depth=10, growth_rate=4),
+    variants=("plain", "balanced"),
+    batch=2,
+    size=16,
+    steps=2,
+    warmup=2,
+    memory_batches=(),
+    threads=1,
+    timeout=120,
+)
+
+
+@pytest.fixture(scope="module")
+def result() -> BenchResult:
+    ticks = []
+    measured = run_bench(dataclasses.replace(TINY, memory_batches=(2, 4), memory_steps=2), ticks.append)
+    assert len(ticks) == count_ticks(measured.config)
+    return measured
+
+
+def test_a_run_gives_every_number(result):
+    assert result.ok
+    for row in result.rows:
+        assert len(row.seconds) == 2
+        assert row.loss_difference is not None
+        assert row.loss_difference < 1e-3
+        assert sorted(row.peaks) == [2, 4]
+    assert result.time_baseline.variant == "plain"
+
+
+def test_json_holds_samples_environment_and_arguments(result, tmp_path):
+    write_json(tmp_path / "out.json", result.to_json())
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["kind"] == "bench"
+    assert found["arguments"]["net"]["depth"] == 10
+    assert {"cpu", "threads", "versions", "commit", "build"} <= found["environment"].keys()
+    assert [row["variant"] for row in found["rows"]] == ["plain", "balanced"]
+    assert all(len(row["seconds"]) == 2 for row in found["rows"])
+
+
+def test_plot_is_a_picture(result, tmp_path):
+    save_bench(result, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("loss", "losses disagree"), ("raise", "injected"), ("kill", "")])
+def test_a_faulty_variant_gives_a_reason_and_no_time(fault, reason):
+    result = run_bench(dataclasses.replace(TINY, faults={"balanced": fault}))
+    plain, faulty = result.rows
+    assert not result.ok
+    assert len(plain.seconds) == 2
+    assert faulty.seconds == []
+    assert faulty.time_error
+    assert reason in faulty.time_error
+
+
+def test_sweep_measures_and_draws(tmp_path):
+    result = run_sweep(SweepConfig(dataclasses.replace(TINY, variants=("plain", "min"), memory_steps=2), (10, 16)))
+    assert result.ok
+    assert [point.depth for point in result.line("min")] == [10, 16]
+    save_sweep(result, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_slope_and_ratios_are_plain_arithmetic():
+    assert mib_per_image({4: 100.0, 12: 180.0}) == pytest.approx(10.0)
+    assert median_ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0]) == 3.0
+    assert median_ratio([], [1.0]) is None
+    assert disagreement([1.0, 2.0], [1.0, 2.001], "float32") is None
+    assert "step 2" in (disagreement([1.0, 2.0], [1.0, 3.0], "float32") or "")
+    assert "step 1" in (disagreement([float("nan")], [1.0], "float32") or "")
+
+
+def test_the_better_plain_layout_is_the_baseline():
+    rows = [Row("plain", seconds=[3.0]), Row("plain-channels-last", seconds=[2.0]), Row("balanced", seconds=[1.0])]
+    result = BenchResult(TINY, {}, "", [], rows)
+    assert result.time_baseline is rows[1]
+    assert result.summary(rows[2])["time_ratio"] == 0.5
+
+
+def test_cifar_net_is_the_published_one():
+    parameters = sum(p.numel() for p in cifar_densenet(Net("densenet_cifar", depth=100)).parameters())
+    assert parameters == 769_162
+    with pytest.raises(InputError, match="6 n \\+ 4"):
+        cifar_densenet(Net("densenet_cifar", depth=41))
+
+
+def test_variants_share_weights_and_only_fastdense_is_converted():
+    import torch
+
+    from fastdense.nn.fused import FusedModule
+
+    states = []
+    for name, variant in VARIANTS.items():
+        torch.manual_seed(0)
+        model = build(TINY.net, variant)
+        states.append(model.state_dict())
+        assert any(isinstance(m, FusedModule) for m in model.modules()) == (variant.memory is not None), name
+    for state in states[1:]:
+        assert all(torch.equal(state[key], states[0][key]) for key in states[0])
+
+
+def test_unknown_model_lists_the_known_ones():
+    with pytest.raises(InputError, match="densenet121"):
+        plain_model(Net("densenet999"))

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: help that teaches, errors that say what to do, exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fastdense.cli import main
+from fastdense.cli.parser import make_parser
+
+
+@pytest.mark.parametrize("command", ["info", "bench", "train", "demo"])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "example" in text
+    assert f"fastdense {command}" in text
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "densenet121" in text
+    assert "vector instructions" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--model", "nope"], "expected --model to be one of"),
+        (["bench", "--batch", "0"], "expected --batch to be at least 1"),
+        (["bench", "--threads", "-1"], "expected --threads"),
+        (["bench", "--sweep", "depth", "--depths", "41"], "6 n \\+ 4"),
+        (["train", "--model", "nope"], "expected --model to be one of"),
+        (["train", "--data", "no-such-folder"], "no-such-folder"),
+    ],
+)
+def test_input_errors_exit_with_2(arguments, message, capsys, tmp_path):
+    import re
+
+    if arguments[0] == "train":
+        arguments = [*arguments, "--out", str(tmp_path)]
+    assert main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("option", [["--variants", "a"], ["--memory-batches", "x"], ["--dtype", "int8"]])
+def test_bad_options_exit_with_2(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *option])
+    assert stop.value.code == 2
+
+
+def test_lists_of_numbers():
+    options = make_parser().parse_args(["bench", "--memory-batches", "0"])
+    assert options.memory_batches == ()
+    assert make_parser().parse_args(["bench", "--memory-batches", "2,8"]).memory_batches == (2, 8)
+
+
+def test_bench_end_to_end(tmp_path, capsys):
+    arguments = ["bench", "--model", "densenet_cifar", "--depth", "10", "--growth-rate", "4", "--batch", "2"]
+    arguments += ["--size", "16", "--steps", "1", "--memory-batches", "0", "--variants", "plain,min"]
+    arguments += ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png"), "--threads", "1"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "time ratio" in text
+    assert "min" in text
+    assert (tmp_path / "r.json").stat().st_size > 0
+    assert (tmp_path / "r.png").stat().st_size > 0
+
+
+def test_module_and_command_are_the_same():
+    help_of = [sys.executable, "-m", "fastdense", "--help"]
+    assert "bench" in subprocess.run(help_of, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model definitions: published parameter counts, torchvision's keys and numbers, the registry."""
+
+import pytest
+import torch
+import torchvision
+
+import fastdense
+from fastdense import models
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "parameters"),
+    [
+        ("densenet121", {}, 7_978_856),
+        ("densenet161", {}, 28_681_000),
+        ("densenet169", {}, 14_149_480),
+        ("densenet201", {}, 20_013_928),
+        ("densenet264", {}, 33_337_704),
+        ("densenet264", {"growth_rate": 48}, 72_686_632),
+        ("densenet_cifar", {"depth": 100, "growth_rate": 12}, 769_162),
+        ("densenet_cifar", {"depth": 100, "growth_rate": 12, "num_classes": 100}, 800_032),
+        ("densenet_cifar", {"depth": 250, "growth_rate": 24}, 15_324_406),
+        ("densenet_cifar", {"depth": 190, "growth_rate": 40}, 25_624_430),
+        ("densenet_cifar", {"depth": 40, "growth_rate": 12, "bottleneck": False, "compression": 1.0}, 1_019_722),
+        ("densenet_cifar", {"depth": 100, "growth_rate": 24, "bottleneck": False, "compression": 1.0}, 27_249_082),
+    ],
+)
+def test_published_parameter_counts(name, arguments, parameters):
+    with torch.device("meta"):
+        model = models.create(name, **arguments)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201"])
+def test_torchvision_checkpoints_load_strictly(name):
+    theirs = torchvision.models.get_model(name, weights=None, num_classes=7)
+    ours = models.create(name, num_classes=7)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+
+
+def test_same_numbers_as_torchvision_at_full_size():
+    theirs = torchvision.models.densenet121(num_classes=10).double()
+    ours = models.densenet121(num_classes=10).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    for model in (ours, theirs):
+        model(x).square().sum().backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        expected = gradients[name].grad
+        assert (parameter.grad - expected).norm() <= 1e-10 * expected.norm(), name
+    buffers = dict(theirs.named_buffers())
+    for name, buffer in ours.named_buffers():
+        assert (buffer - buffers[name]).double().norm() <= 1e-10 * buffers[name].double().norm(), name
+    with torch.no_grad():
+        expected = theirs.eval()(x)
+        assert (ours.eval()(x) - expected).norm() <= 1e-10 * expected.norm()
+
+
+def test_registry():
+    assert "densenet121" in models.list()
+    assert models.list() == sorted(models.list())
+    with pytest.raises(ValueError, match="expected name to be one of .*densenet121.*, got 'resnet50'"):
+        models.create("resnet50")
+
+
+@pytest.mark.parametrize("depth", [3, 4, 41])
+def test_impossible_depths(depth):
+    with pytest.raises(ValueError, match="4 plus a multiple of 6"):
+        models.densenet_cifar(depth)
+
+
+def test_memory_mode_reaches_every_block():
+    model = models.densenet_cifar(16, 4, memory="min")
+    assert {block.memory for block in model.modules() if isinstance(block, fastdense.nn.DenseBlock)} == {"min"}
+    with pytest.raises(ValueError, match="memory to be one of"):
+        models.densenet_cifar(16, 4, memory="none")
+
+
+def test_drop_rate_is_used_in_training_only():
+    model = models.densenet_cifar(16, 4, drop_rate=0.5).eval()
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))

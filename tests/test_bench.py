@@ -60,7 +60,7 @@ def test_plot_is_a_picture(result, tmp_path):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("fault", "reason"), [("loss", "losses disagree"), ("raise", "injected"), ("kill", "")])
+@pytest.mark.parametrize(("fault", "reason"), [("loss", "losses disagree"), ("raise", "planted fault"), ("kill", "")])
 def test_a_faulty_variant_gives_a_reason_and_no_time(fault, reason):
     result = run_bench(dataclasses.replace(TINY, faults={"balanced": fault}))
     plain, faulty = result.rows

@@ -334,8 +334,8 @@ def test_empty_batch():
     assert all(grads[name].abs().sum() == 0 for name in grads)
 
 
-def with_conv2(block: Block, **changes) -> list[LayerWeights]:
-    return [block.layers[0]._replace(**changes), *block.layers[1:]]
+def with_conv2(block: Block, conv2: Tensor) -> tuple[Tensor, list[LayerWeights]]:
+    return block.input, [block.layers[0]._replace(conv2=conv2), *block.layers[1:]]
 
 
 @pytest.mark.parametrize(
@@ -347,9 +347,9 @@ def with_conv2(block: Block, **changes) -> list[LayerWeights]:
         (ValueError, r"layer 0.norm1.weight to have shape \[9\], got \[10\]", lambda b: (b.input[:, :9], b.layers)),
         (TypeError, "input to be torch.float64", lambda b: (b.input.float(), b.layers)),
         (TypeError, "float32, float64, float16 or bfloat16", lambda b: (torch.zeros(2, 10, 3, 3).long(), [])),
-        (ValueError, "weights to be on cpu like input, got meta", lambda b: (b.input, with_conv2(b, conv2=b.layers[0].conv2.to("meta")))),
-        (ValueError, "kernel of layer 0.conv2 to be odd", lambda b: (b.input, with_conv2(b, conv2=b.normal(6, 20, 2, 2)))),
-        (ValueError, "layer 1.conv2.weight to have shape", lambda b: (b.input, with_conv2(b, conv2=b.normal(6, 20, 1, 3)))),
+        (ValueError, "on cpu like input, got meta", lambda b: with_conv2(b, b.layers[0].conv2.to("meta"))),
+        (ValueError, "kernel of layer 0.conv2 to be odd", lambda b: with_conv2(b, b.normal(6, 20, 2, 2))),
+        (ValueError, "layer 1.conv2.weight to have shape", lambda b: with_conv2(b, b.normal(6, 20, 1, 3))),
     ],
 )  # fmt: skip
 def test_errors(error, message, arguments):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -22,17 +23,11 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A running worker process.
+    """A running worker process, started without waiting for it: see `wait_ready`.
 
     Args:
         job: what it shall run.
         timeout: seconds that one answer may take.
-
-    Attributes:
-        ready: the worker's first answer: digest, parameters, held_mib, threads.
-
-    Raises:
-        WorkerError: the worker failed before it was ready.
     """
 
     def __init__(self, job: Job, timeout: float = 900.0) -> None:
@@ -47,19 +42,28 @@ class Worker:
             env=_environment(job.threads),
             bufsize=0,
         )
-        try:
-            self.ready = self._ask(job.to_json())
-        except BaseException:
-            self.close()
-            raise
+        self._send(job.to_json())
+
+    def wait_ready(self) -> dict[str, Any]:
+        """Waits for the model to be built.
+
+        Returns:
+            The worker's first answer: digest, parameters, held_mib, threads.
+
+        Raises:
+            WorkerError: the worker failed; so in every other method.
+        """
+        return self._answer()
 
     def step(self) -> dict[str, Any]:
         """Runs one step; returns its loss and its duration in seconds."""
-        return self._ask(json.dumps({"command": "step"}))
+        self._send('{"command": "step"}')
+        return self._answer()
 
     def finish(self) -> float:
         """Ends the worker; returns its peak memory in MiB."""
-        peak = float(self._ask(json.dumps({"command": "finish"}))["peak_mib"])
+        self._send('{"command": "finish"}')
+        peak = float(self._answer()["peak_mib"])
         self.close()
         return peak
 
@@ -83,13 +87,13 @@ class Worker:
     ) -> None:
         self.close()
 
-    def _ask(self, line: str) -> dict[str, Any]:
-        """Sends a line and returns the answer to it."""
+    def _send(self, line: str) -> None:
         assert self._process.stdin is not None
-        try:
+        # A broken pipe means that the worker is gone; the answer will say why.
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(line.encode() + b"\n")
-        except BrokenPipeError:
-            raise WorkerError(self._death()) from None
+
+    def _answer(self) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self._read_line())
         if answer["event"] == "error":
             raise WorkerError(" ".join(answer["reason"].split()))

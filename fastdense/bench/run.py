@@ -9,6 +9,7 @@ of the same round. Memory is measured apart, in fresh processes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -101,18 +102,19 @@ class Fleet:
         self._round = 0
 
     def start(self, jobs: Sequence[Job], timeout: float) -> None:
-        """Starts one worker after the other and compares their initial weights."""
-        digest = None
+        """Starts all workers, waits for them, and compares their initial weights."""
         for job in jobs:
-            with self._failing(job.variant):
-                worker = self._workers[job.variant] = Worker(job, timeout)
-                row = self._rows[job.variant]
-                row.parameters = worker.ready["parameters"]
-                row.threads = worker.ready["threads"]
-                digest = digest or worker.ready["digest"]
-                if worker.ready["digest"] != digest:
-                    self.drop(job.variant, "initial weights differ from the first variant's")
-            self._tick(f"{job.variant}: started")
+            self._workers[job.variant] = Worker(job, timeout)
+        digest = None
+        for name in list(self._workers):
+            with self._failing(name):
+                ready = self._workers[name].wait_ready()
+                self._rows[name].parameters = ready["parameters"]
+                self._rows[name].threads = ready["threads"]
+                digest = digest or ready["digest"]
+                if ready["digest"] != digest:
+                    self.drop(name, "initial weights differ from the first variant's")
+            self._tick(f"{name}: started")
 
     def step_all(self, what: str) -> dict[str, dict[str, Any]]:
         """One step of every worker, each in its turn; the order rotates from call to call."""
@@ -143,9 +145,7 @@ class Fleet:
         try:
             yield
         except WorkerError as error:
-            self._rows[variant].fail(str(error))
-            if variant in self._workers:
-                self._workers.pop(variant).close()
+            self.drop(variant, str(error))
 
     def __enter__(self) -> Fleet:
         return self
@@ -193,14 +193,34 @@ def _compare_losses(rows: Sequence[Row], losses: dict[str, list[float]], fleet: 
 
 def measure_memory(row: Row, config: BenchConfig, images: str, tick: Tick) -> None:
     """Peak memory of a fresh process at each batch size."""
-    for batch in config.memory_batches:
-        try:
-            with Worker(make_job(config, row.variant, batch, images), config.timeout) as worker:
-                for _ in range(config.memory_steps):
-                    worker.step()
-                row.peaks[batch] = worker.finish()
-        except WorkerError as error:
-            row.memory_error = f"batch {batch}: {error}"
-            return
-        finally:
+    with contextlib.ExitStack() as stack:
+        workers = {
+            batch: stack.enter_context(Worker(make_job(config, row.variant, batch, images), config.timeout))
+            for batch in config.memory_batches
+        }
+        for batch, worker in workers.items():
+            try:
+                row.peaks[batch] = measure_peak(worker, config.memory_steps).peak_mib
+            except WorkerError as error:
+                row.memory_error = f"memory at batch {batch}: {error}"
             tick(f"{row.variant}: memory at batch {batch}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """Memory of one worker in MiB, before its first step and at most, and its losses."""
+
+    held_mib: float
+    peak_mib: float
+    losses: list[float]
+
+
+def measure_peak(worker: Worker, steps: int) -> Peak:
+    """Runs a worker for some steps and ends it.
+
+    Raises:
+        WorkerError: it failed.
+    """
+    held = float(worker.wait_ready()["held_mib"])
+    losses = [float(worker.step()["loss"]) for _ in range(steps)]
+    return Peak(held, worker.finish(), losses)

@@ -20,7 +20,7 @@ from fastdense.bench.results import (
     disagreement,
     reference_row,
 )
-from fastdense.bench.run import Tick, make_job, stored_batch
+from fastdense.bench.run import Tick, make_job, measure_peak, stored_batch
 
 DEPTHS = (40, 70, 100, 130, 160, 190)
 SWEEP_VARIANTS = ("plain", "memory-efficient", "balanced", "min")
@@ -134,10 +134,12 @@ def _measure(config: BenchConfig, variant: str, images: str, tick: Tick) -> Swee
     point = SweepPoint(variant, config.net.depth)
     try:
         with Worker(make_job(config, variant, config.batch, images), config.timeout) as worker:
-            point.held_mib = worker.ready["held_mib"]
-            for _ in range(config.memory_steps):
-                point.losses.append(worker.step()["loss"])
-            point.peak_mib = worker.finish()
+            peak = measure_peak(worker, config.memory_steps)
+            point.held_mib, point.peak_mib, point.losses = (
+                peak.held_mib,
+                peak.peak_mib,
+                peak.losses,
+            )
     except WorkerError as error:
         point.error = str(error)
     tick(f"{variant}: depth {config.net.depth}")

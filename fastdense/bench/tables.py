@@ -20,9 +20,7 @@ _DASH = "-"
 
 def print_bench(result: BenchResult, console: Console) -> None:
     """Prints a benchmark: heading, table, what the numbers mean, and what failed and why."""
-    from rich.markup import escape
-
-    console.print(f"\n[bold]{escape(bench_title(result))}[/bold]", highlight=False)
+    console.print(f"\n{bench_title(result)}", style="bold", highlight=False, markup=False)
     console.print(bench_table(result))
     for note in _notes(result):
         console.print(note, style="dim", highlight=False, markup=False)
@@ -35,7 +33,8 @@ def print_bench(result: BenchResult, console: Console) -> None:
 
 def bench_title(result: BenchResult) -> str:
     """Network, batch, type and machine in one line."""
-    return f"{workload_line(result.config)}, {hardware_line(result.environment, result.config.device)}"
+    hardware = hardware_line(result.environment, result.config.device)
+    return f"{workload_line(result.config)}, {hardware}"
 
 
 def workload_line(config: BenchConfig) -> str:
@@ -48,9 +47,10 @@ def workload_line(config: BenchConfig) -> str:
 def bench_table(result: BenchResult) -> Table:
     """The measured numbers, one variant a line."""
     with extra("cli"):
+        from rich import box
         from rich.table import Table
         from rich.text import Text
-    table = Table(header_style="bold", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     table.add_column("variant", no_wrap=True)
     for heading in (
         "ms/step [p20-p80]",
@@ -129,6 +129,7 @@ def _notes(result: BenchResult) -> list[str]:
 def print_sweep(result: SweepResult, console: Console) -> None:
     """Prints a sweep: one depth a line, one variant a column."""
     with extra("cli"):
+        from rich import box
         from rich.table import Table
     base = result.config.base
     name = base.net.label.partition(" (")[0]
@@ -137,7 +138,7 @@ def print_sweep(result: SweepResult, console: Console) -> None:
         f" MiB above the model itself, {hardware_line(result.environment, base.device)}"
     )
     console.print(f"\n{heading}", style="bold", highlight=False, markup=False)
-    table = Table(header_style="bold", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     table.add_column("depth", justify="right")
     for variant in base.variants:
         table.add_column(variant, justify="right", no_wrap=True)

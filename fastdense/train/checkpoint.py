@@ -13,7 +13,7 @@ from fastdense._support import InputError, write_atomically
 
 FORMAT = "fastdense-checkpoint-1"
 
-_KEYS = frozenset("format config model optimizer scaler progress rng".split())
+_KEYS = frozenset(["format", "config", "model", "optimizer", "scaler", "progress", "rng"])
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

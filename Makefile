@@ -18,7 +18,7 @@ VENV_STAMP := .venv/.installed-$(firstword $(shell cksum requirements/test.txt))
 # A build for other devices is another build.
 BUILD_STAMP := build/.built-$(firstword $(shell echo '$(FORCE_CPU)/$(FORCE_CUDA)/$(TORCH_CUDA_ARCH_LIST)/$(DEBUG)' | cksum))
 
-.PHONY: help venv build test lint format demo bench sdist clean
+.PHONY: help venv build test mutants lint format demo bench sdist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -52,6 +52,9 @@ $(BUILD_STAMP): $(VENV_STAMP) $(NATIVE) setup.py pyproject.toml
 
 test: build lint  ## lint, then run the tests (PYTEST_ARGS="-q -k name")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+mutants: build  ## plant mistakes in the native code; the tests must notice each
+	@$(BIN)/python tests/mutants.py
 
 lint: $(VENV_STAMP)  ## check style and types
 	@$(BIN)/ruff check --quiet .

@@ -78,7 +78,7 @@ class Dataset:
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for split in (self.train, self.test):
             digest.update(split.labels.numpy().tobytes())
-            digest.update(split.images.numpy())
+            digest.update(split.images.numpy().data)
         return (
             f"{len(self.train)} + {len(self.test)} images of {len(self.classes)} classes, size {self.size},"
             f" sha256 {digest.hexdigest()[:16]}"
@@ -184,7 +184,9 @@ def load_folder(folder: Path, size: int = FOLDER_SIZE) -> Dataset:
         found = _class_names(folder / "val")
         if found != classes:
             only = ", ".join(sorted(set(classes) ^ set(found)))
-            raise InputError(f"train: expected train and val in {folder} to hold the same classes, got only in one: {only}")
+            raise InputError(
+                f"train: expected train and val in {folder} to hold the same classes, got only in one: {only}"
+            )
         train, test = (
             Split(torch.from_numpy(images), torch.from_numpy(labels))
             for images, labels in (_read(folder / part, classes, size, skipped) for part in ("train", "val"))

@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastdense import build_info, models
+from fastdense._support import InputError, extra, write_atomically, write_json
+from fastdense.convert import restore
+from fastdense.train import checkpoint
+from fastdense.train.data import DIGITS, Dataset, EpochPlan, Split, augment, load, pixels, plan_epoch
+
+MEMORY = ("balanced", "min", "plain")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# What may change between the parts of a resumed run: where it runs and how it writes. Bits are kept only as far as
+# the machine gives the same sums, so with the same number of threads.
+_FREE_FIELDS = frozenset(
+    ("data", "size", "memory", "device", "threads", "out", "resume", "fresh", "checkpoint_seconds")
+)
+
+
+class NonFiniteLossError(InputError):
+    """The loss became infinite or NaN; the last checkpoint is from before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, and how.
+
+    Attributes:
+        model: a name of :func:`fastdense.models.list`.
+        model_kwargs: arguments of that model's function; the number of classes follows the data.
+        data: ``"digits"``, or a folder with one sub-folder of pictures a class.
+        size: side of an image in pixels; None takes 16 for digits and 32 for a folder.
+        epochs: passes over the training images.
+        batch: images per step, at most; an epoch is cut into steps of equal size.
+        lr: learning rate of the first step; it falls to 0 along a cosine.
+        weight_decay: L2 penalty of all parameters.
+        momentum: Nesterov momentum in [0, 1).
+        memory: ``"balanced"``, ``"min"``, or ``"plain"`` for the same model in plain PyTorch.
+        device: a torch device, e.g. ``"cpu"`` or ``"cuda"``.
+        dtype: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` for autocast.
+        seed: of weights, order and augmentation.
+        threads: CPU threads; 0 leaves the choice to torch.
+        out: the folder of ``checkpoint.pt``, ``metrics.json`` and ``curves.png``.
+        resume: whether to continue from the checkpoint in ``out``; without one the run starts from the beginning.
+        fresh: whether to start from the beginning although there is a checkpoint, which is deleted.
+        checkpoint_seconds: time between checkpoints inside an epoch; 0 writes one after each step.
+    """
+
+    model: str = "densenet_cifar"
+    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: str = DIGITS
+    size: int | None = None
+    epochs: int = 10
+    batch: int = 64
+    lr: float = 0.1
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    memory: str = "balanced"
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+    threads: int = 0
+    out: Path = Path("runs/train")
+    resume: bool = False
+    fresh: bool = False
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuses values that cannot be trained with.
+
+        Raises:
+            InputError: a value is out of its range.
+        """
+        checks = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch": (self.batch >= 1, "at least 1"),
+            "size": (self.size is None or self.size >= 1, "at least 1"),
+            "lr": (self.lr > 0 and math.isfinite(self.lr), "a positive number"),
+            "weight_decay": (self.weight_decay >= 0 and math.isfinite(self.weight_decay), "0 or more"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "memory": (self.memory in MEMORY, f"one of {', '.join(MEMORY)}"),
+            "dtype": (self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+            "seed": (0 <= self.seed < 2**63, "in [0, 2**63)"),
+            "threads": (self.threads >= 0, "0 or more"),
+            "checkpoint_seconds": (self.checkpoint_seconds >= 0, "0 or more"),
+            "fresh": (not (self.fresh and self.resume), "False together with resume"),
+        }
+        for name, (holds, expected) in checks.items():
+            if not holds:
+                raise InputError(f"train: expected {name} to be {expected}, got {getattr(self, name)!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return {**dataclasses.asdict(self), "out": str(self.out)}
+
+    def fingerprint(self, data: Dataset) -> dict[str, Any]:
+        """What has to be equal for a run to continue from a checkpoint."""
+        fields = {name: value for name, value in self.as_dict().items() if name not in _FREE_FIELDS}
+        return {**fields, "data": data.fingerprint(), "plain": self.memory == "plain"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        test_accuracy: share of the test images that the final weights classify correctly.
+        history: a dict an epoch with ``epoch``, ``loss`` and ``accuracy`` (training, with augmentation, running),
+            ``test_loss``, ``test_accuracy``, ``lr`` (of the last step) and ``seconds``.
+        paths: the files written.
+    """
+
+    test_accuracy: float
+    history: list[dict[str, Any]]
+    paths: list[Path]
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come; the sums are of the epoch that is under way.
+
+    Attributes:
+        epoch: complete epochs.
+        position: complete steps of the epoch under way.
+        step: complete steps in all.
+        loss_sum: of the losses of `seen` images.
+        correct: images classified correctly.
+        seen: images of this epoch.
+        seconds: time spent in steps of this epoch.
+        history: a dict an epoch, see :class:`TrainResult`.
+    """
+
+    epoch: int = 0
+    position: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    seen: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def next_epoch(self) -> Progress:
+        """The start of the next epoch."""
+        return Progress(epoch=self.epoch + 1, step=self.step, history=self.history)
+
+
+def train(config: TrainConfig, progress: bool = True) -> TrainResult:
+    """Trains a model and writes ``checkpoint.pt``, ``metrics.json`` and ``curves.png``.
+
+    A run that ended at any moment and continues with ``resume`` ends with the same bits as one that ran through, with
+    the same machine, threads and memory mode.
+
+    Args:
+        config: what to do.
+        progress: whether to show a progress bar on standard error.
+
+    Raises:
+        InputError: the configuration, the data or the checkpoint cannot be used.
+        NonFiniteLossError: the loss became infinite or NaN.
+    """
+    path = config.out / "checkpoint.pt"
+    if path.exists() and not (config.resume or config.fresh):
+        raise InputError(
+            f"train: expected {config.out} to hold no checkpoint, got {path};"
+            " continue it with --resume, or start anew with --fresh"
+        )
+    device = _device(config.device)
+    _make_folder(config.out)
+    data = load(config.data, config.size)
+    with _surroundings(config, device):
+        run = _Run(config, data, device, path, progress)
+        if config.fresh:
+            path.unlink(missing_ok=True)
+        if config.resume and path.exists():
+            run.resume()
+        run.train()
+    return _write_results(run)
+
+
+def learning_rate(step: int, steps: int, start: float) -> float:
+    """The rate of a step on a cosine that falls from `start` to 0 in `steps` steps."""
+    return 0.5 * start * (1 + math.cos(math.pi * step / steps))
+
+
+def make_model(config: TrainConfig, data: Dataset) -> nn.Module:
+    """The configured model with random weights, on the CPU.
+
+    Raises:
+        InputError: the model does not exist, or does not take these arguments or images of this size.
+    """
+    classes = len(data.classes)
+    arguments = {"num_classes": classes, **config.model_kwargs}
+    if arguments["num_classes"] != classes:
+        raise InputError(
+            f"train: expected num_classes to be {classes} as in the data, got {arguments['num_classes']!r}"
+        )
+    memory = "balanced" if config.memory == "plain" else config.memory
+    try:
+        model = models.create(config.model, **arguments, memory=memory)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"train: expected arguments that make a model, got {config.model!r}: {error}") from error
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, data.size, data.size))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"train: expected size to be large enough for {config.model}, got {data.size}: {reason}"
+        ) from error
+    return restore(model) if config.memory == "plain" else model
+
+
+class _Run:
+    """One training run with everything that changes while it goes on."""
+
+    def __init__(self, config: TrainConfig, data: Dataset, device: torch.device, path: Path, progress: bool) -> None:
+        self.config = config
+        self.data = data
+        self.device = device
+        self.path = path
+        self.show_progress = progress
+        torch.manual_seed(config.seed)
+        self.model = make_model(config, data).to(device)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.momentum > 0,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=config.dtype == "float16")
+        self.progress = Progress()
+        self.fingerprint = config.fingerprint(data)
+        self.epoch_steps = math.ceil(len(data.train) / config.batch)
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Goes back to the state of the checkpoint."""
+        state = checkpoint.load(self.path, self.fingerprint)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "config": self.fingerprint,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+            "rng": rng,
+        }
+        checkpoint.save(self.path, state)
+        self.saved_at = time.monotonic()
+
+    def train(self) -> None:
+        """Trains the epochs that are left."""
+        while self.progress.epoch < self.config.epochs:
+            self._train_epoch()
+            self._end_epoch()
+
+    def _train_epoch(self) -> None:
+        """Trains what is left of the epoch under way."""
+        with extra("cli"):
+            from tqdm import tqdm
+        now = self.progress
+        plan = plan_epoch(self.data, self.config.seed, now.epoch)
+        self.model.train()
+        with tqdm(
+            total=len(self.data.train),
+            initial=now.seen,
+            desc=f"epoch {now.epoch + 1}/{self.config.epochs}",
+            unit=" images",
+            disable=not self.show_progress,
+        ) as bar:
+            while now.position < self.epoch_steps:
+                start = time.perf_counter()
+                seen = self._train_step(plan)
+                now.seconds += time.perf_counter() - start
+                bar.set_postfix(loss=f"{now.loss_sum / now.seen:.4f}", accuracy=f"{now.correct / now.seen:.4f}")
+                bar.update(seen)
+                late = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
+                if late and now.position < self.epoch_steps:
+                    self.save()
+
+    def _train_step(self, plan: EpochPlan) -> int:
+        """Trains on the next batch and returns its number of images."""
+        now, count = self.progress, len(self.data.train)
+        first, last = (count * (now.position + more) // self.epoch_steps for more in (0, 1))
+        images, labels = self._train_batch(plan, slice(first, last))
+        rate = learning_rate(now.step, self.epoch_steps * self.config.epochs, self.config.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self._forward(images)
+        loss = functional.cross_entropy(logits, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"train: expected a finite loss, got {value} in step {now.step + 1} (epoch {now.epoch + 1}, learning"
+                f" rate {rate:.3g}); choose a smaller lr. The last checkpoint is from before"
+            )
+        now.loss_sum += value * len(labels)
+        now.correct += _count_correct(logits, labels)
+        now.seen += len(labels)
+        now.position += 1
+        now.step += 1
+        return len(labels)
+
+    def _train_batch(self, plan: EpochPlan, where: slice) -> tuple[Tensor, Tensor]:
+        """The augmented, normalised images at these positions of the epoch, and their labels."""
+        chosen = plan.order[where]
+        images = augment(pixels(self.data.train.images[chosen]), plan.shifts[where], plan.flips[where])
+        return self.data.normalise(images.to(self.device)), self.data.train.labels[chosen].to(self.device)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        """Logits in float32, computed under autocast for the 16-bit types."""
+        dtype = getattr(torch, self.config.dtype)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            return self.model(images).float()
+
+    def _end_epoch(self) -> None:
+        """Measures, adds to the history and writes the checkpoint."""
+        now = self.progress
+        test_loss, test_accuracy = self.evaluate(self.data.test)
+        now.history.append(
+            {
+                "epoch": now.epoch + 1,
+                "loss": now.loss_sum / now.seen,
+                "accuracy": now.correct / now.seen,
+                "test_loss": test_loss,
+                "test_accuracy": test_accuracy,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "seconds": now.seconds,
+            }
+        )
+        self.progress = now.next_epoch()
+        self.save()
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> tuple[float, float]:
+        """Mean loss and share of correct images, without augmentation."""
+        self.model.eval()
+        loss, correct = 0.0, 0
+        for stored, labels in zip(
+            split.images.split(self.config.batch), split.labels.split(self.config.batch), strict=True
+        ):
+            logits = self._forward(self.data.normalise(pixels(stored).to(self.device)))
+            labels = labels.to(self.device)
+            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            correct += _count_correct(logits, labels)
+        return loss / len(split), correct / len(split)
+
+
+def _count_correct(logits: Tensor, labels: Tensor) -> int:
+    return int((logits.argmax(1) == labels).sum())
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"train: expected device to be one of torch's, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"train: expected device to be there, got {name!r} but torch finds no CUDA GPU")
+    return device
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"train: expected out to be a folder that can be written, got {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _surroundings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Threads, random numbers and cuDNN's choices for the time of a run; all are put back behind it."""
+    threads = torch.get_num_threads()
+    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    with torch.random.fork_rng(devices=devices), cudnn:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _write_results(run: _Run) -> TrainResult:
+    """Writes metrics and curves."""
+    history = run.progress.history
+    accuracy = history[-1]["test_accuracy"]
+    metrics, curves = (run.config.out / name for name in ("metrics.json", "curves.png"))
+    write_json(
+        metrics,
+        {
+            "config": run.config.as_dict(),
+            "versions": {"fastdense": build_info()["version"], "torch": torch.__version__},
+            "classes": run.data.classes,
+            "images": {
+                "train": len(run.data.train),
+                "test": len(run.data.test),
+                "skipped": len(run.data.skipped),
+                "size": run.data.size,
+            },
+            "skipped": run.data.skipped,
+            "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+            "test_accuracy": accuracy,
+            "history": history,
+        },
+    )
+    save_curves(history, curves)
+    return TrainResult(accuracy, history, [run.path, metrics, curves])
+
+
+def save_curves(history: list[dict[str, Any]], path: Path) -> None:
+    """Draws loss and accuracy per epoch and writes the picture."""
+    with extra("cli"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    epochs = [entry["epoch"] for entry in history]
+    for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        axes.plot(epochs, [entry[key] for entry in history], marker=".", color="#9aa5b1", label="training")
+        axes.plot(epochs, [entry[f"test_{key}"] for entry in history], marker=".", color="#1f7a5c", label="test")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(key)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_atomically(path, lambda file: file.write(picture.getvalue()))

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: data, loop, and checkpoints that survive a kill at any moment."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastdense._support import InputError
+from fastdense.train import NonFiniteLossError, TrainConfig, checkpoint, train
+from fastdense.train.data import augment, load_digits, load_folder, plan_epoch
+from fastdense.train.loop import learning_rate
+
+Image = pytest.importorskip("PIL.Image")
+
+# Trains with the JSON on the command line, again and again; each time a fork dies by SIGKILL in the n-th write of a
+# checkpoint, in the middle of the file or right behind it.
+CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from fastdense.train import TrainConfig, checkpoint, train
+
+fields, kills = json.loads(sys.argv[1])
+config = TrainConfig(**{**fields, "out": Path(fields["out"])})
+
+def train_until(kill_at, inside):
+    save_tensors, save_checkpoint, written = torch.save, checkpoint.save, 0
+
+    def dying_save(state, file):
+        nonlocal written
+        written += 1
+        if written == kill_at and inside:
+            file.write(b"half a file")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_tensors(state, file)
+
+    def dying_checkpoint(path, state):
+        save_checkpoint(path, state)
+        if written == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save, checkpoint.save = dying_save, dying_checkpoint
+    train(config, progress=False)
+
+for kill_at, inside in kills:
+    child = os.fork()
+    if not child:
+        try:
+            train_until(kill_at, inside)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+"""
+
+
+def tiny(out: Path, **changes: Any) -> TrainConfig:
+    fields: dict[str, Any] = {
+        "model_kwargs": {"depth": 10, "growth_rate": 4},
+        "epochs": 1,
+        "batch": 8,
+        "size": 8,
+        "threads": 1,
+        "out": out,
+    }
+    return TrainConfig(**{**fields, **changes})
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    expected, found = weights(first), weights(second)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def paint(path: Path, colour: tuple[int, int, int], seed: int) -> None:
+    """A picture of one colour with noise."""
+    noise = np.random.default_rng(seed).integers(-30, 31, (12, 14, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    for seed in range(20):
+        paint(folder / "red" / f"{seed}.png", (200, 40, 40), seed)
+        paint(folder / "blue" / f"{seed}.png", (40, 40, 200), 100 + seed)
+    return folder
+
+
+@pytest.fixture
+def trained(pictures: Path, tmp_path: Path) -> TrainConfig:
+    """A finished run of two epochs with four steps each."""
+    config = tiny(tmp_path / "whole", data=str(pictures), epochs=2)
+    train(config, progress=False)
+    return config
+
+
+def test_killed_runs_end_with_the_same_bits(pictures: Path, tmp_path: Path) -> None:
+    kwargs = {"depth": 10, "growth_rate": 4, "drop_rate": 0.2}
+    config = tiny(
+        tmp_path / "killed", data=str(pictures), epochs=2, model_kwargs=kwargs, checkpoint_seconds=0, resume=True
+    )
+    whole = dataclasses.replace(config, out=tmp_path / "whole", checkpoint_seconds=1e9)
+    expected = train(whole, progress=False)
+    # Before the first checkpoint; behind step 2; while step 3 is written; behind step 3; at the end of the epoch.
+    kills = [(1, True), (2, False), (1, True), (1, False), (1, False)]
+    job = json.dumps([{**dataclasses.asdict(config), "out": str(config.out)}, kills])
+    child = subprocess.run([sys.executable, "-c", CHILD, job], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    progress = torch.load(config.out / "checkpoint.pt", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 4)
+    result = train(config, progress=False)
+    assert_same_weights(whole.out, config.out)
+    timeless = [[{**entry, "seconds": 0} for entry in run.history] for run in (expected, result)]
+    assert timeless[0] == timeless[1]
+    assert not list(config.out.glob("*.tmp"))
+
+
+def test_failing_replace_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.pt"
+    state = {"config": {}, "model": {}, "optimizer": {}, "scaler": {}, "progress": {"step": 1}, "rng": {}}
+    checkpoint.save(path, state)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(path, {**state, "progress": {"step": 2}})
+    assert checkpoint.load(path, {})["progress"] == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign"])
+def test_damaged_checkpoint_is_named(trained: TrainConfig, damage: str) -> None:
+    path = trained.out / "checkpoint.pt"
+    if damage == "foreign":
+        torch.save({"weights": torch.zeros(2)}, path)
+    else:
+        whole = path.read_bytes()
+        path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n"}[damage])
+    with pytest.raises(InputError, match=r"checkpoint\.pt to be a .*delete it, or start anew with --fresh"):
+        train(dataclasses.replace(trained, resume=True), progress=False)
+
+
+def test_checkpoint_of_another_configuration_is_refused(trained: TrainConfig) -> None:
+    for changes, name in (
+        ({"lr": 0.2}, "lr was 0.1 and is 0.2"),
+        ({"seed": 1}, "seed"),
+        ({"memory": "plain"}, "plain"),
+    ):
+        with pytest.raises(InputError, match=f"same configuration, got a difference: {name}"):
+            train(dataclasses.replace(trained, resume=True, **changes), progress=False)
+    paint(Path(trained.data) / "red" / "more.png", (200, 40, 40), 7)
+    with pytest.raises(InputError, match="difference: data was"):
+        train(dataclasses.replace(trained, resume=True), progress=False)
+
+
+def test_existing_checkpoint_asks_for_resume_or_fresh(trained: TrainConfig) -> None:
+    with pytest.raises(InputError, match="--resume, or start anew with --fresh"):
+        train(trained, progress=False)
+    before = weights(trained.out)
+    train(dataclasses.replace(trained, fresh=True, seed=1), progress=False)
+    assert not torch.equal(weights(trained.out)["classifier.weight"], before["classifier.weight"])
+
+
+def test_resuming_a_finished_run_reports_it_again(trained: TrainConfig) -> None:
+    first = json.loads((trained.out / "metrics.json").read_text())
+    result = train(dataclasses.replace(trained, resume=True), progress=False)
+    assert result.history == first["history"]
+
+
+def test_non_finite_loss_stops_before_the_checkpoint(pictures: Path, tmp_path: Path) -> None:
+    config = tiny(tmp_path / "out", data=str(pictures), lr=1e30, checkpoint_seconds=0)
+    with pytest.raises(NonFiniteLossError, match=r"finite loss, got (nan|inf) in step [2-4] "):
+        train(config, progress=False)
+    progress = torch.load(config.out / "checkpoint.pt", weights_only=True)["progress"]
+    assert np.isfinite(progress["loss_sum"]) and progress["step"] >= 1
+
+
+def test_folder_run_learns_and_writes_its_files(trained: TrainConfig) -> None:
+    metrics = json.loads((trained.out / "metrics.json").read_text())
+    assert metrics["test_accuracy"] > 0.8
+    assert metrics.keys() == {
+        "config", "versions", "classes", "images", "skipped", "parameters", "test_accuracy", "history"
+    }  # fmt: skip
+    assert metrics["classes"] == ["blue", "red"]
+    assert metrics["images"] == {"train": 32, "test": 8, "skipped": 0, "size": 8}
+    assert [entry["epoch"] for entry in metrics["history"]] == [1, 2]
+    keys = {"epoch", "loss", "accuracy", "test_loss", "test_accuracy", "lr", "seconds"}
+    assert all(entry.keys() == keys for entry in metrics["history"])
+    with Image.open(trained.out / "curves.png") as picture:
+        assert picture.format == "PNG"
+        assert np.asarray(picture.convert("L")).std() > 1
+
+
+def test_corrupt_picture_is_named_skipped_and_counted(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (pictures / "red" / "0.png").read_bytes()
+    (pictures / "red" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    config = tiny(tmp_path / "out", data=str(pictures))
+    train(config, progress=False)
+    assert "broken.png" in capsys.readouterr().err
+    metrics = json.loads((config.out / "metrics.json").read_text())
+    assert metrics["images"]["skipped"] == 1 and "broken.png" in metrics["skipped"][0]
+
+
+def test_unusable_folders_are_named(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "green").mkdir()
+    with pytest.raises(InputError, match="green to hold pictures, got none"):
+        load_folder(pictures)
+    (pictures / "green" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="green to hold a readable picture, got none"):
+        load_folder(pictures)
+    with pytest.raises(InputError, match="at least 2 classes, got 0"):
+        load_folder(pictures / "red")
+    with pytest.raises(InputError, match="'digits' or a folder"):
+        load_folder(tmp_path / "absent")
+
+
+def test_train_and_val_folders_replace_the_split(tmp_path: Path) -> None:
+    for part, count in (("train", 3), ("val", 2)):
+        for name in ("a", "b"):
+            for seed in range(count):
+                paint(tmp_path / part / name / f"{seed}.png", (90, 90, 90), seed)
+    data = load_folder(tmp_path, 8)
+    assert (len(data.train), len(data.test), data.classes) == (6, 4, ["a", "b"])
+    (tmp_path / "val" / "b").rename(tmp_path / "val" / "c")
+    with pytest.raises(InputError, match="same classes, got only in one: b, c"):
+        load_folder(tmp_path, 8)
+
+
+def test_digits_split_is_stratified() -> None:
+    data = load_digits()
+    assert data.train.images.shape[1:] == (3, 16, 16)
+    assert len(data.train) + len(data.test) == 1797
+    total = torch.bincount(torch.cat([data.train.labels, data.test.labels]))
+    assert ((torch.bincount(data.test.labels) / total - 0.2).abs() < 0.01).all()
+    assert data.train.images.min() >= 0 and data.train.images.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_digits_loss_falls(tmp_path: Path, dtype: str) -> None:
+    result = train(tiny(tmp_path / "out", batch=32, lr=0.2, dtype=dtype), progress=False)
+    assert result.history[0]["test_loss"] < 2.2  # chance is ln 10 = 2.30
+
+
+def test_memory_modes_give_the_same_bits(pictures: Path, tmp_path: Path) -> None:
+    for memory in ("balanced", "min", "plain"):
+        train(tiny(tmp_path / memory, data=str(pictures), memory=memory), progress=False)
+    assert_same_weights(tmp_path / "balanced", tmp_path / "min")
+    plain = weights(tmp_path / "plain")
+    for name, value in weights(tmp_path / "balanced").items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_augmentation_moves_and_mirrors() -> None:
+    image = torch.arange(1.0, 17).view(1, 1, 4, 4)
+    moved = augment(image, torch.tensor([[1, -1]]), torch.tensor([False]))[0, 0]
+    assert torch.equal(moved[1:, :3], image[0, 0, :3, 1:])
+    assert not moved[0].any() and not moved[:, 3].any()
+    mirrored = augment(image, torch.tensor([[0, 0]]), torch.tensor([True]))
+    assert torch.equal(mirrored, image.flip(3))
+
+
+def test_plan_is_a_function_of_seed_and_epoch() -> None:
+    data = load_digits()
+    first, again, other = plan_epoch(data, 0, 1), plan_epoch(data, 0, 1), plan_epoch(data, 0, 2)
+    assert torch.equal(first.order, again.order) and torch.equal(first.shifts, again.shifts)
+    assert not torch.equal(first.order, other.order)
+    assert torch.equal(first.order.sort().values, torch.arange(len(data.train)))
+    assert first.shifts.abs().max() == 2 and not first.flips.any()
+
+
+def test_learning_rate_falls_to_zero() -> None:
+    rates = [learning_rate(step, 10, 0.1) for step in range(11)]
+    assert rates[0] == 0.1 and rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": 0},
+        {"lr": float("nan")},
+        {"momentum": 1.0},
+        {"memory": "max"},
+        {"dtype": "int8"},
+        {"seed": -1},
+        {"resume": True, "fresh": True},
+    ],
+)
+def test_bad_values_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="train: expected"):
+        tiny(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "lenet"},
+        {"model_kwargs": {"num_classes": 3}},
+        {"model_kwargs": {"depth": 11}},
+        {"device": "abacus"},
+        {"model": "densenet121", "model_kwargs": {}, "size": 8},
+    ],
+)
+def test_bad_models_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="train: expected"):
+        train(tiny(tmp_path, **changes), progress=False)

@@ -67,7 +67,7 @@ void bind_dropout_mask(py::module_& scalar) {
       "philox4x32",
       [](const Key& key, const Block& counter) {
         const PhiloxBlock random = philox4x32({{key[0], key[1]}}, {{counter[0], counter[1], counter[2], counter[3]}});
-        return std::to_array(random.words);
+        return Block{random.words[0], random.words[1], random.words[2], random.words[3]};
       },
       py::arg("key"), py::arg("counter"));
   scalar.def("dropout_threshold", &dropout_threshold, py::arg("drop_rate"));

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the dense blocks of an existing model fast, in place, and plain again."""
 
-import sys
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,16 +17,9 @@ from fastdense.nn.fused import (
     fused_class,
     plain_class,
 )
-from fastdense.nn.structure import NotFusible, read_block, read_transition
+from fastdense.nn.structure import BLOCKS, NotFusible, is_transition, read_block, read_transition, runs_as
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# Classes whose forward concatenates what its layers make, and whose layers are norm1 ... conv2: (module, block, layer).
-_DIALECTS = (
-    ("torchvision.models.densenet", "_DenseBlock", "_DenseLayer"),
-    ("timm.models.densenet", "DenseBlock", "DenseLayer"),
-    ("fastdense.nn.dense_block", "PlainDenseBlock", "DenseLayer"),
-)
 
 
 def convert(model: Model, *, memory: str = "balanced") -> Model:
@@ -57,16 +49,19 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
         >>> model = fastdense.convert(torchvision.models.densenet121())
     """
     check_memory(memory)
-    found = [_convert_block(name, module, memory) for name, module in _blocks(model)]
-    if not found:
-        looked_for = ", ".join(f"{module}.{block}" for module, block, _ in _DIALECTS)
+    modules = list(model.named_modules())
+    blocks = [(name, module) for name, module in modules if _is_block(module)]
+    if not blocks:
+        looked_for = ", ".join(".".join(known) for known in BLOCKS)
         raise ValueError(
             f"convert: expected model to contain dense blocks (looked for {looked_for}), got {type(model).__name__}"
         )
-    for name, module in list(model.named_modules()):
+    for name, module in blocks:
+        _try_fuse(name, module, FusedDenseBlock, read_block, memory)
+    for name, module in modules:
         if _is_transition(module):
             _try_fuse(name, module, FusedTransition, read_transition, memory)
-    for _, module in list(model.named_modules()):
+    for _, module in modules:
         if type(module) is nn.Sequential and any(isinstance(inner, FusedDenseBlock) for inner in module.children()):
             module.__class__ = fused_class(FusedSequential, nn.Sequential)
     return model
@@ -93,27 +88,8 @@ def restore(model: Model) -> Model:
     return model
 
 
-def _dialect_classes() -> list[tuple[type[nn.Module], type[nn.Module]]]:
-    """Block and layer classes of the libraries that are loaded; a model cannot hold modules of others."""
-    loaded = [(sys.modules[name], block, layer) for name, block, layer in _DIALECTS if name in sys.modules]
-    return [(getattr(module, block), getattr(module, layer)) for module, block, layer in loaded]
-
-
-def _is_block(module: nn.Module, dialects: list[tuple[type[nn.Module], type[nn.Module]]]) -> bool:
-    """A block of a known class whose forward, and whose layers' forward, is the one of that class."""
-    for block, layer in dialects:
-        if isinstance(module, block) and type(module).forward is block.forward:
-            return all(type(inner).forward is layer.forward for inner in module.children())
-    return False
-
-
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    dialects = _dialect_classes()
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, FusedDenseBlock) or _is_block(module, dialects)
-    ]
+def _is_block(module: nn.Module) -> bool:
+    return isinstance(module, FusedDenseBlock) or runs_as(module, BLOCKS)
 
 
 def _is_transition(module: nn.Module) -> bool:
@@ -121,14 +97,7 @@ def _is_transition(module: nn.Module) -> bool:
     if isinstance(module, FusedTransition):
         return True
     is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return is_sequence and list(module._modules) in (
-        ["norm", "relu", "conv", "pool"],
-        ["norm", "conv", "pool"],
-    )
-
-
-def _convert_block(name: str, module: nn.Module, memory: str) -> bool:
-    return _try_fuse(name, module, FusedDenseBlock, read_block, memory)
+    return is_sequence and is_transition(module)
 
 
 def _try_fuse(
@@ -137,15 +106,14 @@ def _try_fuse(
     mixin: type[FusedModule],
     read: Callable[[nn.Module], object],
     memory: str,
-) -> bool:
+) -> None:
     """Fuses a module, or warns why it stays plain."""
     if not isinstance(module, FusedModule):
         try:
             read(module)
         except NotFusible as reason:
-            warnings.warn(f"fastdense: {name} stays plain: {reason}", stacklevel=4)
-            return False
+            warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}", stacklevel=3)
+            return
         module.__class__ = fused_class(mixin, type(module))
     module.__dict__["memory"] = memory
     module.__dict__["_fused_name"] = name
-    return True

@@ -25,7 +25,8 @@ Image = pytest.importorskip("PIL.Image")
 CHILD = """
 import json, os, signal, sys
 from pathlib import Path
-import torch
+import PIL.Image, PIL.ImageOps, torch, tqdm
+import torch._dynamo  # SGD loads it; once, instead of in each fork
 from fastdense.train import TrainConfig, checkpoint, train
 
 fields, kills = json.loads(sys.argv[1])

@@ -202,7 +202,7 @@ def measure_memory(row: Row, config: BenchConfig, images: str, tick: Tick) -> No
             try:
                 row.peaks[batch] = measure_peak(worker, config.memory_steps).peak_mib
             except WorkerError as error:
-                row.memory_error = f"memory at batch {batch}: {error}"
+                row.memory_error = row.memory_error or f"memory at batch {batch}: {error}"
             tick(f"{row.variant}: memory at batch {batch}")
 
 

@@ -179,11 +179,11 @@ class FusedSequential(FusedModule):
 
 def _read_pair(block: nn.Module, behind: nn.Module) -> Tail | None:
     """The tail that ``behind`` makes of ``block``, or None where the two must be called one by one."""
-    if not isinstance(block, FusedDenseBlock) or not is_quiet(block) or not is_quiet(behind):
+    if type(block).forward is not FusedDenseBlock.forward or not is_quiet(block) or not is_quiet(behind):
         return None
     try:
         check_no_global_hooks()
-        if isinstance(behind, FusedTransition):
+        if type(behind).forward is FusedTransition.forward:
             return read_transition(behind)
         return read_last_norm(behind)
     except NotFusible:

@@ -19,6 +19,21 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+# Classes that are known to concatenate: blocks, and layers of norm1 ... conv2. By name, as no library need be loaded.
+BLOCKS = (
+    ("torchvision.models.densenet", "_DenseBlock"),
+    ("timm.models.densenet", "DenseBlock"),
+    ("fastdense.nn.dense_block", "PlainDenseBlock"),
+)
+_LAYERS = (
+    ("torchvision.models.densenet", "_DenseLayer"),
+    ("timm.models.densenet", "DenseLayer"),
+    ("fastdense.nn.dense_block", "DenseLayer"),
+)
+# Their methods that make the numbers.
+_METHODS = ("forward", "bn_function", "bottleneck_fn", "any_requires_grad", "call_checkpoint_bottleneck")
+_TRANSITIONS = (["norm", "relu", "conv", "pool"], ["norm", "conv", "pool"])
+
 
 class NotFusible(Exception):
     """The reason why a block has to run as plain modules."""
@@ -55,6 +70,21 @@ def is_quiet(module: nn.Module) -> bool:
 def check_quiet(module: nn.Module, name: str) -> None:
     if not is_quiet(module):
         raise NotFusible(f"{name} has hooks, a parametrization or a forward of its own")
+
+
+def runs_as(module: nn.Module, known: tuple[tuple[str, str], ...]) -> bool:
+    """Whether ``module`` is of a known class, or of a subclass that leaves its methods alone."""
+    for base in type(module).__mro__:
+        if (base.__module__, base.__qualname__) in known:
+            return True
+        if any(method in base.__dict__ for method in _METHODS):
+            return False
+    return False
+
+
+def is_transition(module: nn.Module) -> bool:
+    """Whether the children are exactly norm, (relu), conv, pool."""
+    return list(module.__dict__["_modules"]) in _TRANSITIONS
 
 
 def check_no_global_hooks() -> None:
@@ -130,6 +160,8 @@ def _check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> Any
 def read_layer(module: Any, name: str) -> Layer:
     """Reads norm1, relu1, conv1, norm2, relu2, conv2 (conv1 and norm2 may be missing together)."""
     check_quiet(module, name)
+    if not runs_as(module, _LAYERS):
+        raise NotFusible(f"{name} is a {type(module).__name__}, not a known dense layer")
     children = {key for key, value in module.__dict__["_modules"].items() if value is not None}
     unknown = children - {"norm1", "relu1", "conv1", "norm2", "relu2", "conv2"}
     if unknown:
@@ -149,14 +181,23 @@ def read_block(module: nn.Module) -> list[Layer]:
     """Reads the layers of a dense block, in order."""
     check_no_global_hooks()
     layers = [read_layer(layer, name) for name, layer in module.named_children()]
-    if len({(layer.conv1 is None, layer.drop_rate) for layer in layers}) > 1:
-        raise NotFusible("its layers differ in bottleneck or drop_rate")
+    if len({_common(layer) for layer in layers}) > 1:
+        raise NotFusible("its layers differ in growth rate, bottleneck, kernel or drop_rate")
     return layers
+
+
+def _common(layer: Layer) -> tuple[Any, ...]:
+    """What all layers of a fused block share: bottleneck, growth rate and kernel, drop rate."""
+    width = layer.conv1.weight.shape[0] if layer.conv1 is not None else 0
+    growth, _, *kernel = layer.conv2.weight.shape
+    return (width, growth, *kernel, layer.drop_rate)
 
 
 def read_transition(module: nn.Module) -> Tail:
     """Reads norm, relu, conv, pool of a transition."""
     check_no_global_hooks()
+    if not is_transition(module):
+        raise NotFusible(f"its modules are {', '.join(module._modules)}: expected norm, relu, conv, pool")
     norm = _check_norm_relu(module, "norm", "relu", "")
     conv = _check_conv(child(module, "conv"), "conv", 1)
     pool: Any = child(module, "pool")

@@ -195,12 +195,18 @@ def test_densenet121_gives_the_same_numbers():
     plain = randomise(tv_densenet.densenet121(num_classes=10).double())
     fast = fastdense.convert(copy.deepcopy(plain))
     x = images(batch=8)
-    expected = step(plain, x)
-    torch.set_num_threads(2)
     with Calls() as calls:
         actual = step(fast, x)
     assert calls.made == [(6, "transition"), (12, "transition"), (24, "transition"), (16, "norm")]
-    assert_same(actual, expected)
+    assert_same(actual, step(plain, x))
+
+
+def test_several_threads_in_the_operator():
+    plain, fast = pair()
+    x = images()
+    expected = step(plain, x)
+    torch.set_num_threads(3)
+    assert_same(step(fast, x), expected)
 
 
 def test_every_block_runs_with_what_follows_it_as_one_operator():

@@ -9,11 +9,12 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
-#include <string_view>
+#include <string>
 
 namespace fastdense {
 
-inline std::string_view dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+// A copy: older versions of torch return temporaries.
+inline std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
 inline void check_dtype(const char* op, const char* arg, const at::Tensor& tensor, at::ScalarType expected) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == expected, op, ": expected ", arg, " to be ", dtype_name(expected), ", got ",

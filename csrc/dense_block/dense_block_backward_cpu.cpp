@@ -175,13 +175,13 @@ class Backward : DenseBlockDriver<T> {
     const int64_t c = args.layers[l].channels, k = args.growth;
     const at::Tensor corrections = corrections_of(c, k);
     const A* shift_sum = corrections.const_data_ptr<A>();
-    at::Tensor d = this->template temporary<A>({pixels_, k});
-    A* out = d.mutable_data_ptr<A>();
+    if (!d_.defined()) d_ = this->template temporary<A>({pixels_, k});
+    A* out = d_.mutable_data_ptr<A>();
     const Dropout dropout = this->dropout(seed_, l);
     this->for_each_chunk(pixels_, 4 * kBackwardRows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
       kernels.finalise(g_ + c, x_ + c, ld_, row, rows, k, mean_ + c, shift_sum, shift_sum + k, dropout, out);
     });
-    return d;
+    return d_;
   }
 
   at::Tensor corrections_of(int64_t first, int64_t n) {
@@ -218,8 +218,8 @@ class Backward : DenseBlockDriver<T> {
     const T* zp = static_cast<const T*>(z.const_data_ptr());
     const int64_t at = args.norm2_statistics(l), b = args.width;
     const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, b);
-    at::Tensor dv = at::empty({pixels_, b}, options_);
-    T* dvp = static_cast<T*>(dv.mutable_data_ptr());
+    if (!dv_.defined()) dv_ = at::empty({pixels_, b}, options_);
+    T* dvp = static_cast<T*>(dv_.mutable_data_ptr());
     conv(layer, this->source(zp, b, c2), d, dvp, b, nullptr, c2.mean());
     const Sums t = norm_gradients(layer.norm2, c2);
     product(layer, prefix, c1, dvp, zp, c2, t);
@@ -229,9 +229,9 @@ class Backward : DenseBlockDriver<T> {
   // The kept output of the 1x1, or the same made again.
   at::Tensor bottleneck(int64_t l, const Source<T>& prefix) {
     if (z_.size(0) > 0) return z_[l];
-    at::Tensor z = at::empty({pixels_, args.width}, options_);
-    this->make_bottleneck(args.layers[l], prefix, static_cast<T*>(z.mutable_data_ptr()), nullptr);
-    return z;
+    if (!z_again_.defined()) z_again_ = at::empty({pixels_, args.width}, options_);
+    this->make_bottleneck(args.layers[l], prefix, static_cast<T*>(z_again_.mutable_data_ptr()), nullptr);
+    return z_again_;
   }
 
   void conv(const LayerArgs& layer, const Source<T>& source, const at::Tensor& d, T* gradient, int64_t ld,
@@ -282,8 +282,9 @@ class Backward : DenseBlockDriver<T> {
   const at::TensorList weights_;
   const at::TensorOptions options_;
   int64_t widest_ = 0;
-  at::Tensor sums_;      // [workers, 2, widest]
-  at::Tensor gradient_;  // [N, C, spatial], channels innermost
+  at::Tensor sums_;              // [workers, 2, widest]
+  at::Tensor d_, dv_, z_again_;  // of one layer at a time: [pixels, k], [pixels, b], [pixels, b]
+  at::Tensor gradient_;          // [N, C, spatial], channels innermost
   T* g_ = nullptr;
   std::vector<double> shift_sum_, slope_sum_;
   std::vector<at::Tensor> grads_;

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     trained = train_digits(options.out / "digits", options.threads)
     print_bench(result, console())
     accuracy = trained.test_accuracy
-    print(f"\nDenseNet-BC (L=40, k=12) on the digits: test accuracy {100 * accuracy:.2f} %")
+    print(f"\nDenseNet-BC (L=22, k=12) on the digits: test accuracy {100 * accuracy:.2f} %")
     print(f"plot: {plot}")
     if accuracy < TARGET_ACCURACY:
         print(f"expected an accuracy of at least {100 * TARGET_ACCURACY:.0f} %")
@@ -45,9 +45,9 @@ def train_digits(out: Path, threads: int) -> Any:
 
     config = TrainConfig(
         model="densenet_cifar",
-        model_kwargs={"depth": 40, "growth_rate": 12},
+        model_kwargs={"depth": 22, "growth_rate": 12},
         data="digits",
-        epochs=10,
+        epochs=14,
         out=out,
         threads=threads,
         fresh=True,

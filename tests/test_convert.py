@@ -684,7 +684,7 @@ CHANGES = {
     "conv subclass": (lambda n: set_conv1(n, FoldedConv), BLOCK, "denselayer1.conv1 is a FoldedConv"),
     "conv with bias": (lambda n: set_conv1(n, bias=True), BLOCK, "expected no bias"),
     "grouped conv": (lambda n: set_conv2(n, groups=2), BLOCK, "groups 1"),
-    "dilated conv": (lambda n: set_conv2(n, dilation=2, padding=2), BLOCK, "denselayer1.conv2 is Conv2d"),
+    "dilated conv": (lambda n: set_conv2(n, dilation=2, padding="same"), BLOCK, "denselayer1.conv2 is Conv2d"),
     "reflected padding": (lambda n: set_conv2(n, padding_mode="reflect"), BLOCK, "'same' zero padding"),
     "sync batch norm": (lambda n: set_norm(n, nn.SyncBatchNorm), BLOCK, "denselayer1.norm2 is a SyncBatchNorm"),
     "group norm": (lambda n: set_norm(n, partial(nn.GroupNorm, 2)), BLOCK, "denselayer1.norm2 is a GroupNorm"),
@@ -760,6 +760,17 @@ def test_a_module_added_to_a_transition_after_the_conversion():
     x = images()
     with one_warning(TRANSITION, "its modules are norm, relu, conv, pool, last"):
         assert_same(step(fast, x), step(plain, x))
+
+
+def test_same_padding_and_other_odd_kernels_are_fused():
+    def change(net):
+        for layer in net.features.denseblock1.children():
+            layer.conv2 = nn.Conv2d(24, 6, (5, 1), padding="same", bias=False).double()
+
+    plain, fast = pair(change=change)
+    x = images()
+    assert_same(step(fast, x), step(plain, x))
+    assert fused_calls(fast, x) == FUSED
 
 
 def test_pruning_made_permanent_is_fused_again():

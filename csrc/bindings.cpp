@@ -57,7 +57,7 @@ template <typename T>
 void bind_storage(py::module_& scalar, const char* name) {
   const std::string suffix = std::string("_") + name;
   scalar.def(("load" + suffix).c_str(), [](uint16_t bits) { return load(T{bits}); }, py::arg("bits"));
-  scalar.def(("store" + suffix).c_str(), [](float v) { return store<T>(v).bits; }, py::arg("v"));
+  scalar.def(("store" + suffix).c_str(), [](float v) { return to_bits(store<T>(v)); }, py::arg("v"));
 }
 
 void bind_dropout_mask(py::module_& scalar) {

@@ -15,31 +15,34 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# (file below csrc/dense_block, what stands there, what is planted)
+# (file below csrc, what stands there, what is planted)
 MUTANTS = [
-    ("dense_block_math.h", "g - shift_sum - (x - mean) * slope_sum", "g - shift_sum + (x - mean) * slope_sum"),
-    ("dense_block_math.h", "g - shift_sum - (x - mean) * slope_sum", "g - (x - mean) * slope_sum"),
-    ("dense_block_math.h", "(t1 + xhat * t2) * inv_count", "(xhat * t2) * inv_count"),
-    ("dense_block_math.h", "return {scale, bias - mean * scale, mean, rstd}", "return {scale, bias, mean, rstd}"),
-    ("dense_block_math.h", "delta * delta * p.count * share", "delta * delta * share"),
-    ("dense_block_math.h", "count / (count - 1)", "1.0"),
-    ("dense_block_sweeps.h", "relu_passes(y[i]) ? dy[j + i] : A(0)", "dy[j + i]"),
-    ("dense_block_sweeps.h", "mul_add(scale[i], dy[i], A(load(g[i])))", "mul_add(A(1), dy[i], A(load(g[i])))"),
-    ("dense_block_sweeps.h", "weighted[i] += dy[i] * (load(x[i]) - mean[i])", "weighted[i] += dy[i] * load(x[i])"),
-    ("dense_block_kernels_impl.h", "g, p, begin, end,", "g, p, begin + 1, end,"),
-    ("dense_block_kernels_impl.h", "g, p, 0, g.size[0],", "g, p, 0, g.size[0] - 1,"),
-    ("dense_block_kernels_impl.h", "? dy[i] * share : A(0)", "? dy[i] : A(0)"),
-    ("dense_block_kernels_impl.h", "apply_dropout(dropout, row, rows, n, d + row * n);", ""),
-    ("dense_block_backward_cpu.cpp", "if (norm.frozen()) return;", ""),
-    ("dense_block_backward_cpu.cpp", "layer.norm2.frozen() ? A(0) : A(1.0 / double(pixels_))", "A(1.0 / double(pixels_))"),
-    ("dense_block_backward_cpu.cpp", "share * s.weighted[j] * double(c.rstd()[j])", "share * s.weighted[j]"),
-    ("dense_block_cpu.cpp", "layer.norm2, mean_ + at, var_ + at, args.width", "layer.norm2, mean_, var_, args.width"),
+    ("dense_block/dense_block_math.h", "g - shift_sum - (x - mean) * slope_sum", "g - shift_sum + (x - mean) * slope_sum"),
+    ("dense_block/dense_block_math.h", "g - shift_sum - (x - mean) * slope_sum", "g - (x - mean) * slope_sum"),
+    ("dense_block/dense_block_math.h", "(t1 + xhat * t2) * inv_count", "(xhat * t2) * inv_count"),
+    ("dense_block/dense_block_math.h", "return {scale, bias - mean * scale, mean, rstd}", "return {scale, bias, mean, rstd}"),
+    ("dense_block/dense_block_math.h", "delta * delta * p.count * share", "delta * delta * share"),
+    ("dense_block/dense_block_math.h", "count / (count - 1)", "1.0"),
+    ("dense_block/dense_block_sweeps.h", "relu_passes(mul_add(value, scale[i], shift[i])) ? dy[i] * share : A(0)", "true ? dy[i] * share : A(0)"),
+    ("dense_block/dense_block_sweeps.h", "mul_add(scale[i], gradient, A(load(g[i])))", "mul_add(A(1), gradient, A(load(g[i])))"),
+    ("dense_block/dense_block_sweeps.h", "weighted[i] += gradient * (value - mean[i])", "weighted[i] += gradient * value"),
+    ("dense_block/dense_block_kernels_impl.h", "g, p, begin, end,", "g, p, begin + 1, end,"),
+    ("dense_block/dense_block_kernels_impl.h", "g, p, 0, g.size[0],", "g, p, 0, g.size[0] - 1,"),
+    ("dense_block/dense_block_sweeps.h", "? dy[i] * share : A(0)", "? dy[i] : A(0)"),
+    ("dense_block/dense_block_kernels_impl.h", "apply_dropout(dropout, row, rows, n, d);", ""),
+    ("dense_block/dense_block_backward_cpu.cpp", "if (norm.frozen()) return;", ""),
+    ("dense_block/dense_block_backward_cpu.cpp", "layer.norm2.frozen() ? A(0) : A(1.0 / double(pixels_))", "A(1.0 / double(pixels_))"),
+    ("dense_block/dense_block_backward_cpu.cpp", "share * s.weighted[j] * double(c.rstd()[j])", "share * s.weighted[j]"),
+    ("dense_block/dense_block_cpu.cpp", "layer.norm2, mean_ + at, var_ + at, args.width", "layer.norm2, mean_, var_, args.width"),
+    ("common/gemm_amx.h", "w[p + 1] = _mm512_unpackhi_epi32(v[p], v[p + 1]);", "w[p + 1] = _mm512_unpackhi_epi32(v[p + 1], v[p]);"),
+    ("common/gemm_amx.h", "i < round_up(depth, kAlign) / 2 * kPanel", "i < 0"),
+    ("common/gemm.h", "i < columns ? value(r, i) : A(0)", "value(r, 0)"),
 ]  # fmt: skip
 
 
 def survives(folder: Path, name: str, before: str, after: str) -> bool:
     """Whether the tests pass with the mistake in place."""
-    path = folder / "csrc" / "dense_block" / name
+    path = folder / "csrc" / name
     text = path.read_text()
     assert before in text, f"{name} no longer contains {before!r}"
     path.write_text(text.replace(before, after))

@@ -1,78 +1,106 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small matrix products on cache-sized chunks, single-threaded: the caller owns the loop over chunks and threads.
-// One operand is always stored in panels of kPanel<A> columns ([panel][row][kPanel], zero-padded), so that the inner
-// loop is two vector loads, kTileRows broadcasts and 2 * kTileRows fused multiply-adds.  Included once per target.
+// Included once per target.
+//
+// Gemm<T> multiplies for a storage type T.  `Operand` is the type in which factors are held, results are always
+// accumulate_t<T>.  The left factor is row-major with a depth padded by zeros to a multiple of kAlign; the right factor
+// is in panels of kPanel columns, zero beyond the last column and beyond the depth.  Results have whole panels of
+// columns, and rows up to a multiple of kAlign may be overwritten.
 namespace fastdense::FASTDENSE_TARGET {
 
-template <typename A>
-constexpr int kPanel = 2 * Vec<A>::kLanes;
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Rows of a K block: kGemmBlock x kPanel values of the panel stay in L1 while the rows of the chunk pass by.
-constexpr int64_t kGemmBlock = 256;
-
-// C[rows, kPanel] (+)= sum_k L(i, k) * panel[k, :] with L(i, k) = left[i * row_stride + k * step].
-template <int Rows, typename A>
-inline void gemm_tile(int64_t depth, const A* left, int64_t row_stride, int64_t step, const A* panel, A* c, int64_t ldc,
-                      bool accumulate) {
+// Here factors are of the type of arithmetic, panels are [depth][kPanel], and the inner loop is two vector loads,
+// kTileRows broadcasts and 2 * kTileRows fused multiply-adds.
+template <typename T>
+struct Gemm {
+  using A = accumulate_t<T>;
+  using Operand = A;
   using V = Vec<A>;
-  V sum[Rows][2];
-#pragma GCC unroll 12
-  for (int i = 0; i < Rows; ++i) {
-    sum[i][0] = accumulate ? V::load(c + i * ldc) : V::splat(0);
-    sum[i][1] = accumulate ? V::load(c + i * ldc + V::kLanes) : V::splat(0);
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    const V p0 = V::load(panel + k * kPanel<A>), p1 = V::load(panel + k * kPanel<A> + V::kLanes);
-#pragma GCC unroll 12
-    for (int i = 0; i < Rows; ++i) {
-      const V l = V::splat(left[i * row_stride + k * step]);
-      sum[i][0] = V::fma(l, p0, sum[i][0]);
-      sum[i][1] = V::fma(l, p1, sum[i][1]);
+  static constexpr int64_t kPanel = 2 * V::kLanes;
+  static constexpr int64_t kAlign = 1;
+  // Depth worked on at once: kGemmBlock x kPanel values of a panel stay in L1 while the rows of the chunk pass by.
+  static constexpr int64_t kGemmBlock = 256;
+
+  // panel[r, i] = value(r, i) for i < columns.
+  template <typename Value>
+  static void fill_panel(int64_t depth, int64_t columns, const Value& value, Operand* panel) {
+    for (int64_t r = 0; r < depth; ++r) {
+      A* __restrict out = panel + r * kPanel;
+      if (columns >= kPanel)
+        for (int64_t i = 0; i < kPanel; ++i) out[i] = value(r, i);
+      else
+        for (int64_t i = 0; i < kPanel; ++i) out[i] = i < columns ? value(r, i) : A(0);
     }
   }
+
+  // C[rows, n] = L[rows, depth] * B[depth, n]
+  static void multiply(int64_t rows, int64_t depth, int64_t n, const Operand* left, int64_t ldl, const Operand* panels,
+                       A* c, int64_t ldc) {
+    for (int64_t k = 0; k < depth; k += kGemmBlock) {
+      const int64_t block = depth - k < kGemmBlock ? depth - k : kGemmBlock;
+      for (int64_t j = 0; j < n; j += kPanel)
+        column(rows, block, left + k, ldl, 1, panels + j * depth + k * kPanel, c + j, ldc, k > 0);
+    }
+  }
+
+  // Elements of room that multiply_transposed needs.
+  static constexpr int64_t transposed_size(int64_t, int64_t) { return 0; }
+
+  // The left factor of multiply_transposed, prepared once for all its columns; here as it is.
+  static const Operand* transpose(int64_t, int64_t, const Operand* left, int64_t, Operand*) { return left; }
+
+  // C[m, n] += L[rows, m]^T * R[rows, n] with L by transpose().
+  static void multiply_transposed(int64_t rows, int64_t m, int64_t n, const Operand* left, int64_t ldl,
+                                  const Operand* panels, A* c, int64_t ldc) {
+    for (int64_t j = 0; j < n; j += kPanel) column(m, rows, left, 1, ldl, panels + j * rows, c + j, ldc, true);
+  }
+
+ private:
+  // C[Rows, kPanel] (+)= sum_k L(i, k) * panel[k, :] with L(i, k) = left[i * row_stride + k * step].
+  template <int Rows>
+  static void tile(int64_t depth, const A* left, int64_t row_stride, int64_t step, const A* panel, A* c, int64_t ldc,
+                   bool accumulate) {
+    V sum[Rows][2];
 #pragma GCC unroll 12
-  for (int i = 0; i < Rows; ++i) {
-    sum[i][0].store(c + i * ldc);
-    sum[i][1].store(c + i * ldc + V::kLanes);
+    for (int i = 0; i < Rows; ++i) {
+      sum[i][0] = accumulate ? V::load(c + i * ldc) : V::splat(0);
+      sum[i][1] = accumulate ? V::load(c + i * ldc + V::kLanes) : V::splat(0);
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      const V p0 = V::load(panel + k * kPanel), p1 = V::load(panel + k * kPanel + V::kLanes);
+#pragma GCC unroll 12
+      for (int i = 0; i < Rows; ++i) {
+        const V l = V::splat(left[i * row_stride + k * step]);
+        sum[i][0] = V::fma(l, p0, sum[i][0]);
+        sum[i][1] = V::fma(l, p1, sum[i][1]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < Rows; ++i) {
+      sum[i][0].store(c + i * ldc);
+      sum[i][1].store(c + i * ldc + V::kLanes);
+    }
   }
-}
 
-// The last, short tile of a column of tiles.
-template <int Rows, typename A>
-inline void gemm_short_tile(int64_t rows, int64_t depth, const A* left, int64_t row_stride, int64_t step,
-                            const A* panel, A* c, int64_t ldc, bool accumulate) {
-  if constexpr (Rows > 0) {
-    if (rows == Rows) return gemm_tile<Rows>(depth, left, row_stride, step, panel, c, ldc, accumulate);
-    gemm_short_tile<Rows - 1>(rows, depth, left, row_stride, step, panel, c, ldc, accumulate);
+  // The last, short tile of a column of tiles.
+  template <int Rows>
+  static void short_tile(int64_t rows, int64_t depth, const A* left, int64_t row_stride, int64_t step, const A* panel,
+                         A* c, int64_t ldc, bool accumulate) {
+    if constexpr (Rows > 0) {
+      if (rows == Rows) return tile<Rows>(depth, left, row_stride, step, panel, c, ldc, accumulate);
+      short_tile<Rows - 1>(rows, depth, left, row_stride, step, panel, c, ldc, accumulate);
+    }
   }
-}
 
-template <typename A>
-inline void gemm_column(int64_t rows, int64_t depth, const A* left, int64_t row_stride, int64_t step, const A* panel,
-                        A* c, int64_t ldc, bool accumulate) {
-  int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows)
-    gemm_tile<kTileRows>(depth, left + i * row_stride, row_stride, step, panel, c + i * ldc, ldc, accumulate);
-  gemm_short_tile<kTileRows - 1>(rows - i, depth, left + i * row_stride, row_stride, step, panel, c + i * ldc, ldc,
-                                 accumulate);
-}
-
-// C[rows, n] = L[rows, depth] * B[depth, n];  L row-major, B in panels, ldc and C padded to whole panels.
-template <typename A>
-inline void gemm(int64_t rows, int64_t depth, int64_t n, const A* left, int64_t ldl, const A* panels, A* c,
-                 int64_t ldc) {
-  for (int64_t k = 0; k < depth; k += kGemmBlock) {
-    const int64_t block = depth - k < kGemmBlock ? depth - k : kGemmBlock;
-    for (int64_t j = 0; j < n; j += kPanel<A>)
-      gemm_column(rows, block, left + k, ldl, 1, panels + j * depth + k * kPanel<A>, c + j, ldc, k > 0);
+  static void column(int64_t rows, int64_t depth, const A* left, int64_t row_stride, int64_t step, const A* panel, A* c,
+                     int64_t ldc, bool accumulate) {
+    int64_t i = 0;
+    for (; i + kTileRows <= rows; i += kTileRows)
+      tile<kTileRows>(depth, left + i * row_stride, row_stride, step, panel, c + i * ldc, ldc, accumulate);
+    short_tile<kTileRows - 1>(rows - i, depth, left + i * row_stride, row_stride, step, panel, c + i * ldc, ldc,
+                              accumulate);
   }
-}
-
-// C[m, n] += L[rows, m]^T * R[rows, n];  L row-major, R in panels, ldc and C padded to whole panels.
-template <typename A>
-inline void gemm_transposed(int64_t rows, int64_t m, int64_t n, const A* left, int64_t ldl, const A* panels, A* c,
-                            int64_t ldc) {
-  for (int64_t j = 0; j < n; j += kPanel<A>) gemm_column(m, rows, left, 1, ldl, panels + j * rows, c + j, ldc, true);
-}
+};
 
 }  // namespace fastdense::FASTDENSE_TARGET

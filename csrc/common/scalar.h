@@ -20,13 +20,12 @@
 
 namespace fastdense {
 
-struct bfloat16 {
-  uint16_t bits;
-};
+// Enumerations rather than structures: compilers vectorise loops over scalars only.
+enum class bfloat16 : uint16_t {};
+enum class half : uint16_t {};
 
-struct half {
-  uint16_t bits;
-};
+FASTDENSE_HD uint16_t to_bits(bfloat16 v) { return static_cast<uint16_t>(v); }
+FASTDENSE_HD uint16_t to_bits(half v) { return static_cast<uint16_t>(v); }
 
 template <typename T>
 struct Accumulate {
@@ -80,20 +79,20 @@ FASTDENSE_HD bool relu_passes(A v) {
 FASTDENSE_HD float load(float v) { return v; }
 FASTDENSE_HD double load(double v) { return v; }
 
-FASTDENSE_HD float load(bfloat16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
+FASTDENSE_HD float load(bfloat16 v) { return bit_cast<float>(uint32_t(to_bits(v)) << 16); }
 
 FASTDENSE_HD float load(half v) {
 #ifdef __CUDA_ARCH__
-  return __half2float(__ushort_as_half(v.bits));
+  return __half2float(__ushort_as_half(to_bits(v)));
 #else
   constexpr uint32_t kRebias = (127 - 15) << 23;
-  const uint32_t shifted = uint32_t(v.bits & 0x7fff) << 13;
+  const uint32_t shifted = uint32_t(to_bits(v) & 0x7fff) << 13;
   const uint32_t exponent = shifted & 0x0f800000;
   const uint32_t rebiased = shifted + kRebias + (exponent == 0x0f800000 ? kRebias : 0);
   // A subnormal half gets the implicit one of 2^-14, which the subtraction takes away again.
   const float subnormal = bit_cast<float>(shifted + (113u << 23)) - bit_cast<float>(113u << 23);
   const uint32_t magnitude = exponent == 0 ? bit_cast<uint32_t>(subnormal) : rebiased;
-  return bit_cast<float>(magnitude | uint32_t(v.bits & 0x8000) << 16);
+  return bit_cast<float>(magnitude | uint32_t(to_bits(v) & 0x8000) << 16);
 #endif
 }
 
@@ -105,19 +104,19 @@ FASTDENSE_HD T store(accumulate_t<T> v) {
 template <>
 FASTDENSE_HD bfloat16 store<bfloat16>(float v) {
 #ifdef __CUDA_ARCH__
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(v))};
+  return bfloat16{__bfloat16_as_ushort(__float2bfloat16_rn(v))};
 #else
   const uint32_t bits = bit_cast<uint32_t>(v);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const uint32_t quiet_nan = bits >> 16 | 0x40;
-  return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded)};
+  return bfloat16{uint16_t((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded)};
 #endif
 }
 
 template <>
 FASTDENSE_HD half store<half>(float v) {
 #ifdef __CUDA_ARCH__
-  return {__half_as_ushort(__float2half_rn(v))};
+  return half{__half_as_ushort(__float2half_rn(v))};
 #else
   const uint32_t bits = bit_cast<uint32_t>(v);
   const uint32_t magnitude = bits & 0x7fffffff;
@@ -128,7 +127,7 @@ FASTDENSE_HD half store<half>(float v) {
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
   const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
-  return {uint16_t((magnitude < (143u << 23) ? finite : special) | sign)};
+  return half{uint16_t((magnitude < (143u << 23) ? finite : special) | sign)};
 #endif
 }
 

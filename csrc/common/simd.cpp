@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/simd.h"
 
+#ifdef FASTDENSE_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -13,15 +19,29 @@
 namespace fastdense {
 namespace {
 
-constexpr SimdLevel kLevels[] = {SimdLevel::kBaseline, SimdLevel::kAvx2, SimdLevel::kAvx512};
-constexpr const char* kAllowed = "baseline, avx2 or avx512";
+constexpr SimdLevel kLevels[] = {SimdLevel::kBaseline, SimdLevel::kAvx2, SimdLevel::kAvx512, SimdLevel::kAmx};
+constexpr const char* kAllowed = "baseline, avx2, avx512 or amx";
+
+// Whether the processor has AMX-BF16 and Linux lets this process use the tiles; torch asks for the same permission.
+bool has_amx() {
+#ifdef FASTDENSE_HAS_AMX
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 SimdLevel machine_level() {
 #if defined(__x86_64__) || defined(__i386__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2) return avx512 ? SimdLevel::kAvx512 : SimdLevel::kAvx2;
+  if (avx2 && avx512) return has_amx() ? SimdLevel::kAmx : SimdLevel::kAvx512;
+  if (avx2) return SimdLevel::kAvx2;
 #endif
   return SimdLevel::kBaseline;
 }
@@ -54,7 +74,7 @@ std::atomic<SimdLevel>& current_level() {
 SimdLevel simd_level() { return current_level().load(std::memory_order_relaxed); }
 
 const char* simd_name(SimdLevel level) {
-  constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
   return kNames[static_cast<int>(level)];
 }
 

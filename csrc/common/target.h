@@ -6,7 +6,9 @@
 #include <immintrin.h>
 #endif
 
-#if defined(FASTDENSE_TARGET_AVX512)
+#if defined(FASTDENSE_TARGET_AMX)
+#define FASTDENSE_TARGET_ISA "amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#elif defined(FASTDENSE_TARGET_AVX512)
 #define FASTDENSE_TARGET_ISA "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #elif defined(FASTDENSE_TARGET_AVX2)
 #define FASTDENSE_TARGET_ISA "avx2,fma,f16c"

@@ -101,19 +101,21 @@ class Backward : DenseBlockDriver<T> {
   // Weight gradients [workers, depth, padded n], zeroed, if needed.
   at::Tensor worker_gradients(bool needed, int64_t depth, int64_t n) {
     sums_.zero_();
-    return at::zeros({needed ? this->workers : 0, depth, this->padded(n)},
+    return at::zeros({needed ? this->workers : 0, this->padded_depth(depth), this->padded(n)},
                      at::TensorOptions().dtype(Base::kAccumulate));
   }
   static A* of_worker(const at::Tensor& gradients, int64_t worker) {
     return gradients.size(0) == 0 ? nullptr
                                   : gradients.mutable_data_ptr<A>() + worker * gradients.size(1) * gradients.size(2);
   }
-  static at::Tensor total(const at::Tensor& gradients, int64_t n) { return gradients.sum(0).narrow(1, 0, n); }
+  static at::Tensor total(const at::Tensor& gradients, int64_t depth, int64_t n) {
+    return gradients.sum(0).narrow(0, 0, depth).narrow(1, 0, n);
+  }
 
-  BackwardSink<T> sink(int64_t worker, T* gradient, int64_t ld, const A* scale, const A* mean,
+  BackwardSink<T> sink(int64_t worker, T* gradient, int64_t ld, bool accumulate, const A* mean,
                        const at::Tensor& dweight) {
     const Sums s = worker_sums(worker);
-    return {gradient, ld, scale, mean, s.sum, s.weighted, of_worker(dweight, worker)};
+    return {gradient, ld, accumulate, mean, s.sum, s.weighted, of_worker(dweight, worker)};
   }
 
   // Parameter gradients of a norm from its sums, in place: sum -> s1, weighted -> s2 (dbeta, dgamma).
@@ -149,12 +151,12 @@ class Backward : DenseBlockDriver<T> {
     const at::Tensor dweight = worker_gradients(needs(args.tail_conv_at), co, ld_);
     const T* dy = static_cast<const T*>(grad.const_data_ptr());
     const Source<T> source = this->source(x_, ld_, c);
-    this->for_each_chunk(
-        args.batch * args.pool.pixels(), kBackwardRows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-          kernels.pool_backward(source, args.pool, row, rows, dy, co, co, panels.const_data_ptr<A>(),
-                                sink(worker, g_, ld_, c.scale(), c.mean(), dweight), this->scratch(worker));
-        });
-    if (needs(args.tail_conv_at)) set(args.tail_conv_at, total(dweight, ld_).reshape(args.tail_conv.sizes()));
+    this->for_each_chunk(args.batch * args.pool.pixels(), kernels.backward_rows,
+                         [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+                           kernels.pool_backward(source, args.pool, row, rows, dy, co, co, this->panels_of(panels),
+                                                 sink(worker, g_, ld_, true, c.mean(), dweight), this->scratch(worker));
+                         });
+    if (needs(args.tail_conv_at)) set(args.tail_conv_at, total(dweight, co, ld_).reshape(args.tail_conv.sizes()));
     consumed(args.tail_norm, c);
   }
 
@@ -163,9 +165,9 @@ class Backward : DenseBlockDriver<T> {
     const at::Tensor none = worker_gradients(false, 0, 0);
     const T* dy = static_cast<const T*>(grad.const_data_ptr());
     const Source<T> source = this->source(x_, ld_, c);
-    this->for_each_chunk(pixels_, kBackwardRows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+    this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
       kernels.norm_backward(source, args.tail == Tail::kNormRelu, row, rows, dy,
-                            sink(worker, g_, ld_, c.scale(), c.mean(), none), this->scratch(worker));
+                            sink(worker, g_, ld_, true, c.mean(), none), this->scratch(worker));
     });
     consumed(args.tail_norm, c);
   }
@@ -175,10 +177,10 @@ class Backward : DenseBlockDriver<T> {
     const int64_t c = args.layers[l].channels, k = args.growth;
     const at::Tensor corrections = corrections_of(c, k);
     const A* shift_sum = corrections.const_data_ptr<A>();
-    if (!d_.defined()) d_ = this->template temporary<A>({pixels_, k});
-    A* out = d_.mutable_data_ptr<A>();
+    if (!d_.defined()) d_ = this->bytes(pixels_ * k * kernels.operand_bytes);
+    void* out = d_.mutable_data_ptr();
     const Dropout dropout = this->dropout(seed_, l);
-    this->for_each_chunk(pixels_, 4 * kBackwardRows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
+    this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
       kernels.finalise(g_ + c, x_ + c, ld_, row, rows, k, mean_ + c, shift_sum, shift_sum + k, dropout, out);
     });
     return d_;
@@ -200,7 +202,7 @@ class Backward : DenseBlockDriver<T> {
     const A* shift_sum = corrections.const_data_ptr<A>();
     grads_[0] = empty_channels_last(args.sizes(n), options_);
     T* dx = static_cast<T*>(grads_[0].mutable_data_ptr());
-    this->for_each_chunk(pixels_, 4 * kBackwardRows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
+    this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
       kernels.finalise_input(g_, x_, ld_, row, rows, n, mean_, shift_sum, shift_sum + n, dx);
     });
   }
@@ -211,7 +213,7 @@ class Backward : DenseBlockDriver<T> {
     const Source<T> prefix = this->source(x_, ld_, c1);
     const at::Tensor d = slice_gradient(l);
     if (!args.bottleneck) {
-      conv(layer, prefix, d, g_, ld_, c1.scale(), c1.mean());
+      conv(layer, prefix, d, g_, ld_, true, c1.mean());
       return consumed(layer.norm1, c1);
     }
     const at::Tensor z = bottleneck(l, prefix);
@@ -220,7 +222,7 @@ class Backward : DenseBlockDriver<T> {
     const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, b);
     if (!dv_.defined()) dv_ = at::empty({pixels_, b}, options_);
     T* dvp = static_cast<T*>(dv_.mutable_data_ptr());
-    conv(layer, this->source(zp, b, c2), d, dvp, b, nullptr, c2.mean());
+    conv(layer, this->source(zp, b, c2), d, dvp, b, false, c2.mean());
     const Sums t = norm_gradients(layer.norm2, c2);
     product(layer, prefix, c1, dvp, zp, c2, t);
     consumed(layer.norm1, c1);
@@ -235,18 +237,18 @@ class Backward : DenseBlockDriver<T> {
   }
 
   void conv(const LayerArgs& layer, const Source<T>& source, const at::Tensor& d, T* gradient, int64_t ld,
-            const A* scale, const A* mean) {
+            bool accumulate, const A* mean) {
     const int64_t k = args.growth, depth = args.conv.taps() * k, n = source.channels;
     const at::Tensor weight = this->tap_rows(layer.conv2);
     const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), depth, n, n, 1);
     const at::Tensor dweight = worker_gradients(needs(layer.conv2_at), depth, n);
-    const A* dp = d.const_data_ptr<A>();
-    this->for_each_chunk(pixels_, kBackwardRows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      kernels.conv_backward(source, args.conv, row, rows, dp, k, panels.const_data_ptr<A>(),
-                            sink(worker, gradient, ld, scale, mean, dweight), this->scratch(worker));
+    const void* dp = d.const_data_ptr();
+    this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+      kernels.conv_backward(source, args.conv, row, rows, dp, k, this->panels_of(panels),
+                            sink(worker, gradient, ld, accumulate, mean, dweight), this->scratch(worker));
     });
     if (!needs(layer.conv2_at)) return;
-    const at::Tensor by_tap = total(dweight, n).reshape({args.conv.taps(), k, n});
+    const at::Tensor by_tap = total(dweight, depth, n).reshape({args.conv.taps(), k, n});
     set(layer.conv2_at, by_tap.permute({1, 2, 0}).reshape(layer.conv2.sizes()).contiguous());
   }
 
@@ -266,11 +268,11 @@ class Backward : DenseBlockDriver<T> {
     const at::Tensor weight = this->accumulate_type(layer.conv1);
     const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), b, c, c, 1);
     const at::Tensor dweight = worker_gradients(needs(layer.conv1_at), b, c);
-    this->for_each_chunk(pixels_, kBackwardRows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      kernels.product_backward(prefix, row, rows, dv, z, b, n, inv_count, panels.const_data_ptr<A>(),
-                               sink(worker, g_, ld_, c1.scale(), c1.mean(), dweight), this->scratch(worker));
+    this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+      kernels.product_backward(prefix, row, rows, dv, z, b, n, inv_count, this->panels_of(panels),
+                               sink(worker, g_, ld_, true, c1.mean(), dweight), this->scratch(worker));
     });
-    if (needs(layer.conv1_at)) set(layer.conv1_at, total(dweight, c).reshape(layer.conv1.sizes()));
+    if (needs(layer.conv1_at)) set(layer.conv1_at, total(dweight, b, c).reshape(layer.conv1.sizes()));
   }
 
   const uint64_t seed_;

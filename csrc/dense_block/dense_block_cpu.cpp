@@ -92,7 +92,7 @@ class Forward : DenseBlockDriver<T> {
         this->pack(weight.template const_data_ptr<A>(), in.channels, args.conv.taps() * k, 1, in.channels);
     at::Tensor partial = this->template temporary<double>({statistics ? units : 0, 2, k});
     double* p = partial.mutable_data_ptr<double>();
-    const A* w = panels.const_data_ptr<A>();
+    const void* w = this->panels_of(panels);
     const Dropout dropout = this->dropout(seed_, l);
     this->for_each_worker(units, [&](int64_t worker, int64_t unit) {
       const int64_t begin = unit % slabs * planes;
@@ -114,8 +114,8 @@ class Forward : DenseBlockDriver<T> {
     const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), ld_, co, 1, ld_);
     this->for_each_chunk(args.batch * args.pool.pixels(), most,
                          [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-                           kernels.product(this->source(x_, ld_, c), &args.pool, row, rows, panels.const_data_ptr<A>(),
-                                           co, out, co, nullptr, nullptr, this->scratch(worker));
+                           kernels.product(this->source(x_, ld_, c), &args.pool, row, rows, this->panels_of(panels), co,
+                                           out, co, nullptr, nullptr, this->scratch(worker));
                          });
   }
 

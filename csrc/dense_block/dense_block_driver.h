@@ -38,9 +38,9 @@ class DenseBlockDriver {
     slab_planes_ = choose_slab();
     const int64_t taps = args.conv.taps() * args.growth;
     const int64_t tail = args.tail_conv.defined() ? args.tail_conv.size(0) : 0;
-    scratch_size_ = kernels.scratch_size(std::max(args.channels(), args.width), std::max({taps, args.width, tail}),
-                                         slab_planes_ * args.conv.plane() * args.growth);
-    scratch_ = temporary<A>({workers, scratch_size_});
+    scratch_bytes_ = kernels.scratch_bytes(std::max(args.channels(), args.width), std::max({taps, args.width, tail}),
+                                           slab_planes_ * args.conv.plane() * args.growth);
+    scratch_ = bytes(workers * scratch_bytes_);
   }
 
   template <typename V>
@@ -49,7 +49,9 @@ class DenseBlockDriver {
     return at::empty(sizes, at::TensorOptions().dtype(type));
   }
 
-  A* scratch(int64_t worker) const { return scratch_.mutable_data_ptr<A>() + worker * scratch_size_; }
+  static at::Tensor bytes(int64_t count) { return at::empty({count}, at::TensorOptions().dtype(at::kByte)); }
+
+  void* scratch(int64_t worker) const { return scratch_.mutable_data_ptr<uint8_t>() + worker * scratch_bytes_; }
 
   // body(worker, chunk, first row, rows) for chunks of at most `most` rows.  Worker w always gets the same run of
   // chunks, whichever thread runs it, so sums per worker do not depend on scheduling.
@@ -81,18 +83,21 @@ class DenseBlockDriver {
     });
   }
 
-  // weight [n, depth] (or its transpose) in panels for the kernels.
+  // weight [n, depth] (or its transpose) in panels for the kernels; its data is at panels_of().
   at::Tensor pack(const A* weight, int64_t depth, int64_t n, int64_t depth_stride, int64_t column_stride) const {
     const int64_t panels = (n + kernels.panel - 1) / kernels.panel;
-    at::Tensor packed = temporary<A>({panels, depth, kernels.panel});
-    A* out = packed.mutable_data_ptr<A>();
+    at::Tensor packed = bytes(panels * kernels.panel * padded_depth(depth) * kernels.operand_bytes);
+    void* out = packed.mutable_data_ptr();
     for_each_worker(panels, [&](int64_t, int64_t panel) {
       kernels.pack(weight, depth, n, depth_stride, column_stride, panel, panel + 1, out);
     });
     return packed;
   }
 
+  static const void* panels_of(const at::Tensor& packed) { return packed.const_data_ptr(); }
+
   int64_t padded(int64_t n) const { return (n + kernels.panel - 1) / kernels.panel * kernels.panel; }
+  int64_t padded_depth(int64_t depth) const { return (depth + kernels.align - 1) / kernels.align * kernels.align; }
 
   static at::Tensor accumulate_type(const at::Tensor& t) { return t.to(kAccumulate).contiguous(); }
 
@@ -141,7 +146,7 @@ class DenseBlockDriver {
     const int64_t c = layer.channels, b = args.width;
     const at::Tensor weight = accumulate_type(layer.conv1);
     const at::Tensor packed = pack(weight.template const_data_ptr<A>(), c, b, 1, c);
-    const A* panels = packed.template const_data_ptr<A>();
+    const void* panels = this->panels_of(packed);
     for_each_chunk(args.pixels(), kernels.chunk_rows(c), [&](int64_t worker, int64_t chunk, int64_t row, int64_t rows) {
       double* moments = partial ? partial + 2 * chunk * b : nullptr;
       kernels.product(prefix, nullptr, row, rows, panels, b, z, b, moments, moments ? moments + b : nullptr,
@@ -159,12 +164,12 @@ class DenseBlockDriver {
   const int64_t workers;
 
  private:
-  // Enough chunks for all workers, equal in size, and rows a multiple of the widest tile where there are many.
+  // Enough chunks for all workers, equal in size, and rows a multiple of every tile where there are many.
   int64_t chunk_step(int64_t rows, int64_t most) const {
     const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
     const int64_t balanced = (chunks + workers - 1) / workers * workers;
     const int64_t step = (rows + balanced - 1) / balanced;
-    const int64_t whole = (step + 11) / 12 * 12;
+    const int64_t multiple = std::max<int64_t>(kernels.align, 12), whole = (step + multiple - 1) / multiple * multiple;
     return std::max<int64_t>(1, step > 48 && whole <= most ? whole : step);
   }
 
@@ -180,7 +185,7 @@ class DenseBlockDriver {
   }
 
   int64_t slab_planes_ = 1;
-  int64_t scratch_size_ = 0;
+  int64_t scratch_bytes_ = 0;
   at::Tensor scratch_;
 };
 

@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "dense_block/dense_block_kernels.h"
 
+#include <type_traits>
+
 namespace fastdense {
 
 template <typename T>
 const DenseBlockKernels<T>& dense_block_kernels([[maybe_unused]] SimdLevel level) {
+#ifdef FASTDENSE_HAS_AMX
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (level == SimdLevel::kAmx) return amx::dense_block_kernels<T>();
+#endif
 #if defined(__x86_64__)
-  if (level == SimdLevel::kAvx512) return avx512::dense_block_kernels<T>();
+  if (level >= SimdLevel::kAvx512) return avx512::dense_block_kernels<T>();
   if (level == SimdLevel::kAvx2) return avx2::dense_block_kernels<T>();
 #endif
   return baseline::dense_block_kernels<T>();

@@ -7,6 +7,9 @@
 // and to the weight.  No wide im2col, no padding arithmetic, and every product is a plain matrix product.
 
 #include "common/gemm.h"
+#ifdef FASTDENSE_TARGET_AMX
+#include "common/gemm_amx.h"
+#endif
 #include "dense_block/dense_block_sweeps.h"
 
 namespace fastdense::FASTDENSE_TARGET {
@@ -15,49 +18,55 @@ namespace fastdense::FASTDENSE_TARGET {
 constexpr int64_t kColumnBlock = 256;
 // Bytes of activated rows that a forward chunk keeps in L2.
 constexpr int64_t kForwardBytes = 192 * 1024;
+// Rows of a backward chunk: 16-bit factors leave room for more.
+template <typename T>
+constexpr int64_t kBackwardRows = sizeof(typename Gemm<T>::Operand) == 2 ? 384 : 192;
 
-template <typename A>
-constexpr int64_t padded(int64_t n) {
-  return (n + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
-}
-
-template <typename A>
+template <typename T>
 constexpr int64_t chunk_rows(int64_t channels) {
-  const int64_t fit = kForwardBytes / int64_t(sizeof(A)) / (channels > 0 ? channels : 1);
+  constexpr int64_t kMultiple = Gemm<T>::kAlign > 1 ? Gemm<T>::kAlign : kTileRows;
+  const int64_t fit = kForwardBytes / int64_t(sizeof(typename Gemm<T>::Operand)) / (channels > 0 ? channels : 1);
   const int64_t rows = fit < 48 ? 48 : fit > 384 ? 384 : fit;
-  return rows / kTileRows * kTileRows;
-}
-
-// Row stride of row-major scratch: off the power of two, so that rows do not fall into the same cache set.
-template <typename A>
-constexpr int64_t scratch_ld(int64_t n) {
-  return padded<A>(n) + 16;
-}
-
-template <typename A>
-void pack(const A* w, int64_t depth, int64_t n, int64_t depth_stride, int64_t column_stride, int64_t first_panel,
-          int64_t last_panel, A* panels) {
-  for (int64_t p = first_panel; p < last_panel; ++p) {
-    const int64_t j = p * kPanel<A>, width = n - j < kPanel<A> ? n - j : kPanel<A>;
-    A* out = panels + j * depth;
-    for (int64_t k = 0; k < depth; ++k, out += kPanel<A>) {
-      const A* in = w + k * depth_stride + j * column_stride;
-      for (int64_t i = 0; i < width; ++i) out[i] = in[i * column_stride];
-      for (int64_t i = width; i < kPanel<A>; ++i) out[i] = 0;
-    }
-  }
+  return rows / kMultiple * kMultiple;
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void product(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const A* panels, int64_t n,
-             T* out, int64_t ldo, double* mean, double* m2, A* scratch) {
-  const int64_t ldy = scratch_ld<A>(s.channels), ldc = padded<A>(n);
-  A *y = scratch, *c = scratch + rows * ldy;
-  if (pool)
-    activate_pooled(s, *pool, row, rows, y, ldy, 0, s.channels);
-  else
-    activate(s, row, rows, y, ldy);
-  gemm(rows, s.channels, n, y, ldy, panels, c, ldc);
+void pack(const A* w, int64_t depth, int64_t n, int64_t depth_stride, int64_t column_stride, int64_t first_panel,
+          int64_t last_panel, void* panels) {
+  using G = Gemm<T>;
+  auto* out = static_cast<typename G::Operand*>(panels);
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    const A* from = w + p * G::kPanel * column_stride;
+    G::fill_panel(
+        depth, n - p * G::kPanel, [=](int64_t k, int64_t i) { return from[k * depth_stride + i * column_stride]; },
+        out + p * G::kPanel * round_up(depth, G::kAlign));
+  }
+}
+
+template <typename T>
+const typename Gemm<T>::Operand* unpacked(const void* panels) {
+  return static_cast<const typename Gemm<T>::Operand*>(panels);
+}
+
+template <typename T, typename A = accumulate_t<T>>
+void product(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const void* panels, int64_t n,
+             T* out, int64_t ldo, double* mean, double* m2, void* room) {
+  using G = Gemm<T>;
+  Scratch scratch(room);
+  const Rows<T> y(scratch, rows, s.channels);
+  const int64_t ldc = round_up(n, G::kPanel);
+  A* c = scratch.take<A>(round_up(rows, G::kAlign) * ldc);
+  if (pool) {
+    A* pooled = scratch.take<A>(s.channels);
+    for (int64_t r = 0; r < rows; ++r) {
+      activate_pooled_row(s, *pool, row + r, 0, s.channels, pooled);
+      auto* __restrict to = y.row(r, s.channels);
+      for (int64_t j = 0; j < s.channels; ++j) to[j] = store<typename G::Operand>(pooled[j]);
+    }
+  } else {
+    activate(s, row, rows, y);
+  }
+  G::multiply(rows, s.channels, n, y.data, y.ld, unpacked<T>(panels), c, ldc);
   store_rows(c, ldc, rows, n, out + row * ldo, ldo, mean, m2);
 }
 
@@ -115,9 +124,11 @@ inline void scatter_taps(const ConvGeometry& g, int64_t begin, int64_t end, int6
   }
 }
 
-// t[rows, taps * k] = the gradient d[pixels, k] of all images gathered at the taps of the rows from `row` on.
-template <typename A>
-inline void gather_taps(const ConvGeometry& g, int64_t row, int64_t rows, int64_t k, const A* d, A* t, int64_t ldt) {
+// The gradient d[pixels, k] of all images gathered at the taps of the rows from `row` on: t[rows, taps * k].
+template <typename T>
+inline void gather_taps(const ConvGeometry& g, int64_t row, int64_t rows, int64_t k, const typename Gemm<T>::Operand* d,
+                        const Rows<T>& t) {
+  using Operand = typename Gemm<T>::Operand;
   const int64_t pixels = g.pixels();
   int64_t image = row / pixels;
   PixelIndex p(g, row % pixels);
@@ -126,44 +137,50 @@ inline void gather_taps(const ConvGeometry& g, int64_t row, int64_t rows, int64_
       ++image;
       p = PixelIndex(g, 0);
     }
-    A* out = t + r * ldt;
-    const A* in = d + image * pixels * k;
+    Operand* out = t.row(r, g.taps() * k);
+    const Operand* in = d + image * pixels * k;
     for_each_tap(
         g, p, 0, g.size[0],
         [&](int64_t tap, int64_t q) {
-          A* __restrict o = out + tap * k;
+          Operand* __restrict o = out + tap * k;
           for (int64_t j = 0; j < k; ++j) o[j] = in[q * k + j];
         },
         [&](int64_t tap) {
-          for (int64_t j = 0; j < k; ++j) out[tap * k + j] = 0;
+          for (int64_t j = 0; j < k; ++j) out[tap * k + j] = Operand{};
         });
     p.next(g);
   }
 }
 
 // v[rows, k] *= dropout factors (0 or 1 / (1 - rate)); the mask is a function of (seed, layer, row, channel).
-template <typename A>
-inline void apply_dropout(const Dropout& dropout, int64_t row, int64_t rows, int64_t k, A* v) {
+template <typename V>
+inline void apply_dropout(const Dropout& dropout, int64_t row, int64_t rows, int64_t k, V* v) {
+  using A = accumulate_t<V>;
   if (dropout.rate == 0) return;
   const uint64_t threshold = dropout_threshold(dropout.rate);
   const A factor = dropout.rate < 1 ? A(1 / (1 - dropout.rate)) : A(0);
   for (int64_t i = 0; i < rows * k; ++i)
-    v[i] = dropout_keep(dropout.seed, dropout.layer, uint64_t(row * k + i), threshold) ? v[i] * factor : A(0);
+    v[i] = dropout_keep(dropout.seed, dropout.layer, uint64_t(row * k + i), threshold) ? store<V>(load(v[i]) * factor)
+                                                                                       : store<V>(A(0));
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void conv(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begin, int64_t end, const A* panels,
-          int64_t k, T* slice, int64_t lds, const Dropout& dropout, double* mean, double* m2, A* scratch) {
+void conv(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begin, int64_t end, const void* panels,
+          int64_t k, T* slice, int64_t lds, const Dropout& dropout, double* mean, double* m2, void* room) {
+  using G = Gemm<T>;
+  Scratch scratch(room);
   const int64_t plane = g.plane(), halo = g.kernel[0] / 2, slab = (end - begin) * plane;
-  const int64_t n = g.taps() * k, ldu = scratch_ld<A>(s.channels), ldt = padded<A>(n);
-  const int64_t step = chunk_rows<A>(s.channels > n ? s.channels : n);
-  A *out = scratch, *u = out + slab * k, *t = u + step * ldu;
+  const int64_t n = g.taps() * k, ldt = round_up(n, G::kPanel);
+  const int64_t step = chunk_rows<T>(s.channels > n ? s.channels : n);
+  A* out = scratch.take<A>(slab * k);
+  const Rows<T> u(scratch, step, s.channels);
+  A* t = scratch.take<A>(round_up(step, G::kAlign) * ldt);
   for (int64_t i = 0; i < slab * k; ++i) out[i] = 0;
   const int64_t last = (end + halo < g.size[0] ? end + halo : g.size[0]) * plane;
   for (int64_t pixel = (begin > halo ? begin - halo : 0) * plane; pixel < last; pixel += step) {
     const int64_t rows = last - pixel < step ? last - pixel : step;
-    activate(s, image * g.pixels() + pixel, rows, u, ldu);
-    gemm(rows, s.channels, n, u, ldu, panels, t, ldt);
+    activate(s, image * g.pixels() + pixel, rows, u);
+    G::multiply(rows, s.channels, n, u.data, u.ld, unpacked<T>(panels), t, ldt);
     scatter_taps(g, begin, end, pixel, rows, k, t, ldt, out);
   }
   const int64_t row = image * g.pixels() + begin * plane;
@@ -173,12 +190,14 @@ void conv(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begi
 
 template <typename T, typename A = accumulate_t<T>>
 void finalise(const T* g, const T* x, int64_t ld, int64_t row, int64_t rows, int64_t n, const A* mean,
-              const A* shift_sum, const A* slope_sum, const Dropout& dropout, A* d) {
-  for (int64_t r = row; r < row + rows; ++r)
+              const A* shift_sum, const A* slope_sum, const Dropout& dropout, void* out) {
+  using Operand = typename Gemm<T>::Operand;
+  Operand* d = static_cast<Operand*>(out) + row * n;
+  for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < n; ++j)
-      d[r * n + j] =
-          finalise_gradient<A>(load(g[r * ld + j]), load(x[r * ld + j]), mean[j], shift_sum[j], slope_sum[j]);
-  apply_dropout(dropout, row, rows, n, d + row * n);
+      d[r * n + j] = store<Operand>(finalise_gradient<A>(load(g[(row + r) * ld + j]), load(x[(row + r) * ld + j]),
+                                                         mean[j], shift_sum[j], slope_sum[j]));
+  apply_dropout(dropout, row, rows, n, d);
 }
 
 template <typename T, typename A = accumulate_t<T>>
@@ -190,88 +209,82 @@ void finalise_input(const T* g, const T* x, int64_t ld, int64_t row, int64_t row
           store<T>(finalise_gradient<A>(load(g[r * ld + j]), load(x[r * ld + j]), mean[j], shift_sum[j], slope_sum[j]));
 }
 
-// Spreads the gradient of a pooled pixel over its window.
+// dy = left * weight behind an activation: ReLU mask, sums, gradient, and dweight += left^T * activation; block by
+// block of columns, so that everything stays in cache.
 template <typename T, typename A = accumulate_t<T>>
-inline void sink_window(const Source<T>& s, const PoolGeometry& pool, int64_t pooled_row, int64_t begin, int64_t n,
-                        const A* dy, const BackwardSink<T>& sink, A* __restrict masked, A* sum, A* weighted) {
-  const int64_t origin = window_origin(pool, pooled_row), volume = pool.volume();
-  const A share = A(1) / A(volume);
-  const A *scale = s.scale + begin, *shift = s.shift + begin;
-  for (int64_t w = 0; w < volume; ++w) {
-    const int64_t pixel = origin + window_offset(pool, w);
-    const T* x = s.x + pixel * s.ld + begin;
-    for (int64_t i = 0; i < n; ++i)
-      masked[i] = relu_passes(norm_relu(A(load(x[i])), scale[i], shift[i])) ? dy[i] * share : A(0);
-    sink_row(sink, x, sink.gradient + pixel * sink.ld + begin, begin, n, masked, sum, weighted);
-  }
-}
-
-// dy = left * weight behind an activation: ReLU mask, sums, gradient, and dweight += left^T * activation.
-// `left` [rows, ldl]; block by block of columns, so that everything stays in cache.
-template <typename T, typename A = accumulate_t<T>>
-void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const A* left, int64_t ldl,
-              int64_t depth, const A* panels, const BackwardSink<T>& sink, A* scratch) {
-  A *act = scratch, *dy = act + rows * kColumnBlock, *pooled = dy + rows * kColumnBlock;
+void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const Rows<T>& left,
+              int64_t depth, const void* panels, const BackwardSink<T>& sink, Scratch scratch) {
+  using G = Gemm<T>;
+  using Operand = typename G::Operand;
+  const int64_t padded_rows = round_up(rows, G::kAlign), padded_depth = round_up(depth, G::kAlign);
+  Operand* act = scratch.take<Operand>(padded_rows * kColumnBlock);
+  A* dy = scratch.take<A>(padded_rows * kColumnBlock);
+  Operand* room = scratch.take<Operand>(G::transposed_size(rows, depth));
+  const Operand* transposed = sink.dweight ? G::transpose(rows, depth, left.data, left.ld, room) : nullptr;
+  const int64_t volume = pool ? pool->volume() : 1;
   for (int64_t begin = 0; begin < s.channels; begin += kColumnBlock) {
     const int64_t end = s.channels - begin < kColumnBlock ? s.channels : begin + kColumnBlock;
-    const int64_t n = end - begin, ldd = padded<A>(n);
-    gemm(rows, depth, n, left, ldl, panels + begin * depth, dy, ldd);
-    if (pool) {
-      activate_pooled(s, *pool, row, rows, pooled, ldd, begin, end);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = n; i < ldd; ++i) pooled[r * ldd + i] = 0;
-      to_panels(pooled, ldd, rows, n, act);
-    } else {
-      activate_panels(s, row, rows, begin, end, act);
+    const int64_t n = end - begin, ldd = round_up(n, G::kPanel);
+    if (sink.dweight) {
+      if (pool)
+        activate_pooled_panels(s, *pool, row, rows, begin, end, dy, act);
+      else
+        activate_panels(s, row, rows, begin, end, act);
+      G::multiply_transposed(rows, depth, n, transposed, left.ld, act, sink.dweight + begin,
+                             round_up(s.channels, G::kPanel));
     }
-    if (sink.dweight) gemm_transposed(rows, depth, n, left, ldl, act, sink.dweight + begin, padded<A>(s.channels));
     if (!sink.gradient) continue;
+    G::multiply(rows, depth, n, left.data, left.ld, unpacked<T>(panels) + begin * padded_depth, dy, ldd);
     A sum[kColumnBlock] = {}, weighted[kColumnBlock] = {};
+    const auto sink_pixel = sink.accumulate ? sink_row<true, true, T> : sink_row<true, false, T>;
     for (int64_t r = 0; r < rows; ++r) {
-      A* gradient = dy + r * ldd;
-      if (pool) {
-        sink_window(s, *pool, row + r, begin, n, gradient, sink, pooled, sum, weighted);
-      } else {
-        const int64_t pixel = row + r;
-        mask_row(act, rows, r, n, gradient);
-        sink_row(sink, s.x + pixel * s.ld + begin, sink.gradient + pixel * sink.ld + begin, begin, n, gradient, sum,
-                 weighted);
-      }
+      const int64_t first = pool ? window_origin(*pool, row + r) : row + r;
+      for (int64_t w = 0; w < volume; ++w)
+        sink_pixel(s, sink, first + (pool ? window_offset(*pool, w) : 0), begin, n, dy + r * ldd, A(1) / A(volume), sum,
+                   weighted);
     }
     add_chunk_sums(n, sum, weighted, sink.sum + begin, sink.weighted + begin);
   }
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void conv_backward(const Source<T>& s, const ConvGeometry& g, int64_t row, int64_t rows, const A* d, int64_t k,
-                   const A* panels, const BackwardSink<T>& sink, A* scratch) {
-  const int64_t depth = g.taps() * k, ldl = scratch_ld<A>(depth);
-  gather_taps(g, row, rows, k, d, scratch, ldl);
-  backward<T>(s, nullptr, row, rows, scratch, ldl, depth, panels, sink, scratch + rows * ldl);
+void conv_backward(const Source<T>& s, const ConvGeometry& g, int64_t row, int64_t rows, const void* d, int64_t k,
+                   const void* panels, const BackwardSink<T>& sink, void* room) {
+  Scratch scratch(room);
+  const int64_t depth = g.taps() * k;
+  const Rows<T> left(scratch, rows, depth);
+  gather_taps<T>(g, row, rows, k, unpacked<T>(d), left);
+  backward<T>(s, nullptr, row, rows, left, depth, panels, sink, scratch);
 }
 
 template <typename T, typename A = accumulate_t<T>>
 void product_backward(const Source<T>& s, int64_t row, int64_t rows, const T* dv, const T* z, int64_t b, const A* norm,
-                      A inv_count, const A* panels, const BackwardSink<T>& sink, A* scratch) {
-  const int64_t ldl = scratch_ld<A>(b);
+                      A inv_count, const void* panels, const BackwardSink<T>& sink, void* room) {
+  using Operand = typename Gemm<T>::Operand;
+  Scratch scratch(room);
+  const Rows<T> left(scratch, rows, b);
   const A *scale = norm, *mean = norm + b, *rstd = norm + 2 * b, *t1 = norm + 3 * b, *t2 = norm + 4 * b;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = (row + r) * b;
-    A* __restrict dz = scratch + r * ldl;
+    Operand* __restrict dz = left.row(r, b);
     for (int64_t j = 0; j < b; ++j)
-      dz[j] = norm_input_gradient<A>(load(dv[at + j]), load(z[at + j]), {scale[j], A(0), mean[j], rstd[j]}, t1[j],
-                                     t2[j], inv_count);
+      dz[j] = store<Operand>(norm_input_gradient<A>(load(dv[at + j]), load(z[at + j]),
+                                                    {scale[j], A(0), mean[j], rstd[j]}, t1[j], t2[j], inv_count));
   }
-  backward<T>(s, nullptr, row, rows, scratch, ldl, b, panels, sink, scratch + rows * ldl);
+  backward<T>(s, nullptr, row, rows, left, b, panels, sink, scratch);
 }
 
 template <typename T, typename A = accumulate_t<T>>
 void pool_backward(const Source<T>& s, const PoolGeometry& g, int64_t row, int64_t rows, const T* grad, int64_t ldg,
-                   int64_t n, const A* panels, const BackwardSink<T>& sink, A* scratch) {
-  const int64_t ldl = scratch_ld<A>(n);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < n; ++j) scratch[r * ldl + j] = load(grad[(row + r) * ldg + j]);
-  backward<T>(s, &g, row, rows, scratch, ldl, n, panels, sink, scratch + rows * ldl);
+                   int64_t n, const void* panels, const BackwardSink<T>& sink, void* room) {
+  using Operand = typename Gemm<T>::Operand;
+  Scratch scratch(room);
+  const Rows<T> left(scratch, rows, n);
+  for (int64_t r = 0; r < rows; ++r) {
+    Operand* __restrict out = left.row(r, n);
+    for (int64_t j = 0; j < n; ++j) out[j] = store<Operand>(load(grad[(row + r) * ldg + j]));
+  }
+  backward<T>(s, &g, row, rows, left, n, panels, sink, scratch);
 }
 
 template <typename T, typename A = accumulate_t<T>>
@@ -285,44 +298,54 @@ void norm(const Source<T>& s, bool with_relu, int64_t row, int64_t rows, T* out)
 
 template <typename T, typename A = accumulate_t<T>>
 void norm_backward(const Source<T>& s, bool with_relu, int64_t row, int64_t rows, const T* grad,
-                   const BackwardSink<T>& sink, A* scratch) {
+                   const BackwardSink<T>& sink, void* room) {
+  Scratch scratch(room);
   const int64_t n = s.channels;
-  A *sum = scratch, *weighted = sum + n, *masked = weighted + n;
-  for (int64_t j = 0; j < 2 * n; ++j) sum[j] = 0;
+  A *sum = scratch.take<A>(n), *weighted = scratch.take<A>(n), *dy = scratch.take<A>(n);
+  for (int64_t j = 0; j < n; ++j) sum[j] = weighted[j] = 0;
   for (int64_t r = row; r < row + rows; ++r) {
-    const T* x = s.x + r * s.ld;
-    for (int64_t j = 0; j < n; ++j) {
-      const bool pass = !with_relu || relu_passes(norm_relu(A(load(x[j])), s.scale[j], s.shift[j]));
-      masked[j] = pass ? A(load(grad[r * n + j])) : A(0);
-    }
-    sink_row(sink, x, sink.gradient + r * sink.ld, 0, n, masked, sum, weighted);
+    for (int64_t j = 0; j < n; ++j) dy[j] = load(grad[r * n + j]);
+    (with_relu ? sink_row<true, true, T> : sink_row<false, true, T>)(s, sink, r, 0, n, dy, A(1), sum, weighted);
   }
   add_chunk_sums(n, sum, weighted, sink.sum, sink.weighted);
 }
 
-template <typename A>
-int64_t scratch_size(int64_t widest_source, int64_t widest_product, int64_t slab) {
-  const int64_t rows = chunk_rows<A>(1), least = chunk_rows<A>(widest_source);
-  const int64_t forward = kForwardBytes / int64_t(sizeof(A)) + least * scratch_ld<A>(widest_source) +
-                          rows * (scratch_ld<A>(0) + kPanel<A> + padded<A>(widest_product)) + slab;
-  const int64_t backward = kBackwardRows * (scratch_ld<A>(widest_product) + 3 * kColumnBlock);
-  const int64_t norm = 3 * widest_source;
-  return (forward > backward ? forward : backward) + norm;
+// An upper bound over all the kernels above.
+template <typename T, typename A = accumulate_t<T>>
+int64_t scratch_bytes(int64_t widest_source, int64_t widest_product, int64_t slab) {
+  using Operand = typename Gemm<T>::Operand;
+  constexpr int64_t kAlign = Gemm<T>::kAlign, kPanel = Gemm<T>::kPanel, kOperand = sizeof(Operand), kA = sizeof(A);
+  const auto operands = [](int64_t rows, int64_t depth) {
+    return round_up(rows, kAlign) * Rows<T>::stride(depth) * kOperand;
+  };
+  const int64_t rows = chunk_rows<T>(1), product = round_up(rows, kAlign) * round_up(widest_product, kPanel) * kA;
+  // Chunks of narrow sources have more rows, at most kForwardBytes of them, and the padding.
+  const int64_t activated =
+      operands(rows, kAlign) + kForwardBytes + operands(chunk_rows<T>(widest_source), widest_source);
+  const int64_t forward = activated + product + slab * kA;
+  const int64_t backward = operands(kBackwardRows<T>, widest_product) +
+                           Gemm<T>::transposed_size(kBackwardRows<T>, widest_product) * kOperand +
+                           round_up(kBackwardRows<T>, kAlign) * kColumnBlock * (kOperand + kA);
+  constexpr int64_t kGaps = 16 * 64;
+  return round_up((forward > backward ? forward : backward) + 3 * widest_source * kA + kGaps, 64);
 }
 
 template <typename T>
 const DenseBlockKernels<T>& dense_block_kernels() {
-  using A = accumulate_t<T>;
-  static const DenseBlockKernels<T> kernels = {
-      kPanel<A>,   pack<A>,           moments<T>,       product<T>,          conv<T>,
-      finalise<T>, finalise_input<T>, conv_backward<T>, product_backward<T>, pool_backward<T>,
-      norm<T>,     norm_backward<T>,  scratch_size<A>,  chunk_rows<A>};
+  static const DenseBlockKernels<T> kernels = {Gemm<T>::kPanel,   Gemm<T>::kAlign,  sizeof(typename Gemm<T>::Operand),
+                                               kBackwardRows<T>,  pack<T>,          moments<T>,
+                                               product<T>,        conv<T>,          finalise<T>,
+                                               finalise_input<T>, conv_backward<T>, product_backward<T>,
+                                               pool_backward<T>,  norm<T>,          norm_backward<T>,
+                                               scratch_bytes<T>,  chunk_rows<T>};
   return kernels;
 }
 
+#ifndef FASTDENSE_TARGET_AMX
 template const DenseBlockKernels<float>& dense_block_kernels<float>();
 template const DenseBlockKernels<double>& dense_block_kernels<double>();
-template const DenseBlockKernels<bfloat16>& dense_block_kernels<bfloat16>();
 template const DenseBlockKernels<half>& dense_block_kernels<half>();
+#endif
+template const DenseBlockKernels<bfloat16>& dense_block_kernels<bfloat16>();
 
 }  // namespace fastdense::FASTDENSE_TARGET

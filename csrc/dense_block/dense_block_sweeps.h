@@ -3,15 +3,51 @@
 // dense_block_math.h that the compiler vectorises over channels.  Included once per target.
 namespace fastdense::FASTDENSE_TARGET {
 
-template <typename T>
-inline void activate_row(const Source<T>& s, const T* x, accumulate_t<T>* __restrict y, int64_t begin, int64_t end) {
-  for (int64_t j = begin; j < end; ++j) y[j - begin] = norm_relu(load(x[j]), s.scale[j], s.shift[j]);
-}
+// Room for one chunk, handed out in cache lines.
+class Scratch {
+ public:
+  explicit Scratch(void* start) : at_(static_cast<char*>(start)) {}
+  template <typename V>
+  V* take(int64_t count) {
+    char* start = at_;
+    at_ += round_up(count * int64_t(sizeof(V)), 64);
+    return reinterpret_cast<V*>(start);
+  }
 
-// y[rows, ldy] = act(source), row-major.
+ private:
+  char* at_;
+};
+
+// Row-major factors of products: rows as far as products read, and a row stride that covers the padded depth, off the
+// power of two, so that rows do not fall into the same cache set.
 template <typename T>
-inline void activate(const Source<T>& s, int64_t row, int64_t rows, accumulate_t<T>* y, int64_t ldy) {
-  for (int64_t r = 0; r < rows; ++r) activate_row(s, s.x + (row + r) * s.ld, y + r * ldy, 0, s.channels);
+struct Rows {
+  using Operand = typename Gemm<T>::Operand;
+  Operand* data;
+  int64_t ld;
+  Rows(Scratch& scratch, int64_t rows, int64_t depth) : ld(stride(depth)) {
+    data = scratch.take<Operand>(round_up(rows, Gemm<T>::kAlign) * ld);
+  }
+  static constexpr int64_t stride(int64_t depth) {
+    return round_up(depth, Gemm<T>::kAlign) + 64 / int64_t(sizeof(Operand));
+  }
+  // Row r; values from `depth` on, as far as products read, are zero.
+  Operand* row(int64_t r, int64_t depth) const {
+    Operand* out = data + r * ld;
+    for (int64_t i = depth; i < round_up(depth, Gemm<T>::kAlign); ++i) out[i] = Operand{};
+    return out;
+  }
+};
+
+// y[rows] = act(source)
+template <typename T>
+inline void activate(const Source<T>& s, int64_t row, int64_t rows, const Rows<T>& y) {
+  using Operand = typename Gemm<T>::Operand;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* x = s.x + (row + r) * s.ld;
+    Operand* __restrict out = y.row(r, s.channels);
+    for (int64_t j = 0; j < s.channels; ++j) out[j] = store<Operand>(norm_relu(load(x[j]), s.scale[j], s.shift[j]));
+  }
 }
 
 // First pixel of the pooling window of pooled pixel `p`, counted over all images.
@@ -27,55 +63,48 @@ inline int64_t window_offset(const PoolGeometry& g, int64_t w) {
   return (w0 * g.size[1] + w1) * g.size[2] + w2;
 }
 
-// y[rows, ldy] = mean of act(source) over the window of each pooled pixel; columns [begin, end).
+// y[0 ... end - begin) = mean of act(source) over the window of a pooled pixel; columns [begin, end).
 template <typename T>
-inline void activate_pooled(const Source<T>& s, const PoolGeometry& g, int64_t row, int64_t rows, accumulate_t<T>* y,
-                            int64_t ldy, int64_t begin, int64_t end) {
+inline void activate_pooled_row(const Source<T>& s, const PoolGeometry& g, int64_t pooled_row, int64_t begin,
+                                int64_t end, accumulate_t<T>* __restrict y) {
   using A = accumulate_t<T>;
   const int64_t volume = g.volume();
   const A share = A(1) / A(volume);
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* origin = s.x + window_origin(g, row + r) * s.ld;
-    A* __restrict out = y + r * ldy;
-    for (int64_t j = begin; j < end; ++j) out[j - begin] = 0;
-    for (int64_t w = 0; w < volume; ++w) {
-      const T* x = origin + window_offset(g, w) * s.ld;
-      for (int64_t j = begin; j < end; ++j) out[j - begin] += norm_relu(load(x[j]), s.scale[j], s.shift[j]);
-    }
-    for (int64_t j = begin; j < end; ++j) out[j - begin] *= share;
+  const T* origin = s.x + window_origin(g, pooled_row) * s.ld;
+  for (int64_t j = begin; j < end; ++j) y[j - begin] = 0;
+  for (int64_t w = 0; w < volume; ++w) {
+    const T* x = origin + window_offset(g, w) * s.ld;
+    for (int64_t j = begin; j < end; ++j) y[j - begin] += norm_relu(load(x[j]), s.scale[j], s.shift[j]);
+  }
+  for (int64_t j = begin; j < end; ++j) y[j - begin] *= share;
+}
+
+// Columns [begin, end) of act(source) as panels.
+template <typename T>
+inline void activate_panels(const Source<T>& s, int64_t row, int64_t rows, int64_t begin, int64_t end,
+                            typename Gemm<T>::Operand* panels) {
+  using A = accumulate_t<T>;
+  using G = Gemm<T>;
+  for (int64_t j = begin; j < end; j += G::kPanel, panels += round_up(rows, G::kAlign) * G::kPanel) {
+    const T* x = s.x + row * s.ld + j;
+    const A *scale = s.scale + j, *shift = s.shift + j;
+    const int64_t ld = s.ld;
+    G::fill_panel(
+        rows, end - j, [=](int64_t r, int64_t i) { return norm_relu(A(load(x[r * ld + i])), scale[i], shift[i]); },
+        panels);
   }
 }
 
-// Row-major y[rows, ld] to panels[n / kPanel][rows][kPanel]; columns up to the end of the last panel are read.
-template <typename A>
-inline void to_panels(const A* y, int64_t ld, int64_t rows, int64_t n, A* panels) {
-  for (int64_t j = 0; j < n; j += kPanel<A>)
-    for (int64_t r = 0; r < rows; ++r) {
-      A* __restrict out = panels + j * rows + r * kPanel<A>;
-      for (int i = 0; i < kPanel<A>; ++i) out[i] = y[r * ld + j + i];
-    }
-}
-
-// Columns [begin, end) of act(source) as panels, zero beyond the last channel.
+// Columns [begin, end) of the pooled act(source) as panels; y[rows, end - begin] is room.
 template <typename T>
-inline void activate_panels(const Source<T>& s, int64_t row, int64_t rows, int64_t begin, int64_t end,
-                            accumulate_t<T>* panels) {
-  using A = accumulate_t<T>;
-  constexpr int kWidth = kPanel<A>;
-  for (int64_t j = begin; j < end; j += kWidth, panels += rows * kWidth) {
-    const T* x = s.x + row * s.ld + j;
-    const A *scale = s.scale + j, *shift = s.shift + j;
-    if (end - j >= kWidth) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* __restrict in = x + r * s.ld;
-        A* __restrict out = panels + r * kWidth;
-        for (int i = 0; i < kWidth; ++i) out[i] = norm_relu(load(in[i]), scale[i], shift[i]);
-      }
-    } else {
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < kWidth; ++i)
-          panels[r * kWidth + i] = i < end - j ? norm_relu(load(x[r * s.ld + i]), scale[i], shift[i]) : A(0);
-    }
+inline void activate_pooled_panels(const Source<T>& s, const PoolGeometry& g, int64_t row, int64_t rows, int64_t begin,
+                                   int64_t end, accumulate_t<T>* y, typename Gemm<T>::Operand* panels) {
+  using G = Gemm<T>;
+  const int64_t n = end - begin;
+  for (int64_t r = 0; r < rows; ++r) activate_pooled_row(s, g, row + r, begin, end, y + r * n);
+  for (int64_t j = 0; j < n; j += G::kPanel, panels += round_up(rows, G::kAlign) * G::kPanel) {
+    const auto* from = y + j;
+    G::fill_panel(rows, n - j, [=](int64_t r, int64_t i) { return from[r * n + i]; }, panels);
   }
 }
 
@@ -124,37 +153,28 @@ inline void store_rows(const accumulate_t<T>* v, int64_t ldv, int64_t rows, int6
   if (mean) moments(out, ldo, rows, n, mean, m2);
 }
 
-// dy[n] where the activation passed its ReLU, else 0.  `panels` hold the activations of all rows.
-template <typename A>
-inline void mask_row(const A* panels, int64_t rows, int64_t row, int64_t n, A* __restrict dy) {
-  constexpr int kWidth = kPanel<A>;
-  for (int64_t j = 0; j < n; j += kWidth) {
-    const A* __restrict y = panels + j * rows + row * kWidth;
-    for (int i = 0; i < kWidth; ++i) dy[j + i] = relu_passes(y[i]) ? dy[j + i] : A(0);
-  }
-}
-
-// One row of a sink from column `begin` on: `dy` is already masked by the ReLU.  The sums are those of this chunk.
-template <typename T>
-inline void sink_row(const BackwardSink<T>& sink, const T* __restrict x, T* __restrict g, int64_t begin, int64_t n,
-                     const accumulate_t<T>* __restrict dy, accumulate_t<T>* __restrict sum,
+// One pixel of a sink, columns from `begin` on: the gradient share * dy of the activation passes its ReLU, or is taken
+// as it is with kRelu = false.  The sums are those of this chunk.
+template <bool kRelu, bool kAccumulate, typename T>
+inline void sink_row(const Source<T>& s, const BackwardSink<T>& sink, int64_t pixel, int64_t begin, int64_t n,
+                     const accumulate_t<T>* __restrict dy, accumulate_t<T> share, accumulate_t<T>* __restrict sum,
                      accumulate_t<T>* __restrict weighted) {
   using A = accumulate_t<T>;
+  const T* __restrict x = s.x + pixel * s.ld + begin;
+  T* __restrict g = sink.gradient + pixel * sink.ld + begin;
+  const A* __restrict scale = s.scale + begin, * __restrict shift = s.shift + begin;
   const A* __restrict mean = sink.mean + begin;
-  if (sink.scale) {
-    const A* __restrict scale = sink.scale + begin;
-    for (int64_t i = 0; i < n; ++i) {
-      g[i] = store<T>(mul_add(scale[i], dy[i], A(load(g[i]))));
-      sum[i] += dy[i];
-      weighted[i] += dy[i] * (load(x[i]) - mean[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    const A value = load(x[i]);
+    A gradient = !kRelu || relu_passes(mul_add(value, scale[i], shift[i])) ? dy[i] * share : A(0);
+    if constexpr (kAccumulate) {
+      g[i] = store<T>(mul_add(scale[i], gradient, A(load(g[i]))));
+    } else {
+      g[i] = store<T>(gradient);
+      gradient = load(g[i]);
     }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      const T stored = store<T>(dy[i]);
-      g[i] = stored;
-      sum[i] += load(stored);
-      weighted[i] += load(stored) * (load(x[i]) - mean[i]);
-    }
+    sum[i] += gradient;
+    weighted[i] += gradient * (value - mean[i]);
   }
 }
 

@@ -89,7 +89,7 @@ def extension() -> cpp_extension.CppExtension:
         sorted(sources),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        extra_link_args=[] if flag("DEBUG") else ["-s"],
+        extra_link_args=[] if flag("DEBUG") else [],
     )
 
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <thread>
 
+#include "bicubic/bicubic_table.h"
 #include "common/scalar.h"
 #include "common/simd.h"
 #include "dropout_mask/dropout_mask_math.h"
@@ -74,6 +75,29 @@ void bind_dropout_mask(py::module_& scalar) {
   scalar.def("dropout_keep", &dropout_keep, py::arg("seed"), py::arg("layer"), py::arg("index"), py::arg("threshold"));
 }
 
+void bind_bicubic(py::module_& m, py::module_& scalar) {
+  scalar.def("cubic_kernel", &cubic_kernel<double>, py::arg("x"), py::arg("a"));
+  scalar.def("byte_half_up", &byte_half_up<double>, py::arg("v"));
+  scalar.def("byte_half_even", &byte_half_even, py::arg("v"));
+  scalar.def("byte_of_fixed", &byte_of_fixed, py::arg("v"));
+  m.def(
+      "bicubic_rows",
+      [](int64_t in, int64_t out, double step, double a, bool antialias, const std::string& border,
+         bool align_corners) {
+        const std::optional<Border> known = find_border(border);
+        if (in < 1 || out < 1 || !known) throw py::value_error("bicubic_rows: expected sizes and border to be valid");
+        const BicubicTable table = make_bicubic_table({in, out, step, a, antialias, *known, align_corners, false});
+        const std::vector<double> empty(static_cast<size_t>(in));
+        std::vector<std::vector<double>> rows(static_cast<size_t>(out), empty);
+        for (int64_t r = 0; r < out; ++r)
+          for (int64_t k = 0; k < table.taps; ++k)
+            rows[size_t(r)][size_t(table.start[size_t(r)] + k)] = table.weight[size_t(r * table.taps + k)];
+        return rows;
+      },
+      py::arg("input_size"), py::arg("size"), py::arg("step"), py::arg("a"), py::arg("antialias"), py::arg("border"),
+      py::arg("align_corners"));
+}
+
 void bind(py::module_& m) {
   m.def("build_info", &build_info);
   m.def("set_simd_level", py::overload_cast<const char*>(&set_simd_level), py::arg("name"));
@@ -83,6 +107,7 @@ void bind(py::module_& m) {
   bind_storage<bfloat16>(scalar, "bfloat16");
   bind_storage<half>(scalar, "half");
   bind_dropout_mask(scalar);
+  bind_bicubic(m, scalar);
 }
 
 }  // namespace

@@ -13,5 +13,14 @@ TORCH_LIBRARY(fastdense, m) {
   m.def(
       "update_running_stats_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] num_batches_tracked, "
       "Tensor mean, Tensor var, int[] offsets, float[] momentum, SymInt count) -> ()");
+  m.def(
+      "bicubic(Tensor input, SymInt[] size, float[] step, float a, bool antialias, str border, bool align_corners, "
+      "Tensor? residual, float low, float high) -> Tensor");
+  m.def(
+      "_bicubic_backward(Tensor grad_output, SymInt[] size, float[] step, float a, bool antialias, str border, "
+      "bool align_corners) -> Tensor");
+  m.def(
+      "bicubic_uint8(Tensor input, SymInt[] size, float[] step, float a, bool antialias, str border, "
+      "bool align_corners, str rounding) -> Tensor");
   m.def("dropout_mask(Tensor seed, int layer, int rows, int channels, float drop_rate) -> Tensor");
 }

@@ -76,3 +76,37 @@ def dense_block(
         if tail.conv is not None:
             out = _AVG_POOL[out.dim() - 3](_conv(out, tail.conv), 2)
     return out, statistics
+
+
+def bicubic_matrix(n: int, m: int, step: float, a: float, antialias: bool, border: str, align_corners: bool) -> Tensor:
+    """``[m, n]``, float64: what a resampled axis is multiplied by; see :func:`fastdense.bicubic_resize`."""
+    out = torch.arange(m, dtype=torch.float64)
+    u = out * step if align_corners and not antialias else (out + 0.5) * step - 0.5
+    stretch = max(step, 1.0) if antialias else 1.0
+    reach = int(2 * stretch) + 2
+    taps = u.floor()[:, None] + torch.arange(-reach, reach + 1, dtype=torch.float64)
+    x = ((u[:, None] - taps) / stretch).abs()
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    weights = torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
+    index = taps.long()
+    if border == "clamp":
+        index = index.clamp(0, n - 1)
+    elif border == "symmetric":
+        index = index % (2 * n)
+        index = torch.where(index < n, index, 2 * n - 1 - index)
+    inside = (index >= 0) & (index < n)
+    matrix = torch.zeros(m, n, dtype=torch.float64)
+    matrix.scatter_add_(1, index.clamp(0, n - 1), torch.where(inside, weights, 0.0))
+    return matrix / matrix.sum(1, keepdim=True) if border != "clamp" or antialias else matrix
+
+
+def bicubic(
+    input: Tensor, size: Sequence[int], step: Sequence[float], a: float, antialias: bool, border: str, corners: bool
+) -> Tensor:
+    """Resamples every spatial axis by a dense matrix product."""
+    out = input
+    for axis, (m, width) in enumerate(zip(size, step, strict=True), start=2):
+        matrix = bicubic_matrix(input.shape[axis], m, width, a, antialias, border, corners).to(input)
+        out = torch.tensordot(out, matrix, dims=([axis], [1])).movedim(-1, axis)
+    return out

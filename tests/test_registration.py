@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every native operator passes torch.library.opcheck; one without samples here fails."""
 
+import math
+
 import pytest
 import torch
 
@@ -40,6 +42,18 @@ def samples(name: str):
     elif name == "update_running_stats_":
         lists = [torch.zeros(3), torch.zeros(5)], [torch.ones(3), torch.ones(5)], [torch.tensor(0), torch.tensor(4)]
         yield *lists, torch.randn(8), torch.rand(8), [0, 3], [0.1, -1.0], 10
+    elif name in ("bicubic", "_bicubic_backward", "bicubic_uint8"):
+        options = [0.9, 2.0], -0.5, True, "symmetric", False
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.rand(2, 3, 5, 6).to(memory_format=layout).requires_grad_()
+            if name == "bicubic":
+                yield x, [7, 3], *options, None, -math.inf, math.inf
+                yield x, [7, 3], *options, torch.rand(2, 3, 7, 3, requires_grad=True), -math.inf, math.inf
+                yield x.detach(), [7, 3], *options, None, 0.0, 1.0
+            elif name == "_bicubic_backward":
+                yield x, [7, 12], *options
+            else:
+                yield (x.detach() * 255).to(torch.uint8), [7, 3], *options, "matlab"
     elif name == "dropout_mask":
         yield torch.tensor(5), 1, 6, 7, 0.3
 
@@ -58,4 +72,12 @@ def test_opcheck(name):
 
 
 def test_the_library_is_what_is_documented():
-    assert operators() == ["_dense_block_backward", "dense_block", "dropout_mask", "update_running_stats_"]
+    assert operators() == [
+        "_bicubic_backward",
+        "_dense_block_backward",
+        "bicubic",
+        "bicubic_uint8",
+        "dense_block",
+        "dropout_mask",
+        "update_running_stats_",
+    ]

@@ -26,6 +26,15 @@ struct Vec<double> {
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
 };
+template <>
+struct Vec<int32_t> {
+  static constexpr int kLanes = 16;
+  __m512i v;
+  static Vec load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+  static Vec splat(int32_t s) { return {_mm512_set1_epi32(s)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_add_epi32(_mm512_mullo_epi32(a.v, b.v), c.v)}; }
+  void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
+};
 #elif defined(FASTDENSE_TARGET_AVX2)
 constexpr int kTileRows = 6;  // 6 x 2 accumulators of the 16 registers
 template <>
@@ -45,6 +54,15 @@ struct Vec<double> {
   static Vec splat(double s) { return {_mm256_set1_pd(s)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
+};
+template <>
+struct Vec<int32_t> {
+  static constexpr int kLanes = 8;
+  __m256i v;
+  static Vec load(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static Vec splat(int32_t s) { return {_mm256_set1_epi32(s)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_add_epi32(_mm256_mullo_epi32(a.v, b.v), c.v)}; }
+  void store(int32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 };
 #else  // 16-byte vectors of the compiler: SSE2, NEON, or plain code
 constexpr int kTileRows = 6;

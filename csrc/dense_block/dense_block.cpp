@@ -2,7 +2,6 @@
 #include "dense_block/dense_block.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 
 #include "common/checks.h"
@@ -172,17 +171,6 @@ DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions&
                     ": expected input to have more than 1 value per channel when training, got shape ", sizes);
   return args;
 }
-
-at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  std::vector<int64_t> strides(sizes.size());
-  strides[1] = 1;
-  int64_t stride = sizes[1];
-  for (size_t d = sizes.size(); d-- > 2; stride *= sizes[d]) strides[d] = stride;
-  strides[0] = stride;
-  return at::empty_strided(sizes, strides, options);
-}
-
-at::Tensor to_channels_last(const at::Tensor& t) { return t.movedim(1, -1).contiguous().movedim(-1, 1); }
 
 DenseBlockOutputs allocate_dense_block(const DenseBlockArgs& args, const at::TensorOptions& options,
                                        bool keep_bottleneck) {

@@ -24,6 +24,7 @@
 #include <string_view>
 #include <vector>
 
+#include "common/layout.h"
 #include "dense_block/dense_block_kernels.h"
 
 namespace fastdense {
@@ -73,13 +74,6 @@ struct DenseBlockArgs {
 DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
                                  at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
                                  double drop_rate, const std::optional<at::Tensor>& seed);
-
-// Uninitialised tensor of logical shape [N, C, spatial] with the channels innermost in memory, in any number of
-// dimensions.
-at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOptions& options);
-
-// `t` [N, C, spatial] with the channels innermost: itself if it is so already, else a copy.
-at::Tensor to_channels_last(const at::Tensor& t);
 
 struct DenseBlockOutputs {
   at::Tensor buffer, mean, var, z, out;

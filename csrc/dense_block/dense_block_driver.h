@@ -8,24 +8,11 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/storage.h"
 #include "dense_block/dense_block.h"
 #include "dense_block/dense_block_math.h"
 
 namespace fastdense {
-
-// c10 storage types and ours have the same layout; the kernels know ours only.
-template <typename T>
-struct Storage {
-  using type = T;
-};
-template <>
-struct Storage<at::BFloat16> {
-  using type = bfloat16;
-};
-template <>
-struct Storage<at::Half> {
-  using type = half;
-};
 
 template <typename T>
 class DenseBlockDriver {

@@ -2,5 +2,6 @@
 """Modules: parameters and one operator call."""
 
 from fastdense.nn.dense_block import DenseBlock, DenseFeatures, DenseLayer, Transition
+from fastdense.nn.resample import BicubicResize, BicubicUpsample
 
-__all__ = ["DenseBlock", "DenseFeatures", "DenseLayer", "Transition"]
+__all__ = ["BicubicResize", "BicubicUpsample", "DenseBlock", "DenseFeatures", "DenseLayer", "Transition"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functional operators, one module each; importing it registers their fakes and gradients."""
 
+from fastdense.ops.bicubic import bicubic_resize
 from fastdense.ops.dense_block import (
     BatchStatistics,
     LayerWeights,
@@ -16,6 +17,7 @@ __all__ = [
     "LayerWeights",
     "NormWeights",
     "TailWeights",
+    "bicubic_resize",
     "dense_block",
     "dropout_mask",
     "update_running_stats_",

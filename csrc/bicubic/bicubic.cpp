@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bicubic/bicubic.h"
+
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+
+#include "common/checks.h"
+#include "common/huge_pages.h"
+#include "common/layout.h"
+
+namespace fastdense {
+namespace {
+
+void check_arguments(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
+                     double a) {
+  check_rank_between(op, "input", input, 3, 5);
+  const auto dims = size_t(input.dim() - 2);
+  TORCH_CHECK_VALUE(size.size() == dims && step.size() == dims, op, ": expected size and step to have ", dims,
+                    " entries, got ", size.size(), " and ", step.size());
+  for (size_t d = 0; d < dims; ++d) {
+    TORCH_CHECK_VALUE(size[d] > 0 && size[d] < INT32_MAX, op, ": expected size to be positive, got ", size);
+    TORCH_CHECK_VALUE(input.size(int64_t(d) + 2) > 0 && input.size(int64_t(d) + 2) < INT32_MAX, op,
+                      ": expected input to have positive spatial sizes, got shape ", input.sizes());
+    TORCH_CHECK_VALUE(std::isfinite(step[d]) && step[d] >= 0, op, ": expected step to be finite and positive, got ",
+                      step);
+  }
+  TORCH_CHECK_VALUE(std::isfinite(a), op, ": expected a to be finite, got ", a);
+}
+
+// The work of the last two axes when the columns are resampled first, and when the rows are.
+bool columns_first_is_cheaper(const BicubicTable& rows, const BicubicTable& columns) {
+  const double last = double(rows.rows) * double(columns.rows);
+  const double columns_first = double(rows.columns) * double(columns.rows * columns.taps) + last * double(rows.taps);
+  const double rows_first = double(rows.rows) * double(columns.columns * rows.taps) + last * double(columns.taps);
+  return columns_first <= rows_first;
+}
+
+}  // namespace
+
+ByteRounding parse_byte_rounding(std::string_view rounding) {
+  if (rounding == "last") return ByteRounding::kLast;
+  if (rounding == "matlab") return ByteRounding::kMatlab;
+  if (rounding == "pillow") return ByteRounding::kPillow;
+  TORCH_CHECK_VALUE(false, "bicubic_uint8: expected rounding to be last, matlab or pillow, got ", rounding);
+}
+
+at::Tensor BicubicArgs::empty_result() const {
+  return with_huge_pages(channels_last ? empty_channels_last(sizes, input.options())
+                                       : at::empty(sizes, input.options()));
+}
+
+BicubicArgs parse_bicubic(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
+                          const BicubicOptions& options, bool transposed) {
+  check_arguments(op, input, size, step, options.a);
+  const std::optional<Border> border = find_border(options.border);
+  TORCH_CHECK_VALUE(border, op, ": expected border to be clamp, drop or symmetric, got ", options.border);
+  BicubicArgs args;
+  args.channels_last = is_channels_last(input);
+  args.input = args.channels_last ? input : input.contiguous();
+  args.sizes = input.sizes().slice(0, 2).vec();
+  for (size_t d = 0; d < size.size(); ++d) {
+    const int64_t from = input.size(int64_t(d) + 2);
+    const auto table = bicubic_table({transposed ? size[d] : from, transposed ? from : size[d], step[d], options.a,
+                                      options.antialias, *border, options.align_corners, transposed});
+    args.tables.push_back(table->identity ? nullptr : table);
+    args.sizes.push_back(size[d]);
+  }
+  if (const size_t dims = size.size(); dims >= 2 && args.tables[dims - 2] && args.tables[dims - 1])
+    args.columns_first = columns_first_is_cheaper(*args.tables[dims - 2], *args.tables[dims - 1]);
+  return args;
+}
+
+}  // namespace fastdense

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// Front half of the bicubic ops, shared by all devices: what the arguments mean, the checks, the allocation.
+//
+// Every spatial axis is multiplied by a banded matrix (bicubic_table.h); the backward ops multiply by its transpose,
+// and the gradient of a backward op is the forward op again.  A result has the memory format of its input: channels
+// innermost, or contiguous.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "bicubic/bicubic_table.h"
+
+namespace fastdense {
+
+struct BicubicOptions {
+  double a;
+  bool antialias;
+  std::string_view border;  // clamp, drop or symmetric
+  bool align_corners;
+};
+
+// How byte results are rounded: once in float32, halves to even (OpenCV); after each axis in double, halves up
+// (MATLAB); or after each axis in fixed point (Pillow).
+enum class ByteRounding { kLast, kMatlab, kPillow };
+ByteRounding parse_byte_rounding(std::string_view rounding);
+
+struct BicubicArgs {
+  at::Tensor input;  // contiguous or channels innermost
+  bool channels_last = false;
+  std::vector<std::shared_ptr<const BicubicTable>> tables;  // one a spatial axis; nullptr where nothing changes
+  std::vector<int64_t> sizes;                               // of the result
+  bool columns_first = true;                                // of the last two axes: the cheaper order
+  int64_t planes() const { return channels_last ? input.size(0) : input.size(0) * input.size(1); }
+  int64_t inner() const { return channels_last ? input.size(1) : 1; }
+  at::Tensor empty_result() const;
+};
+
+// `size`: of the result.  `transposed`: the input has the size of a forward result, `size` that of its input.
+BicubicArgs parse_bicubic(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
+                          const BicubicOptions& options, bool transposed);
+
+}  // namespace fastdense

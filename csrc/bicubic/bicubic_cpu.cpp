@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bicubic ops on the CPU: threads over planes and blocks of rows.
+#include "bicubic/bicubic.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "bicubic/bicubic_kernels.h"
+#include "common/checks.h"
+#include "common/storage.h"
+
+namespace fastdense {
+namespace {
+
+// A table in the type of arithmetic.
+template <typename A>
+class Matrix {
+ public:
+  explicit Matrix(const BicubicTable& table) : table_(table), weight_(table.weight.size()) {
+    for (size_t i = 0; i < weight_.size(); ++i) weight_[i] = convert(table.weight[i]);
+    matrix_ = {table.rows, table.columns, table.taps, table.start.data(), weight_.data()};
+  }
+
+  const BicubicMatrix<A>* get() const { return &matrix_; }
+
+  BicubicLanes<A> lanes(int64_t inner) {
+    if (inner >= kBicubicWideInner) return {};
+    const int64_t elements = table_.rows * inner, taps = table_.taps;
+    const int64_t blocks = (elements + kBicubicBlock - 1) / kBicubicBlock;
+    index_.resize(size_t(blocks * kBicubicBlock));
+    lane_weight_.assign(size_t(blocks * taps * kBicubicBlock), A(0));
+    for (int64_t b = 0; b < blocks; ++b) {
+      int32_t* index = index_.data() + b * kBicubicBlock;
+      for (int64_t i = 0; i < kBicubicBlock; ++i) {
+        const int64_t e = b * kBicubicBlock + i, element = std::min(e, elements - 1), row = element / inner;
+        index[i] = int32_t(table_.start[size_t(row)] * inner + element % inner);
+        if (e >= elements) continue;
+        for (int64_t k = 0; k < taps; ++k)
+          lane_weight_[size_t((b * taps + k) * kBicubicBlock + i)] = weight_[size_t(row * taps + k)];
+      }
+      const auto [low, high] = std::minmax_element(index, index + kBicubicBlock);
+      first_.push_back(*low);
+      span_.push_back(int32_t(*high - *low + (taps - 1) * inner + 1));
+      for (int64_t i = 0; i < kBicubicBlock; ++i) index[i] -= first_.back();
+    }
+    return {first_.data(), span_.data(), index_.data(), lane_weight_.data()};
+  }
+
+ private:
+  static A convert(double w) {
+    if constexpr (std::is_same_v<A, int32_t>)
+      return A(w * (1 << kFixedBits) + (w < 0 ? -0.5 : 0.5));
+    else
+      return A(w);
+  }
+
+  const BicubicTable& table_;
+  std::vector<A> weight_, lane_weight_;
+  std::vector<int32_t> first_, span_, index_;
+  BicubicMatrix<A> matrix_;
+};
+
+struct Finish {
+  bool columns_first, round_between;
+  double low, high;
+};
+
+// planes x [height, width, inner] to planes x [rows, columns, inner]; nullptr leaves an axis as it is.
+template <typename T, typename A>
+void resample_planes(const T* input, T* output, const T* residual, int64_t planes, int64_t height, int64_t width,
+                     int64_t inner, const BicubicTable* rows, const BicubicTable* columns, const Finish& finish) {
+  const auto matrix = [&](const BicubicTable* table) { return table ? std::make_unique<Matrix<A>>(*table) : nullptr; };
+  const auto row_matrix = matrix(rows), column_matrix = matrix(columns);
+  constexpr double kMost = std::numeric_limits<A>::is_integer ? 255 : double(std::numeric_limits<A>::infinity());
+  BicubicPlane<T, A> plane{};
+  plane.height = height;
+  plane.width = width;
+  plane.inner = inner;
+  plane.rows = row_matrix ? row_matrix->get() : nullptr;
+  plane.columns = column_matrix ? column_matrix->get() : nullptr;
+  if (column_matrix) plane.lanes = column_matrix->lanes(inner);
+  plane.columns_first = finish.columns_first;
+  plane.round_between = finish.round_between;
+  plane.low = A(std::max(finish.low, -kMost));
+  plane.high = A(std::min(finish.high, kMost));
+  const BicubicKernel<T, A> kernel = bicubic_kernel<T, A>(simd_level());
+  const int64_t in_size = height * plane.in_width(), out_size = plane.out_rows() * plane.out_width();
+  constexpr int64_t kLeastRows = 16, kGrain = 16384;
+  const int64_t wanted = std::max<int64_t>(1, 4 * at::get_num_threads() / planes);
+  const int64_t block = std::max(kLeastRows, (plane.out_rows() + wanted - 1) / wanted);
+  const int64_t blocks = (plane.out_rows() + block - 1) / block;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, std::max(in_size, out_size) / blocks));
+  const int64_t room = kernel.scratch_size(plane);
+  at::parallel_for(0, planes * blocks, grain, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch(static_cast<size_t>(room));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t p = task / blocks, first = task % blocks * block;
+      BicubicPlane<T, A> one = plane;
+      one.input = input + p * in_size;
+      one.output = output + p * out_size;
+      one.residual = residual ? residual + p * out_size : nullptr;
+      kernel.resample(one, first, std::min(first + block, plane.out_rows()), scratch.data());
+    }
+  });
+}
+
+template <typename T, typename A>
+void resample(const BicubicArgs& args, const at::Tensor& residual, const at::Tensor& out, const Finish& finish) {
+  const at::Tensor& in = args.input;
+  const auto dims = args.tables.size();
+  const T* from = static_cast<const T*>(in.const_data_ptr());
+  T* to = static_cast<T*>(out.mutable_data_ptr());
+  const T* added = residual.defined() ? static_cast<const T*>(residual.const_data_ptr()) : nullptr;
+  const auto table = [&](size_t back) { return back <= dims ? args.tables[dims - back].get() : nullptr; };
+  const auto size = [&](const at::Tensor& t, size_t back) { return back <= dims ? t.size(-int64_t(back)) : 1; };
+  const int64_t depth = size(in, 3), planes = args.planes(), inner = args.inner();
+  if (!table(3)) {
+    return resample_planes<T, A>(from, to, added, planes * depth, size(in, 2), size(in, 1), inner, table(2), table(1),
+                                 finish);
+  }
+  // Three axes: the depth is an axis of rows whose pixels are whole images; first where it shrinks.
+  const Finish open{finish.columns_first, false, -INFINITY, INFINITY};
+  const int64_t image = size(out, 2) * size(out, 1), in_image = size(in, 2) * size(in, 1), deep = size(out, 3);
+  const bool depth_first = deep < depth;
+  std::vector<T> between(size_t(planes * inner * (depth_first ? deep * in_image : depth * image)));
+  if (depth_first) {
+    resample_planes<T, A>(from, between.data(), nullptr, planes, depth, in_image, inner, table(3), nullptr, open);
+    resample_planes<T, A>(between.data(), to, added, planes * deep, size(in, 2), size(in, 1), inner, table(2), table(1),
+                          finish);
+  } else {
+    resample_planes<T, A>(from, between.data(), nullptr, planes * depth, size(in, 2), size(in, 1), inner, table(2),
+                          table(1), open);
+    resample_planes<T, A>(between.data(), to, added, planes, depth, image, inner, table(3), nullptr, finish);
+  }
+}
+
+at::Tensor run(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
+               const BicubicOptions& options, bool transposed, const std::optional<at::Tensor>& residual, double low,
+               double high) {
+  check_floating(op, "input", input);
+  if (input.dim() == 5 && input.element_size() == 2) {  // keep what lies between the axes in float32
+    const auto added = residual ? std::optional(residual->to(at::kFloat)) : residual;
+    return run(op, input.to(at::kFloat), size, step, options, transposed, added, low, high).to(input.scalar_type());
+  }
+  const BicubicArgs args = parse_bicubic(op, input, size, step, options, transposed);
+  at::Tensor out = args.empty_result(), added;
+  if (residual) {
+    check_same_dtype(op, "residual", *residual, "input", input);
+    check_same_device(op, "residual", *residual, "input", input);
+    check_shape(op, "residual", *residual, out.sizes());
+    added = at::empty_like(out).copy_(*residual);
+  }
+  if (out.numel() == 0) return out;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bicubic", [&] {
+    using T = typename Storage<scalar_t>::type;
+    resample<T, accumulate_t<T>>(args, added, out, {args.columns_first, false, low, high});
+  });
+  return out;
+}
+
+at::Tensor bicubic_cpu(const at::Tensor& input,  // [N, C, spatial]
+                       at::IntArrayRef size, at::ArrayRef<double> step, double a, bool antialias,
+                       std::string_view border, bool align_corners, const std::optional<at::Tensor>& residual,
+                       double low, double high) {
+  return run("bicubic", input, size, step, {a, antialias, border, align_corners}, false, residual, low, high);
+}
+
+at::Tensor bicubic_backward_cpu(const at::Tensor& grad_output, at::IntArrayRef size, at::ArrayRef<double> step,
+                                double a, bool antialias, std::string_view border, bool align_corners) {
+  return run("_bicubic_backward", grad_output, size, step, {a, antialias, border, align_corners}, true, std::nullopt,
+             -INFINITY, INFINITY);
+}
+
+at::Tensor bicubic_uint8_cpu(const at::Tensor& input,  // [N, C, spatial] of one or two axes
+                             at::IntArrayRef size, at::ArrayRef<double> step, double a, bool antialias,
+                             std::string_view border, bool align_corners, std::string_view rounding) {
+  constexpr const char* kOp = "bicubic_uint8";
+  check_dtype(kOp, "input", input, at::kByte);
+  check_rank_between(kOp, "input", input, 3, 4);
+  const ByteRounding rounded = parse_byte_rounding(rounding);
+  const BicubicArgs args = parse_bicubic(kOp, input, size, step, {a, antialias, border, align_corners}, false);
+  at::Tensor out = args.empty_result();
+  if (out.numel() == 0) return out;
+  if (std::none_of(args.tables.begin(), args.tables.end(), [](const auto& table) { return bool(table); }))
+    return out.copy_(input);
+  Finish finish{args.columns_first, false, 0, 255};
+  if (rounded == ByteRounding::kLast) {
+    resample<uint8_t, float>(args, {}, out, finish);
+  } else if (rounded == ByteRounding::kMatlab) {
+    // The axis with the smaller scale first, rows where they are equal.
+    finish.round_between = true;
+    finish.columns_first = step.size() == 2 && step[1] > step[0];
+    resample<uint8_t, double>(args, {}, out, finish);
+  } else {
+    finish.columns_first = finish.round_between = true;
+    resample<uint8_t, int32_t>(args, {}, out, finish);
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdense, CPU, m) {
+  m.impl("bicubic", &bicubic_cpu);
+  m.impl("_bicubic_backward", &bicubic_backward_cpu);
+  m.impl("bicubic_uint8", &bicubic_uint8_cpu);
+}
+
+}  // namespace fastdense

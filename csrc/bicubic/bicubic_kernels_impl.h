@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of bicubic_kernels.h for one target.
+namespace fastdense::FASTDENSE_TARGET {
+
+// An element in the type of arithmetic.
+template <typename A, typename T>
+inline A widen(T v) {
+  if constexpr (std::is_integral_v<T>)
+    return A(v);
+  else
+    return load(v);
+}
+
+// Rows stride apart, from `slot` on; a ring starts again after `period` rows.
+template <typename R>
+struct RowCursor {
+  const R* base;
+  int64_t stride;
+  int64_t slot = 0;
+  int64_t period = INT64_MAX;
+};
+
+constexpr int kChunkVectors = 4;
+template <typename A>
+constexpr int64_t kChunk = kChunkVectors * Vec<A>::kLanes;
+
+// acc[i] = sum_k weight[k] * row_k[at + i] for i < n <= kChunk; acc has room for a whole chunk.
+template <typename A, typename R>
+inline void combine_rows(RowCursor<R> rows, const A* weight, int64_t taps, int64_t at, int64_t n, A* acc) {
+  using V = Vec<A>;
+  V sum[kChunkVectors];
+  for (V& v : sum) v = V::splat(0);
+  const R* row = rows.base + rows.slot * rows.stride + at;
+  int64_t slot = rows.slot;
+  for (int64_t k = 0; k < taps; ++k) {
+    const V w = V::splat(weight[k]);
+    const A* from;
+    A converted[kChunk<A>];
+    if constexpr (std::is_same_v<A, R>) {
+      from = row;
+    } else {
+      from = converted;
+    }
+    if (n == kChunk<A>) {
+      if constexpr (!std::is_same_v<A, R>)
+        for (int64_t i = 0; i < kChunk<A>; ++i) converted[i] = widen<A>(row[i]);
+    } else {
+      for (int64_t i = 0; i < kChunk<A>; ++i) converted[i] = i < n ? widen<A>(row[i]) : A(0);
+      from = converted;
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < kChunkVectors; ++u) sum[u] = V::fma(w, V::load(from + u * V::kLanes), sum[u]);
+    if (++slot == rows.period) {
+      slot = 0;
+      row = rows.base + at;
+    } else {
+      row += rows.stride;
+    }
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < kChunkVectors; ++u) sum[u].store(acc + u * V::kLanes);
+}
+
+// Rounds to bytes behind the first of two axes.
+template <typename A>
+inline A round_between(A v) {
+  if constexpr (std::is_same_v<A, int32_t>)
+    return byte_of_fixed(v);
+  else
+    return byte_half_up(v);
+}
+
+template <typename A>
+inline void round_row(A* row, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) row[i] = round_between(row[i]);
+}
+
+template <typename T, typename A>
+inline T bicubic_result(A v, const BicubicPlane<T, A>& p) {
+  if constexpr (std::is_same_v<A, int32_t>) {
+    return T(byte_of_fixed(v));
+  } else if constexpr (std::is_same_v<T, uint8_t>) {
+    if constexpr (std::is_same_v<A, float>)
+      return T(byte_half_even(v));
+    else
+      return T(byte_half_up(v));
+  } else {
+    return store<T>(v < p.low ? p.low : v > p.high ? p.high : v);  // NaN stays NaN
+  }
+}
+
+// Elements [at, at + n) of a row of the output.
+template <typename T, typename A>
+inline void store_result(const BicubicPlane<T, A>& p, int64_t row, int64_t at, int64_t n, const A* v) {
+  const int64_t first = row * p.out_width() + at;
+  T* __restrict out = p.output + first;
+  if (p.residual) {
+    const T* residual = p.residual + first;
+    for (int64_t i = 0; i < n; ++i) out[i] = bicubic_result<T, A>(v[i] + widen<A>(residual[i]), p);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = bicubic_result<T, A>(v[i], p);
+  }
+}
+
+// Block b of 16 elements of a row; `in` has `width` elements.
+template <typename A>
+inline void resample_block(const A* in, [[maybe_unused]] int64_t width, const BicubicLanes<A>& lanes, int64_t b,
+                           int64_t taps, int64_t inner, A* out) {
+  using V = Vec<A>;
+  constexpr int kVectors = int(kBicubicBlock) / V::kLanes;
+  const int32_t* index = lanes.index + b * kBicubicBlock;
+  const A* weight = lanes.weight + b * taps * kBicubicBlock;
+  const int64_t first = lanes.first[b];
+#if defined(FASTDENSE_TARGET_AVX512)
+  if constexpr (std::is_same_v<A, float>) {
+    // All taps of a block often lie within two vectors: then they are picked in registers.
+    if (lanes.span[b] <= 32) {
+      __m512 low, high;
+      if (first + 32 <= width) {
+        low = _mm512_loadu_ps(in + first);
+        high = _mm512_loadu_ps(in + first + 16);
+      } else {
+        const uint32_t inside = (uint64_t(1) << (width - first)) - 1;
+        low = _mm512_maskz_loadu_ps(__mmask16(inside), in + first);
+        high = _mm512_maskz_loadu_ps(__mmask16(inside >> 16), in + first + 16);
+      }
+      __m512i at = _mm512_loadu_si512(index);
+      const __m512i step = _mm512_set1_epi32(int(inner));
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t k = 0; k < taps; ++k, at = _mm512_add_epi32(at, step))
+        sum = _mm512_fmadd_ps(_mm512_loadu_ps(weight + k * 16), _mm512_permutex2var_ps(low, at, high), sum);
+      _mm512_storeu_ps(out, sum);
+      return;
+    }
+  }
+#endif
+  in += first;
+  V sum[kVectors];
+  for (V& v : sum) v = V::splat(0);
+  for (int64_t k = 0; k < taps; ++k, in += inner, weight += kBicubicBlock) {
+    A picked[kBicubicBlock];
+    for (int64_t i = 0; i < kBicubicBlock; ++i) picked[i] = in[index[i]];
+    for (int u = 0; u < kVectors; ++u)
+      sum[u] = V::fma(V::load(weight + u * V::kLanes), V::load(picked + u * V::kLanes), sum[u]);
+  }
+  for (int u = 0; u < kVectors; ++u) sum[u].store(out + u * V::kLanes);
+}
+
+// One row [width, inner] to [columns, inner]; `out` has room for a whole block, or a chunk a pixel.
+template <typename T, typename A>
+inline void resample_columns(const BicubicPlane<T, A>& p, const A* in, A* out) {
+  const BicubicMatrix<A>& m = *p.columns;
+  if (p.inner < kBicubicWideInner) {
+    const int64_t blocks = (p.out_width() + kBicubicBlock - 1) / kBicubicBlock;
+    for (int64_t b = 0; b < blocks; ++b)
+      resample_block(in, p.in_width(), p.lanes, b, m.taps, p.inner, out + b * kBicubicBlock);
+    return;
+  }
+  for (int64_t o = 0; o < m.rows; ++o)
+    for (int64_t c = 0; c < p.inner; c += kChunk<A>) {
+      const int64_t n = p.inner - c < kChunk<A> ? p.inner - c : kChunk<A>;
+      combine_rows<A, A>({in + m.start[o] * p.inner, p.inner}, m.weight + o * m.taps, m.taps, c, n,
+                         out + o * p.inner + c);
+    }
+}
+
+// A row of the input in the type of arithmetic: itself, or a copy in `room`.
+template <typename T, typename A>
+inline const A* input_row(const BicubicPlane<T, A>& p, int64_t row, A* room) {
+  const T* in = p.input + row * p.in_width();
+  if constexpr (std::is_same_v<T, A>) {
+    return in;
+  } else {
+    A* __restrict out = room;
+    for (int64_t i = 0, n = p.in_width(); i < n; ++i) out[i] = widen<A>(in[i]);
+    return room;
+  }
+}
+
+// Length of a scratch row that is written in whole blocks and chunks.
+template <typename A>
+constexpr int64_t scratch_row(int64_t n) {
+  return (n + kChunk<A> + kBicubicBlock - 1) / kBicubicBlock * kBicubicBlock;
+}
+
+template <typename T, typename A>
+void columns_then_rows(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* scratch) {
+  const BicubicMatrix<A>& m = *p.rows;
+  const int64_t n = p.out_width(), stride = scratch_row<A>(n), period = m.taps;
+  A *ring = scratch, *room = ring + period * stride, *acc = room + scratch_row<A>(p.in_width());
+  int64_t next = m.start[begin];
+  for (int64_t o = begin; o < end; ++o) {
+    const int64_t first = m.start[o];
+    for (next = next < first ? first : next; next < first + m.taps; ++next) {
+      A* row = ring + next % period * stride;
+      resample_columns(p, input_row(p, next, room), row);
+      if (p.round_between) round_row(row, n);
+    }
+    for (int64_t at = 0; at < n; at += kChunk<A>) {
+      const int64_t width = n - at < kChunk<A> ? n - at : kChunk<A>;
+      combine_rows<A, A>({ring, stride, first % period, period}, m.weight + o * m.taps, m.taps, at, width, acc);
+      store_result(p, o, at, width, acc);
+    }
+  }
+}
+
+template <typename T, typename A>
+void rows_then_columns(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* scratch) {
+  const BicubicMatrix<A>& m = *p.rows;
+  const int64_t n = p.in_width();
+  A *row = scratch, *out = row + scratch_row<A>(n);
+  for (int64_t o = begin; o < end; ++o) {
+    const RowCursor<T> from{p.input + m.start[o] * n, n};
+    for (int64_t at = 0; at < n; at += kChunk<A>) {
+      const int64_t width = n - at < kChunk<A> ? n - at : kChunk<A>;
+      combine_rows<A, T>(from, m.weight + o * m.taps, m.taps, at, width, row + at);
+      if (!p.columns) store_result(p, o, at, width, row + at);
+    }
+    if (!p.columns) continue;
+    if (p.round_between) round_row(row, n);
+    resample_columns(p, row, out);
+    store_result(p, o, 0, p.out_width(), out);
+  }
+}
+
+template <typename T, typename A>
+void columns_only(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* scratch) {
+  A* out = scratch + scratch_row<A>(p.in_width());
+  for (int64_t o = begin; o < end; ++o) {
+    const A* row = input_row(p, o, scratch);
+    if (p.columns) resample_columns(p, row, out);
+    store_result(p, o, 0, p.out_width(), p.columns ? out : row);
+  }
+}
+
+template <typename T, typename A>
+void resample(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* scratch) {
+  if (!p.rows) return columns_only(p, begin, end, scratch);
+  if (p.columns && p.columns_first) return columns_then_rows(p, begin, end, scratch);
+  rows_then_columns(p, begin, end, scratch);
+}
+
+template <typename T, typename A>
+int64_t scratch_size(const BicubicPlane<T, A>& p) {
+  const int64_t ring = p.rows && p.columns && p.columns_first ? p.rows->taps : 1;
+  return ring * scratch_row<A>(p.out_width()) + scratch_row<A>(p.in_width()) + kChunk<A>;
+}
+
+template <typename T, typename A>
+BicubicKernel<T, A> bicubic_kernel() {
+  return {resample<T, A>, scratch_size<T, A>};
+}
+
+template BicubicKernel<float, float> bicubic_kernel<float, float>();
+template BicubicKernel<double, double> bicubic_kernel<double, double>();
+template BicubicKernel<bfloat16, float> bicubic_kernel<bfloat16, float>();
+template BicubicKernel<half, float> bicubic_kernel<half, float>();
+template BicubicKernel<uint8_t, float> bicubic_kernel<uint8_t, float>();
+template BicubicKernel<uint8_t, double> bicubic_kernel<uint8_t, double>();
+template BicubicKernel<uint8_t, int32_t> bicubic_kernel<uint8_t, int32_t>();
+
+}  // namespace fastdense::FASTDENSE_TARGET

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scalar maths of resampling, shared by every device: the cubic kernel, where an output lies on the input axis, and
+// what the border does with taps outside.  A resampled axis is a banded matrix; rows of it are made of these.
+//
+// R. G. Keys, "Cubic convolution interpolation for digital image processing", 1981, equation 15.
+#pragma once
+
+#include <cstdint>
+
+#include "common/scalar.h"
+
+namespace fastdense {
+
+// h_a(x): (a+2)|x|^3 - (a+3)|x|^2 + 1 up to 1, a|x|^3 - 5a|x|^2 + 8a|x| - 4a up to 2, 0 beyond.
+template <typename A>
+FASTDENSE_HD A cubic_kernel(A x, A a) {
+  x = x < A(0) ? -x : x;
+  if (x < A(1)) return ((a + A(2)) * x - (a + A(3))) * x * x + A(1);
+  if (x < A(2)) return (((x - A(5)) * x + A(8)) * x - A(4)) * a;
+  return A(0);
+}
+
+constexpr int kCubicRadius = 2;
+
+enum class Border { kClamp, kDrop, kSymmetric };
+
+// Index of the sample that stands for tap j of an axis of n samples, or -1 where the tap is left out.
+FASTDENSE_HD int64_t border_index(int64_t j, int64_t n, Border border) {
+  if (0 <= j && j < n) return j;
+  if (border == Border::kDrop) return -1;
+  if (border == Border::kClamp) return j < 0 ? 0 : n - 1;
+  const int64_t period = 2 * n, at = ((j % period) + period) % period;  // reflected, the edge sample repeated
+  return at < n ? at : period - 1 - at;
+}
+
+// An 8-bit sample: the nearest integer, saturated; halves up, as in MATLAB.
+template <typename A>
+FASTDENSE_HD A byte_half_up(A v) {
+  v = v < A(0) ? A(0) : v > A(255) ? A(255) : v;
+  return A(int(v + A(0.5)));
+}
+
+// Halves to the even neighbour, as in OpenCV: adding 1.5 * 2^23 leaves a float no fractional bits.
+FASTDENSE_HD float byte_half_even(float v) {
+  v = v < 0.0f ? 0.0f : v > 255.0f ? 255.0f : v;
+  constexpr float kNoFraction = 12582912.0f;
+  return (v + kNoFraction) - kNoFraction;
+}
+
+// Pillow's fixed-point weights have 22 fractional bits; sums are rounded halves up.
+constexpr int kFixedBits = 22;
+
+FASTDENSE_HD int32_t byte_of_fixed(int32_t v) {
+  const int32_t rounded = (v + (1 << (kFixedBits - 1))) >> kFixedBits;
+  return rounded < 0 ? 0 : rounded > 255 ? 255 : rounded;
+}
+
+}  // namespace fastdense

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Banded matrices of resampled axes, made on the host in double and kept in a bounded cache.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "bicubic/bicubic_math.h"
+
+namespace fastdense {
+
+// One axis, from `in` to `out` samples; `step` = input samples an output sample.
+struct BicubicAxis {
+  int64_t in, out;
+  double step;
+  double a;
+  bool antialias;
+  Border border;
+  bool align_corners;
+  bool transposed;  // the transposed matrix: from `out` to `in` samples, for gradients
+};
+
+// A matrix [rows, columns] with at most `taps` neighbouring entries a row: row r has weight[r * taps + i] in column
+// start[r] + i.  Starts never fall, and start + taps <= columns.
+struct BicubicTable {
+  int64_t rows = 0, columns = 0, taps = 0;
+  std::vector<int32_t> start;
+  std::vector<double> weight;
+  bool identity = false;
+};
+
+// By its name: clamp, drop or symmetric.
+inline std::optional<Border> find_border(std::string_view name) {
+  if (name == "clamp") return Border::kClamp;
+  if (name == "drop") return Border::kDrop;
+  if (name == "symmetric") return Border::kSymmetric;
+  return std::nullopt;
+}
+
+BicubicTable make_bicubic_table(const BicubicAxis& axis);
+
+// From the cache, which holds a limited number of tables; safe from any thread.
+std::shared_ptr<const BicubicTable> bicubic_table(const BicubicAxis& axis);
+
+}  // namespace fastdense

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tensors [N, C, spatial] with the channels innermost in memory, in any number of spatial dimensions.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
+
+#include <vector>
+
+namespace fastdense {
+
+// Uninitialised.
+inline at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  std::vector<int64_t> strides(sizes.size());
+  strides[1] = 1;
+  int64_t stride = sizes[1];
+  for (size_t d = sizes.size(); d-- > 2; stride *= sizes[d]) strides[d] = stride;
+  strides[0] = stride;
+  return at::empty_strided(sizes, strides, options);
+}
+
+// `t` with the channels innermost: itself if it is so already, else a copy.
+inline at::Tensor to_channels_last(const at::Tensor& t) { return t.movedim(1, -1).contiguous().movedim(-1, 1); }
+
+// Whether the channels are innermost and could be nowhere else.
+inline bool is_channels_last(const at::Tensor& t) { return !t.is_contiguous() && t.movedim(1, -1).is_contiguous(); }
+
+}  // namespace fastdense

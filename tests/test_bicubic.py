@@ -1,0 +1,495 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bicubic resampling: exact rationals, the libraries it follows, and what must hold without any of them."""
+
+import contextlib
+import itertools
+import math
+from fractions import Fraction
+
+import cv2
+import numpy
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fastdense import _C, bicubic_resize, reference
+from fastdense.nn import BicubicResize, BicubicUpsample
+from fastdense.ops.bicubic import PRESETS
+
+LEVELS = ("baseline", "avx2", "avx512", "amx")
+SHAPES = [((13, 17), (29, 40)), ((40, 33), (11, 9)), ((16, 16), (32, 7)), ((3, 70), (3, 71)), ((1, 9), (5, 4))]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def expected(x: Tensor, size, preset: str) -> Tensor:
+    known = PRESETS[preset]
+    steps = [n / m for n, m in zip(x.shape[2:], size, strict=True)]
+    return reference.bicubic(x, size, steps, known.a, known.antialias, known.border, False)
+
+
+@contextlib.contextmanager
+def simd_level(level: str):
+    best = _C.build_info()["simd"]
+    _C.set_simd_level(level)
+    try:
+        yield
+    finally:
+        _C.set_simd_level(best)
+
+
+def available_levels() -> list[str]:
+    return list(LEVELS[: LEVELS.index(_C.build_info()["simd"]) + 1])
+
+
+# Scalar maths and exact values
+
+
+@pytest.mark.parametrize(
+    ("a", "t", "weights"),
+    [
+        (-0.5, Fraction(1, 2), "-1/16 9/16 9/16 -1/16"),
+        (-0.5, Fraction(1, 4), "-9/128 111/128 29/128 -3/128"),
+        (-0.5, Fraction(1, 3), "-2/27 7/9 1/3 -1/27"),
+        (-0.5, Fraction(3, 8), "-75/1024 745/1024 399/1024 -45/1024"),
+        (-0.75, Fraction(1, 2), "-3/32 19/32 19/32 -3/32"),
+        (-0.75, Fraction(1, 4), "-27/256 225/256 67/256 -9/256"),
+        (-0.75, Fraction(1, 3), "-1/9 43/54 10/27 -1/18"),
+        (-0.75, Fraction(3, 8), "-225/2048 1535/2048 873/2048 -135/2048"),
+    ],
+)
+def test_cubic_kernel(a, t, weights):
+    for offset, weight in zip((-1, 0, 1, 2), weights.split(), strict=True):
+        assert _C.scalar.cubic_kernel(float(t - offset), a) == pytest.approx(float(Fraction(weight)), abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "antialias", "matlab", "pillow"),
+    [
+        (8, 4, True, "115/256 637/256 1155/256 1677/256", "130/239 91/37 168/37 1543/239"),
+        (8, 2, True, "1409/1024 5759/1024", "3219/1916 10193/1916"),
+        (15, 5, True, "73/81 323/81 7 811/81 1061/81", "16/15 323/82 7 825/82 194/15"),
+        (15, 3, True, "1137/625 7 7613/625", "203/96 7 1141/96"),
+        (8, 3, True, "323/429 7/2 2680/429", "6061/6761 7/2 41266/6761"),
+        (4, 3, True, "68/453 3/2 1291/453", "83/437 3/2 1228/437"),
+        (4, 3, False, "47/432 3/2 1249/432", "47/457 3/2 1324/457"),
+        (4, 5, True, "-9/200 1337/2000 3/2 4663/2000 609/200", "-9/208 1337/2063 3/2 4852/2063 633/208"),
+    ],
+)
+def test_exact_rationals(n, m, antialias, matlab, pillow):
+    x = torch.arange(n, dtype=torch.float64).view(1, 1, n)
+    for preset, values in (("matlab", matlab), ("torch_antialias", pillow), ("pillow", pillow)):
+        wanted = torch.tensor([float(Fraction(v)) for v in values.split()], dtype=torch.float64)
+        made = bicubic_resize(x, m, preset=preset, antialias=antialias)
+        torch.testing.assert_close(made.flatten(), wanted, rtol=1e-12, atol=1e-12)
+        # Two axes: arange(n * n) is n * rows + columns.
+        image = torch.arange(n * n, dtype=torch.float64).view(1, 1, n, n)
+        made = bicubic_resize(image, m, preset=preset, antialias=antialias)[0, 0]
+        torch.testing.assert_close(made, n * wanted[:, None] + wanted, rtol=1e-12, atol=1e-12)
+
+
+# Against the reference, and the reference against torch
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_preset_at_every_simd_level(level, preset):
+    if level not in available_levels():
+        with pytest.raises(ValueError, match=level), simd_level(level):
+            pass
+        return
+    with simd_level(level):
+        for (old, new), channels in itertools.product(SHAPES, (1, 3, 21)):
+            x = random(2, channels, *old)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                made = bicubic_resize(x.to(memory_format=layout), new, preset=preset)
+                torch.testing.assert_close(made, expected(x, new, preset), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(9,), (5, 12), (4, 13, 6)], ids=["1d", "2d", "3d"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_to_three_axes_and_their_gradients(preset, size):
+    x = random(2, 3, *(7, 8, 9)[: len(size)]).requires_grad_()
+    out, wanted = bicubic_resize(x, size, preset=preset), expected(x, size, preset)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    grad = random(*out.shape)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (out, wanted)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("corners", [False, True])
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize(("old", "new"), SHAPES)
+def test_torch(old, new, antialias, corners):
+    if antialias and new[1] == 1:
+        pytest.fail("torch is wrong there: see test_width_one_with_antialias")
+    x = random(2, 3, *old)
+    wanted = F.interpolate(x, new, mode="bicubic", antialias=antialias, align_corners=corners)
+    preset = "torch_antialias" if antialias else "torch"
+    torch.testing.assert_close(
+        bicubic_resize(x, new, preset=preset, align_corners=corners), wanted, rtol=1e-12, atol=1e-12
+    )
+    single = bicubic_resize(x.float(), new, preset=preset, align_corners=corners)
+    # torch computes its own float32 coordinates: the error of ours is against its float64 result.
+    torch.testing.assert_close(single.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.7, 0.6, 120 / 88, (2.0, 0.5)])
+def test_torch_with_a_scale(scale):
+    x = random(1, 2, 14, 15)
+    wanted = F.interpolate(x, scale_factor=scale, mode="bicubic")
+    torch.testing.assert_close(bicubic_resize(x, scale_factor=scale), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_width_one_with_antialias():
+    """torch gives every row the values of the first."""
+    x = torch.arange(8, dtype=torch.float64).view(1, 1, 8, 1)
+    wanted = torch.tensor([130 / 239, 91 / 37, 168 / 37, 1543 / 239], dtype=torch.float64).view(1, 1, 4, 1)
+    torch.testing.assert_close(bicubic_resize(x, (4, 1), preset="torch_antialias"), wanted, rtol=1e-12, atol=1e-12)
+    turned = bicubic_resize(x.movedim(2, 3), (1, 4), preset="torch_antialias")
+    torch.testing.assert_close(turned, wanted.movedim(2, 3), rtol=1e-12, atol=1e-12)
+
+
+# Bytes
+
+
+def photograph() -> numpy.ndarray:
+    return numpy.random.default_rng(0).integers(0, 256, (61, 47, 3), dtype=numpy.uint8)
+
+
+def as_batch(image: numpy.ndarray) -> Tensor:
+    return torch.from_numpy(image).movedim(-1, 0)[None]
+
+
+BYTE_SIZES = [(122, 94), (30, 23), (99, 47), (61, 100), (77, 33), (200, 5), (1, 1), (20, 16)]
+
+
+@pytest.mark.parametrize("size", BYTE_SIZES)
+def test_bytes_equal_pillow(size):
+    wanted = numpy.asarray(Image.fromarray(photograph()).resize(size[::-1], Image.Resampling.BICUBIC))
+    for level in available_levels():
+        with simd_level(level):
+            for batch in (as_batch(photograph()), as_batch(photograph()).contiguous()):
+                made = bicubic_resize(batch, size, preset="pillow")
+                assert numpy.array_equal(made[0].movedim(0, -1).numpy(), wanted)
+
+
+@pytest.mark.parametrize("size", BYTE_SIZES)
+def test_bytes_equal_opencv(size):
+    wanted = cv2.resize(photograph(), size[::-1], interpolation=cv2.INTER_CUBIC)
+    made = bicubic_resize(as_batch(photograph()), size, preset="opencv")
+    assert numpy.array_equal(made[0].movedim(0, -1).numpy(), wanted)
+
+
+@pytest.mark.parametrize("size", [(30, 23), (122, 94), (30, 94), (15, 20)])
+def test_bytes_of_matlab_are_rounded_after_each_axis(size):
+    x = as_batch(photograph())
+    steps = [n / m for n, m in zip(x.shape[2:], size, strict=True)]
+    out = x.double()
+    for axis in sorted((2, 3), key=lambda axis: -steps[axis - 2]):  # the smaller scale first
+        sizes = [size[d] if d + 2 == axis else out.shape[d + 2] for d in range(2)]
+        widths = [steps[d] if d + 2 == axis else 1.0 for d in range(2)]
+        out = reference.bicubic(out, sizes, widths, -0.5, True, "symmetric", False)
+        out = (out.clamp(0, 255) + 0.5).floor()
+    assert torch.equal(bicubic_resize(x, size, preset="matlab"), out.to(torch.uint8))
+
+
+@pytest.mark.parametrize("preset", ["torch", "torch_antialias"])
+def test_bytes_are_rounded_once(preset):
+    x = as_batch(photograph())
+    wanted = expected(x.double(), (90, 31), preset).clamp(0, 255).round()
+    difference = (bicubic_resize(x, (90, 31), preset=preset).double() - wanted).abs()
+    assert difference.max() <= 1  # float32 sums can fall on the other side of a half
+    assert (difference > 0).float().mean() < 1e-3
+    volume = torch.randint(0, 256, (1, 2, 5, 6, 7), dtype=torch.uint8)
+    wanted = expected(volume.double(), (9, 4, 7), preset).clamp(0, 255).round()
+    assert (bicubic_resize(volume, (9, 4, 7), preset=preset).double() - wanted).abs().max() <= 1
+
+
+def test_bytes_to_floating_point():
+    x = as_batch(photograph())
+    made = bicubic_resize(x, (90, 31), out_dtype=torch.float32)
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made, bicubic_resize(x.float(), (90, 31)))
+
+
+# Properties
+
+
+PRESET_SIZES = list(itertools.product(PRESETS, [(9, 20), (9, 4), (3, 17), (2, 1), (1, 6), (64, 5)]))
+
+
+@pytest.mark.parametrize(("preset", "sizes"), PRESET_SIZES)
+def test_constants_are_kept(preset, sizes):
+    n, m = sizes
+    made = bicubic_resize(torch.full((1, 1, n), 3.0, dtype=torch.float64), m, preset=preset)
+    torch.testing.assert_close(made, torch.full_like(made, 3.0), rtol=1e-14, atol=1e-14)
+
+
+def test_degree_of_reproduced_polynomials():
+    x = torch.arange(40, dtype=torch.float64)
+    u = (torch.arange(90, dtype=torch.float64) + 0.5) * 40 / 90 - 0.5
+    inner = slice(10, -10)
+
+    def error(a: float, degree: int) -> float:
+        made = bicubic_resize((x**degree).view(1, 1, -1), 90, a=a).flatten()
+        return (made - u**degree)[inner].abs().max().item()
+
+    assert max(error(-0.5, 1), error(-0.5, 2)) < 1e-9
+    assert 0.09 < error(-0.5, 3) < 0.0963
+    assert 0.04 < error(-0.75, 1) < 0.0482
+
+
+@pytest.mark.parametrize(("preset", "sizes"), PRESET_SIZES)
+def test_backward_is_the_adjoint(preset, sizes):
+    n, m = sizes
+    x, y = random(1, 2, n, m).requires_grad_(), random(1, 2, m, n)
+    out = bicubic_resize(x, (m, n), preset=preset)
+    (grad,) = torch.autograd.grad(out, x, y)
+    torch.testing.assert_close((out * y).sum(), (x * grad).sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flips_and_turns(preset):
+    x = random(1, 2, 11, 14)
+    out = bicubic_resize(x, (23, 6), preset=preset)
+    torch.testing.assert_close(bicubic_resize(x.flip(2, 3), (23, 6), preset=preset), out.flip(2, 3), rtol=0, atol=1e-13)
+    turned = bicubic_resize(x.transpose(2, 3), (6, 23), preset=preset)
+    torch.testing.assert_close(turned, out.transpose(2, 3), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_equal_size_is_the_identity(preset):
+    x = random(1, 2, 5, 7)
+    assert torch.equal(bicubic_resize(x, (5, 7), preset=preset), x)
+    x = as_batch(photograph())
+    assert torch.equal(bicubic_resize(x, x.shape[2:], preset=preset), x)
+
+
+def test_odd_enlargement_keeps_the_samples():
+    x = random(1, 1, 6, 7)
+    assert torch.allclose(bicubic_resize(x, scale_factor=3.0)[..., 1::3, 1::3], x, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_plane_does_not_depend_on_batch_layout_or_threads(preset, dtype):
+    x = (random(3, 5, 37, 41) * 100 + 120).clamp(0, 255).to(dtype)
+    for size in ((80, 90), (9, 70), (11, 12)):
+        wanted = bicubic_resize(x[1:2, 2:3].contiguous(), size, preset=preset)
+        threads = torch.get_num_threads()
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            try:
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    made = bicubic_resize(x.to(memory_format=layout), size, preset=preset)
+                    assert made.is_contiguous(memory_format=layout)
+                    assert torch.equal(made[1:2, 2:3], wanted)
+            finally:
+                torch.set_num_threads(threads)
+
+
+def test_gradients_are_bit_identical():
+    x = random(2, 3, 30, 31, dtype=torch.float32).requires_grad_()
+    grads = [torch.autograd.grad(bicubic_resize(x, (70, 11)).square().sum(), x)[0] for _ in range(3)]
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
+# Storage
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_byte_types_are_the_rounded_float32_result(preset, dtype):
+    for shape, size in (((2, 3, 13, 17), (29, 8)), ((1, 2, 5, 6, 7), (9, 4, 8))):
+        x = random(*shape, dtype=dtype)
+        wanted = bicubic_resize(x.float(), size, preset=preset).to(dtype)
+        assert torch.equal(bicubic_resize(x, size, preset=preset), wanted)
+
+
+def test_gradient_of_a_constant_in_half():
+    """Adding up in half sticks at 2048."""
+    x = torch.ones(2, 2, 1, 1, dtype=torch.float16, requires_grad=True)
+    (grad,) = torch.autograd.grad(bicubic_resize(x, (128, 128)).sum(), x)
+    assert grad.flatten().tolist() == [16384.0] * 4
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :, ::2, 1::3],
+        lambda x: x.flip(2),
+        lambda x: x.transpose(2, 3),
+        lambda x: x[:, :1].expand(-1, 4, -1, -1),
+        lambda x: x[1:, 1:],
+        lambda x: x[:0],
+    ],
+    ids=["slices", "flipped", "transposed", "expanded", "offset", "empty batch"],
+)
+def test_views(view):
+    x = view(random(2, 3, 12, 15))
+    torch.testing.assert_close(bicubic_resize(x, (7, 19)), expected(x, (7, 19), "torch"), rtol=1e-12, atol=1e-12)
+
+
+def test_large_reduction():
+    x = random(1, 1, 3000, 4)
+    for preset in ("torch_antialias", "matlab"):
+        made = bicubic_resize(x, (2, 4), preset=preset)
+        torch.testing.assert_close(made, expected(x, (2, 4), preset), rtol=1e-12, atol=1e-12)
+
+
+def test_scale_is_used_as_given():
+    x = random(1, 1, 10)
+    assert bicubic_resize(x, scale_factor=1.55, preset="matlab").shape[-1] == 16
+    assert bicubic_resize(x, scale_factor=1.55, preset="opencv").shape[-1] == 16
+    assert bicubic_resize(x, scale_factor=1.55).shape[-1] == 15
+    assert bicubic_resize(x, scale_factor=1.55, rounding="ceil").shape[-1] == 16
+    given = bicubic_resize(x, scale_factor=1.55, preset="matlab")
+    wanted = reference.bicubic(x, [16], [1 / 1.55], -0.5, True, "symmetric", False)
+    torch.testing.assert_close(given, wanted, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(given, bicubic_resize(x, 16, preset="matlab"))
+
+
+# Derivatives, transforms, compilers
+
+
+@pytest.mark.parametrize("preset", ["torch", "matlab"])
+def test_gradcheck(preset):
+    x = random(1, 2, 5, 6).requires_grad_()
+    for size in ((9, 4), (5, 11), (3, 2)):
+        run = lambda x, size=size: bicubic_resize(x, size, preset=preset)  # noqa: E731
+        assert torch.autograd.gradcheck(run, x, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(run, x)
+
+
+def test_forward_mode_with_residual_and_clamp():
+    x, tangent, residual = random(1, 1, 4, 4), random(1, 1, 4, 5), random(1, 1, 8, 8)
+    tangent = tangent[..., :4]
+    with forward_ad.dual_level():
+        dual = bicubic_resize(forward_ad.make_dual(x, tangent), 8, residual=residual, clamp=(-1, 1))
+        value, derivative = forward_ad.unpack_dual(dual)
+    plain = bicubic_resize(x, 8) + residual
+    torch.testing.assert_close(value, plain.clamp(-1, 1))
+    torch.testing.assert_close(derivative, bicubic_resize(tangent, 8) * ((plain >= -1) & (plain <= 1)))
+
+
+def test_residual_and_clamp():
+    x, residual = random(2, 3, 6, 7).requires_grad_(), random(2, 3, 12, 14).requires_grad_()
+    plain = bicubic_resize(x, (12, 14)) + residual
+    wanted = plain.clamp(-0.5, 0.5)
+    made = bicubic_resize(x, (12, 14), residual=residual, clamp=(-0.5, 0.5))
+    torch.testing.assert_close(made, wanted)
+    for mine, theirs in zip(
+        *(torch.autograd.grad(y.square().sum(), (x, residual)) for y in (made, wanted)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    with torch.no_grad():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            fused = bicubic_resize(x.to(memory_format=layout), (12, 14), residual=residual, clamp=(-0.5, 0.5))
+            torch.testing.assert_close(fused, wanted)
+
+
+def test_vmap():
+    x = random(4, 2, 3, 6, 7)
+    wanted = torch.stack([bicubic_resize(item, (9, 4)) for item in x])
+    torch.testing.assert_close(torch.vmap(lambda x: bicubic_resize(x, (9, 4)))(x), wanted)
+    moved = torch.vmap(lambda x: bicubic_resize(x, (9, 4)), in_dims=2)(x.movedim(0, 2))
+    torch.testing.assert_close(moved, wanted)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_with_changing_sizes(backend):
+    def run(x: Tensor, scale: float) -> Tensor:
+        return bicubic_resize(x * 2, scale_factor=scale, preset="matlab").sin()
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
+    for shape in ((2, 3, 8, 9), (3, 3, 10, 12)):
+        x = random(*shape).requires_grad_()
+        made, wanted = compiled(x, 2.0), run(x, 2.0)
+        torch.testing.assert_close(made, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (made, wanted)))
+
+
+def test_export_needs_no_operator_of_ours():
+    """ONNX and other runtimes get torch's own operators."""
+
+    class Net(torch.nn.Module):
+        def __init__(self, preset: str) -> None:
+            super().__init__()
+            self.resize = BicubicResize(scale_factor=2.0, preset=preset)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.resize(x)
+
+    x = random(1, 3, 6, 7, dtype=torch.float32)
+    for preset in PRESETS:
+        net = Net(preset)
+        program = torch.export.export(net, (x,))
+        assert "fastdense" not in str(program.graph)
+        torch.testing.assert_close(program.module()(x), net(x))
+
+
+def test_autocast_leaves_the_dtype_alone():
+    x = random(1, 1, 4, 4, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bicubic_resize(x, 8).dtype == torch.float32
+
+
+def test_modules():
+    x = random(1, 3, 6, 7)
+    torch.testing.assert_close(BicubicUpsample(2)(x), F.interpolate(x, scale_factor=2, mode="bicubic"))
+    torch.testing.assert_close(BicubicResize((4, 5), preset="matlab")(x), bicubic_resize(x, (4, 5), preset="matlab"))
+    assert "matlab" in repr(BicubicResize((4, 5), preset="matlab"))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "either size or scale_factor"),
+        ({"size": 4, "scale_factor": 2.0}, "either size or scale_factor"),
+        ({"size": 0}, "size to be positive integers, got 0"),
+        ({"size": (4, -1)}, "size to be positive integers"),
+        ({"size": (4, 2.5)}, "size to be positive integers"),
+        ({"size": (4, 4, 4)}, "size to be one number or 2"),
+        ({"scale_factor": math.nan}, "scale_factor to be finite and positive, got nan"),
+        ({"scale_factor": math.inf}, "scale_factor to be finite and positive"),
+        ({"scale_factor": -1.0}, "scale_factor to be finite and positive"),
+        ({"scale_factor": 0.01}, "large enough"),
+        (
+            {"size": 4, "preset": "gimp"},
+            "preset to be one of torch, torch_antialias, pillow, opencv, matlab, got 'gimp'",
+        ),
+        ({"size": 4, "border": "wrap"}, "border to be one of clamp, drop, symmetric"),
+        ({"size": 4, "rounding": "up"}, "rounding to be one of floor, round, ceil"),
+        ({"size": 4, "a": math.inf}, "a to be finite"),
+        ({"size": 4, "clamp": (1, 0)}, "clamp to be a lowest and a highest value"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=f"bicubic_resize: expected .*{message}"):
+        bicubic_resize(torch.zeros(1, 1, 5, 5), **kwargs)
+
+
+def test_bad_tensors():
+    with pytest.raises(TypeError, match=r"input to be floating point or uint8, got torch\.int32"):
+        bicubic_resize(torch.zeros(1, 1, 5, dtype=torch.int32), 3)
+    with pytest.raises(ValueError, match="3 to 5 dimensions"):
+        bicubic_resize(torch.zeros(5, 5), 3)
+    with pytest.raises(ValueError, match="positive spatial sizes"):
+        bicubic_resize(torch.zeros(1, 1, 0, 5), 3)
+    with pytest.raises(ValueError, match="residual to have shape"):
+        bicubic_resize(torch.zeros(1, 1, 5, 5), 3, residual=torch.zeros(1, 1, 3, 4))
+    with pytest.raises(TypeError, match="residual to be float32 like input"):
+        bicubic_resize(torch.zeros(1, 1, 5, 5), 3, residual=torch.zeros(1, 1, 3, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="left out for uint8"):
+        bicubic_resize(torch.zeros(1, 1, 5, 5, dtype=torch.uint8), 3, clamp=(0, 1))
+    with pytest.raises(ValueError, match="at most 4 dimensions"):
+        bicubic_resize(torch.zeros(1, 1, 5, 5, 5, dtype=torch.uint8), 3, preset="pillow")

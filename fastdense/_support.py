@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -37,6 +38,29 @@ def extra(name: str) -> Iterator[None]:
         raise MissingExtraError(
             f"fastdense: expected {package} to be installed, got no such module; run: pip install 'fastdense[{name}]'"
         ) from error
+
+
+def check_output(what: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """Refuses a file that could not be written later, before any work is done.
+
+    Args:
+        what: beginning of the message, e.g. ``"bench: expected --json"``.
+        path: the file; a missing folder is created.
+        suffixes: the endings that are known, if not all are.
+
+    Raises:
+        InputError: the ending is unknown, or there is no folder to write to.
+    """
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise InputError(f"{what} to end in {', '.join(suffixes)}, got {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            writable = not path.is_dir()
+    except OSError:
+        writable = False
+    if not writable:
+        raise InputError(f"{what} to be a file that can be written, got {path}")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

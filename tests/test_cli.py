@@ -75,3 +75,19 @@ def test_bench_end_to_end(tmp_path, capsys):
 def test_module_and_command_are_the_same():
     help_of = [sys.executable, "-m", "fastdense", "--help"]
     assert "bench" in subprocess.run(help_of, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "x.foo"], "--plot to end in .png, .svg, .pdf, got x.foo"),
+        (["--json", "/proc/nothing/x.json"], "--json to be a file that can be written"),
+        (["--depth", "11"], "--depth to be of the form 6 n"),
+        (["--growth-rate", "0"], "--growth-rate to be at least 1, got 0"),
+        (["--memory-batches", "4,4"], "--memory-batches to be two batch sizes"),
+        (["--variants", "plain,balanced", "--memory", "min"], "--memory to include balanced of --variants"),
+    ],
+)
+def test_bench_refuses_bad_options_before_it_measures(options, message, capsys):
+    assert main(["bench", "--model", "densenet_cifar", *options]) == 2
+    assert message in capsys.readouterr().err

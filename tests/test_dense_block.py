@@ -366,7 +366,7 @@ def with_conv2(block: Block, conv2: Tensor) -> tuple[Tensor, list[LayerWeights]]
         (ValueError, "3 to 5 dimensions", lambda b: (b.input[:, :, 0, 0], b.layers)),
         (ValueError, "more than 1 value per channel", lambda b: (b.input[:1, :, :1, :1], b.layers)),
         (ValueError, "more than 1 value per channel", lambda b: (b.input[:0], b.layers)),
-        (ValueError, r"layer 0.norm1.weight to have shape \[9\], got \[10\]", lambda b: (b.input[:, :9], b.layers)),
+        (ValueError, r"input to have 10 channels in dimension 1", lambda b: (b.input[:, :9], b.layers)),
         (TypeError, "input to be torch.float64", lambda b: (b.input.float(), b.layers)),
         (TypeError, "float32, float64, float16 or bfloat16", lambda b: (torch.zeros(2, 10, 3, 3).long(), [])),
         (ValueError, "on cpu like input, got meta", lambda b: with_conv2(b, b.layers[0].conv2.to("meta"))),
@@ -422,3 +422,33 @@ def test_running_statistics_are_untouched_after_an_error():
             update_running_stats_(*arguments, offsets, [0.1] * len(offsets), count)
     assert all(m.abs().sum() == 0 for m in means)
     assert all(t == 0 for t in tracked)
+
+
+def test_update_of_strided_statistics():
+    base = torch.full((6,), 7.0)
+    base[::2] = 0
+    mean, var = torch.arange(6.0)[::2], torch.ones(6)[::2]
+    tracked = torch.tensor(0)
+    update_running_stats_([base[::2]], [torch.ones(3)], [tracked], mean, var, [0], [0.5], 10)
+    assert base.tolist() == [0.0, 7.0, 1.0, 7.0, 2.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tracked": torch.zeros(0, dtype=torch.long)}, "num_batches_tracked to be one number"),
+        ({"mean": torch.ones(3).half(), "var": torch.ones(3).half()}, "mean to be float32 or float64, got float16"),
+        ({"var": torch.ones(3).double()}, "var to be float32 like mean"),
+        ({"running_mean": torch.zeros(1).expand(3)}, "memory of its own"),
+        ({"running_mean": torch.zeros(3, 1)}, "running_mean to have 1 dimensions"),
+    ],
+)
+def test_update_refuses_bad_tensors_before_it_writes(change, message):
+    a = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "tracked": torch.tensor(0)}
+    a |= {"mean": torch.ones(3), "var": torch.ones(3)} | change
+    before = {name: t.clone() for name, t in a.items()}
+    with pytest.raises((ValueError, TypeError), match=f"update_running_stats_: expected .*{message}"):
+        update_running_stats_(
+            [a["running_mean"]], [a["running_var"]], [a["tracked"]], a["mean"], a["var"], [0], [0.1], 10
+        )
+    assert all(torch.equal(a[name], before[name]) for name in a)

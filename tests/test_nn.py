@@ -5,6 +5,7 @@ import copy
 import doctest
 import importlib
 import inspect
+import math
 import pickle
 import pkgutil
 from collections import OrderedDict
@@ -351,3 +352,91 @@ def test_examples_of_the_docstrings(name):
 def test_public_modules_have_examples():
     for thing in (DenseBlock, DenseLayer, Transition, fastdense.convert, fastdense.models.create):
         assert ">>> " in thing.__doc__, thing
+
+
+def test_a_frozen_block_keeps_non_finite_values_to_their_image():
+    block = randomise(DenseBlock(3, 4, 3).double()).eval()
+    x = image(4)
+    x[0, 0, 0, 0] = math.inf
+    plain = fastdense.restore(copy.deepcopy(block))
+    grads = []
+    for net in (block, plain):
+        y = x.clone().requires_grad_()
+        net(y).mean().backward()
+        grads.append(y.grad)
+    assert grads[1][1:].isfinite().all()
+    assert torch.equal(grads[0].isfinite(), grads[1].isfinite())
+    torch.testing.assert_close(grads[0][1:], grads[1][1:])
+
+
+def test_the_last_layer_of_a_training_block_has_no_correction():
+    block = randomise(DenseBlock(2, 4, 3).double())
+    x = image(4)
+    x[0, 0, 0, 0] = math.nan
+    block(x).sum().backward()
+    assert block.denselayer2.norm2.bias.grad.isfinite().all()
+
+
+def test_forward_mode_runs_plain():
+    block = randomise(DenseBlock(2, 4, 3).double()).eval()
+    x, tangent = image(4), image(4) * 0.5
+    plain = fastdense.restore(copy.deepcopy(block))
+    with pytest.warns(UserWarning, match="forward-mode"):
+        value, derivative = torch.func.jvp(block, (x,), (tangent,))
+    expected = torch.func.jvp(plain, (x,), (tangent,))
+    torch.testing.assert_close((value, derivative), expected)
+    assert derivative.abs().sum() > 0
+
+
+def test_meta_tensors():
+    block = DenseBlock(2, 4, 3).to("meta")
+    assert block(torch.empty(2, 4, 5, 5, device="meta")).shape == (2, 10, 5, 5)
+    with pytest.raises(ValueError, match="all weights to be on meta like input, got cpu"):
+        DenseBlock(2, 4, 3)(torch.empty(2, 4, 5, 5, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (DenseBlock(2, 4, 3), (2, 5, 5, 5), "input to have 4 channels in dimension 1, got shape"),
+        (DenseBlock(2, 4, 3, bottleneck=False), (2, 5, 5, 5), "input to have 4 channels"),
+        (DenseBlock(2, 4, 3), (2, 4, 5), "input to have 4 dimensions, got shape"),
+        (Transition(4, 3), (4, 8, 8), "input to have 4 dimensions"),
+        (Transition(4, 3), (2, 5, 8, 8), "input to have 4 channels"),
+    ],
+)
+def test_wrong_inputs_are_blamed_for_it(module, shape, message):
+    with pytest.raises(ValueError, match=f"dense_block: expected {message}"):
+        module(torch.zeros(shape))
+
+
+def test_a_training_step_between_an_eval_step_and_its_backward():
+    block = randomise(DenseBlock(2, 4, 3).double()).eval()
+    x = image(4).requires_grad_()
+    out = block(x)
+    (expected,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    block.train()(x.detach())
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(grad, expected)
+
+
+def test_symbolic_tracing_records_the_plain_modules():
+    net = randomise(DenseFeatures(DenseBlock(2, 4, 3), Transition(10, 5), nn.BatchNorm2d(5)).double())
+    traced = torch.fx.symbolic_trace(net)
+    x = image(4)
+    torch.testing.assert_close(traced.eval()(x), net.eval()(x))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_image_is_shared_out_among_threads(threads):
+    """One image, and more threads than images: the convolution works on parts of it."""
+    block = randomise(DenseBlock(2, 4, 3).double())
+    plain = fastdense.restore(copy.deepcopy(block))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch in (1, 2, 5):
+            x = torch.randn(batch, 4, 37, 11, dtype=torch.float64)
+            torch.testing.assert_close(block(x), plain(x))
+    finally:
+        torch.set_num_threads(before)

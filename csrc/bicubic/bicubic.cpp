@@ -2,6 +2,7 @@
 #include "bicubic/bicubic.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <cmath>
 
@@ -38,11 +39,28 @@ bool columns_first_is_cheaper(const BicubicTable& rows, const BicubicTable& colu
 
 }  // namespace
 
-ByteRounding parse_byte_rounding(std::string_view rounding) {
+at::Tensor bicubic_residual(const char* op, const std::optional<at::Tensor>& residual, const at::Tensor& input,
+                            const at::Tensor& out) {
+  if (!residual) return {};
+  check_same_dtype(op, "residual", *residual, "input", input);
+  check_same_device(op, "residual", *residual, "input", input);
+  check_shape(op, "residual", *residual, out.sizes());
+  return residual->strides() == out.strides() ? *residual : at::empty_like(out).copy_(*residual);
+}
+
+ByteRounding check_bicubic_bytes(const at::Tensor& input, std::string_view rounding) {
+  constexpr const char* kOp = "bicubic_uint8";
+  check_dtype(kOp, "input", input, at::kByte);
+  check_rank_between(kOp, "input", input, 3, 4);
   if (rounding == "last") return ByteRounding::kLast;
   if (rounding == "matlab") return ByteRounding::kMatlab;
   if (rounding == "pillow") return ByteRounding::kPillow;
-  TORCH_CHECK_VALUE(false, "bicubic_uint8: expected rounding to be last, matlab or pillow, got ", rounding);
+  TORCH_CHECK_VALUE(false, kOp, ": expected rounding to be last, matlab or pillow, got ", rounding);
+}
+
+bool byte_columns_first(const BicubicArgs& args, ByteRounding rounding, at::ArrayRef<double> step) {
+  if (rounding == ByteRounding::kLast) return args.columns_first;
+  return rounding == ByteRounding::kPillow || (step.size() == 2 && step[1] > step[0]);
 }
 
 at::Tensor BicubicArgs::empty_result() const {

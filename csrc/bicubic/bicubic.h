@@ -26,7 +26,6 @@ struct BicubicOptions {
 // How byte results are rounded: once in float32, halves to even (OpenCV); after each axis in double, halves up
 // (MATLAB); or after each axis in fixed point (Pillow).
 enum class ByteRounding { kLast, kMatlab, kPillow };
-ByteRounding parse_byte_rounding(std::string_view rounding);
 
 struct BicubicArgs {
   at::Tensor input;  // contiguous or channels innermost
@@ -42,5 +41,18 @@ struct BicubicArgs {
 // `size`: of the result.  `transposed`: the input has the size of a forward result, `size` that of its input.
 BicubicArgs parse_bicubic(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
                           const BicubicOptions& options, bool transposed);
+
+// The residual in the result's memory format, or undefined.
+at::Tensor bicubic_residual(const char* op, const std::optional<at::Tensor>& residual, const at::Tensor& input,
+                            const at::Tensor& out);
+
+ByteRounding check_bicubic_bytes(const at::Tensor& input, std::string_view rounding);
+
+// Which axis a library that rounds in between takes first: Pillow the columns, MATLAB the one with the smaller scale,
+// rows where they are equal.
+bool byte_columns_first(const BicubicArgs& args, ByteRounding rounding, at::ArrayRef<double> step);
+
+// Fixed-point weights of kFixedBits, rounded halves away from zero.
+inline int32_t fixed_weight(double w) { return int32_t(w * (1 << kFixedBits) + (w < 0 ? -0.5 : 0.5)); }
 
 }  // namespace fastdense

@@ -4,7 +4,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -55,7 +54,7 @@ class Matrix {
  private:
   static A convert(double w) {
     if constexpr (std::is_same_v<A, int32_t>)
-      return A(w * (1 << kFixedBits) + (w < 0 ? -0.5 : 0.5));
+      return fixed_weight(w);
     else
       return A(w);
   }
@@ -149,13 +148,8 @@ at::Tensor run(const char* op, const at::Tensor& input, at::IntArrayRef size, at
     return run(op, input.to(at::kFloat), size, step, options, transposed, added, low, high).to(input.scalar_type());
   }
   const BicubicArgs args = parse_bicubic(op, input, size, step, options, transposed);
-  at::Tensor out = args.empty_result(), added;
-  if (residual) {
-    check_same_dtype(op, "residual", *residual, "input", input);
-    check_same_device(op, "residual", *residual, "input", input);
-    check_shape(op, "residual", *residual, out.sizes());
-    added = at::empty_like(out).copy_(*residual);
-  }
+  at::Tensor out = args.empty_result();
+  const at::Tensor added = bicubic_residual(op, residual, input, out);
   if (out.numel() == 0) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bicubic", [&] {
     using T = typename Storage<scalar_t>::type;
@@ -180,27 +174,20 @@ at::Tensor bicubic_backward_cpu(const at::Tensor& grad_output, at::IntArrayRef s
 at::Tensor bicubic_uint8_cpu(const at::Tensor& input,  // [N, C, spatial] of one or two axes
                              at::IntArrayRef size, at::ArrayRef<double> step, double a, bool antialias,
                              std::string_view border, bool align_corners, std::string_view rounding) {
-  constexpr const char* kOp = "bicubic_uint8";
-  check_dtype(kOp, "input", input, at::kByte);
-  check_rank_between(kOp, "input", input, 3, 4);
-  const ByteRounding rounded = parse_byte_rounding(rounding);
-  const BicubicArgs args = parse_bicubic(kOp, input, size, step, {a, antialias, border, align_corners}, false);
+  const ByteRounding rounded = check_bicubic_bytes(input, rounding);
+  const BicubicArgs args =
+      parse_bicubic("bicubic_uint8", input, size, step, {a, antialias, border, align_corners}, false);
   at::Tensor out = args.empty_result();
   if (out.numel() == 0) return out;
   if (std::none_of(args.tables.begin(), args.tables.end(), [](const auto& table) { return bool(table); }))
     return out.copy_(input);
-  Finish finish{args.columns_first, false, 0, 255};
-  if (rounded == ByteRounding::kLast) {
-    resample<uint8_t, float>(args, {}, out, finish);
-  } else if (rounded == ByteRounding::kMatlab) {
-    // The axis with the smaller scale first, rows where they are equal.
-    finish.round_between = true;
-    finish.columns_first = step.size() == 2 && step[1] > step[0];
-    resample<uint8_t, double>(args, {}, out, finish);
-  } else {
-    finish.columns_first = finish.round_between = true;
-    resample<uint8_t, int32_t>(args, {}, out, finish);
-  }
+  const bool columns_first = byte_columns_first(args, rounded, step);
+  if (rounded == ByteRounding::kLast)
+    resample<uint8_t, float>(args, {}, out, {columns_first, false, 0, 255});
+  else if (rounded == ByteRounding::kMatlab)
+    resample<uint8_t, double>(args, {}, out, {columns_first, true, 0, 255});
+  else
+    resample<uint8_t, int32_t>(args, {}, out, {columns_first, true, 0, 255});
   return out;
 }
 

@@ -2,15 +2,6 @@
 // The kernels of bicubic_kernels.h for one target.
 namespace fastdense::FASTDENSE_TARGET {
 
-// An element in the type of arithmetic.
-template <typename A, typename T>
-inline A widen(T v) {
-  if constexpr (std::is_integral_v<T>)
-    return A(v);
-  else
-    return load(v);
-}
-
 // Rows stride apart, from `slot` on; a ring starts again after `period` rows.
 template <typename R>
 struct RowCursor {
@@ -20,36 +11,32 @@ struct RowCursor {
   int64_t period = INT64_MAX;
 };
 
-constexpr int kChunkVectors = 4;
+constexpr int kChunkVectors = 8;
 template <typename A>
 constexpr int64_t kChunk = kChunkVectors * Vec<A>::kLanes;
 
 // acc[i] = sum_k weight[k] * row_k[at + i] for i < n <= kChunk; acc has room for a whole chunk.
-template <typename A, typename R>
-inline void combine_rows(RowCursor<R> rows, const A* weight, int64_t taps, int64_t at, int64_t n, A* acc) {
+template <bool kWhole, typename A, typename R>
+inline void combine_chunk(const RowCursor<R>& rows, const A* weight, int64_t taps, int64_t at, int64_t n, A* acc) {
   using V = Vec<A>;
   V sum[kChunkVectors];
+#pragma GCC unroll 8
   for (V& v : sum) v = V::splat(0);
   const R* row = rows.base + rows.slot * rows.stride + at;
   int64_t slot = rows.slot;
   for (int64_t k = 0; k < taps; ++k) {
     const V w = V::splat(weight[k]);
-    const A* from;
-    A converted[kChunk<A>];
-    if constexpr (std::is_same_v<A, R>) {
-      from = row;
+    const auto add = [&](const A* from) {
+#pragma GCC unroll 8
+      for (int u = 0; u < kChunkVectors; ++u) sum[u] = V::fma(w, V::load(from + u * V::kLanes), sum[u]);
+    };
+    if constexpr (kWhole && std::is_same_v<A, R>) {
+      add(row);
     } else {
-      from = converted;
+      A converted[kChunk<A>];
+      for (int64_t i = 0; i < kChunk<A>; ++i) converted[i] = kWhole || i < n ? widen<A>(row[i]) : A(0);
+      add(converted);
     }
-    if (n == kChunk<A>) {
-      if constexpr (!std::is_same_v<A, R>)
-        for (int64_t i = 0; i < kChunk<A>; ++i) converted[i] = widen<A>(row[i]);
-    } else {
-      for (int64_t i = 0; i < kChunk<A>; ++i) converted[i] = i < n ? widen<A>(row[i]) : A(0);
-      from = converted;
-    }
-#pragma GCC unroll 4
-    for (int u = 0; u < kChunkVectors; ++u) sum[u] = V::fma(w, V::load(from + u * V::kLanes), sum[u]);
     if (++slot == rows.period) {
       slot = 0;
       row = rows.base + at;
@@ -57,36 +44,21 @@ inline void combine_rows(RowCursor<R> rows, const A* weight, int64_t taps, int64
       row += rows.stride;
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int u = 0; u < kChunkVectors; ++u) sum[u].store(acc + u * V::kLanes);
 }
 
-// Rounds to bytes behind the first of two axes.
-template <typename A>
-inline A round_between(A v) {
-  if constexpr (std::is_same_v<A, int32_t>)
-    return byte_of_fixed(v);
+template <typename A, typename R>
+inline void combine_rows(const RowCursor<R>& rows, const A* weight, int64_t taps, int64_t at, int64_t n, A* acc) {
+  if (n == kChunk<A>)
+    combine_chunk<true, A, R>(rows, weight, taps, at, n, acc);
   else
-    return byte_half_up(v);
+    combine_chunk<false, A, R>(rows, weight, taps, at, n, acc);
 }
 
 template <typename A>
 inline void round_row(A* row, int64_t n) {
   for (int64_t i = 0; i < n; ++i) row[i] = round_between(row[i]);
-}
-
-template <typename T, typename A>
-inline T bicubic_result(A v, const BicubicPlane<T, A>& p) {
-  if constexpr (std::is_same_v<A, int32_t>) {
-    return T(byte_of_fixed(v));
-  } else if constexpr (std::is_same_v<T, uint8_t>) {
-    if constexpr (std::is_same_v<A, float>)
-      return T(byte_half_even(v));
-    else
-      return T(byte_half_up(v));
-  } else {
-    return store<T>(v < p.low ? p.low : v > p.high ? p.high : v);  // NaN stays NaN
-  }
 }
 
 // Elements [at, at + n) of a row of the output.
@@ -96,9 +68,9 @@ inline void store_result(const BicubicPlane<T, A>& p, int64_t row, int64_t at, i
   T* __restrict out = p.output + first;
   if (p.residual) {
     const T* residual = p.residual + first;
-    for (int64_t i = 0; i < n; ++i) out[i] = bicubic_result<T, A>(v[i] + widen<A>(residual[i]), p);
+    for (int64_t i = 0; i < n; ++i) out[i] = finish_sample<T, A>(v[i] + widen<A>(residual[i]), p.low, p.high);
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = bicubic_result<T, A>(v[i], p);
+    for (int64_t i = 0; i < n; ++i) out[i] = finish_sample<T, A>(v[i], p.low, p.high);
   }
 }
 
@@ -113,22 +85,23 @@ inline void resample_block(const A* in, [[maybe_unused]] int64_t width, const Bi
   const int64_t first = lanes.first[b];
 #if defined(FASTDENSE_TARGET_AVX512)
   if constexpr (std::is_same_v<A, float>) {
-    // All taps of a block often lie within two vectors: then they are picked in registers.
-    if (lanes.span[b] <= 32) {
-      __m512 low, high;
-      if (first + 32 <= width) {
-        low = _mm512_loadu_ps(in + first);
-        high = _mm512_loadu_ps(in + first + 16);
-      } else {
-        const uint32_t inside = (uint64_t(1) << (width - first)) - 1;
-        low = _mm512_maskz_loadu_ps(__mmask16(inside), in + first);
-        high = _mm512_maskz_loadu_ps(__mmask16(inside >> 16), in + first + 16);
-      }
+    // The taps of a block often lie within two or four vectors: then they are picked in registers.
+    const int64_t span = lanes.span[b];
+    if (span <= 64) {
+      __m512 part[4];
+      const int64_t rest = width - first;
+      const uint64_t inside = rest >= 64 ? ~uint64_t(0) : (uint64_t(1) << rest) - 1;
+      for (int i = 0; i < (span <= 32 ? 2 : 4); ++i)
+        part[i] = _mm512_maskz_loadu_ps(__mmask16(inside >> 16 * i), in + first + 16 * i);
       __m512i at = _mm512_loadu_si512(index);
-      const __m512i step = _mm512_set1_epi32(int(inner));
+      const __m512i step = _mm512_set1_epi32(int(inner)), half = _mm512_set1_epi32(32);
       __m512 sum = _mm512_setzero_ps();
-      for (int64_t k = 0; k < taps; ++k, at = _mm512_add_epi32(at, step))
-        sum = _mm512_fmadd_ps(_mm512_loadu_ps(weight + k * 16), _mm512_permutex2var_ps(low, at, high), sum);
+      for (int64_t k = 0; k < taps; ++k, at = _mm512_add_epi32(at, step)) {
+        __m512 x = _mm512_permutex2var_ps(part[0], at, part[1]);
+        if (span > 32)
+          x = _mm512_mask_mov_ps(x, _mm512_test_epi32_mask(at, half), _mm512_permutex2var_ps(part[2], at, part[3]));
+        sum = _mm512_fmadd_ps(_mm512_loadu_ps(weight + k * 16), x, sum);
+      }
       _mm512_storeu_ps(out, sum);
       return;
     }
@@ -137,12 +110,9 @@ inline void resample_block(const A* in, [[maybe_unused]] int64_t width, const Bi
   in += first;
   V sum[kVectors];
   for (V& v : sum) v = V::splat(0);
-  for (int64_t k = 0; k < taps; ++k, in += inner, weight += kBicubicBlock) {
-    A picked[kBicubicBlock];
-    for (int64_t i = 0; i < kBicubicBlock; ++i) picked[i] = in[index[i]];
+  for (int64_t k = 0; k < taps; ++k, in += inner, weight += kBicubicBlock)
     for (int u = 0; u < kVectors; ++u)
-      sum[u] = V::fma(V::load(weight + u * V::kLanes), V::load(picked + u * V::kLanes), sum[u]);
-  }
+      sum[u] = V::fma(V::load(weight + u * V::kLanes), V::gather(in, index + u * V::kLanes), sum[u]);
   for (int u = 0; u < kVectors; ++u) sum[u].store(out + u * V::kLanes);
 }
 

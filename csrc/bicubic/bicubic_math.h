@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/scalar.h"
 
@@ -53,6 +54,46 @@ constexpr int kFixedBits = 22;
 FASTDENSE_HD int32_t byte_of_fixed(int32_t v) {
   const int32_t rounded = (v + (1 << (kFixedBits - 1))) >> kFixedBits;
   return rounded < 0 ? 0 : rounded > 255 ? 255 : rounded;
+}
+
+// One term of a sum, in the type of arithmetic.
+template <typename A>
+FASTDENSE_HD A add_tap(A weight, A x, A sum) {
+  return mul_add(weight, x, sum);
+}
+FASTDENSE_HD int32_t add_tap(int32_t weight, int32_t x, int32_t sum) { return sum + weight * x; }
+
+// A stored sample in the type of arithmetic.
+template <typename A, typename T>
+FASTDENSE_HD A widen(T v) {
+  if constexpr (std::is_integral_v<T>)
+    return A(v);
+  else
+    return load(v);
+}
+
+// To bytes, after the first of two axes.
+template <typename A>
+FASTDENSE_HD A round_between(A v) {
+  if constexpr (std::is_same_v<A, int32_t>)
+    return byte_of_fixed(v);
+  else
+    return byte_half_up(v);
+}
+
+// What is stored of a finished sum: bytes are rounded and saturated, other types clamped.  NaN stays NaN.
+template <typename T, typename A>
+FASTDENSE_HD T finish_sample(A v, A low, A high) {
+  if constexpr (std::is_same_v<A, int32_t>) {
+    return T(byte_of_fixed(v));
+  } else if constexpr (std::is_same_v<T, uint8_t>) {
+    if constexpr (std::is_same_v<A, float>)
+      return T(byte_half_even(v));
+    else
+      return T(byte_half_up(v));
+  } else {
+    return store<T>(v < low ? low : v > high ? high : v);
+  }
 }
 
 }  // namespace fastdense

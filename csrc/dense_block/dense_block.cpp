@@ -74,9 +74,24 @@ std::vector<int64_t> ones(int64_t out, int64_t in, size_t spatial) {
   return shape;
 }
 
-// Spatial sizes as three dimensions, the missing ones leading with size 1.
+// Spatial sizes as three dimensions, the missing ones trailing with size 1: work is shared out along the first.
 void fill_three(at::IntArrayRef from, int64_t (&to)[3]) {
-  for (size_t d = 0; d < 3; ++d) to[d] = d + from.size() < 3 ? 1 : from[d + from.size() - 3];
+  for (size_t d = 0; d < 3; ++d) to[d] = d < from.size() ? from[d] : 1;
+}
+
+// The first weight that shows how many channels and dimensions the input is to have.
+void check_input(at::IntArrayRef sizes, at::TensorList weights, int64_t num_layers, Tail tail) {
+  if (num_layers > 0 || tail == Tail::kTransition) {
+    const at::Tensor& conv = weights[4];  // behind the four tensors of a norm
+    TORCH_CHECK_VALUE(conv.dim() < 3 || size_t(conv.dim()) == sizes.size(), kOp, ": expected input to have ",
+                      conv.dim(), " dimensions, got shape ", sizes);
+    TORCH_CHECK_VALUE(conv.dim() < 3 || conv.size(1) == sizes[1], kOp, ": expected input to have ", conv.size(1),
+                      " channels in dimension 1, got shape ", sizes);
+  } else if (tail != Tail::kNone) {
+    const int64_t channels = weights[0].numel();
+    TORCH_CHECK_VALUE(channels == 0 || channels == sizes[1], kOp, ": expected input to have ", channels,
+                      " channels in dimension 1, got shape ", sizes);
+  }
 }
 
 void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers) {
@@ -105,7 +120,7 @@ void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers)
                           first.sizes());
     }
     std::vector<int64_t> shape{args.growth, in};
-    for (size_t d = 0; d < dims; ++d) shape.push_back(args.conv.kernel[d + 3 - dims]);
+    for (size_t d = 0; d < dims; ++d) shape.push_back(args.conv.kernel[d]);
     layer.conv2 = reader.conv(name + ".conv2", shape);
     args.layers.push_back(std::move(layer));
   }
@@ -120,7 +135,7 @@ void read_tail(WeightReader& reader, DenseBlockArgs& args) {
   args.tail_conv = reader.conv("tail.conv", ones(out, args.channels(), args.spatial.size()));
   for (size_t d = 0; d < 3; ++d) {
     args.pool.size[d] = args.conv.size[d];
-    args.pool.window[d] = d + args.spatial.size() < 3 ? 1 : 2;
+    args.pool.window[d] = d < args.spatial.size() ? 2 : 1;
     TORCH_CHECK_VALUE(args.conv.size[d] >= args.pool.window[d], kOp,
                       ": expected every spatial size to be at least 2 in front of the transition's pooling, got ",
                       at::IntArrayRef(args.spatial));
@@ -137,7 +152,7 @@ bool DenseBlockArgs::any_batch_statistics() const {
 
 std::vector<int64_t> DenseBlockArgs::sizes(int64_t channels, bool pooled) const {
   std::vector<int64_t> sizes{batch, channels};
-  for (size_t d = 3 - spatial.size(); d < 3; ++d) sizes.push_back(pooled ? pool.pooled(int(d)) : conv.size[d]);
+  for (size_t d = 0; d < spatial.size(); ++d) sizes.push_back(pooled ? pool.pooled(int(d)) : conv.size[d]);
   return sizes;
 }
 
@@ -158,6 +173,7 @@ DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions&
   TORCH_CHECK_VALUE(int64_t(weights.size()) == expected, kOp, ": expected weights to have ", expected, " entries, got ",
                     weights.size());
   TORCH_CHECK_VALUE(int64_t(eps.size()) == norms, kOp, ": expected eps to have ", norms, " entries, got ", eps.size());
+  check_input(sizes, weights, num_layers, args.tail);
   args.batch = sizes[0];
   args.in_channels = sizes[1];
   args.spatial.assign(sizes.begin() + 2, sizes.end());

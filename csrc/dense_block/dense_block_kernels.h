@@ -21,7 +21,7 @@ struct Source {
   const accumulate_t<T>* shift;  // [channels]
 };
 
-// Image of up to three spatial dimensions (leading sizes 1), odd kernel of stride 1 with `same` padding.
+// Image of up to three spatial dimensions (trailing sizes 1), odd kernel of stride 1 with `same` padding.
 struct ConvGeometry {
   int64_t size[3];
   int64_t kernel[3];

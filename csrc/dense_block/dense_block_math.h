@@ -31,17 +31,20 @@ FASTDENSE_HD A norm_relu(A x, A scale, A shift) {
 }
 
 // Gradient of a channel once all its consumers have added scale * dy to g (see `Deferred correction` in dense_block.h):
-// shift_sum = sum_l scale_l s1_l / M and slope_sum = sum_l scale_l rstd_l s2_l / M.
+// shift_sum = sum_l scale_l s1_l / M and slope_sum = sum_l scale_l rstd_l s2_l / M.  Where nothing was added, as by
+// frozen norms, the gradient is g, even if x is not finite.
 template <typename A>
 FASTDENSE_HD A finalise_gradient(A g, A x, A mean, A shift_sum, A slope_sum) {
-  return g - shift_sum - (x - mean) * slope_sum;
+  const A corrected = g - shift_sum - (x - mean) * slope_sum;
+  return shift_sum == A(0) && slope_sum == A(0) ? g : corrected;
 }
 
 // Immediate form for a channel with one consumer; t1 = sum dy, t2 = sum dy * xhat, inv_count = 1/M (0 when frozen).
 template <typename A>
 FASTDENSE_HD A norm_input_gradient(A dy, A x, NormCoefficients<A> n, A t1, A t2, A inv_count) {
   const A xhat = (x - n.mean) * n.rstd;
-  return n.scale * (dy - (t1 + xhat * t2) * inv_count);
+  const A corrected = dy - (t1 + xhat * t2) * inv_count;
+  return n.scale * (inv_count == A(0) ? dy : corrected);
 }
 
 // Count, mean and sum of squared deviations of a set of values.

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fastdense._support import InputError, extra, write_json
+from fastdense._support import InputError, check_output, extra, write_json
 from fastdense.bench import BenchConfig, Net, SweepConfig, run_bench, run_sweep
 from fastdense.bench.nets import known_nets
 from fastdense.bench.run import count_ticks
@@ -29,6 +29,9 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
     net = Net(options.model, options.depth, options.growth_rate)
     variants = options.variants or BENCH_VARIANTS
     if options.memory:
+        unwanted = [v for v in options.variants or () if v in ("balanced", "min") and v not in options.memory]
+        if unwanted:
+            raise InputError(f"bench: expected --memory to include {unwanted[0]} of --variants, got {options.memory}")
         variants = tuple(v for v in variants if v not in ("balanced", "min") or v in options.memory)
     config = BenchConfig(
         net=net,
@@ -48,6 +51,18 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
     for name in ("batch", "size", "steps", "repeats"):
         if getattr(config, name) < 1:
             raise InputError(f"bench: expected --{name} to be at least 1, got {getattr(config, name)}")
+    if net.is_cifar and (net.depth < 10 or (net.depth - 4) % 6):
+        raise InputError(f"bench: expected --depth to be of the form 6 n + 4 (10, 16, ..., 100), got {net.depth}")
+    if net.growth_rate < 1:
+        raise InputError(f"bench: expected --growth-rate to be at least 1, got {net.growth_rate}")
+    if config.memory_batches and len(set(config.memory_batches)) < 2:
+        raise InputError(
+            f"bench: expected --memory-batches to be two batch sizes, or 0 for none, got {config.memory_batches}"
+        )
+    if options.json:
+        check_output("bench: expected --json", options.json)
+    if options.plot:
+        check_output("bench: expected --plot", options.plot, (".png", ".svg", ".pdf"))
     if config.threads < 0:
         raise InputError(f"bench: expected --threads to be at least 0, got {config.threads}")
     if config.device == "cuda":

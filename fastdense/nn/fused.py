@@ -11,7 +11,8 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, fx, nn
 
 from fastdense.nn.structure import (
     Layer,
@@ -87,6 +88,8 @@ def check_memory(memory: str) -> str:
 
 def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str) -> Tensor:
     """One operator call for a block and its tail, then the running statistics of all its norms."""
+    if forward_ad._current_level >= 0:
+        raise NotFusible("forward-mode derivatives go through plain modules only")
     if not has_kernels(input.device.type):
         raise NotFusible(f"this build has no kernels for {input.device.type} tensors")
     drop_rate = layers[0].drop_rate if layers else 0.0
@@ -135,6 +138,8 @@ class FusedDenseBlock(FusedModule):
     """A dense block whose layers are children ``norm1 ... conv2`` in order."""
 
     def forward(self, init_features: Tensor) -> Tensor:
+        if isinstance(init_features, fx.Proxy):
+            return self.plain_forward(init_features)
         try:
             return run_block(init_features, read_block(self), None, self.memory)
         except NotFusible as reason:
@@ -145,6 +150,8 @@ class FusedTransition(FusedModule):
     """A transition: children norm, relu, conv, pool."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return self.plain_forward(input)
         try:
             return run_block(input, [], read_transition(self), self.memory)
         except NotFusible as reason:
@@ -159,6 +166,8 @@ class FusedSequential(FusedModule):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):  # symbolic tracing records the plain modules
+            return self.plain_forward(input)
         modules = list(self.__dict__["_modules"].values())
         at = 0
         while at < len(modules):

@@ -9,6 +9,7 @@ seen when they matter. A fused operator does not call the inner modules; what re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.modules.module as global_hooks
 from torch import nn
 
@@ -232,14 +233,12 @@ def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.BatchNorm2d]
 
 def norm_weights(norm: Any) -> NormWeights:
     # As in nn.BatchNorm: the running statistics normalise in eval mode, where there are any.
-    running = not norm.training and norm.running_mean is not None
-    return NormWeights(
-        norm.weight,
-        norm.bias,
-        norm.running_mean if running else None,
-        norm.running_var if running else None,
-        norm.eps,
-    )
+    mean = var = None
+    if not norm.training and norm.running_mean is not None:
+        mean, var = norm.running_mean, norm.running_var
+        if torch.is_grad_enabled():  # saved for backward; a training step in between may move the buffers
+            mean, var = mean.clone(), var.clone()
+    return NormWeights(norm.weight, norm.bias, mean, var, norm.eps)
 
 
 def layer_weights(layer: Layer) -> LayerWeights:

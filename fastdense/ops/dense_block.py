@@ -106,22 +106,24 @@ def dense_block(
     """
     if memory not in MEMORY_MODES:
         raise ValueError(f"dense_block: expected memory to be one of {MEMORY_MODES}, got {memory!r}")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"dense_block: expected input to be a tensor, got {type(input).__name__}")
     device = input.device.type
     if not has_kernels(device):
         raise NotImplementedError(
             f"dense_block: expected input to be on one of {_DEVICES}, for which this build has kernels, got {device}"
         )
-    if torch.is_autocast_enabled(device):
-        if input.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            input = input.to(torch.get_autocast_dtype(device))
-    else:
-        _check_conv_dtypes(input, layers, tail)
     weights, eps = _flatten(layers, tail, absent=input.detach().new_empty(0))
     for weight in weights:
         if weight.device != input.device:
             raise ValueError(
                 f"dense_block: expected all weights to be on {input.device} like input, got {weight.device}"
             )
+    if device != "meta" and torch.is_autocast_enabled(device):
+        if input.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            input = input.to(torch.get_autocast_dtype(device))
+    else:
+        _check_conv_dtypes(input, layers, tail)
     bottleneck = bool(layers) and layers[0].conv1 is not None
     keep = memory == "balanced" and torch.is_grad_enabled() and _any_requires_grad(input, weights)
     out, _, mean, var, _ = torch.ops.fastdense.dense_block(

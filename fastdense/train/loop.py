@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import time
@@ -214,13 +215,16 @@ def make_model(config: TrainConfig, data: Dataset) -> nn.Module:
         model = models.create(config.model, **arguments, memory=memory)
     except (ValueError, TypeError) as error:
         raise InputError(f"train: expected arguments that make a model, got {config.model!r}: {error}") from error
+    smallest = len(data.train) % config.batch or config.batch  # the last batch of an epoch
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, data.size, data.size))
+            copy.deepcopy(model).train()(torch.zeros(smallest, 3, data.size, data.size))
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"train: expected size to be large enough for {config.model}, got {data.size}: {reason}"
+            f"train: expected size and batch to be large enough for {config.model}, "
+            f"got {data.size} and {smallest} images in the smallest batch: {reason}"
         ) from error
     return restore(model) if config.memory == "plain" else model
 

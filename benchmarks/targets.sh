@@ -17,8 +17,9 @@ measure() {
 
 selected=$*
 measure densenet121 --steps 9 --plot "$out/densenet121.png"
-measure densenet201 --batch 4 --steps 5
-measure densenet121-bfloat16 --dtype bfloat16 --batch 2 --steps 3 --memory-batches 0 \
+measure densenet201 --model densenet201 --batch 4 --steps 5
+measure densenet121-compile --steps 5 --memory-batches 0 --variants plain,plain-channels-last,compile,balanced
+measure densenet121-bfloat16 --dtype bfloat16 --steps 9 --memory-batches 0 \
   --variants plain,plain-channels-last,balanced,min
 measure densenet121-eval --mode eval --steps 15 --memory-batches 0 --variants plain,plain-channels-last,balanced
 measure cifar-bc100 --model densenet_cifar --depth 100 --growth-rate 12 --batch 64 --steps 5 --memory-batches 0

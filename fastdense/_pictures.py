@@ -34,7 +34,12 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Decodes a picture file completely, as RGB.
+    """Decodes a picture file completely, as RGB; raises what :func:`open_picture` does."""
+    return open_picture(path, "RGB")
+
+
+def open_picture(path: Path, mode: str | None = None) -> Image.Image:
+    """Decodes a picture file completely, in its own mode or another.
 
     Raises:
         CorruptPictureError: the file is truncated, broken, or no picture at all.
@@ -43,7 +48,8 @@ def open_rgb(path: Path) -> Image.Image:
         from PIL import Image
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            picture.load()
+            return picture.convert(mode) if mode else picture.copy()
     except (
         OSError,
         SyntaxError,  # Pillow's word for a broken PNG chunk

@@ -4,13 +4,15 @@
 import subprocess
 import sys
 
+import numpy
 import pytest
+from PIL import Image
 
 from fastdense.cli import main
 from fastdense.cli.parser import make_parser
 
 
-@pytest.mark.parametrize("command", ["info", "bench", "train", "demo"])
+@pytest.mark.parametrize("command", ["info", "bench", "train", "resize", "demo"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -91,3 +93,60 @@ def test_module_and_command_are_the_same():
 def test_bench_refuses_bad_options_before_it_measures(options, message, capsys):
     assert main(["bench", "--model", "densenet_cifar", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def picture(mode: str) -> Image.Image:
+    samples = numpy.random.default_rng(0).integers(0, 256, (12, 10, 4), dtype=numpy.uint8)
+    if mode == "I;16":
+        return Image.fromarray(samples[..., 0].astype(numpy.uint16) * 257)
+    return (
+        Image.fromarray(samples).convert("RGB").convert(mode) if mode == "P" else Image.fromarray(samples).convert(mode)
+    )
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16", "P"])
+def test_resize_keeps_the_kind_of_picture(mode, tmp_path, capsys):
+    picture(mode).save(tmp_path / "in.png")
+    assert main(["resize", f"{tmp_path}/in.png", f"{tmp_path}/out.png", "--scale", "2", "--preset", "matlab"]) == 0
+    out = Image.open(tmp_path / "out.png")
+    assert out.size == (20, 24)
+    assert out.mode == ("RGB" if mode == "P" else mode)
+    assert "resized 1 of 1" in capsys.readouterr().out
+
+
+def test_resize_equals_pillow(tmp_path):
+    source = picture("RGB")
+    source.save(tmp_path / "in.png")
+    assert main(["resize", f"{tmp_path}/in.png", f"{tmp_path}/out.png", "--size", "7x30", "--preset", "pillow"]) == 0
+    wanted = source.resize((7, 30), Image.Resampling.BICUBIC)
+    assert numpy.array_equal(numpy.asarray(Image.open(tmp_path / "out.png")), numpy.asarray(wanted))
+
+
+def test_resize_of_a_folder(tmp_path, capsys):
+    folder = tmp_path / "in" / "deep"
+    folder.mkdir(parents=True)
+    picture("RGB").save(folder / "good.png")
+    (folder / "corrupt.png").write_bytes(b"nothing")
+    assert main(["resize", str(tmp_path / "in"), str(tmp_path / "out"), "--scale", "0.5"]) == 1
+    text = capsys.readouterr().out
+    assert "corrupt.png" in text and "resized 1 of 2" in text
+    assert [path.name for path in (tmp_path / "out" / "deep").iterdir()] == ["good.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["in.png", "out.png"], "either --scale or --size"),
+        (["missing", "out.png", "--scale", "2"], "IN to be a picture or a folder, got missing"),
+        (["in.png", "out.xyz", "--scale", "2"], "OUT to end in"),
+        (["in.png", "out.png", "--scale", "0.01"], "large enough"),
+        (["empty", "out", "--scale", "2"], "IN to hold pictures"),
+    ],
+)
+def test_resize_refuses_bad_input(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture("RGB").save("in.png")
+    (tmp_path / "empty").mkdir()
+    assert main(["resize", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 from fastdense.bench.job import DEVICES, DTYPES, MODES
 from fastdense.bench.nets import VARIANTS
 from fastdense.bench.sweep import DEPTHS
+from fastdense.ops.bicubic import PRESETS
 
 BENCH_VARIANTS = ("plain", "plain-channels-last", "memory-efficient", "balanced", "min")
 
@@ -38,6 +39,18 @@ examples:
   fastdense train --data digits --out runs/digits --resume
 """
 
+_RESIZE_HELP = """
+Follows the convention of a library to the bit: torch, torch_antialias, pillow, opencv or matlab. Alpha and 16 bits a
+sample are kept; every channel is resampled as it is. A folder is resized with all its sub-folders.
+
+examples:
+  fastdense resize in.png out.png --scale 2 --preset matlab
+  fastdense resize photographs/ small/ --scale 0.25 --preset pillow
+  fastdense resize in.png out.png --size 640x480
+
+Exit code 1 if a picture of a folder could not be read; the others are resized.
+"""
+
 _DEMO_HELP = """
 Benchmarks DenseNet-121 on real photographs, then trains a DenseNet-BC on the digits. Takes a few minutes on two
 cores.
@@ -51,7 +64,7 @@ Exit code 1 if a benchmark row failed or the accuracy stays below 98 %.
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``run``."""
-    from fastdense.cli import bench, demo, info, train
+    from fastdense.cli import bench, demo, info, resize, train
 
     parser = argparse.ArgumentParser(
         prog="fastdense",
@@ -62,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_info(commands, info.run)
     _add_bench(commands, bench.run)
     _add_train(commands, train.run)
+    _add_resize(commands, resize.run)
     _add_demo(commands, demo.run)
     return parser
 
@@ -155,10 +169,35 @@ def _add_train(commands: Commands, run: Run) -> None:
     _add_machine(parser)
 
 
+def _add_resize(commands: Commands, run: Run) -> None:
+    parser = _command(commands, "resize", run, "Resize pictures with a bicubic convention of your choice", _RESIZE_HELP)
+    parser.add_argument("input", type=Path, metavar="IN", help="a picture or a folder")
+    parser.add_argument("output", type=Path, metavar="OUT", help="a picture, or a folder where IN is one")
+    parser.add_argument("--scale", type=float, metavar="S", help="2 doubles width and height")
+    parser.add_argument("--size", type=width_and_height, metavar="WxH", help="instead of --scale")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="torch_antialias", help="default: %(default)s")
+    parser.add_argument(
+        "--antialias",
+        action=argparse.BooleanOptionalAction,
+        help="widen the cubic when shrinking (default: the preset's)",
+    )
+
+
 def _add_demo(commands: Commands, run: Run) -> None:
     parser = _command(commands, "demo", run, "Show the benchmark and a training run", _DEMO_HELP)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def width_and_height(text: str) -> tuple[int, int]:
+    """Parses ``640x480``."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        width = height = 0
+    if min(width, height) < 1:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT like 640x480, got {text!r}")
+    return width, height
 
 
 def names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:

@@ -86,6 +86,11 @@ def check_memory(memory: str) -> str:
     return memory
 
 
+def is_traced(input: Any) -> bool:
+    """Whether symbolic tracing goes on, which records the plain modules."""
+    return isinstance(input, fx.Proxy)
+
+
 def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str) -> Tensor:
     """One operator call for a block and its tail, then the running statistics of all its norms."""
     if forward_ad._current_level >= 0:
@@ -138,7 +143,7 @@ class FusedDenseBlock(FusedModule):
     """A dense block whose layers are children ``norm1 ... conv2`` in order."""
 
     def forward(self, init_features: Tensor) -> Tensor:
-        if isinstance(init_features, fx.Proxy):
+        if is_traced(init_features):
             return self.plain_forward(init_features)
         try:
             return run_block(init_features, read_block(self), None, self.memory)
@@ -150,7 +155,7 @@ class FusedTransition(FusedModule):
     """A transition: children norm, relu, conv, pool."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):
+        if is_traced(input):
             return self.plain_forward(input)
         try:
             return run_block(input, [], read_transition(self), self.memory)
@@ -166,7 +171,7 @@ class FusedSequential(FusedModule):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):  # symbolic tracing records the plain modules
+        if is_traced(input):
             return self.plain_forward(input)
         modules = list(self.__dict__["_modules"].values())
         at = 0

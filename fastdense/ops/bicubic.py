@@ -190,9 +190,9 @@ def _exported(
     """The same by torch's own operators, which every runtime knows: a dense matrix product an axis."""
     dtype = out_dtype or input.dtype
     out = input.to(torch.float32) if input.dtype != torch.float64 else input
-    steps, *rest = options
+    steps, a, antialias, border, corners = options
     for axis in sorted(range(len(sizes)), key=lambda axis: -steps[axis]):
-        rows = _C.bicubic_rows(input.shape[axis + 2], sizes[axis], steps[axis], *rest)
+        rows = _C.bicubic_rows(input.shape[axis + 2], sizes[axis], steps[axis], a, antialias, border, corners)
         matrix = torch.tensor(rows, dtype=out.dtype, device=out.device)
         out = torch.matmul(out.movedim(axis + 2, -1), matrix.t()).movedim(-1, axis + 2)
         if dtype == torch.uint8 and rounding != "last":

@@ -17,7 +17,15 @@ from fastdense.nn.fused import (
     fused_class,
     plain_class,
 )
-from fastdense.nn.structure import BLOCKS, NotFusible, is_transition, read_block, read_transition, runs_as
+from fastdense.nn.structure import (
+    BLOCKS,
+    NotFusible,
+    NotFusibleInTraining,
+    is_transition,
+    read_block,
+    read_transition,
+    runs_as,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,9 +33,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def convert(model: Model, *, memory: str = "balanced") -> Model:
     """Lets every dense block of ``model`` run on one shared buffer.
 
-    Finds the dense blocks and transitions of torchvision and timm DenseNets, and of models that contain them. A module
-    only changes its class: parameters, buffers, hooks, ``state_dict`` keys and outputs stay what they are, an existing
-    optimizer keeps working.
+    Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, and of models that contain them. A
+    module only changes its class: parameters, buffers, hooks, ``state_dict`` keys and outputs stay what they are, an
+    existing optimizer keeps working.
 
     Args:
         model: any module; changed in place.
@@ -111,6 +119,8 @@ def _try_fuse(
     if not isinstance(module, FusedModule):
         try:
             read(module)
+        except NotFusibleInTraining:
+            pass
         except NotFusible as reason:
             warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}", stacklevel=3)
             return

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model definitions: published parameter counts, torchvision's keys and numbers, the registry."""
 
+import re
+
+import monai.networks.nets.densenet as monai_densenet
 import pytest
 import torch
 import torchvision
@@ -89,3 +92,65 @@ def test_drop_rate_is_used_in_training_only():
     assert torch.equal(model(x), model(x))
     model.train()
     assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("densenet121", 11_244_674), ("densenet264", 40_251_266)])
+def test_parameter_counts_in_three_dimensions(name, parameters):
+    with torch.device("meta"):
+        model = models.create(name, spatial_dims=3, image_channels=1, num_classes=2)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+SMALL = {"growth_rate": 4, "block_config": (2, 2)}
+
+
+def small_densenet(dims: int = 2, image_channels: int = 3) -> torch.nn.Module:
+    return models.densenet._imagenet((2, 2), 4, 6, spatial_dims=dims, image_channels=image_channels, num_classes=5)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_monai_checkpoints(dims):
+    theirs = monai_densenet.DenseNet(dims, 1, 5, init_features=6, **SMALL).double().eval()
+    ours = small_densenet(dims, 1).double().eval()
+    models.load_densenet(ours, theirs.state_dict())
+    x = torch.randn(2, 1, *(40,) * dims, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-12)
+
+
+DIALECTS = {
+    "torchvision": lambda key: key,
+    "DataParallel": lambda key: f"module.{key}",
+    "before 2018": lambda key: re.sub(r"(norm|conv)([12])\.", r"\1.\2.", key),
+    "gpleiss": lambda key: key.replace("norm5", "norm_final"),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_dialects_of_checkpoints(dialect):
+    theirs = torchvision.models.DenseNet(num_init_features=6, num_classes=5, **SMALL).eval()
+    state = {DIALECTS[dialect](key): value for key, value in theirs.state_dict().items()}
+    if dialect == "before 2018":
+        state = {key: value for key, value in state.items() if "num_batches_tracked" not in key}
+    ours = small_densenet().eval()
+    models.load_densenet(ours, state)
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("features.norm5.weight"), r"state_dict to have features\.norm5\.weight, got none"),
+        (lambda s: s.update({"classifier.bias": torch.zeros(7)}), r"classifier\.bias to have shape \(5,\), got \(7,\)"),
+        (lambda s: s.update({"head.weight": torch.zeros(1)}), r"the model's entries only, got head\.weight"),
+        (lambda s: s.update({"module.classifier.bias": torch.zeros(5)}), r"to name classifier\.bias once"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_change_nothing(change, message):
+    model = small_densenet()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        models.load_densenet(model, state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

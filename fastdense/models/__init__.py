@@ -16,9 +16,12 @@ from fastdense.models.densenet import (
     densenet264,
     densenet_cifar,
 )
+from fastdense.models.dialects import load_densenet, torchvision_keys
+from fastdense.models.fc_densenet import FCDenseNet, fc_densenet56, fc_densenet67, fc_densenet103
 
 __all__ = [
     "DenseNet",
+    "FCDenseNet",
     "create",
     "densenet121",
     "densenet161",
@@ -26,7 +29,12 @@ __all__ = [
     "densenet201",
     "densenet264",
     "densenet_cifar",
+    "fc_densenet56",
+    "fc_densenet67",
+    "fc_densenet103",
     "list",
+    "load_densenet",
+    "torchvision_keys",
 ]
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -38,6 +46,9 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         densenet201,
         densenet264,
         densenet_cifar,
+        fc_densenet56,
+        fc_densenet67,
+        fc_densenet103,
     )
 }
 

@@ -58,7 +58,7 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
     """
     check_memory(memory)
     modules = list(model.named_modules())
-    blocks = [(name, module) for name, module in modules if _is_block(module)]
+    blocks = [(name, module) for name, module in modules if is_block(module)]
     if not blocks:
         looked_for = ", ".join(".".join(known) for known in BLOCKS)
         raise ValueError(
@@ -67,7 +67,7 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
     for name, module in blocks:
         _try_fuse(name, module, FusedDenseBlock, read_block, memory)
     for name, module in modules:
-        if _is_transition(module):
+        if is_transition_like(module):
             _try_fuse(name, module, FusedTransition, read_transition, memory)
     for _, module in modules:
         if type(module) is nn.Sequential and any(isinstance(inner, FusedDenseBlock) for inner in module.children()):
@@ -96,11 +96,12 @@ def restore(model: Model) -> Model:
     return model
 
 
-def _is_block(module: nn.Module) -> bool:
+def is_block(module: nn.Module) -> bool:
+    """Whether ``module`` is a dense block, fused or of a class that :func:`convert` knows."""
     return isinstance(module, FusedDenseBlock) or runs_as(module, BLOCKS)
 
 
-def _is_transition(module: nn.Module) -> bool:
+def is_transition_like(module: nn.Module) -> bool:
     """A sequence of exactly norm, (relu), conv, pool."""
     if isinstance(module, FusedTransition):
         return True

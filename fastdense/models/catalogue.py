@@ -67,15 +67,15 @@ def count_model(model: nn.Module, shape: tuple[int, ...]) -> ModelCounts:
         shape: of one image, ``[channels, spatial]``.
     """
     parameters = sum(p.numel() for p in model.parameters())
-    kept = _kept_per_image(model, shape)
+    kept = kept_per_image(model, shape)
     restore(model)
-    plain = _kept_per_image(model, shape)
+    plain = kept_per_image(model, shape)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         model.eval()(torch.empty(1, *shape, device="meta"))
     return ModelCounts(parameters, flops.get_total_flops() // 2, plain, kept)
 
 
-def _kept_per_image(model: nn.Module, shape: tuple[int, ...]) -> int:
+def kept_per_image(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Bytes saved for backward that grow with the batch."""
     kept = [_kept(model, torch.empty(batch, *shape, device="meta")) for batch in (2, 4)]
     return math.ceil((kept[1] - kept[0]) / 2)

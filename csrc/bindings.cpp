@@ -13,6 +13,7 @@
 #include "common/scalar.h"
 #include "common/simd.h"
 #include "dropout_mask/dropout_mask_math.h"
+#include "highway_gate/highway_gate_math.h"
 
 #ifdef C10_API
 #error "bindings.cpp must not include a torch header: tensors go through the dispatcher"
@@ -75,6 +76,26 @@ void bind_dropout_mask(py::module_& scalar) {
   scalar.def("dropout_keep", &dropout_keep, py::arg("seed"), py::arg("layer"), py::arg("index"), py::arg("threshold"));
 }
 
+template <typename A>
+void bind_highway_gate(py::module_& scalar, const char* suffix) {
+  const auto def = [&](std::string name, auto function, auto... arguments) {
+    scalar.def((name + suffix).c_str(), function, arguments...);
+  };
+  def(
+      "highway_output",
+      [](int activation, A x, A first, A second) {
+        return highway_output(static_cast<HighwayActivation>(activation), x, first, second);
+      },
+      py::arg("activation"), py::arg("x"), py::arg("first"), py::arg("second"));
+  def(
+      "highway_gradients",
+      [](int activation, A g, A x, A first, A second) {
+        const auto grads = highway_gradients(static_cast<HighwayActivation>(activation), g, x, first, second);
+        return std::array<A, 3>{grads.input, grads.first, grads.second};
+      },
+      py::arg("activation"), py::arg("g"), py::arg("x"), py::arg("first"), py::arg("second"));
+}
+
 void bind_bicubic(py::module_& m, py::module_& scalar) {
   scalar.def("cubic_kernel", &cubic_kernel<double>, py::arg("x"), py::arg("a"));
   scalar.def("byte_half_up", &byte_half_up<double>, py::arg("v"));
@@ -107,6 +128,8 @@ void bind(py::module_& m) {
   bind_storage<bfloat16>(scalar, "bfloat16");
   bind_storage<half>(scalar, "half");
   bind_dropout_mask(scalar);
+  bind_highway_gate<double>(scalar, "");
+  bind_highway_gate<float>(scalar, "_float");
   bind_bicubic(m, scalar);
 }
 

@@ -16,9 +16,15 @@ from fastdense.models.densenet import (
     densenet264,
     densenet_cifar,
 )
+from fastdense.models.highway import HighwayCifar, HighwayMlp, HighwayMnist, highway_cifar, highway_mlp, highway_mnist
+from fastdense.models.resnet import ResNet, preresnet_cifar, resnet_cifar, stochastic_depth_cifar
 
 __all__ = [
     "DenseNet",
+    "HighwayCifar",
+    "HighwayMlp",
+    "HighwayMnist",
+    "ResNet",
     "create",
     "densenet121",
     "densenet161",
@@ -26,7 +32,13 @@ __all__ = [
     "densenet201",
     "densenet264",
     "densenet_cifar",
+    "highway_cifar",
+    "highway_mlp",
+    "highway_mnist",
     "list",
+    "preresnet_cifar",
+    "resnet_cifar",
+    "stochastic_depth_cifar",
 ]
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -38,6 +50,12 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         densenet201,
         densenet264,
         densenet_cifar,
+        highway_cifar,
+        highway_mlp,
+        highway_mnist,
+        preresnet_cifar,
+        resnet_cifar,
+        stochastic_depth_cifar,
     )
 }
 

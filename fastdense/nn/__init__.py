@@ -2,6 +2,7 @@
 """Modules: parameters and one operator call."""
 
 from fastdense.nn.dense_block import DenseBlock, DenseFeatures, DenseLayer, Transition
+from fastdense.nn.higher_order import HigherOrderNet
 from fastdense.nn.highway import HighwayConv2d, HighwayLinear
 from fastdense.nn.resample import BicubicResize, BicubicUpsample
 from fastdense.nn.stochastic_depth import StochasticDepth, linear_decay
@@ -12,6 +13,7 @@ __all__ = [
     "DenseBlock",
     "DenseFeatures",
     "DenseLayer",
+    "HigherOrderNet",
     "HighwayConv2d",
     "HighwayLinear",
     "StochasticDepth",

@@ -16,11 +16,13 @@ from fastdense.models.densenet import (
     densenet264,
     densenet_cifar,
 )
+from fastdense.models.fractalnet import FractalNet, fractalnet
 from fastdense.models.highway import HighwayCifar, HighwayMlp, HighwayMnist, highway_cifar, highway_mlp, highway_mnist
 from fastdense.models.resnet import ResNet, preresnet_cifar, resnet_cifar, stochastic_depth_cifar
 
 __all__ = [
     "DenseNet",
+    "FractalNet",
     "HighwayCifar",
     "HighwayMlp",
     "HighwayMnist",
@@ -32,6 +34,7 @@ __all__ = [
     "densenet201",
     "densenet264",
     "densenet_cifar",
+    "fractalnet",
     "highway_cifar",
     "highway_mlp",
     "highway_mnist",
@@ -50,6 +53,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         densenet201,
         densenet264,
         densenet_cifar,
+        fractalnet,
         highway_cifar,
         highway_mlp,
         highway_mnist,

@@ -19,6 +19,7 @@ from fastdense.models.densenet import (
 from fastdense.models.fractalnet import FractalNet, fractalnet
 from fastdense.models.highway import HighwayCifar, HighwayMlp, HighwayMnist, highway_cifar, highway_mlp, highway_mnist
 from fastdense.models.resnet import ResNet, preresnet_cifar, resnet_cifar, stochastic_depth_cifar
+from fastdense.models.resnet_in_resnet import ResNetInResNet, resnet_in_resnet
 
 __all__ = [
     "DenseNet",
@@ -27,6 +28,7 @@ __all__ = [
     "HighwayMlp",
     "HighwayMnist",
     "ResNet",
+    "ResNetInResNet",
     "create",
     "densenet121",
     "densenet161",
@@ -41,6 +43,7 @@ __all__ = [
     "list",
     "preresnet_cifar",
     "resnet_cifar",
+    "resnet_in_resnet",
     "stochastic_depth_cifar",
 ]
 
@@ -59,6 +62,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         highway_mnist,
         preresnet_cifar,
         resnet_cifar,
+        resnet_in_resnet,
         stochastic_depth_cifar,
     )
 }

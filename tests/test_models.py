@@ -63,6 +63,14 @@ def test_same_numbers_as_torchvision():
         assert (ours.eval()(x) - expected).norm() <= 1e-10 * expected.norm()
 
 
+def test_memory_modes_are_those_of_dense_blocks():
+    for name in models.list():
+        with torch.device("meta"):
+            model = models.create(name)
+        blocks = [module for module in model.modules() if isinstance(module, fastdense.nn.DenseBlock)]
+        assert models.has_memory_modes(name) == bool(blocks), name
+
+
 def test_registry():
     assert "densenet121" in models.list()
     assert models.list() == sorted(models.list())

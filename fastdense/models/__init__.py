@@ -37,6 +37,7 @@ __all__ = [
     "densenet264",
     "densenet_cifar",
     "fractalnet",
+    "has_memory_modes",
     "highway_cifar",
     "highway_mlp",
     "highway_mnist",
@@ -71,6 +72,11 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 def list() -> builtins.list[str]:
     """Names that :func:`create` takes, sorted."""
     return sorted(_MODELS)
+
+
+def has_memory_modes(name: str) -> bool:
+    """Whether the model called ``name`` has dense blocks, and so takes the argument ``memory``."""
+    return name.startswith("densenet")
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:

@@ -68,8 +68,8 @@ class GeneralizedResidualBlock(nn.Module):
     def effective_weight(self) -> Tensor:
         """The weight that replaces convolution and shortcut: ``[2 out_channels, 2 in_channels, 3, 3]``.
 
-        Where the shortcut is an identity, element ``[c, c, 1, 1]`` of every residual channel ``c`` is one larger than in
-        ``conv.weight``.
+        Where the shortcut is an identity, element ``[c, c, 1, 1]`` of every residual channel ``c`` is one larger than
+        in ``conv.weight``.
         """
         if not self.has_identity:
             return self.conv.weight

@@ -76,24 +76,24 @@ void bind_dropout_mask(py::module_& scalar) {
   scalar.def("dropout_keep", &dropout_keep, py::arg("seed"), py::arg("layer"), py::arg("index"), py::arg("threshold"));
 }
 
+template <typename A, typename Activation>
+void bind_highway_activation(py::module_& scalar, const std::string& suffix) {
+  scalar.def(("highway_output" + suffix).c_str(), &highway_output<Activation, A>, py::arg("x"), py::arg("first"),
+             py::arg("second"));
+  scalar.def(("highway_gradients" + suffix).c_str(),
+             [](A g, A x, A first, A second) {
+               const auto grads = highway_gradients<Activation>(g, x, first, second);
+               return std::array<A, 3>{grads.input, grads.first, grads.second};
+             },
+             py::arg("g"), py::arg("x"), py::arg("first"), py::arg("second"));
+}
+
 template <typename A>
-void bind_highway_gate(py::module_& scalar, const char* suffix) {
-  const auto def = [&](std::string name, auto function, auto... arguments) {
-    scalar.def((name + suffix).c_str(), function, arguments...);
-  };
-  def(
-      "highway_output",
-      [](int activation, A x, A first, A second) {
-        return highway_output(static_cast<HighwayActivation>(activation), x, first, second);
-      },
-      py::arg("activation"), py::arg("x"), py::arg("first"), py::arg("second"));
-  def(
-      "highway_gradients",
-      [](int activation, A g, A x, A first, A second) {
-        const auto grads = highway_gradients(static_cast<HighwayActivation>(activation), g, x, first, second);
-        return std::array<A, 3>{grads.input, grads.first, grads.second};
-      },
-      py::arg("activation"), py::arg("g"), py::arg("x"), py::arg("first"), py::arg("second"));
+void bind_highway_gate(py::module_& scalar, const std::string& suffix) {
+  scalar.def(("exp_of_nonpositive" + suffix).c_str(), &exp_of_nonpositive<A>, py::arg("v"));
+  bind_highway_activation<A, HighwayRelu>(scalar, "_relu" + suffix);
+  bind_highway_activation<A, HighwayTanh>(scalar, "_tanh" + suffix);
+  bind_highway_activation<A, HighwayIdentity>(scalar, "_identity" + suffix);
 }
 
 void bind_bicubic(py::module_& m, py::module_& scalar) {

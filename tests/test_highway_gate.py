@@ -108,18 +108,38 @@ def test_gate_open_to_rounding_still_learns():
 
 @pytest.mark.parametrize("suffix", ["", "_float"])
 def test_scalar_functions(suffix):
-    output = getattr(_C.scalar, "highway_output" + suffix)
-    gradients = getattr(_C.scalar, "highway_gradients" + suffix)
-    assert output(0, 1.0, 3.0, 0.0) == 2.0
-    assert output(0, 1.0, -3.0, 0.0) == 0.5
-    assert output(2, 1.0, -3.0, 0.0) == -1.0
-    assert output(1, 0.0, 0.5, 0.0) == pytest.approx(math.tanh(0.5) / 2, rel=1e-6)
-    assert gradients(0, 2.0, 1.0, 3.0, 0.0) == [1.0, 1.0, 1.0]
-    assert gradients(0, 2.0, 1.0, -3.0, 0.0) == [1.0, 0.0, -0.5]
+    def output(activation, *values):
+        return getattr(_C.scalar, f"highway_output_{activation}{suffix}")(*values)
+
+    def gradients(activation, *values):
+        return getattr(_C.scalar, f"highway_gradients_{activation}{suffix}")(*values)
+
+    assert output("relu", 1.0, 3.0, 0.0) == 2.0
+    assert output("relu", 1.0, -3.0, 0.0) == 0.5
+    assert output("identity", 1.0, -3.0, 0.0) == -1.0
+    assert output("tanh", 0.0, 0.5, 0.0) == pytest.approx(math.tanh(0.5) / 2, rel=1e-6)
+    assert gradients("relu", 2.0, 1.0, 3.0, 0.0) == [1.0, 1.0, 1.0]
+    assert gradients("relu", 2.0, 1.0, -3.0, 0.0) == [1.0, 0.0, -0.5]
+    assert gradients("identity", 2.0, 1.0, -3.0, 0.0) == [1.0, 1.0, -2.0]
+    slope = 1 - math.tanh(0.5) ** 2
+    assert gradients("tanh", 2.0, 0.0, 0.5, 0.0) == pytest.approx([1.0, slope, math.tanh(0.5) / 2], rel=1e-6)
     for second in (-1000.0, 1000.0, -math.inf, math.inf):
         opened = second > 0
-        assert output(0, 1.0, 3.0, second) == (3.0 if opened else 1.0)
-        assert gradients(0, 2.0, 1.0, 3.0, second) == [0.0 if opened else 2.0, 2.0 if opened else 0.0, 0.0]
+        assert output("relu", 1.0, 3.0, second) == (3.0 if opened else 1.0)
+        assert gradients("relu", 2.0, 1.0, 3.0, second) == [0.0 if opened else 2.0, 2.0 if opened else 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("suffix", "least", "dtype"), [("", -708, torch.float64), ("_float", -87, torch.float32)])
+def test_exponential(suffix, least, dtype):
+    exponential = getattr(_C.scalar, "exp_of_nonpositive" + suffix)
+    values = torch.cat([torch.linspace(least, 0, 20001), torch.linspace(-2, 0, 20001), -(0.1 ** torch.arange(0, 9))])
+    values = values.to(dtype).clamp(min=least)
+    made = torch.tensor([exponential(v) for v in values.tolist()], dtype=torch.float64)
+    exact = torch.tensor([math.exp(v) for v in values.tolist()], dtype=torch.float64)
+    assert ((made - exact).abs() / exact).max() < 2 * torch.finfo(dtype).eps
+    assert exponential(0.0) == exponential(-0.0) == 1.0
+    assert exponential(1.01 * least) == exponential(-1e30) == exponential(-math.inf) == 0.0
+    assert math.isnan(exponential(math.nan))
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -4,6 +4,7 @@
 // Either way the halves of an element lie `block` apart: C * spatial elements contiguously, C with channels innermost.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -17,15 +18,28 @@
 
 namespace fastdense {
 
-inline HighwayActivation parse_highway_activation(const char* op, std::string_view name) {
+inline void check_highway_activation(const char* op, std::string_view name) {
   TORCH_CHECK_VALUE(name == "relu" || name == "tanh" || name == "identity", op,
                     ": expected activation to be one of relu, tanh, identity, got ", std::string(name));
-  return name == "relu"   ? HighwayActivation::kRelu
-         : name == "tanh" ? HighwayActivation::kTanh
-                          : HighwayActivation::kIdentity;
 }
 
-inline void check_highway_gate(const char* op, const at::Tensor& input, const at::Tensor& projection) {
+// body(T{}, Activation{}) with our storage type of `dtype` and the activation of that name.
+template <typename Body>
+void dispatch_highway_gate(at::ScalarType dtype, std::string_view name, const Body& body) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "highway_gate", [&] {
+    using T = typename Storage<scalar_t>::type;
+    if (name == "relu")
+      body(T{}, HighwayRelu{});
+    else if (name == "tanh")
+      body(T{}, HighwayTanh{});
+    else
+      body(T{}, HighwayIdentity{});
+  });
+}
+
+inline void check_highway_gate(const char* op, const at::Tensor& input, const at::Tensor& projection,
+                               std::string_view activation) {
+  check_highway_activation(op, activation);
   check_floating(op, "input", input);
   check_same_dtype(op, "projection", projection, "input", input);
   check_same_device(op, "projection", projection, "input", input);
@@ -55,33 +69,31 @@ struct HighwayLayout {
 
 // input [N, C, spatial], projection [N, 2C, spatial] -> output [N, C, spatial]
 struct HighwayForwardCall {
-  HighwayActivation activation;
   HighwayLayout layout;
   at::Tensor input, projection, output;
 
-  HighwayForwardCall(const char* op, const at::Tensor& x, const at::Tensor& projected, std::string_view name)
-      : activation(parse_highway_activation(op, name)), layout((check_highway_gate(op, x, projected), projected)) {
+  HighwayForwardCall(const char* op, const at::Tensor& x, const at::Tensor& projected, std::string_view activation)
+      : layout((check_highway_gate(op, x, projected, activation), projected)) {
     output = layout.empty_like(x);
     input = layout.arrange(x);
     projection = layout.arrange(projected);
   }
 
-  template <typename T>
-  HighwayForward<T> functor() const {
+  template <typename T, typename Activation>
+  HighwayForward<T, Activation> functor(T, Activation) const {
     return {static_cast<const T*>(input.const_data_ptr()), static_cast<const T*>(projection.const_data_ptr()),
-            static_cast<T*>(output.mutable_data_ptr()), layout.block, activation};
+            static_cast<T*>(output.mutable_data_ptr()), layout.block};
   }
 };
 
 // grad_output [N, C, spatial] -> grad_input [N, C, spatial], grad_projection [N, 2C, spatial]
 struct HighwayBackwardCall {
-  HighwayActivation activation;
   HighwayLayout layout;
   at::Tensor grad_output, input, projection, grad_input, grad_projection;
 
   HighwayBackwardCall(const char* op, const at::Tensor& grad, const at::Tensor& x, const at::Tensor& projected,
-                      std::string_view name)
-      : activation(parse_highway_activation(op, name)), layout((check_highway_gate(op, x, projected), projected)) {
+                      std::string_view activation)
+      : layout((check_highway_gate(op, x, projected, activation), projected)) {
     check_same_dtype(op, "grad_output", grad, "input", x);
     check_same_device(op, "grad_output", grad, "input", x);
     check_shape(op, "grad_output", grad, x.sizes());
@@ -92,15 +104,11 @@ struct HighwayBackwardCall {
     projection = layout.arrange(projected);
   }
 
-  template <typename T>
-  HighwayBackward<T> functor() const {
-    return {static_cast<const T*>(grad_output.const_data_ptr()),
-            static_cast<const T*>(input.const_data_ptr()),
-            static_cast<const T*>(projection.const_data_ptr()),
-            static_cast<T*>(grad_input.mutable_data_ptr()),
-            static_cast<T*>(grad_projection.mutable_data_ptr()),
-            layout.block,
-            activation};
+  template <typename T, typename Activation>
+  HighwayBackward<T, Activation> functor(T, Activation) const {
+    return {static_cast<const T*>(grad_output.const_data_ptr()), static_cast<const T*>(input.const_data_ptr()),
+            static_cast<const T*>(projection.const_data_ptr()),  static_cast<T*>(grad_input.mutable_data_ptr()),
+            static_cast<T*>(grad_projection.mutable_data_ptr()), layout.block};
   }
 };
 

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -18,7 +17,9 @@ void run(const Functor& functor, int64_t count) {
   at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end;) {
       const int64_t before = i / functor.block * functor.block, stop = std::min(end, before + functor.block);
-      for (; i < stop; ++i) functor.element(i, i + before);
+#pragma omp simd
+      for (int64_t k = i; k < stop; ++k) functor.element(k, k + before);
+      i = stop;
     }
   });
 }
@@ -26,8 +27,8 @@ void run(const Functor& functor, int64_t count) {
 at::Tensor highway_gate_cpu(const at::Tensor& input, const at::Tensor& projection, std::string_view activation) {
   const HighwayForwardCall call("highway_gate", input, projection, activation);
   if (call.output.numel() == 0) return call.output;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "highway_gate",
-                                  [&] { run(call.functor<typename Storage<scalar_t>::type>(), call.output.numel()); });
+  dispatch_highway_gate(input.scalar_type(), activation,
+                        [&](auto type, auto act) { run(call.functor(type, act), call.output.numel()); });
   return call.output;
 }
 
@@ -36,9 +37,8 @@ std::tuple<at::Tensor, at::Tensor> highway_gate_backward_cpu(const at::Tensor& g
                                                              std::string_view activation) {
   const HighwayBackwardCall call("_highway_gate_backward", grad_output, input, projection, activation);
   if (call.grad_input.numel() == 0) return {call.grad_input, call.grad_projection};
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "_highway_gate_backward", [&] {
-    run(call.functor<typename Storage<scalar_t>::type>(), call.grad_input.numel());
-  });
+  dispatch_highway_gate(input.scalar_type(), activation,
+                        [&](auto type, auto act) { run(call.functor(type, act), call.grad_input.numel()); });
   return {call.grad_input, call.grad_projection};
 }
 

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -17,8 +16,8 @@ at::Tensor highway_gate_cuda(const at::Tensor& input, const at::Tensor& projecti
   const c10::cuda::CUDAGuard guard(input.device());
   const HighwayForwardCall call("highway_gate", input, projection, activation);
   if (call.output.numel() == 0) return call.output;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "highway_gate", [&] {
-    const auto gate = call.functor<typename Storage<scalar_t>::type>();
+  dispatch_highway_gate(input.scalar_type(), activation, [&](auto type, auto act) {
+    const auto gate = call.functor(type, act);
     C10_CUDA_CHECK(launch_highway_gate(gate, call.output.numel(), c10::cuda::getCurrentCUDAStream()));
   });
   return call.output;
@@ -30,8 +29,8 @@ std::tuple<at::Tensor, at::Tensor> highway_gate_backward_cuda(const at::Tensor& 
   const c10::cuda::CUDAGuard guard(input.device());
   const HighwayBackwardCall call("_highway_gate_backward", grad_output, input, projection, activation);
   if (call.grad_input.numel() == 0) return {call.grad_input, call.grad_projection};
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "_highway_gate_backward", [&] {
-    const auto gate = call.functor<typename Storage<scalar_t>::type>();
+  dispatch_highway_gate(input.scalar_type(), activation, [&](auto type, auto act) {
+    const auto gate = call.functor(type, act);
     C10_CUDA_CHECK(launch_highway_gate_backward(gate, call.grad_input.numel(), c10::cuda::getCurrentCUDAStream()));
   });
   return {call.grad_input, call.grad_projection};

@@ -7,10 +7,11 @@
 namespace fastdense {
 
 // Both run over `count` elements of the input.
-template <typename T>
-cudaError_t launch_highway_gate(const HighwayForward<T>& gate, int64_t count, cudaStream_t stream);
+template <typename T, typename Activation>
+cudaError_t launch_highway_gate(const HighwayForward<T, Activation>& gate, int64_t count, cudaStream_t stream);
 
-template <typename T>
-cudaError_t launch_highway_gate_backward(const HighwayBackward<T>& gate, int64_t count, cudaStream_t stream);
+template <typename T, typename Activation>
+cudaError_t launch_highway_gate_backward(const HighwayBackward<T, Activation>& gate, int64_t count,
+                                         cudaStream_t stream);
 
 }  // namespace fastdense

@@ -29,7 +29,8 @@ def highway_gate(input: Tensor, projection: Tensor, activation: str = "relu") ->
 
     Note:
         Deterministic; arithmetic in float32 for 16-bit types. Kept for backward: ``input`` and ``projection``; ``H``
-        and ``T`` are computed again. Double backward raises.
+        and ``T`` are computed again. A ``T`` or ``1 - T`` below 1e-37 (1e-307 in float64) counts as 0. Double backward
+        raises.
 
     Reference:
         R. K. Srivastava, K. Greff, J. Schmidhuber. Highway Networks. 2015, arXiv:1505.00387, equation 3.

@@ -7,21 +7,31 @@ using namespace fastdense;  // NOLINT: a test
 
 namespace {
 
+// In the order of fastdense.ops.highway_gate.ACTIVATIONS.
+template <typename Body>
+int with_activation(int activation, const Body& body) {
+  if (activation == 0) return body(HighwayRelu{});
+  return activation == 1 ? body(HighwayTanh{}) : body(HighwayIdentity{});
+}
+
 template <typename T>
 int forward(const void* input, const void* projection, void* output, int64_t block, int activation, int64_t count) {
-  return launch_highway_gate<T>({static_cast<const T*>(input), static_cast<const T*>(projection),
-                                 static_cast<T*>(output), block, static_cast<HighwayActivation>(activation)},
-                                count, nullptr);
+  return with_activation(activation, [&](auto act) -> int {
+    return launch_highway_gate<T, decltype(act)>(
+        {static_cast<const T*>(input), static_cast<const T*>(projection), static_cast<T*>(output), block}, count,
+        nullptr);
+  });
 }
 
 template <typename T>
 int backward(const void* grad, const void* input, const void* projection, void* grad_input, void* grad_projection,
              int64_t block, int activation, int64_t count) {
-  return launch_highway_gate_backward<T>(
-      {static_cast<const T*>(grad), static_cast<const T*>(input), static_cast<const T*>(projection),
-       static_cast<T*>(grad_input), static_cast<T*>(grad_projection), block,
-       static_cast<HighwayActivation>(activation)},
-      count, nullptr);
+  return with_activation(activation, [&](auto act) -> int {
+    return launch_highway_gate_backward<T, decltype(act)>(
+        {static_cast<const T*>(grad), static_cast<const T*>(input), static_cast<const T*>(projection),
+         static_cast<T*>(grad_input), static_cast<T*>(grad_projection), block},
+        count, nullptr);
+  });
 }
 
 }  // namespace

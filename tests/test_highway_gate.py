@@ -10,6 +10,7 @@ import torch
 from fastdense import _C
 from fastdense.ops import highway_gate
 from fastdense.ops.highway_gate import ACTIVATIONS
+from tests.test_bicubic import available_levels, simd_level
 
 FUNCTIONS = {"relu": torch.relu, "tanh": torch.tanh, "identity": lambda v: v}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -142,6 +143,18 @@ def test_exponential(suffix, least, dtype):
     assert math.isnan(exponential(math.nan))
 
 
+@pytest.mark.parametrize(("suffix", "dtype"), [("", torch.float64), ("_float", torch.float32)])
+def test_tanh(suffix, dtype):
+    tanh = getattr(_C.scalar, "highway_tanh" + suffix)
+    values = torch.cat([torch.linspace(-30, 30, 20001), torch.linspace(-1, 1, 20001), 0.1 ** torch.arange(0, 30)])
+    values = values.to(dtype)
+    made = torch.tensor([tanh(v) for v in values.tolist()], dtype=torch.float64)
+    exact = torch.tensor([math.tanh(v) for v in values.tolist()], dtype=torch.float64)
+    assert ((made - exact).abs() <= 3 * torch.finfo(dtype).eps * exact.abs()).all()
+    assert [tanh(v) for v in (0.0, math.inf, -math.inf, 1e30, -1e30)] == [0.0, 1.0, -1.0, 1.0, -1.0]
+    assert math.isnan(tanh(math.nan))
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_stays_nan(place, activation):
@@ -172,6 +185,22 @@ def test_does_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_instruction_sets_give_the_same_bits(dtype, activation):
+    x, grad = torch.randn(3, 5, 7, dtype=dtype), torch.randn(3, 5, 7, dtype=dtype)
+    projection = 3 * torch.randn(3, 10, 7, dtype=dtype)
+    results = []
+    for level in available_levels():
+        with simd_level(level):
+            made = highway_gate(x, projection, activation)
+            grads = torch.ops.fastdense._highway_gate_backward(grad, x, projection, activation)
+            results.append((made, *grads))
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            assert torch.equal(a, b)
 
 
 def test_only_input_and_projection_are_kept():

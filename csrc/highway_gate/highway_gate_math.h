@@ -7,12 +7,11 @@
 //
 //   dx = g * (1 - t)    dfirst = g * t * act'(first)    dsecond = g * (h - x) * t * (1 - t)
 //
-// 1 - t is computed without cancellation, so that a gate which is nearly open still learns. The exponential is plain
+// 1 - t is computed without cancellation, so that a gate which is nearly open still learns. exp and tanh are plain
 // arithmetic, so that host compilers vectorise a loop over elements.
 // Srivastava, Greff, Schmidhuber: Highway networks. arXiv:1505.00387 (2015), equation 3.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "common/scalar.h"
@@ -28,17 +27,6 @@ struct HighwayRelu {
   template <typename A>
   FASTDENSE_HD static A slope(A v, A) {
     return relu_passes(v) ? A(1) : A(0);
-  }
-};
-
-struct HighwayTanh {
-  template <typename A>
-  FASTDENSE_HD static A value(A v) {
-    return std::tanh(v);
-  }
-  template <typename A>
-  FASTDENSE_HD static A slope(A, A h) {
-    return A(1) - h * h;
   }
 };
 
@@ -71,10 +59,16 @@ struct ExpTraits<double> {
                           kLn2Low = 1.42860682030941723212e-6, kLeast = -708.0;
 };
 
-// exp(v) for v <= 0, and 0 where the result would be subnormal; NaN stays NaN.
-// exp(v) = 2^n exp(r) with n = round(v / ln 2); exp(r) = 1 + r (1 + r/2 (1 + r/3 (...))).
+// exp(v) = power * (1 + rest) for v <= 0, where power is 1 near 0: then rest is exp(v) - 1 without cancellation.
+// exp(v) = 2^n exp(r) with n = round(v / ln 2); exp(r) = 1 + r (1 + r/2 (1 + r/3 (...))). NaN stays NaN; v counts as
+// kLeast where it is less.
 template <typename A>
-FASTDENSE_HD A exp_of_nonpositive(A v) {
+struct ExpParts {
+  A power, rest;
+};
+
+template <typename A>
+FASTDENSE_HD ExpParts<A> exp_parts(A v) {
   using Traits = ExpTraits<A>;
   using Bits = typename Traits::Bits;
   const A clamped = v < Traits::kLeast ? Traits::kLeast : v;
@@ -85,11 +79,32 @@ FASTDENSE_HD A exp_of_nonpositive(A v) {
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int k = Traits::kTerms; k > 0; --k) series = mul_add(series * r, A(1) / A(k), A(1));
+  for (int k = Traits::kTerms; k > 1; --k) series = mul_add(series * r, A(1) / A(k), A(1));
   const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<Bits>(Traits::kShift) + Traits::kBias;
-  const A power = bit_cast<A>(exponent << Traits::kMantissa);
-  return v < Traits::kLeast ? A(0) : series * power;
+  return {bit_cast<A>(exponent << Traits::kMantissa), series * r};
 }
+
+// exp(v) for v <= 0, and 0 where the result would be subnormal.
+template <typename A>
+FASTDENSE_HD A exp_of_nonpositive(A v) {
+  const ExpParts<A> parts = exp_parts(v);
+  return v < ExpTraits<A>::kLeast ? A(0) : (A(1) + parts.rest) * parts.power;
+}
+
+struct HighwayTanh {
+  // With m = 1 - exp(-2 |v|): tanh |v| = m / (2 - m).
+  template <typename A>
+  FASTDENSE_HD static A value(A v) {
+    const ExpParts<A> parts = exp_parts(v < A(0) ? v + v : -(v + v));
+    const A m = (A(1) - parts.power) - parts.power * parts.rest;
+    const A magnitude = m / (A(2) - m);
+    return v < A(0) ? -magnitude : magnitude;
+  }
+  template <typename A>
+  FASTDENSE_HD static A slope(A, A h) {
+    return A(1) - h * h;
+  }
+};
 
 // t = sigmoid(v) and c = 1 - t
 template <typename A>

@@ -47,13 +47,13 @@ template <typename A>
 struct ExpTraits;
 template <>
 struct ExpTraits<float> {
-  using Bits = int32_t;
+  using Bits = uint32_t;
   static constexpr int kTerms = 7, kMantissa = 23, kBias = 127;
   static constexpr float kShift = 12582912.0f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kLeast = -87.0f;
 };
 template <>
 struct ExpTraits<double> {
-  using Bits = int64_t;
+  using Bits = uint64_t;
   static constexpr int kTerms = 13, kMantissa = 52, kBias = 1023;
   static constexpr double kShift = 6755399441055744.0, kLn2High = 6.93145751953125e-1,
                           kLn2Low = 1.42860682030941723212e-6, kLeast = -708.0;

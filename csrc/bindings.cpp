@@ -13,6 +13,7 @@
 #include "common/scalar.h"
 #include "common/simd.h"
 #include "dropout_mask/dropout_mask_math.h"
+#include "highway_gate/highway_gate_math.h"
 
 #ifdef C10_API
 #error "bindings.cpp must not include a torch header: tensors go through the dispatcher"
@@ -75,6 +76,27 @@ void bind_dropout_mask(py::module_& scalar) {
   scalar.def("dropout_keep", &dropout_keep, py::arg("seed"), py::arg("layer"), py::arg("index"), py::arg("threshold"));
 }
 
+template <typename A, typename Activation>
+void bind_highway_activation(py::module_& scalar, const std::string& suffix) {
+  scalar.def(("highway_output" + suffix).c_str(), &highway_output<Activation, A>, py::arg("x"), py::arg("first"),
+             py::arg("second"));
+  scalar.def(("highway_gradients" + suffix).c_str(),
+             [](A g, A x, A first, A second) {
+               const auto grads = highway_gradients<Activation>(g, x, first, second);
+               return std::array<A, 3>{grads.input, grads.first, grads.second};
+             },
+             py::arg("g"), py::arg("x"), py::arg("first"), py::arg("second"));
+}
+
+template <typename A>
+void bind_highway_gate(py::module_& scalar, const std::string& suffix) {
+  scalar.def(("exp_of_nonpositive" + suffix).c_str(), &exp_of_nonpositive<A>, py::arg("v"));
+  scalar.def(("highway_tanh" + suffix).c_str(), &HighwayTanh::value<A>, py::arg("v"));
+  bind_highway_activation<A, HighwayRelu>(scalar, "_relu" + suffix);
+  bind_highway_activation<A, HighwayTanh>(scalar, "_tanh" + suffix);
+  bind_highway_activation<A, HighwayIdentity>(scalar, "_identity" + suffix);
+}
+
 void bind_bicubic(py::module_& m, py::module_& scalar) {
   scalar.def("cubic_kernel", &cubic_kernel<double>, py::arg("x"), py::arg("a"));
   scalar.def("byte_half_up", &byte_half_up<double>, py::arg("v"));
@@ -107,6 +129,8 @@ void bind(py::module_& m) {
   bind_storage<bfloat16>(scalar, "bfloat16");
   bind_storage<half>(scalar, "half");
   bind_dropout_mask(scalar);
+  bind_highway_gate<double>(scalar, "");
+  bind_highway_gate<float>(scalar, "_float");
   bind_bicubic(m, scalar);
 }
 

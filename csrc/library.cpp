@@ -22,5 +22,9 @@ TORCH_LIBRARY(fastdense, m) {
   m.def(
       "bicubic_uint8(Tensor input, SymInt[] size, float[] step, float a, bool antialias, str border, "
       "bool align_corners, str rounding) -> Tensor");
+  m.def("highway_gate(Tensor input, Tensor projection, str activation) -> Tensor");
+  m.def(
+      "_highway_gate_backward(Tensor grad_output, Tensor input, Tensor projection, str activation) "
+      "-> (Tensor, Tensor)");
   m.def("dropout_mask(Tensor seed, int layer, int rows, int channels, float drop_rate) -> Tensor");
 }

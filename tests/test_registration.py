@@ -54,6 +54,15 @@ def samples(name: str):
                 yield x, [7, 12], *options
             else:
                 yield (x.detach() * 255).to(torch.uint8), [7, 3], *options, "matlab"
+    elif name in ("highway_gate", "_highway_gate_backward"):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 3, 5, 4, requires_grad=True)
+            projection = torch.randn(2, 6, 5, 4).to(memory_format=layout).requires_grad_()
+            if name == "highway_gate":
+                yield x, projection, "relu"
+                yield x.detach(), projection, "tanh"
+            else:
+                yield torch.randn(2, 3, 5, 4), x.detach(), projection.detach(), "identity"
     elif name == "dropout_mask":
         yield torch.tensor(5), 1, 6, 7, 0.3
 
@@ -75,9 +84,11 @@ def test_the_library_is_what_is_documented():
     assert operators() == [
         "_bicubic_backward",
         "_dense_block_backward",
+        "_highway_gate_backward",
         "bicubic",
         "bicubic_uint8",
         "dense_block",
         "dropout_mask",
+        "highway_gate",
         "update_running_stats_",
     ]

@@ -270,6 +270,37 @@ def test_memory_modes_give_the_same_bits(pictures: Path, tmp_path: Path) -> None
         torch.testing.assert_close(value, plain[name], rtol=1e-2, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        ("fractalnet", {"columns": 2, "widths": [4, 4]}),
+        ("highway_cifar", {}),
+        ("highway_mlp", {"depth": 10, "in_features": 192}),
+        ("preresnet_cifar", {"depth": 8}),
+        ("resnet_cifar", {"depth": 8, "survival": 0.5, "mode": "sample", "scale": "train"}),
+        ("resnet_in_resnet", {"width": 2}),
+        ("stochastic_depth_cifar", {"depth": 14}),
+    ],
+)
+def test_models_without_dense_blocks(pictures: Path, tmp_path: Path, model: str, arguments: dict[str, Any]) -> None:
+    config = tiny(tmp_path / "out", data=str(pictures), model=model, model_kwargs=arguments)
+    result = train(config, progress=False)
+    assert np.isfinite(result.history[0]["test_loss"])
+    with pytest.raises(InputError, match=f"expected memory to be balanced for {model}, which has no dense blocks"):
+        train(dataclasses.replace(config, memory="min", out=tmp_path / "other"), progress=False)
+
+
+def test_gates_follow_the_seed_of_a_run(pictures: Path, tmp_path: Path) -> None:
+    whole = tiny(
+        tmp_path / "whole", data=str(pictures), model="stochastic_depth_cifar", model_kwargs={"depth": 14}, epochs=3
+    )
+    train(whole, progress=False)
+    torch.manual_seed(99)  # must not matter
+    again = dataclasses.replace(whole, out=tmp_path / "again")
+    train(again, progress=False)
+    assert_same_weights(whole.out, again.out)
+
+
 def test_augmentation_moves_and_mirrors() -> None:
     image = torch.arange(1.0, 17).view(1, 1, 4, 4)
     moved = augment(image, torch.tensor([[1, -1]]), torch.tensor([False]))[0, 0]
@@ -323,3 +354,9 @@ def test_bad_values_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None
 def test_bad_models_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="train: expected"):
         train(tiny(tmp_path, **changes), progress=False)
+
+
+def test_a_model_that_does_not_classify_is_refused(tmp_path: Path) -> None:
+    config = TrainConfig(model="fc_densenet56", model_kwargs={}, data="digits", size=32, out=tmp_path / "out")
+    with pytest.raises(InputError, match="train: expected a model that classifies images, got fc_densenet56"):
+        train(config, progress=False)

@@ -18,10 +18,20 @@ from fastdense.models.densenet import (
 )
 from fastdense.models.dialects import load_densenet, torchvision_keys
 from fastdense.models.fc_densenet import FCDenseNet, fc_densenet56, fc_densenet67, fc_densenet103
+from fastdense.models.fractalnet import FractalNet, fractalnet
+from fastdense.models.highway import HighwayCifar, HighwayMlp, HighwayMnist, highway_cifar, highway_mlp, highway_mnist
+from fastdense.models.resnet import ResNet, preresnet_cifar, resnet_cifar, stochastic_depth_cifar
+from fastdense.models.resnet_in_resnet import ResNetInResNet, resnet_in_resnet
 
 __all__ = [
     "DenseNet",
     "FCDenseNet",
+    "FractalNet",
+    "HighwayCifar",
+    "HighwayMlp",
+    "HighwayMnist",
+    "ResNet",
+    "ResNetInResNet",
     "create",
     "densenet121",
     "densenet161",
@@ -32,8 +42,17 @@ __all__ = [
     "fc_densenet56",
     "fc_densenet67",
     "fc_densenet103",
+    "fractalnet",
+    "has_memory_modes",
+    "highway_cifar",
+    "highway_mlp",
+    "highway_mnist",
     "list",
     "load_densenet",
+    "preresnet_cifar",
+    "resnet_cifar",
+    "resnet_in_resnet",
+    "stochastic_depth_cifar",
     "torchvision_keys",
 ]
 
@@ -49,6 +68,14 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         fc_densenet56,
         fc_densenet67,
         fc_densenet103,
+        fractalnet,
+        highway_cifar,
+        highway_mlp,
+        highway_mnist,
+        preresnet_cifar,
+        resnet_cifar,
+        resnet_in_resnet,
+        stochastic_depth_cifar,
     )
 }
 
@@ -56,6 +83,11 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 def list() -> builtins.list[str]:
     """Names that :func:`create` takes, sorted."""
     return sorted(_MODELS)
+
+
+def has_memory_modes(name: str) -> bool:
+    """Whether the model called ``name`` has dense blocks, and so takes the argument ``memory``."""
+    return "densenet" in name
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:

@@ -2,6 +2,21 @@
 """Modules: parameters and one operator call."""
 
 from fastdense.nn.dense_block import DenseBlock, DenseFeatures, DenseLayer, Transition
+from fastdense.nn.higher_order import HigherOrderNet
+from fastdense.nn.highway import HighwayConv2d, HighwayLinear
 from fastdense.nn.resample import BicubicResize, BicubicUpsample
+from fastdense.nn.stochastic_depth import StochasticDepth, linear_decay
 
-__all__ = ["BicubicResize", "BicubicUpsample", "DenseBlock", "DenseFeatures", "DenseLayer", "Transition"]
+__all__ = [
+    "BicubicResize",
+    "BicubicUpsample",
+    "DenseBlock",
+    "DenseFeatures",
+    "DenseLayer",
+    "HigherOrderNet",
+    "HighwayConv2d",
+    "HighwayLinear",
+    "StochasticDepth",
+    "Transition",
+    "linear_decay",
+]

@@ -10,6 +10,7 @@ from fastdense.ops.dense_block import (
     dense_block,
 )
 from fastdense.ops.dropout_mask import dropout_mask
+from fastdense.ops.highway_gate import highway_gate
 from fastdense.ops.running_stats import update_running_stats_
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "bicubic_resize",
     "dense_block",
     "dropout_mask",
+    "highway_gate",
     "update_running_stats_",
 ]

@@ -51,7 +51,8 @@ class TrainConfig:
         lr: learning rate of the first step; it falls to 0 along a cosine.
         weight_decay: L2 penalty of all parameters.
         momentum: Nesterov momentum in [0, 1).
-        memory: ``"balanced"``, ``"min"``, or ``"plain"`` for the same model in plain PyTorch.
+        memory: ``"balanced"``, ``"min"``, or ``"plain"`` for the same model in plain PyTorch; a model without dense
+            blocks takes ``"balanced"`` only.
         device: a torch device, e.g. ``"cpu"`` or ``"cuda"``.
         dtype: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` for autocast.
         seed: of weights, order and augmentation.
@@ -210,15 +211,21 @@ def make_model(config: TrainConfig, data: Dataset) -> nn.Module:
         raise InputError(
             f"train: expected num_classes to be {classes} as in the data, got {arguments['num_classes']!r}"
         )
-    memory = "balanced" if config.memory == "plain" else config.memory
+    if models.has_memory_modes(config.model):
+        arguments["memory"] = "balanced" if config.memory == "plain" else config.memory
+    elif config.memory != "balanced":
+        raise InputError(
+            f"train: expected memory to be balanced for {config.model}, which has no dense blocks, "
+            f"got {config.memory!r}"
+        )
     try:
-        model = models.create(config.model, **arguments, memory=memory)
+        model = models.create(config.model, **arguments)
     except (ValueError, TypeError) as error:
         raise InputError(f"train: expected arguments that make a model, got {config.model!r}: {error}") from error
     smallest = len(data.train) % config.batch or config.batch  # the last batch of an epoch
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, data.size, data.size))
+            made = model.eval()(torch.zeros(1, 3, data.size, data.size))
             copy.deepcopy(model).train()(torch.zeros(smallest, 3, data.size, data.size))
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
@@ -226,6 +233,8 @@ def make_model(config: TrainConfig, data: Dataset) -> nn.Module:
             f"train: expected size and batch to be large enough for {config.model}, "
             f"got {data.size} and {smallest} images in the smallest batch: {reason}"
         ) from error
+    if made.shape != (1, classes):
+        raise InputError(f"train: expected a model that classifies images, got {config.model}")
     return restore(model) if config.memory == "plain" else model
 
 

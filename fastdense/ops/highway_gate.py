@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate of a highway layer in one pass over its input and its one projection."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("relu", "tanh", "identity")
+
+
+def highway_gate(input: Tensor, projection: Tensor, activation: str = "relu") -> Tensor:
+    """Mixes an input with its transform: ``y = x + T * (H - x)``, which is ``T * H + (1 - T) * x``.
+
+    ``H = act(first half of the projection)`` and ``T = sigmoid(second half)``, halves of the channels.
+
+    Args:
+        input: ``x``, ``[N, C, ...]``, float64, float32, bfloat16 or float16; any strides.
+        projection: ``[N, 2 C, ...]``, dtype and device of ``input``; any strides. Under autocast ``input`` is cast
+            to the projection's dtype.
+        activation: "relu", "tanh" or "identity".
+
+    Returns:
+        ``[N, C, ...]``, with the channels innermost in memory where the projection has them so, else contiguous.
+
+    Raises:
+        TypeError: a dtype that is not floating point, or two dtypes.
+        ValueError: shapes or devices that do not fit, or an unknown ``activation``.
+
+    Note:
+        Deterministic; arithmetic in float32 for 16-bit types. Kept for backward: ``input`` and ``projection``; ``H``
+        and ``T`` are computed again. A ``T`` or ``1 - T`` below 1e-37 (1e-307 in float64) counts as 0. Double backward
+        raises.
+
+    Reference:
+        R. K. Srivastava, K. Greff, J. Schmidhuber. Highway Networks. 2015, arXiv:1505.00387, equation 3.
+
+    Example:
+        >>> x, first, second = torch.tensor([[1.0]]), torch.tensor([[3.0]]), torch.tensor([[0.0]])
+        >>> highway_gate(x, torch.cat([first, second], 1))
+        tensor([[2.]])
+    """
+    if input.dtype != projection.dtype and torch.is_autocast_enabled(projection.device.type):
+        input = input.to(projection.dtype)
+    return torch.ops.fastdense.highway_gate(input, projection, activation)
+
+
+def _like(projection: Tensor, channels: int) -> Tensor:
+    """Empty, as the projection lies in memory."""
+    batch, _, *spatial = projection.shape
+    if projection.is_contiguous() or not projection.movedim(1, -1).is_contiguous():
+        return projection.new_empty([batch, channels, *spatial])
+    return projection.new_empty([batch, *spatial, channels]).movedim(-1, 1)
+
+
+@torch.library.register_fake("fastdense::highway_gate")
+def _(input: Tensor, projection: Tensor, activation: str) -> Tensor:
+    return _like(projection, input.shape[1])
+
+
+@torch.library.register_fake("fastdense::_highway_gate_backward")
+def _(grad_output: Tensor, input: Tensor, projection: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return _like(projection, input.shape[1]), _like(projection, projection.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, projection, ctx.activation = inputs
+    ctx.save_for_backward(input, projection)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    grads = torch.ops.fastdense._highway_gate_backward(grad_output, *ctx.saved_tensors, ctx.activation)
+    needs_input, needs_projection, _ = ctx.needs_input_grad
+    return grads[0] if needs_input else None, grads[1] if needs_projection else None, None  # None: activation
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("highway_gate: double backward is not supported; write y = x + T * (H - x) with torch operators")
+
+
+torch.library.register_autograd("fastdense::highway_gate", _backward, setup_context=_setup_context)
+torch.library.register_autograd("fastdense::_highway_gate_backward", _no_double_backward)

@@ -76,7 +76,7 @@ def count_model(model: nn.Module, shape: tuple[int, ...]) -> ModelCounts:
 
 
 def kept_per_image(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Bytes saved for backward that grow with the batch."""
+    """Bytes saved for backward that grow with the batch, in eval mode: nothing is dropped at random."""
     kept = [_kept(model, torch.empty(batch, *shape, device="meta")) for batch in (2, 4)]
     return math.ceil((kept[1] - kept[0]) / 2)
 
@@ -90,6 +90,6 @@ def _kept(model: nn.Module, x: Tensor) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model.train()(x)
+        out = model.eval()(x)
     del out
     return sum(storage.nbytes() for storage in storages.values())

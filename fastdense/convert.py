@@ -17,7 +17,15 @@ from fastdense.nn.fused import (
     fused_class,
     plain_class,
 )
-from fastdense.nn.structure import BLOCKS, NotFusible, is_transition, read_block, read_transition, runs_as
+from fastdense.nn.structure import (
+    BLOCKS,
+    NotFusible,
+    NotFusibleInTraining,
+    is_transition,
+    read_block,
+    read_transition,
+    runs_as,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,9 +33,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def convert(model: Model, *, memory: str = "balanced") -> Model:
     """Lets every dense block of ``model`` run on one shared buffer.
 
-    Finds the dense blocks and transitions of torchvision and timm DenseNets, and of models that contain them. A module
-    only changes its class: parameters, buffers, hooks, ``state_dict`` keys and outputs stay what they are, an existing
-    optimizer keeps working.
+    Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, and of models that contain them. A
+    module only changes its class: parameters, buffers, hooks, ``state_dict`` keys and outputs stay what they are, an
+    existing optimizer keeps working.
 
     Args:
         model: any module; changed in place.
@@ -50,7 +58,7 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
     """
     check_memory(memory)
     modules = list(model.named_modules())
-    blocks = [(name, module) for name, module in modules if _is_block(module)]
+    blocks = [(name, module) for name, module in modules if is_block(module)]
     if not blocks:
         looked_for = ", ".join(".".join(known) for known in BLOCKS)
         raise ValueError(
@@ -59,7 +67,7 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
     for name, module in blocks:
         _try_fuse(name, module, FusedDenseBlock, read_block, memory)
     for name, module in modules:
-        if _is_transition(module):
+        if is_transition_like(module):
             _try_fuse(name, module, FusedTransition, read_transition, memory)
     for _, module in modules:
         if type(module) is nn.Sequential and any(isinstance(inner, FusedDenseBlock) for inner in module.children()):
@@ -88,11 +96,12 @@ def restore(model: Model) -> Model:
     return model
 
 
-def _is_block(module: nn.Module) -> bool:
+def is_block(module: nn.Module) -> bool:
+    """Whether ``module`` is a dense block, fused or of a class that :func:`convert` knows."""
     return isinstance(module, FusedDenseBlock) or runs_as(module, BLOCKS)
 
 
-def _is_transition(module: nn.Module) -> bool:
+def is_transition_like(module: nn.Module) -> bool:
     """A sequence of exactly norm, (relu), conv, pool."""
     if isinstance(module, FusedTransition):
         return True
@@ -111,6 +120,8 @@ def _try_fuse(
     if not isinstance(module, FusedModule):
         try:
             read(module)
+        except NotFusibleInTraining:
+            pass
         except NotFusible as reason:
             warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}", stacklevel=3)
             return

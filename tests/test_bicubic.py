@@ -447,6 +447,62 @@ def test_modules():
     assert "matlab" in repr(BicubicResize((4, 5), preset="matlab"))
 
 
+# GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cuda_equals_cpu(preset, dtype):
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.uint8: 0}
+    for (old, new), channels in itertools.product(SHAPES, (1, 3, 21)):
+        x = (random(2, channels, *old) * 50 + 120).clamp(0, 255).to(dtype)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            cpu = bicubic_resize(x.to(memory_format=layout), new, preset=preset)
+            cuda = bicubic_resize(x.cuda().to(memory_format=layout), new, preset=preset)
+            assert cuda.stride() == cpu.stride()
+            error = (cuda.cpu().double() - cpu.double()).abs().max()
+            # float32 sums in another order may fall on the other side of a half.
+            assert error <= 255 * tolerance[dtype] + (dtype == torch.uint8 and PRESETS[preset].bytes == "last")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(9,), (5, 12), (4, 13, 6)], ids=["1d", "2d", "3d"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cuda_gradients(preset, size):
+    x = random(2, 3, *(7, 8, 9)[: len(size)]).requires_grad_()
+    out = bicubic_resize(x, size, preset=preset)
+    grad = random(*out.shape)
+    (wanted,) = torch.autograd.grad(out, x, grad)
+    y = x.detach().cuda().requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (torch.autograd.grad(bicubic_resize(y, size, preset=preset), y, grad.cuda())[0] for _ in "12")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first.cpu(), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    x = random(1, 3, 20, 21, dtype=torch.float32).cuda()
+    wanted = bicubic_resize(x + 1, (40, 9), preset="matlab")  # the tables are on the device now
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = bicubic_resize(x, (40, 9), preset="matlab")
+    x.add_(1)
+    graph.replay()
+    assert torch.equal(made, wanted)
+
+
+@pytest.mark.gpu
+def test_cuda_reduction_without_limit():
+    x = random(1, 2, 3000, 2500, dtype=torch.float32)
+    cuda = bicubic_resize(x.cuda(), (2, 3), preset="torch_antialias")
+    torch.testing.assert_close(cuda.cpu(), bicubic_resize(x, (2, 3), preset="torch_antialias"), rtol=1e-4, atol=1e-4)
+
+
 # Errors
 
 

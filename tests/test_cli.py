@@ -8,11 +8,12 @@ import numpy
 import pytest
 from PIL import Image
 
+import fastdense
 from fastdense.cli import main
 from fastdense.cli.parser import make_parser
 
 
-@pytest.mark.parametrize("command", ["info", "bench", "train", "resize", "demo"])
+@pytest.mark.parametrize("command", ["info", "models", "bench", "train", "resize", "demo"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -150,3 +151,12 @@ def test_resize_refuses_bad_input(options, message, tmp_path, monkeypatch, capsy
     assert main(["resize", *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()
+
+
+def test_models_lists_all(capsys):
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in fastdense.models.list():
+        assert any(line.split()[:1] == [name] for line in lines), name
+    (line,) = [line for line in lines if " densenet121 " in f" {line} "]
+    assert "7,978,856" in line and "2.83" in line and "1608.06993" in line

@@ -29,11 +29,15 @@ void check_arguments(const char* op, const at::Tensor& input, at::IntArrayRef si
   TORCH_CHECK_VALUE(std::isfinite(a), op, ": expected a to be finite, got ", a);
 }
 
-// The work of the last two axes when the columns are resampled first, and when the rows are.
+// The work of the last two axes when the columns are resampled first, and when the rows are.  Columns pick their
+// samples one by one, rows are streamed: a term of theirs costs several times less.
 bool columns_first_is_cheaper(const BicubicTable& rows, const BicubicTable& columns) {
+  constexpr double kPick = 4;
   const double last = double(rows.rows) * double(columns.rows);
-  const double columns_first = double(rows.columns) * double(columns.rows * columns.taps) + last * double(rows.taps);
-  const double rows_first = double(rows.rows) * double(columns.columns * rows.taps) + last * double(columns.taps);
+  const double columns_first =
+      kPick * double(rows.columns) * double(columns.rows * columns.taps) + last * double(rows.taps);
+  const double rows_first =
+      double(rows.rows) * double(columns.columns * rows.taps) + kPick * last * double(columns.taps);
   return columns_first <= rows_first;
 }
 

@@ -47,7 +47,7 @@ def train_digits(out: Path, threads: int) -> Any:
         model="densenet_cifar",
         model_kwargs={"depth": 22, "growth_rate": 12},
         data="digits",
-        epochs=14,
+        epochs=30,
         out=out,
         threads=threads,
         fresh=True,

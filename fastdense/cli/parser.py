@@ -64,7 +64,7 @@ Exit code 1 if a benchmark row failed or the accuracy stays below 98 %.
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``run``."""
-    from fastdense.cli import bench, demo, info, resize, train
+    from fastdense.cli import bench, demo, info, models, resize, train
 
     parser = argparse.ArgumentParser(
         prog="fastdense",
@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_info(commands, info.run)
+    _add_models(commands, models.run)
     _add_bench(commands, bench.run)
     _add_train(commands, train.run)
     _add_resize(commands, resize.run)
@@ -95,6 +96,16 @@ def _command(commands: Commands, name: str, run: Run, summary: str, text: str) -
 def _add_info(commands: Commands, run: Run) -> None:
     _command(
         commands, "info", run, "Show what was built and what this machine offers", "\nexample:\n  fastdense info\n"
+    )
+
+
+def _add_models(commands: Commands, run: Run) -> None:
+    _command(
+        commands,
+        "models",
+        run,
+        "List the models with parameters, work, memory and paper",
+        "\nexample:\n  fastdense models\n",
     )
 
 

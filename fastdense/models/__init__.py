@@ -16,6 +16,8 @@ from fastdense.models.densenet import (
     densenet264,
     densenet_cifar,
 )
+from fastdense.models.dialects import load_densenet, torchvision_keys
+from fastdense.models.fc_densenet import FCDenseNet, fc_densenet56, fc_densenet67, fc_densenet103
 from fastdense.models.fractalnet import FractalNet, fractalnet
 from fastdense.models.highway import HighwayCifar, HighwayMlp, HighwayMnist, highway_cifar, highway_mlp, highway_mnist
 from fastdense.models.resnet import ResNet, preresnet_cifar, resnet_cifar, stochastic_depth_cifar
@@ -23,6 +25,7 @@ from fastdense.models.resnet_in_resnet import ResNetInResNet, resnet_in_resnet
 
 __all__ = [
     "DenseNet",
+    "FCDenseNet",
     "FractalNet",
     "HighwayCifar",
     "HighwayMlp",
@@ -36,16 +39,21 @@ __all__ = [
     "densenet201",
     "densenet264",
     "densenet_cifar",
+    "fc_densenet56",
+    "fc_densenet67",
+    "fc_densenet103",
     "fractalnet",
     "has_memory_modes",
     "highway_cifar",
     "highway_mlp",
     "highway_mnist",
     "list",
+    "load_densenet",
     "preresnet_cifar",
     "resnet_cifar",
     "resnet_in_resnet",
     "stochastic_depth_cifar",
+    "torchvision_keys",
 ]
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -57,6 +65,9 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         densenet201,
         densenet264,
         densenet_cifar,
+        fc_densenet56,
+        fc_densenet67,
+        fc_densenet103,
         fractalnet,
         highway_cifar,
         highway_mlp,
@@ -76,7 +87,7 @@ def list() -> builtins.list[str]:
 
 def has_memory_modes(name: str) -> bool:
     """Whether the model called ``name`` has dense blocks, and so takes the argument ``memory``."""
-    return name.startswith("densenet")
+    return name.startswith(("densenet", "fc_densenet"))
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:

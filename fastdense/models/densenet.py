@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from fastdense.nn import DenseBlock, DenseFeatures, Transition
 
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_MAX_POOL = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_POOL = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+
 
 class DenseNet(nn.Module):
     """Dense blocks with transitions between them, a last norm, global average pooling and a linear classifier.
@@ -29,10 +34,11 @@ class DenseNet(nn.Module):
         compression: theta in (0, 1]; a transition maps ``C`` to ``floor(theta * C)`` channels.
         drop_rate: probability in [0, 1] that a new feature is dropped in training.
         num_classes: outputs of the classifier.
+        spatial_dims: 1, 2 or 3, as the stem.
         memory: memory mode of the blocks, see :class:`fastdense.nn.DenseBlock`.
 
     Shape:
-        ``[N, channels, H, W]`` to ``[N, num_classes]``.
+        ``[N, channels, spatial]`` to ``[N, num_classes]``.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class DenseNet(nn.Module):
         compression: float = 0.5,
         drop_rate: float = 0.0,
         num_classes: int = 1000,
+        spatial_dims: int = 2,
         memory: str = "balanced",
     ) -> None:
         super().__init__()
@@ -63,14 +70,15 @@ class DenseNet(nn.Module):
                 bottleneck=bottleneck,
                 drop_rate=drop_rate,
                 memory=memory,
+                spatial_dims=spatial_dims,
             )
             modules.append((f"denseblock{index}", block))
             channels = block.out_channels
             if index < len(block_config):
                 compressed = int(channels * compression)
-                modules.append((f"transition{index}", Transition(channels, compressed)))
+                modules.append((f"transition{index}", Transition(channels, compressed, spatial_dims=spatial_dims)))
                 channels = compressed
-        modules.append(("norm5", nn.BatchNorm2d(channels)))
+        modules.append(("norm5", _NORM[spatial_dims - 1](channels)))
         self.features = DenseFeatures(OrderedDict(modules))
         self.classifier = nn.Linear(channels, num_classes)
         self._initialise()
@@ -78,42 +86,59 @@ class DenseNet(nn.Module):
     def _initialise(self) -> None:
         """He initialisation of convolutions, as torchvision's."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, _CONV):
                 nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.features(x), inplace=True)
-        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return self.classifier(_POOL[x.dim() - 3](x, 1).flatten(1))
 
 
-def _imagenet(block_config: Sequence[int], growth_rate: int, in_channels: int, **kwargs: Any) -> DenseNet:
+def _imagenet(
+    block_config: Sequence[int],
+    growth_rate: int,
+    in_channels: int,
+    *,
+    spatial_dims: int = 2,
+    image_channels: int = 3,
+    **kwargs: Any,
+) -> DenseNet:
+    if spatial_dims not in (1, 2, 3):
+        raise ValueError(f"DenseNet: expected spatial_dims to be 1, 2 or 3, got {spatial_dims!r}")
+    dims = spatial_dims - 1
     stem: list[tuple[str, nn.Module]] = [
-        ("conv0", nn.Conv2d(3, in_channels, 7, stride=2, padding=3, bias=False)),
-        ("norm0", nn.BatchNorm2d(in_channels)),
+        ("conv0", _CONV[dims](image_channels, in_channels, 7, stride=2, padding=3, bias=False)),
+        ("norm0", _NORM[dims](in_channels)),
         ("relu0", nn.ReLU(inplace=True)),
-        ("pool0", nn.MaxPool2d(3, stride=2, padding=1)),
+        ("pool0", _MAX_POOL[dims](3, stride=2, padding=1)),
     ]
-    return DenseNet(stem, in_channels, growth_rate=growth_rate, block_config=block_config, **kwargs)
+    return DenseNet(
+        stem, in_channels, growth_rate=growth_rate, block_config=block_config, spatial_dims=spatial_dims, **kwargs
+    )
 
 
 def densenet121(**kwargs: Any) -> DenseNet:
-    """DenseNet-121, k=32, 7,978,856 parameters at 1000 classes; keyword arguments of :class:`DenseNet`."""
+    """DenseNet-121, k=32, 7,978,856 parameters at 1000 classes; keyword arguments of :class:`DenseNet`,
+    and ``image_channels``."""
     return _imagenet((6, 12, 24, 16), 32, 64, **kwargs)
 
 
 def densenet161(**kwargs: Any) -> DenseNet:
-    """DenseNet-161, k=48, 28,681,000 parameters at 1000 classes; keyword arguments of :class:`DenseNet`."""
+    """DenseNet-161, k=48, 28,681,000 parameters at 1000 classes; keyword arguments of :class:`DenseNet`,
+    and ``image_channels``."""
     return _imagenet((6, 12, 36, 24), 48, 96, **kwargs)
 
 
 def densenet169(**kwargs: Any) -> DenseNet:
-    """DenseNet-169, k=32, 14,149,480 parameters at 1000 classes; keyword arguments of :class:`DenseNet`."""
+    """DenseNet-169, k=32, 14,149,480 parameters at 1000 classes; keyword arguments of :class:`DenseNet`,
+    and ``image_channels``."""
     return _imagenet((6, 12, 32, 32), 32, 64, **kwargs)
 
 
 def densenet201(**kwargs: Any) -> DenseNet:
-    """DenseNet-201, k=32, 20,013,928 parameters at 1000 classes; keyword arguments of :class:`DenseNet`."""
+    """DenseNet-201, k=32, 20,013,928 parameters at 1000 classes; keyword arguments of :class:`DenseNet`,
+    and ``image_channels``."""
     return _imagenet((6, 12, 48, 32), 32, 64, **kwargs)
 
 

@@ -24,11 +24,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 BLOCKS = (
     ("torchvision.models.densenet", "_DenseBlock"),
     ("timm.models.densenet", "DenseBlock"),
+    ("monai.networks.nets.densenet", "_DenseBlock"),
     ("fastdense.nn.dense_block", "PlainDenseBlock"),
 )
 _LAYERS = (
     ("torchvision.models.densenet", "_DenseLayer"),
     ("timm.models.densenet", "DenseLayer"),
+    ("monai.networks.nets.densenet", "_DenseLayer"),
     ("fastdense.nn.dense_block", "DenseLayer"),
 )
 # Their methods that make the numbers.
@@ -38,6 +40,10 @@ _TRANSITIONS = (["norm", "relu", "conv", "pool"], ["norm", "conv", "pool"])
 
 class NotFusible(Exception):
     """The reason why a block has to run as plain modules."""
+
+
+class NotFusibleInTraining(NotFusible):
+    """A reason that goes away in eval mode: the block is converted, and runs plainly while it trains."""
 
 
 class Layer(NamedTuple):
@@ -163,19 +169,35 @@ def read_layer(module: Any, name: str) -> Layer:
     check_quiet(module, name)
     if not runs_as(module, _LAYERS):
         raise NotFusible(f"{name} is a {type(module).__name__}, not a known dense layer")
+    where = f"{name}."
+    sequence = child(module, "layers")
+    if type(sequence) is nn.Sequential:  # MONAI's layer is a sequence of the same names, and a dropout
+        module, where = sequence, f"{name}.layers."
+        check_quiet(module, f"{name}.layers")
     children = {key for key, value in module.__dict__["_modules"].items() if value is not None}
-    unknown = children - {"norm1", "relu1", "conv1", "norm2", "relu2", "conv2"}
+    unknown = children - {"norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout"}
     if unknown:
         raise NotFusible(f"{name} has unknown sub-modules {sorted(unknown)}")
-    where = f"{name}."
     norm1 = _check_norm_relu(module, "norm1", "relu1", where)
     conv1, norm2 = None, None
     if "conv1" in children:
         conv1 = _check_conv(child(module, "conv1"), f"{where}conv1", 1)
         norm2 = _check_norm_relu(module, "norm2", "relu2", where)
     conv2 = _check_conv(child(module, "conv2"), f"{where}conv2", None)
-    drop_rate = float(module.drop_rate) if module.training else 0.0
-    return Layer(norm1, conv1, norm2, conv2, drop_rate)
+    return Layer(norm1, conv1, norm2, conv2, _drop_rate(module, where))
+
+
+def _drop_rate(module: Any, where: str) -> float:
+    """Of an attribute, or of a module behind the layer; 0 outside training."""
+    dropout: Any = child(module, "dropout")
+    if dropout is None:
+        return float(getattr(module, "drop_rate", 0.0)) if module.training else 0.0
+    check_quiet(dropout, f"{where}dropout")
+    if not dropout.training or dropout.p == 0:
+        return 0.0
+    if type(dropout) is not nn.Dropout:
+        raise NotFusibleInTraining(f"{where}dropout is a {type(dropout).__name__}, not a Dropout of single features")
+    return float(dropout.p)
 
 
 def read_block(module: nn.Module) -> list[Layer]:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs fused in a model, what runs plainly, and why."""
+
+import copy
+from typing import NamedTuple
+
+from torch import nn
+
+from fastdense.convert import is_block, is_transition_like, restore
+from fastdense.models.catalogue import kept_per_image
+from fastdense.nn.fused import FusedDenseBlock, FusedModule
+from fastdense.nn.structure import NotFusible, read_block, read_transition
+
+
+class ReportRow(NamedTuple):
+    """A dense block or transition.
+
+    ``runs`` is "fused" or "plain", ``reason`` says why it is plain, ``layers`` counts those of a block.
+    """
+
+    name: str
+    kind: str
+    runs: str
+    layers: int
+    reason: str
+
+
+class Report(NamedTuple):
+    """The rows, and the bytes kept for the backward pass of one image, plainly and as the model is now."""
+
+    rows: tuple[ReportRow, ...]
+    plain_bytes: int | None
+    kept_bytes: int | None
+
+    def __str__(self) -> str:
+        heads = ("module", "kind", "layers", "runs", "reason")
+        cells = [heads] + [(r.name, r.kind, str(r.layers) if r.layers else "", r.runs, r.reason) for r in self.rows]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        if self.plain_bytes is not None and self.kept_bytes is not None:
+            plain, kept = self.plain_bytes / 2**20, self.kept_bytes / 2**20
+            lines.append(f"kept for the backward pass of one image: {kept:.1f} MiB, plainly {plain:.1f} MiB")
+        return "\n".join(lines)
+
+
+def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Report:
+    """Lists the dense blocks and transitions of a model; ``print`` shows it as a table.
+
+    Args:
+        model: converted or not; left as it is. A reason is the one of this moment: hooks that are removed or a mode
+            that changes later change it.
+        input_shape: of one image, ``[channels, spatial]``. With it, the bytes that a training step keeps for its
+            backward pass are counted, on a copy without memory.
+
+    Returns:
+        The report.
+
+    Example:
+        >>> import fastdense
+        >>> print(report(fastdense.models.densenet_cifar(10), (3, 32, 32)))  # doctest: +ELLIPSIS
+        module                kind        layers  runs   reason
+        --------------------  ----------  ------  -----  ------
+        features.denseblock1  block       1       fused
+        features.transition1  transition          fused
+        features.denseblock2  block       1       fused
+        features.transition2  transition          fused
+        features.denseblock3  block       1       fused
+        kept for the backward pass of one image: ... MiB, plainly ... MiB
+    """
+    rows = []
+    for name, module in model.named_modules():
+        if is_block(module):
+            rows.append(_row(name, module, "block"))
+        elif is_transition_like(module):
+            rows.append(_row(name, module, "transition"))
+    if input_shape is None:
+        return Report(tuple(rows), None, None)
+    now = copy.deepcopy(model).to("meta")
+    kept = kept_per_image(now, input_shape)
+    return Report(tuple(rows), kept_per_image(restore(now), input_shape), kept)
+
+
+def _row(name: str, module: nn.Module, kind: str) -> ReportRow:
+    layers = len(list(module.children())) if kind == "block" else 0
+    reason = ""
+    try:
+        if kind == "block":
+            read_block(module)
+        else:
+            read_transition(module)
+    except NotFusible as error:
+        reason = str(error)
+    if not reason and not isinstance(module, FusedModule):
+        reason = "not converted: call fastdense.convert(model)"
+    if not reason and isinstance(module, FusedDenseBlock) and type(module).forward is not FusedDenseBlock.forward:
+        reason = "its class has a forward of its own"
+    return ReportRow(name or type(module).__name__, kind, "plain" if reason else "fused", layers, reason)

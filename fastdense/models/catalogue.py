@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What there is to know of a model before it runs: parameters, work, memory for the backward pass, paper.
+
+Everything is counted on tensors without memory (the meta device), so the largest model takes as little time as the
+smallest.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdense.convert import restore
+
+
+class ModelInfo(NamedTuple):
+    """Where a model comes from, and what it is usually fed.
+
+    ``shape`` is that of one image, ``[channels, spatial]``; ``paper`` an arXiv identifier.
+    """
+
+    paper: str
+    year: int
+    shape: tuple[int, ...]
+    kwargs: dict[str, Any]
+
+
+_IMAGENET, _CIFAR, _MNIST = (3, 224, 224), (3, 32, 32), (1, 28, 28)
+
+CATALOGUE: dict[str, ModelInfo] = {
+    "densenet121": ModelInfo("1608.06993", 2017, _IMAGENET, {}),
+    "densenet161": ModelInfo("1608.06993", 2017, _IMAGENET, {}),
+    "densenet169": ModelInfo("1608.06993", 2017, _IMAGENET, {}),
+    "densenet201": ModelInfo("1608.06993", 2017, _IMAGENET, {}),
+    "densenet264": ModelInfo("1707.06990", 2017, _IMAGENET, {}),
+    "densenet_cifar": ModelInfo("1608.06993", 2017, _CIFAR, {}),
+    "fc_densenet56": ModelInfo("1611.09326", 2017, _IMAGENET, {}),
+    "fc_densenet67": ModelInfo("1611.09326", 2017, _IMAGENET, {}),
+    "fc_densenet103": ModelInfo("1611.09326", 2017, _IMAGENET, {}),
+    "fractalnet": ModelInfo("1605.07648", 2017, _CIFAR, {"drop_path": 0.0, "global_ratio": 0.0}),  # all paths
+    "highway_cifar": ModelInfo("1505.00387", 2015, _CIFAR, {}),
+    "highway_mlp": ModelInfo("1505.00387", 2015, _MNIST, {}),
+    "highway_mnist": ModelInfo("1505.00387", 2015, _MNIST, {}),
+    "preresnet_cifar": ModelInfo("1603.05027", 2016, _CIFAR, {}),
+    "resnet_cifar": ModelInfo("1512.03385", 2016, _CIFAR, {}),
+    "resnet_in_resnet": ModelInfo("1603.08029", 2016, _CIFAR, {}),
+    "stochastic_depth_cifar": ModelInfo("1603.09382", 2016, _CIFAR, {"survival": 1.0}),  # all blocks
+}
+
+
+class ModelCounts(NamedTuple):
+    """Parameters; multiply-adds and bytes kept for the backward pass of one image, plain and by fastdense."""
+
+    parameters: int
+    macs: int
+    plain_bytes: int
+    kept_bytes: int
+
+
+def count_model(model: nn.Module, shape: tuple[int, ...]) -> ModelCounts:
+    """Counts a model; see :class:`ModelCounts`.
+
+    Args:
+        model: on the meta device; turned into plain modules.
+        shape: of one image, ``[channels, spatial]``.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    kept = kept_per_image(model, shape)
+    restore(model)
+    plain = kept_per_image(model, shape)
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        model.eval()(torch.empty(1, *shape, device="meta"))
+    return ModelCounts(parameters, flops.get_total_flops() // 2, plain, kept)
+
+
+def kept_per_image(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Bytes saved for backward that grow with the batch."""
+    kept = [_kept(model, torch.empty(batch, *shape, device="meta")) for batch in (2, 4)]
+    return math.ceil((kept[1] - kept[0]) / 2)
+
+
+def _kept(model: nn.Module, x: Tensor) -> int:
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        storages[storage._cdata] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model.train()(x)
+    del out
+    return sum(storage.nbytes() for storage in storages.values())

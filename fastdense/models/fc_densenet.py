@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fully convolutional DenseNets for segmentation, on shared buffers.
+
+Reference:
+    S. Jegou, M. Drozdzal, D. Vazquez, A. Romero, Y. Bengio. The One Hundred Layers Tiramisu: Fully Convolutional
+    DenseNets for Semantic Segmentation. CVPR Workshops 2017, arXiv:1611.09326, tables 1 and 2.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdense.nn import DenseBlock
+
+
+class TransitionDown(nn.Sequential):
+    """Norm, ReLU, 1x1 convolution, dropout, max pool: half the size, as many channels.
+
+    Args:
+        channels: in and out.
+        drop_rate: probability in [0, 1] that a value is dropped in training.
+    """
+
+    def __init__(self, channels: int, drop_rate: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(channels, channels, 1, bias=False)
+        self.drop = nn.Dropout(drop_rate)
+        self.pool = nn.MaxPool2d(2)
+
+
+class FCDenseNet(nn.Module):
+    """A U-shaped net of dense blocks without bottleneck.
+
+    Going down, a block's whole output is kept as a skip and halved in size. Going up, only the features that a block
+    added are enlarged, by a transposed 3x3 convolution, and joined with the skip of their size.
+
+    Args:
+        growth_rate: channels ``k`` that each layer adds.
+        down_layers: number of layers of each block on the way down; as many blocks go up.
+        bottleneck_layers: of the block at the bottom.
+        up_layers: of the blocks on the way up, from the bottom.
+        in_channels: of the image.
+        init_features: channels of the first convolution.
+        num_classes: of the result.
+        drop_rate: probability in [0, 1] that a new feature is dropped in training.
+        memory: memory mode of the blocks, see :class:`fastdense.nn.DenseBlock`.
+
+    Shape:
+        ``[N, in_channels, H, W]`` to ``[N, num_classes, H, W]``; H and W at least ``2 ** len(down_layers)``.
+
+    Raises:
+        ValueError: numbers of blocks that differ, or an image that is too small.
+
+    Example:
+        >>> FCDenseNet(4, (2, 2), 2, (2, 2), num_classes=3)(torch.zeros(2, 3, 10, 9)).shape
+        torch.Size([2, 3, 10, 9])
+    """
+
+    def __init__(
+        self,
+        growth_rate: int,
+        down_layers: Sequence[int],
+        bottleneck_layers: int,
+        up_layers: Sequence[int],
+        *,
+        in_channels: int = 3,
+        init_features: int = 48,
+        num_classes: int = 11,
+        drop_rate: float = 0.2,
+        memory: str = "balanced",
+    ) -> None:
+        super().__init__()
+        if len(down_layers) != len(up_layers):
+            raise ValueError(
+                f"FCDenseNet: expected up_layers to have {len(down_layers)} entries like down_layers, got {up_layers!r}"
+            )
+
+        def block(num_layers: int, channels: int) -> DenseBlock:
+            return DenseBlock(num_layers, channels, growth_rate, bottleneck=False, drop_rate=drop_rate, memory=memory)
+
+        self.conv0 = nn.Conv2d(in_channels, init_features, 3, padding=1, bias=False)
+        self.down_blocks, self.transitions_down = nn.ModuleList(), nn.ModuleList()
+        channels, skips = init_features, []
+        for num_layers in down_layers:
+            self.down_blocks.append(block(num_layers, channels))
+            channels += num_layers * growth_rate
+            skips.append(channels)
+            self.transitions_down.append(TransitionDown(channels, drop_rate))
+        self.bottleneck = block(bottleneck_layers, channels)
+        self.up_blocks, self.transitions_up = nn.ModuleList(), nn.ModuleList()
+        new = bottleneck_layers * growth_rate
+        for num_layers, skip in zip(up_layers, reversed(skips), strict=True):
+            self.transitions_up.append(nn.ConvTranspose2d(new, new, 3, stride=2, bias=False))
+            channels = new + skip
+            self.up_blocks.append(block(num_layers, channels))
+            new = num_layers * growth_rate
+        self.classifier = nn.Conv2d(channels + new, num_classes, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        least = 2 ** len(self.down_blocks)
+        if min(x.shape[2:]) < least:
+            raise ValueError(f"FCDenseNet: expected input to be at least {least} pixels wide and high, got {x.shape}")
+        x = self.conv0(x)
+        skips = []
+        for block, transition in zip(self.down_blocks, self.transitions_down, strict=True):
+            x = block(x)
+            skips.append(x)
+            x = transition(x)
+        before, x = x.shape[1], self.bottleneck(x)
+        for block, transition in zip(self.up_blocks, self.transitions_up, strict=True):
+            x = torch.cat([centre_crop(transition(x[:, before:]), skip := skips.pop()), skip], 1)
+            before, x = x.shape[1], block(x)
+        return self.classifier(x)
+
+
+def centre_crop(x: Tensor, like: Tensor) -> Tensor:
+    """The middle of ``x``, of the spatial size of ``like``."""
+    top, left = ((size - wanted) // 2 for size, wanted in zip(x.shape[2:], like.shape[2:], strict=True))
+    return x[:, :, top : top + like.shape[2], left : left + like.shape[3]]
+
+
+def fc_densenet56(**kwargs: Any) -> FCDenseNet:
+    """FC-DenseNet56, k=12, 1,375,019 parameters at 11 classes; keyword arguments of :class:`FCDenseNet`."""
+    return FCDenseNet(12, (4,) * 5, 4, (4,) * 5, **kwargs)
+
+
+def fc_densenet67(**kwargs: Any) -> FCDenseNet:
+    """FC-DenseNet67, k=16, 3,460,475 parameters at 11 classes; keyword arguments of :class:`FCDenseNet`."""
+    return FCDenseNet(16, (5,) * 5, 5, (5,) * 5, **kwargs)
+
+
+def fc_densenet103(**kwargs: Any) -> FCDenseNet:
+    """FC-DenseNet103, k=16, 9,318,075 parameters at 11 classes; keyword arguments of :class:`FCDenseNet`."""
+    return FCDenseNet(16, (4, 5, 7, 10, 12), 15, (12, 10, 7, 5, 4), **kwargs)

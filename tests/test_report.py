@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fastdense.report: what is fused, what is not and why, and the bytes that a step keeps."""
+
+import doctest
+
+import pytest
+import torch
+import torchvision
+
+import fastdense
+import fastdense.model_report
+from fastdense import report
+from tests.test_convert import torchvision_net
+
+
+def runs(made: object) -> list[tuple[str, str]]:
+    return [(row.name, row.runs) for row in made.rows]
+
+
+def test_a_converted_net():
+    net = fastdense.convert(torchvision.models.densenet121())
+    made = report(net, (3, 224, 224))
+    assert [row.layers for row in made.rows if row.kind == "block"] == [6, 12, 24, 16]
+    assert [row.kind for row in made.rows].count("transition") == 3
+    assert {row.runs for row in made.rows} == {"fused"}
+    # 7.77 and 1.89 GiB at batch 64
+    assert made.plain_bytes / 2**20 == pytest.approx(124.3, abs=0.2)
+    assert made.kept_bytes / 2**20 == pytest.approx(30.3, abs=0.3)
+    assert next(net.parameters()).device.type == "cpu"
+
+
+def test_memory_mode_counts():
+    nets = [fastdense.convert(torchvision_net().float(), memory=memory) for memory in ("balanced", "min")]
+    kept = [report(net, (3, 64, 64)).kept_bytes for net in nets]
+    assert kept[1] < kept[0]
+
+
+def test_a_plain_net_says_what_to_do():
+    made = report(torchvision_net())
+    assert {row.runs for row in made.rows} == {"plain"}
+    assert all("fastdense.convert" in row.reason for row in made.rows)
+    assert made.kept_bytes is None
+
+
+def test_reasons_of_this_moment():
+    net = fastdense.convert(torchvision_net())
+    handle = net.features.denseblock1.denselayer1.conv1.register_forward_hook(lambda *_: None)
+    net.features.transition1.relu = torch.nn.SiLU()
+    made = report(net)
+    assert runs(made) == [
+        ("features.denseblock1", "plain"),
+        ("features.transition1", "plain"),
+        ("features.denseblock2", "fused"),
+    ]
+    assert "hooks" in made.rows[0].reason
+    assert "SiLU" in made.rows[1].reason
+    assert made.rows[1].reason in str(made)
+    handle.remove()
+    assert runs(report(net))[0] == ("features.denseblock1", "fused")
+
+
+def test_example():
+    assert doctest.testmod(fastdense.model_report, optionflags=doctest.ELLIPSIS).failed == 0

@@ -173,6 +173,18 @@ def test_local_paths_average_survivors_and_skip_the_rest():
     assert not called
 
 
+def test_paths_that_lead_nowhere_are_not_computed():
+    """The last join keeps column 0 alone: the others, alive up to there, are not called."""
+    block = randomise(FractalBlock(3, 3, 4, affine=True)).double().eval()
+    x, called = image(), []
+    for column in (1, 2):
+        for module in block.columns[column]:
+            module.register_forward_hook(lambda *_: called.append(1))
+    made = block(x, {1: [2], 2: [1, 2], 3: [2], 4: [0]})
+    torch.testing.assert_close(made, F.max_pool2d(block.columns[0][0](x), 2))
+    assert not called
+
+
 def test_dropped_columns_keep_statistics_and_get_no_gradient():
     net, x = small(drop_path=0.15, global_ratio=1.0), image()
     torch.manual_seed(1)

@@ -72,6 +72,12 @@ def test_images_shrink_as_in_caffe():
     assert sizes == [(24, 12), (12, 6), (6, 3)]
 
 
+def test_pooling_windows_start_at_the_first_pixel():
+    pools = [module for module in models.highway_mnist(8).features if isinstance(module, nn.MaxPool2d)]
+    row = torch.arange(8.0).expand(1, 1, 8, 8)
+    assert [pool(row)[0, 0, 0].tolist() for pool in pools] == [[2, 4, 6, 7], [2, 4, 6, 7], [1, 3, 5, 7]]
+
+
 def test_a_closed_gate_is_the_identity_with_the_identity_as_its_jacobian():
     for layer, x in layers():
         set_gate(layer, -40)

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model definitions: published parameter counts, torchvision's keys and numbers, the registry."""
 
-import copy
-import io
 import re
 
 import monai.networks.nets.densenet as monai_densenet
 import pytest
 import torch
 import torchvision
-from torch import nn
 
 import fastdense
 from fastdense import models
@@ -69,14 +66,6 @@ def test_same_numbers_as_torchvision():
         assert (ours.eval()(x) - expected).norm() <= 1e-10 * expected.norm()
 
 
-def test_memory_modes_are_those_of_dense_blocks():
-    for name in models.list():
-        with torch.device("meta"):
-            model = models.create(name)
-        blocks = [module for module in model.modules() if isinstance(module, fastdense.nn.DenseBlock)]
-        assert models.has_memory_modes(name) == bool(blocks), name
-
-
 def test_registry():
     assert "densenet121" in models.list()
     assert models.list() == sorted(models.list())
@@ -112,7 +101,7 @@ def test_parameter_counts_in_three_dimensions(name, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-BLOCKS = {"growth_rate": 4, "block_config": (2, 2)}
+SMALL = {"growth_rate": 4, "block_config": (2, 2)}
 
 
 def small_densenet(dims: int = 2, image_channels: int = 3) -> torch.nn.Module:
@@ -121,7 +110,7 @@ def small_densenet(dims: int = 2, image_channels: int = 3) -> torch.nn.Module:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_monai_checkpoints(dims):
-    theirs = monai_densenet.DenseNet(dims, 1, 5, init_features=6, **BLOCKS).double().eval()
+    theirs = monai_densenet.DenseNet(dims, 1, 5, init_features=6, **SMALL).double().eval()
     ours = small_densenet(dims, 1).double().eval()
     models.load_densenet(ours, theirs.state_dict())
     x = torch.randn(2, 1, *(40,) * dims, dtype=torch.float64)
@@ -138,7 +127,7 @@ DIALECTS = {
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_dialects_of_checkpoints(dialect):
-    theirs = torchvision.models.DenseNet(num_init_features=6, num_classes=5, **BLOCKS).eval()
+    theirs = torchvision.models.DenseNet(num_init_features=6, num_classes=5, **SMALL).eval()
     state = {DIALECTS[dialect](key): value for key, value in theirs.state_dict().items()}
     if dialect == "before 2018":
         state = {key: value for key, value in state.items() if "num_batches_tracked" not in key}
@@ -165,83 +154,3 @@ def test_checkpoints_that_do_not_fit_change_nothing(change, message):
     with pytest.raises(ValueError, match=message):
         models.load_densenet(model, state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-SMALL = [
-    pytest.param("fractalnet", {"columns": 2, "widths": (4, 6)}, (2, 3, 8, 8), id="fractalnet"),
-    pytest.param("highway_cifar", {}, (2, 3, 8, 8), id="highway_cifar"),
-    pytest.param("highway_mlp", {"depth": 10, "in_features": 12}, (2, 3, 2, 2), id="highway_mlp"),
-    pytest.param("highway_mnist", {"width": 4}, (2, 1, 28, 28), id="highway_mnist"),
-    pytest.param("preresnet_cifar", {"depth": 8}, (2, 3, 8, 8), id="preresnet_cifar"),
-    pytest.param("resnet_cifar", {"depth": 8}, (2, 3, 8, 8), id="resnet_cifar"),
-    pytest.param("resnet_in_resnet", {"width": 2}, (2, 3, 8, 8), id="resnet_in_resnet"),
-    pytest.param("stochastic_depth_cifar", {"depth": 20}, (2, 3, 8, 8), id="stochastic_depth_cifar"),
-]
-
-
-@pytest.mark.parametrize(("name", "arguments", "shape"), SMALL)
-def test_a_seed_fixes_weights_and_training(name, arguments, shape):
-    x, outputs = torch.randn(shape), []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        model = models.create(name, **arguments)
-        outputs.append(torch.stack([model(x) for _ in range(3)]))
-    assert torch.equal(outputs[0], outputs[1])
-    assert not torch.equal(outputs[0], outputs[2])
-
-
-@pytest.mark.parametrize(("name", "arguments", "shape"), SMALL)
-def test_copies_and_layouts_give_the_same_numbers(name, arguments, shape):
-    model, x = models.create(name, **arguments).double().eval(), torch.randn(shape, dtype=torch.float64)
-    expected = model(x)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        torch.testing.assert_close(other(x), expected)
-    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
-    torch.testing.assert_close(model.to(memory_format=torch.channels_last)(x), expected)
-
-
-@pytest.mark.parametrize(("name", "arguments", "shape"), SMALL)
-def test_autocast(name, arguments, shape):
-    model, x = models.create(name, **arguments).eval(), torch.randn(shape)
-    expected = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        made = model(x)
-    assert made.dtype == torch.bfloat16
-    assert (made.float() - expected).norm() < 0.05 * expected.norm()
-    made.float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
-
-
-@pytest.mark.parametrize(("name", "arguments", "shape"), SMALL)
-def test_gradients_of_whole_networks(name, arguments, shape):
-    """Along one direction in all parameters, against a central difference, in evaluation."""
-    model, x = models.create(name, **arguments).double().eval(), torch.randn(shape, dtype=torch.float64)
-    weights = torch.randn(model(x).shape, dtype=torch.float64)
-    parameters = list(model.parameters())
-    for p in parameters:
-        if p.dim() == 1:  # zeros would put whole channels on the edge of a ReLU
-            nn.init.uniform_(p, 0.1, 0.5)
-    directions = [torch.randn_like(p) for p in parameters]
-
-    def loss(step):
-        with torch.no_grad():
-            for p, d in zip(parameters, directions, strict=True):
-                p += step * d
-        value = (model(x) * weights).sum()
-        with torch.no_grad():
-            for p, d in zip(parameters, directions, strict=True):
-                p -= step * d
-        return value
-
-    grads = torch.autograd.grad((model(x) * weights).sum(), parameters)
-    made = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
-    step = 1e-8
-    expected = (loss(step) - loss(-step)) / (2 * step)
-    torch.testing.assert_close(made, expected.detach(), rtol=1e-4, atol=1e-4)
-
-
-def test_small_networks_are_all_that_have_no_dense_blocks():
-    assert [case.values[0] for case in SMALL] == [name for name in models.list() if not models.has_memory_modes(name)]

@@ -64,6 +64,16 @@ def test_shortcut_by_hand(size):
     assert Shortcut(3, 3)(x) is x
 
 
+def test_images_are_halved_by_the_first_blocks_of_later_stages():
+    model, shapes = models.resnet_cifar(20), []
+    for module in model.modules():
+        if isinstance(module, ResidualBlock):
+            module.register_forward_hook(lambda _, x, y: shapes.append(tuple(y.shape[1:3])))
+            assert module.conv2.stride == (1, 1)
+    model(torch.randn(2, 3, 32, 32))
+    assert shapes == [(16, 32)] * 3 + [(32, 16)] * 3 + [(64, 8)] * 3
+
+
 @pytest.mark.parametrize("pre_activation", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_block_is_its_equation(pre_activation, stride):

@@ -87,7 +87,7 @@ def list() -> builtins.list[str]:
 
 def has_memory_modes(name: str) -> bool:
     """Whether the model called ``name`` has dense blocks, and so takes the argument ``memory``."""
-    return "densenet" in name
+    return name.startswith(("densenet", "fc_densenet"))
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:

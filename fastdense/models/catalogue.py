@@ -39,14 +39,14 @@ CATALOGUE: dict[str, ModelInfo] = {
     "fc_densenet56": ModelInfo("1611.09326", 2017, _IMAGENET, {}),
     "fc_densenet67": ModelInfo("1611.09326", 2017, _IMAGENET, {}),
     "fc_densenet103": ModelInfo("1611.09326", 2017, _IMAGENET, {}),
-    "fractalnet": ModelInfo("1605.07648", 2017, _CIFAR, {}),
+    "fractalnet": ModelInfo("1605.07648", 2017, _CIFAR, {"drop_path": 0.0, "global_ratio": 0.0}),  # all paths
     "highway_cifar": ModelInfo("1505.00387", 2015, _CIFAR, {}),
     "highway_mlp": ModelInfo("1505.00387", 2015, _MNIST, {}),
     "highway_mnist": ModelInfo("1505.00387", 2015, _MNIST, {}),
     "preresnet_cifar": ModelInfo("1603.05027", 2016, _CIFAR, {}),
     "resnet_cifar": ModelInfo("1512.03385", 2016, _CIFAR, {}),
     "resnet_in_resnet": ModelInfo("1603.08029", 2016, _CIFAR, {}),
-    "stochastic_depth_cifar": ModelInfo("1603.09382", 2016, _CIFAR, {}),
+    "stochastic_depth_cifar": ModelInfo("1603.09382", 2016, _CIFAR, {"survival": 1.0}),  # all blocks
 }
 
 

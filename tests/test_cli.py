@@ -160,3 +160,19 @@ def test_models_lists_all(capsys):
         assert any(line.split()[:1] == [name] for line in lines), name
     (line,) = [line for line in lines if " densenet121 " in f" {line} "]
     assert "7,978,856" in line and "2.83" in line and "1608.06993" in line
+
+
+def test_train_hands_arguments_to_the_model(tmp_path, capsys):
+    options = ["--data", "digits", "--epochs", "1", "--batch", "512", "--out", str(tmp_path / "out")]
+    model = ["--model", "fractalnet", "--set", "columns=1", "--set", "widths=(4, 4)"]
+    assert main(["train", *model, *options]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert main(["train", *model, "--set", "colums=1", *options, "--fresh"]) == 2
+    assert "colums" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["depth", "=3", "1x=3"])
+def test_train_refuses_what_is_no_assignment(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--set", text])
+    assert f"expected NAME=VALUE like depth=20, got {text!r}" in capsys.readouterr().err

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -36,6 +37,7 @@ checkpoint.pt (atomic, also inside an epoch), metrics.json and curves.png; a run
 examples:
   fastdense train --data digits --epochs 10
   fastdense train --data pictures/ --model densenet121 --size 224 --batch 16 --out runs/pictures
+  fastdense train --model resnet_cifar --set depth=20 --data digits --epochs 20
   fastdense train --data digits --out runs/digits --resume
 """
 
@@ -162,6 +164,14 @@ def _add_train(commands: Commands, run: Run) -> None:
     parser = _command(commands, "train", run, "Train a model on pictures or digits", _TRAIN_HELP)
     _add_model(parser, "densenet_cifar")
     parser.set_defaults(depth=40)
+    parser.add_argument(
+        "--set",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the model's function, e.g. --set depth=20; may be given again",
+    )
     parser.add_argument("--data", default="digits", metavar="digits|DIR", help="default: %(default)s")
     parser.add_argument("--size", type=int, help="side of an image in pixels (default: 16 for digits, else 32)")
     parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
@@ -198,6 +208,17 @@ def _add_demo(commands: Commands, run: Run) -> None:
     parser = _command(commands, "demo", run, "Show the benchmark and a training run", _DEMO_HELP)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def assignment(text: str) -> tuple[str, object]:
+    """Parses ``name=value``, the value as a Python literal, or else as text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE like depth=20, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def width_and_height(text: str) -> tuple[int, int]:

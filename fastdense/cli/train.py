@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
 def model_kwargs(options: argparse.Namespace) -> dict[str, Any]:
     """What the model's function takes beside the number of classes."""
+    given = dict(options.set)
     if options.model == "densenet_cifar":
-        return {"depth": options.depth, "growth_rate": options.growth_rate}
-    return {}
+        return {"depth": options.depth, "growth_rate": options.growth_rate} | given
+    return given

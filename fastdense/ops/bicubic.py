@@ -129,7 +129,7 @@ def bicubic_resize(
 
     Returns:
         ``[N, C, size]``, contiguous, or channels_last for channels_last input. uint8 results are rounded and saturated
-        as the preset's library does it: bit-equal to Pillow, OpenCV and MATLAB.
+        as the preset's library does it: bit-equal to Pillow and MATLAB, and to OpenCV but for its float32 sums.
 
     Raises:
         ValueError: both or neither of size and scale_factor; numbers that are not positive and finite; unknown names;

@@ -11,7 +11,6 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import monai.networks.nets.densenet as monai_densenet
 import pytest
 import timm.layers
 import timm.models.densenet as timm_densenet
@@ -1327,63 +1326,3 @@ def test_compile_with_inductor():
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     for _ in range(2):
         assert_same(step(fast, x, run=compiled), step(plain, x))
-
-
-def monai_net(dims: int = 3, **options) -> nn.Module:
-    sizes = {"growth_rate": 6, "block_config": (2, 3), "init_features": 8}
-    return randomise(monai_densenet.DenseNet(dims, 1, 5, **sizes | options).double())
-
-
-VOLUMES = {1: (2, 1, 400), 2: (2, 1, 48, 40), 3: (2, 1, 24, 20, 28)}
-
-
-def volume(dims: int) -> Tensor:
-    return torch.randn(VOLUMES[dims], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_monai_nets(mode, dims, memory):
-    plain, fast = pair(monai_net, memory, dims=dims)
-    assert list(plain.state_dict()) == list(fast.state_dict())
-    x = volume(dims)
-    assert_same(step(getattr(fast, mode)(), x), step(getattr(plain, mode)(), x))
-    assert fused_calls(fast, x) == FUSED
-
-
-@pytest.mark.parametrize(
-    "options", [{"norm": "instance"}, {"act": "prelu"}, {"act": "elu"}, {"norm": ("group", {"num_groups": 2})}]
-)
-def test_monai_nets_with_another_norm_or_activation_stay_plain(options):
-    with fastdense_warnings() as messages:
-        plain, fast = pair(monai_net, **options)
-        x = volume(3)
-        assert_same(step(fast, x), step(plain, x))
-    assert len(messages) == 3
-    assert fused_calls(fast, x) == []
-
-
-def test_monai_dropout_of_channels_runs_plain_in_training():
-    with fastdense_warnings() as messages:
-        _, fast = pair(monai_net, dropout_prob=0.3)
-        fast(volume(3))
-    assert any("Dropout3d" in message for message in messages)
-    assert fused_calls(fast.eval(), volume(3)) == FUSED
-
-
-def test_monai_dropout_of_a_signal_is_fused():
-    _, fast = pair(monai_net, dims=1, dropout_prob=0.3)
-    x = volume(1)
-    assert fused_calls(fast, x) == FUSED
-    assert not torch.equal(fast(x), fast(x))
-
-
-def test_monai_hooks_are_called():
-    plain, fast = pair(monai_net)
-    seen = []
-    fast.features.denseblock1.denselayer1.layers.conv2.register_forward_hook(lambda *_: seen.append(1))
-    with pytest.warns(UserWarning, match="hooks"):
-        made = step(fast, x := volume(3))
-    assert seen
-    assert_same(made, step(plain, x))

@@ -170,12 +170,15 @@ def read_layer(module: Any, name: str) -> Layer:
     if not runs_as(module, _LAYERS):
         raise NotFusible(f"{name} is a {type(module).__name__}, not a known dense layer")
     where = f"{name}."
-    sequence = child(module, "layers")
-    if type(sequence) is nn.Sequential:  # MONAI's layer is a sequence of the same names, and a dropout
-        module, where = sequence, f"{name}.layers."
+    known = ["norm1", "relu1", "conv1", "norm2", "relu2", "conv2"]
+    if list(module.__dict__["_modules"]) == ["layers"]:  # MONAI's layer is a sequence of these, and perhaps a dropout
+        module, where = child(module, "layers"), f"{name}.layers."
         check_quiet(module, f"{name}.layers")
+        if type(module) is not nn.Sequential or list(module._modules)[:6] != known:
+            raise NotFusible(f"{name}.layers is not a sequence of {', '.join(known)}")
+        known = [*known, "dropout"]
     children = {key for key, value in module.__dict__["_modules"].items() if value is not None}
-    unknown = children - {"norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout"}
+    unknown = children - set(known)
     if unknown:
         raise NotFusible(f"{name} has unknown sub-modules {sorted(unknown)}")
     norm1 = _check_norm_relu(module, "norm1", "relu1", where)

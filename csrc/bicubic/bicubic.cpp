@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "common/checks.h"
@@ -65,6 +66,10 @@ ByteRounding check_bicubic_bytes(const at::Tensor& input, std::string_view round
 bool byte_columns_first(const BicubicArgs& args, ByteRounding rounding, at::ArrayRef<double> step) {
   if (rounding == ByteRounding::kLast) return args.columns_first;
   return rounding == ByteRounding::kPillow || (step.size() == 2 && step[1] > step[0]);
+}
+
+bool BicubicArgs::unchanged() const {
+  return std::none_of(tables.begin(), tables.end(), [](const auto& table) { return bool(table); });
 }
 
 at::Tensor BicubicArgs::empty_result() const {

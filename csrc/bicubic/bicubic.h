@@ -35,6 +35,7 @@ struct BicubicArgs {
   bool columns_first = true;                                // of the last two axes: the cheaper order
   int64_t planes() const { return channels_last ? input.size(0) : input.size(0) * input.size(1); }
   int64_t inner() const { return channels_last ? input.size(1) : 1; }
+  bool unchanged() const;  // every axis
   at::Tensor empty_result() const;
 };
 

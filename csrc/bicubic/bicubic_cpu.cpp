@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The bicubic ops on the CPU: threads over planes and blocks of rows.
-#include "bicubic/bicubic.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -11,8 +9,7 @@
 #include <limits>
 
 #include "bicubic/bicubic_kernels.h"
-#include "common/checks.h"
-#include "common/storage.h"
+#include "bicubic/bicubic_ops.h"
 
 namespace fastdense {
 namespace {
@@ -65,15 +62,11 @@ class Matrix {
   BicubicMatrix<A> matrix_;
 };
 
-struct Finish {
-  bool columns_first, round_between;
-  double low, high;
-};
-
 // planes x [height, width, inner] to planes x [rows, columns, inner]; nullptr leaves an axis as it is.
 template <typename T, typename A>
 void resample_planes(const T* input, T* output, const T* residual, int64_t planes, int64_t height, int64_t width,
-                     int64_t inner, const BicubicTable* rows, const BicubicTable* columns, const Finish& finish) {
+                     int64_t inner, const BicubicTable* rows, const BicubicTable* columns,
+                     const BicubicFinish& finish) {
   const auto matrix = [&](const BicubicTable* table) { return table ? std::make_unique<Matrix<A>>(*table) : nullptr; };
   const auto row_matrix = matrix(rows), column_matrix = matrix(columns);
   constexpr double kMost = std::numeric_limits<A>::is_integer ? 255 : double(std::numeric_limits<A>::infinity());
@@ -110,7 +103,8 @@ void resample_planes(const T* input, T* output, const T* residual, int64_t plane
 }
 
 template <typename T, typename A>
-void resample(const BicubicArgs& args, const at::Tensor& residual, const at::Tensor& out, const Finish& finish) {
+void resample_tensor(const BicubicArgs& args, const at::Tensor& residual, const at::Tensor& out,
+                     const BicubicFinish& finish) {
   const at::Tensor& in = args.input;
   const auto dims = args.tables.size();
   const T* from = static_cast<const T*>(in.const_data_ptr());
@@ -124,7 +118,7 @@ void resample(const BicubicArgs& args, const at::Tensor& residual, const at::Ten
                                  finish);
   }
   // Three axes: the depth is an axis of rows whose pixels are whole images; first where it shrinks.
-  const Finish open{finish.columns_first, false, -INFINITY, INFINITY};
+  const BicubicFinish open{finish.columns_first, false, -INFINITY, INFINITY};
   const int64_t image = size(out, 2) * size(out, 1), in_image = size(in, 2) * size(in, 1), deep = size(out, 3);
   const bool depth_first = deep < depth;
   std::vector<T> between(size_t(planes * inner * (depth_first ? deep * in_image : depth * image)));
@@ -139,56 +133,32 @@ void resample(const BicubicArgs& args, const at::Tensor& residual, const at::Ten
   }
 }
 
-at::Tensor run(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
-               const BicubicOptions& options, bool transposed, const std::optional<at::Tensor>& residual, double low,
-               double high) {
-  check_floating(op, "input", input);
-  if (input.dim() == 5 && input.element_size() == 2) {  // keep what lies between the axes in float32
-    const auto added = residual ? std::optional(residual->to(at::kFloat)) : residual;
-    return run(op, input.to(at::kFloat), size, step, options, transposed, added, low, high).to(input.scalar_type());
+struct Engine {
+  template <typename T, typename A>
+  static void resample(const BicubicArgs& args, const at::Tensor& residual, const at::Tensor& out,
+                       const BicubicFinish& finish) {
+    resample_tensor<T, A>(args, residual, out, finish);
   }
-  const BicubicArgs args = parse_bicubic(op, input, size, step, options, transposed);
-  at::Tensor out = args.empty_result();
-  const at::Tensor added = bicubic_residual(op, residual, input, out);
-  if (out.numel() == 0) return out;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bicubic", [&] {
-    using T = typename Storage<scalar_t>::type;
-    resample<T, accumulate_t<T>>(args, added, out, {args.columns_first, false, low, high});
-  });
-  return out;
-}
+};
 
 at::Tensor bicubic_cpu(const at::Tensor& input,  // [N, C, spatial]
                        at::IntArrayRef size, at::ArrayRef<double> step, double a, bool antialias,
                        std::string_view border, bool align_corners, const std::optional<at::Tensor>& residual,
                        double low, double high) {
-  return run("bicubic", input, size, step, {a, antialias, border, align_corners}, false, residual, low, high);
+  return run_bicubic<Engine>("bicubic", input, size, step, {a, antialias, border, align_corners}, false, residual, low,
+                             high);
 }
 
 at::Tensor bicubic_backward_cpu(const at::Tensor& grad_output, at::IntArrayRef size, at::ArrayRef<double> step,
                                 double a, bool antialias, std::string_view border, bool align_corners) {
-  return run("_bicubic_backward", grad_output, size, step, {a, antialias, border, align_corners}, true, std::nullopt,
-             -INFINITY, INFINITY);
+  return run_bicubic<Engine>("_bicubic_backward", grad_output, size, step, {a, antialias, border, align_corners}, true,
+                             std::nullopt, -INFINITY, INFINITY);
 }
 
 at::Tensor bicubic_uint8_cpu(const at::Tensor& input,  // [N, C, spatial] of one or two axes
                              at::IntArrayRef size, at::ArrayRef<double> step, double a, bool antialias,
                              std::string_view border, bool align_corners, std::string_view rounding) {
-  const ByteRounding rounded = check_bicubic_bytes(input, rounding);
-  const BicubicArgs args =
-      parse_bicubic("bicubic_uint8", input, size, step, {a, antialias, border, align_corners}, false);
-  at::Tensor out = args.empty_result();
-  if (out.numel() == 0) return out;
-  if (std::none_of(args.tables.begin(), args.tables.end(), [](const auto& table) { return bool(table); }))
-    return out.copy_(input);
-  const bool columns_first = byte_columns_first(args, rounded, step);
-  if (rounded == ByteRounding::kLast)
-    resample<uint8_t, float>(args, {}, out, {columns_first, false, 0, 255});
-  else if (rounded == ByteRounding::kMatlab)
-    resample<uint8_t, double>(args, {}, out, {columns_first, true, 0, 255});
-  else
-    resample<uint8_t, int32_t>(args, {}, out, {columns_first, true, 0, 255});
-  return out;
+  return run_bicubic_uint8<Engine>(input, size, step, {a, antialias, border, align_corners}, rounding);
 }
 
 }  // namespace

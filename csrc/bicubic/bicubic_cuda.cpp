@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The bicubic ops on CUDA.
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -13,10 +12,8 @@
 #include <list>
 #include <mutex>
 
-#include "bicubic/bicubic.h"
 #include "bicubic/bicubic_launch.h"
-#include "common/checks.h"
-#include "common/storage.h"
+#include "bicubic/bicubic_ops.h"
 
 namespace fastdense {
 namespace {
@@ -64,15 +61,10 @@ BicubicBand<A> band(const DeviceTable& t) {
           t.weight.const_data_ptr<A>()};
 }
 
-struct Finish {
-  bool columns_first, round_between;
-  double low, high;
-};
-
 template <typename T, typename A>
 class Resampler {
  public:
-  Resampler(const BicubicArgs& args, const at::Tensor& residual, const at::Tensor& out, const Finish& finish)
+  Resampler(const BicubicArgs& args, const at::Tensor& residual, const at::Tensor& out, const BicubicFinish& finish)
       : args_(args), residual_(residual), out_(out), finish_(finish), stream_(c10::cuda::getCurrentCUDAStream()) {}
 
   void run() {
@@ -174,59 +166,39 @@ class Resampler {
 
   const BicubicArgs& args_;
   const at::Tensor &residual_, &out_;
-  const Finish finish_;
+  const BicubicFinish finish_;
   const c10::cuda::CUDAStream stream_;
 };
 
-at::Tensor run(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
-               const BicubicOptions& options, bool transposed, const std::optional<at::Tensor>& residual, double low,
-               double high) {
-  const c10::cuda::CUDAGuard guard(input.device());
-  check_floating(op, "input", input);
-  if (input.dim() == 5 && input.element_size() == 2) {  // keep what lies between the axes in float32
-    const auto added = residual ? std::optional(residual->to(at::kFloat)) : residual;
-    return run(op, input.to(at::kFloat), size, step, options, transposed, added, low, high).to(input.scalar_type());
+struct Engine {
+  template <typename T, typename A>
+  static void resample(const BicubicArgs& args, const at::Tensor& residual, const at::Tensor& out,
+                       const BicubicFinish& finish) {
+    Resampler<T, A>(args, residual, out, finish).run();
   }
-  const BicubicArgs args = parse_bicubic(op, input, size, step, options, transposed);
-  at::Tensor out = args.empty_result();
-  const at::Tensor added = bicubic_residual(op, residual, input, out);
-  if (out.numel() == 0) return out;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bicubic", [&] {
-    using T = typename Storage<scalar_t>::type;
-    Resampler<T, accumulate_t<T>>(args, added, out, {args.columns_first, false, low, high}).run();
-  });
-  return out;
-}
+};
 
 at::Tensor bicubic_cuda(const at::Tensor& input,  // [N, C, spatial]
                         at::IntArrayRef size, at::ArrayRef<double> step, double a, bool antialias,
                         std::string_view border, bool align_corners, const std::optional<at::Tensor>& residual,
                         double low, double high) {
-  return run("bicubic", input, size, step, {a, antialias, border, align_corners}, false, residual, low, high);
+  const c10::cuda::CUDAGuard guard(input.device());
+  return run_bicubic<Engine>("bicubic", input, size, step, {a, antialias, border, align_corners}, false, residual, low,
+                             high);
 }
 
 at::Tensor bicubic_backward_cuda(const at::Tensor& grad_output, at::IntArrayRef size, at::ArrayRef<double> step,
                                  double a, bool antialias, std::string_view border, bool align_corners) {
-  return run("_bicubic_backward", grad_output, size, step, {a, antialias, border, align_corners}, true, std::nullopt,
-             -INFINITY, INFINITY);
+  const c10::cuda::CUDAGuard guard(grad_output.device());
+  return run_bicubic<Engine>("_bicubic_backward", grad_output, size, step, {a, antialias, border, align_corners}, true,
+                             std::nullopt, -INFINITY, INFINITY);
 }
 
-at::Tensor bicubic_uint8_cuda(const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step, double a,
-                              bool antialias, std::string_view border, bool align_corners, std::string_view rounding) {
+at::Tensor bicubic_uint8_cuda(const at::Tensor& input,  // [N, C, spatial] of one or two axes
+                              at::IntArrayRef size, at::ArrayRef<double> step, double a, bool antialias,
+                              std::string_view border, bool align_corners, std::string_view rounding) {
   const c10::cuda::CUDAGuard guard(input.device());
-  const ByteRounding rounded = check_bicubic_bytes(input, rounding);
-  const BicubicArgs args =
-      parse_bicubic("bicubic_uint8", input, size, step, {a, antialias, border, align_corners}, false);
-  at::Tensor out = args.empty_result();
-  if (out.numel() == 0) return out;
-  const bool columns_first = byte_columns_first(args, rounded, step);
-  if (rounded == ByteRounding::kLast)
-    Resampler<uint8_t, float>(args, {}, out, {columns_first, false, 0, 255}).run();
-  else if (rounded == ByteRounding::kMatlab)
-    Resampler<uint8_t, double>(args, {}, out, {columns_first, true, 0, 255}).run();
-  else
-    Resampler<uint8_t, int32_t>(args, {}, out, {columns_first, true, 0, 255}).run();
-  return out;
+  return run_bicubic_uint8<Engine>(input, size, step, {a, antialias, border, align_corners}, rounding);
 }
 
 }  // namespace

@@ -234,55 +234,12 @@ def _resize(
     return torch.ops.fastdense.bicubic(input, sizes, *options, residual, low, high)
 
 
-def _fake(input: Tensor, size: Sequence[int]) -> Tensor:
+def _fake(input: Tensor, size: Sequence[int], *_: Any) -> Tensor:
     sizes = [input.shape[0], input.shape[1], *size]
     channels_last = not input.is_contiguous() and input.movedim(1, -1).is_contiguous()
     if not channels_last:
         return input.new_empty(sizes)
     return input.new_empty([sizes[0], *sizes[2:], sizes[1]]).movedim(-1, 1)
-
-
-@torch.library.register_fake("fastdense::bicubic")
-def _(
-    input: Tensor,
-    size: Sequence[int],
-    step: Sequence[float],
-    a: float,
-    antialias: bool,
-    border: str,
-    align_corners: bool,
-    residual: Tensor | None,
-    low: float,
-    high: float,
-) -> Tensor:
-    return _fake(input, size)
-
-
-@torch.library.register_fake("fastdense::_bicubic_backward")
-def _(
-    grad_output: Tensor,
-    size: Sequence[int],
-    step: Sequence[float],
-    a: float,
-    antialias: bool,
-    border: str,
-    align_corners: bool,
-) -> Tensor:
-    return _fake(grad_output, size)
-
-
-@torch.library.register_fake("fastdense::bicubic_uint8")
-def _(
-    input: Tensor,
-    size: Sequence[int],
-    step: Sequence[float],
-    a: float,
-    antialias: bool,
-    border: str,
-    align_corners: bool,
-    rounding: str,
-) -> Tensor:
-    return _fake(input, size)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -335,5 +292,5 @@ def _vmap(op: Any, residual_at: int | None) -> Any:
 
 
 for _name, _residual_at in (("bicubic", 7), ("_bicubic_backward", None), ("bicubic_uint8", None)):
-    _op = getattr(torch.ops.fastdense, _name)
-    torch.library.register_vmap(f"fastdense::{_name}", _vmap(_op, _residual_at))
+    torch.library.register_fake(f"fastdense::{_name}", _fake)
+    torch.library.register_vmap(f"fastdense::{_name}", _vmap(getattr(torch.ops.fastdense, _name), _residual_at))

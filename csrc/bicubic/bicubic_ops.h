@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bicubic ops but for the arithmetic: checks, allocation, dispatch.  A device gives
+//   Engine::resample<T, A>(args, residual, out, finish)
+#pragma once
+
+#include <ATen/Dispatch.h>
+
+#include <cmath>
+
+#include "bicubic/bicubic.h"
+#include "common/checks.h"
+#include "common/storage.h"
+
+namespace fastdense {
+
+// How a result is finished: the order of two axes, rounding to bytes in between, limits.
+struct BicubicFinish {
+  bool columns_first, round_between;
+  double low, high;
+};
+
+template <typename Engine>
+at::Tensor run_bicubic(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
+                       const BicubicOptions& options, bool transposed, const std::optional<at::Tensor>& residual,
+                       double low, double high) {
+  check_floating(op, "input", input);
+  if (input.dim() == 5 && input.element_size() == 2) {  // keep what lies between the axes in float32
+    const auto added = residual ? std::optional(residual->to(at::kFloat)) : residual;
+    return run_bicubic<Engine>(op, input.to(at::kFloat), size, step, options, transposed, added, low, high)
+        .to(input.scalar_type());
+  }
+  const BicubicArgs args = parse_bicubic(op, input, size, step, options, transposed);
+  at::Tensor out = args.empty_result();
+  const at::Tensor added = bicubic_residual(op, residual, input, out);
+  if (out.numel() == 0) return out;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bicubic", [&] {
+    using T = typename Storage<scalar_t>::type;
+    Engine::template resample<T, accumulate_t<T>>(args, added, out, {args.columns_first, false, low, high});
+  });
+  return out;
+}
+
+template <typename Engine>
+at::Tensor run_bicubic_uint8(const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
+                             const BicubicOptions& options, std::string_view rounding) {
+  const ByteRounding rounded = check_bicubic_bytes(input, rounding);
+  const BicubicArgs args = parse_bicubic("bicubic_uint8", input, size, step, options, false);
+  at::Tensor out = args.empty_result();
+  if (out.numel() == 0) return out;
+  if (args.unchanged()) return out.copy_(input);
+  const bool columns_first = byte_columns_first(args, rounded, step);
+  if (rounded == ByteRounding::kLast)
+    Engine::template resample<uint8_t, float>(args, {}, out, {columns_first, false, 0, 255});
+  else if (rounded == ByteRounding::kMatlab)
+    Engine::template resample<uint8_t, double>(args, {}, out, {columns_first, true, 0, 255});
+  else
+    Engine::template resample<uint8_t, int32_t>(args, {}, out, {columns_first, true, 0, 255});
+  return out;
+}
+
+}  // namespace fastdense

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dense block operator against the concatenating reference."""
 
-import contextlib
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastdense import _C, reference
+from fastdense import reference
 from fastdense.ops import LayerWeights, NormWeights, TailWeights, dense_block, update_running_stats_
-
-LEVELS = ("baseline", "avx2", "avx512", "amx")
+from tests.simd import LEVELS, available_levels, simd_level
 
 
 @dataclass(frozen=True)
@@ -180,19 +178,9 @@ def test_parity_of_special_cases(case):
     check(case)
 
 
-@contextlib.contextmanager
-def simd_level(level: str):
-    best = _C.build_info()["simd"]
-    _C.set_simd_level(level)
-    try:
-        yield
-    finally:
-        _C.set_simd_level(best)
-
-
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_simd_level_of_this_machine(level):
-    if LEVELS.index(level) > LEVELS.index(_C.build_info()["simd"]):
+    if level not in available_levels():
         with pytest.raises(ValueError, match=level), simd_level(level):
             pass
         return

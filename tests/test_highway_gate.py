@@ -10,7 +10,7 @@ import torch
 from fastdense import _C
 from fastdense.ops import highway_gate
 from fastdense.ops.highway_gate import ACTIVATIONS
-from tests.test_bicubic import available_levels, simd_level
+from tests.simd import available_levels, simd_level
 
 FUNCTIONS = {"relu": torch.relu, "tanh": torch.tanh, "identity": lambda v: v}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

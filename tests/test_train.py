@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastdense._support import InputError
 from fastdense.train import NonFiniteLossError, TrainConfig, checkpoint, train
 from fastdense.train.data import augment, load_digits, load_folder, plan_epoch
 from fastdense.train.loop import learning_rate
-
-Image = pytest.importorskip("PIL.Image")
 
 # Trains with the JSON on the command line, again and again; each time a fork dies by SIGKILL in the n-th write of a
 # checkpoint, in the middle of the file or right behind it.

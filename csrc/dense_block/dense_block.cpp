@@ -11,72 +11,12 @@ namespace {
 
 constexpr const char* kOp = "dense_block";
 
-// Hands out the list of weights in order and checks each.
-class WeightReader {
- public:
-  WeightReader(at::TensorList weights, at::ArrayRef<double> eps, const at::TensorOptions& options)
-      : weights_(weights), eps_(eps), options_(options) {}
-
-  NormArgs norm(const std::string& name, int64_t channels) {
-    NormArgs n;
-    n.at = next_;
-    const std::vector<int64_t> shape{channels};
-    n.weight = take(name + ".weight", shape, true);
-    n.bias = take(name + ".bias", shape, true);
-    n.running_mean = take(name + ".running_mean", shape, true);
-    n.running_var = take(name + ".running_var", shape, true);
-    n.eps = eps_[next_eps_++];
-    TORCH_CHECK_VALUE(n.running_mean.defined() == n.running_var.defined(), kOp, ": expected ", name,
-                      ".running_mean and running_var to be given together, got one of them");
-    return n;
-  }
-
-  at::Tensor conv(const std::string& name, at::IntArrayRef shape) { return take(name + ".weight", shape, false); }
-
-  int64_t position() const { return next_; }
-
-  // The tensor at the current position, to learn a shape from.
-  const at::Tensor peek(int64_t ahead, const std::string& name) const {
-    const at::Tensor& t = weights_[size_t(next_ + ahead)];
-    TORCH_CHECK_VALUE(t.numel() > 0, kOp, ": expected ", name, ".weight to be given, got an empty tensor");
-    return t;
-  }
-
- private:
-  at::Tensor take(const std::string& name, at::IntArrayRef shape, bool optional) {
-    const at::Tensor& t = weights_[size_t(next_++)];
-    if (optional && t.numel() == 0) return {};
-    check_floating(kOp, name.c_str(), t);
-    TORCH_CHECK_VALUE(t.device() == options_.device(), kOp, ": expected ", name, " to be on ", options_.device(),
-                      " like input, got ", t.device());
-    check_shape(kOp, name.c_str(), t, shape);
-    return t;
-  }
-
-  at::TensorList weights_;
-  at::ArrayRef<double> eps_;
-  const at::TensorOptions& options_;
-  int64_t next_ = 0;
-  int64_t next_eps_ = 0;
-};
-
 Tail parse_tail(std::string_view tail) {
   if (tail == "none") return Tail::kNone;
   if (tail == "transition") return Tail::kTransition;
   if (tail == "norm") return Tail::kNorm;
   if (tail == "norm_relu") return Tail::kNormRelu;
   TORCH_CHECK_VALUE(false, kOp, ": expected tail to be none, transition, norm or norm_relu, got ", tail);
-}
-
-std::vector<int64_t> ones(int64_t out, int64_t in, size_t spatial) {
-  std::vector<int64_t> shape{out, in};
-  shape.resize(2 + spatial, 1);
-  return shape;
-}
-
-// Spatial sizes as three dimensions, the missing ones trailing with size 1: work is shared out along the first.
-void fill_three(at::IntArrayRef from, int64_t (&to)[3]) {
-  for (size_t d = 0; d < 3; ++d) to[d] = d < from.size() ? from[d] : 1;
 }
 
 // The first weight that shows how many channels and dimensions the input is to have.
@@ -104,14 +44,12 @@ void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers)
     layer.norm1 = reader.norm(name + ".norm1", in);
     if (args.bottleneck) {
       if (l == 0) args.width = reader.peek(0, name + ".conv1").size(0);
-      layer.conv1_at = reader.position();
-      layer.conv1 = reader.conv(name + ".conv1", ones(args.width, in, dims));
+      layer.conv1 = reader.conv(name + ".conv1", conv1x1_shape(args.width, in, dims));
       in = args.width;
       layer.norm2 = reader.norm(name + ".norm2", in);
     }
-    layer.conv2_at = reader.position();
     if (l == 0) {
-      const at::Tensor first = reader.peek(0, name + ".conv2");
+      const at::Tensor& first = reader.peek(0, name + ".conv2");
       check_rank(kOp, (name + ".conv2.weight").c_str(), first, int64_t(dims) + 2);
       args.growth = first.size(0);
       fill_three(first.sizes().slice(2), args.conv.kernel);
@@ -130,12 +68,11 @@ void read_tail(WeightReader& reader, DenseBlockArgs& args) {
   if (args.tail == Tail::kNone) return;
   args.tail_norm = reader.norm("tail.norm", args.channels());
   if (args.tail != Tail::kTransition) return;
-  args.tail_conv_at = reader.position();
   const int64_t out = reader.peek(0, "tail.conv").size(0);
-  args.tail_conv = reader.conv("tail.conv", ones(out, args.channels(), args.spatial.size()));
+  args.tail_conv = reader.conv("tail.conv", conv1x1_shape(out, args.channels(), args.spatial.size()));
   for (size_t d = 0; d < 3; ++d) {
     args.pool.size[d] = args.conv.size[d];
-    args.pool.window[d] = d < args.spatial.size() ? 2 : 1;
+    args.pool.window[d] = args.pool.stride[d] = d < args.spatial.size() ? 2 : 1;
     TORCH_CHECK_VALUE(args.conv.size[d] >= args.pool.window[d], kOp,
                       ": expected every spatial size to be at least 2 in front of the transition's pooling, got ",
                       at::IntArrayRef(args.spatial));
@@ -180,7 +117,7 @@ DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions&
   args.bottleneck = bottleneck;
   args.drop_rate = drop_rate;
   fill_three(args.spatial, args.conv.size);
-  WeightReader reader(weights, eps, options);
+  WeightReader reader(kOp, weights, eps, options);
   read_layers(reader, args, num_layers);
   read_tail(reader, args);
   TORCH_CHECK_VALUE(args.pixels() > 1 || !args.any_batch_statistics(), kOp,
@@ -198,7 +135,7 @@ DenseBlockOutputs allocate_dense_block(const DenseBlockArgs& args, const at::Ten
   o.var = at::zeros({args.statistics()}, statistics);
   o.z = at::empty({kept, args.pixels(), args.width}, options);
   if (args.tail == Tail::kTransition)
-    o.out = empty_channels_last(args.sizes(args.tail_conv.size(0), true), options);
+    o.out = empty_channels_last(args.sizes(args.tail_conv.weight.size(0), true), options);
   else if (args.tail != Tail::kNone)
     o.out = empty_channels_last(args.sizes(args.channels()), options);
   return o;

@@ -10,9 +10,7 @@
 // In forward every slice is written once, by its own layer, and its batch statistics are taken then; all layers share
 // them.  Backward reads it and owns a gradient buffer of the same layout.
 //
-// Deferred correction.  The gradient of batch norm is affine in x per channel.  Its consumers l of a channel add
-// scale_l * dy_l to the gradient buffer and the two correction terms to two numbers per channel, which are applied
-// once, when the channel's own layer takes its gradient (finalise_gradient in dense_block_math.h).
+// The norm corrections of a channel's gradient are deferred (batch_norm_math.h) until its own layer takes it.
 //
 // Saved: the buffer, mean and variance [C + L*b], and in `keep_bottleneck` mode the 1x1 outputs z [L, pixels, b].
 // Recomputed: norm + ReLU of every prefix, norm2 + ReLU, dropout masks, and z when it was not kept.
@@ -25,25 +23,17 @@
 #include <vector>
 
 #include "common/layout.h"
+#include "common/weights.h"
 #include "dense_block/dense_block_kernels.h"
 
 namespace fastdense {
 
 enum class Tail { kNone, kTransition, kNorm, kNormRelu };
 
-// A batch norm.  Running statistics are given when it normalises with them (eval mode, frozen), else undefined.
-struct NormArgs {
-  at::Tensor weight, bias, running_mean, running_var;
-  double eps = 0;
-  int64_t at = 0;  // position of `weight` in the list of weights
-  bool frozen() const { return running_mean.defined(); }
-};
-
 struct LayerArgs {
-  NormArgs norm1, norm2;    // norm2 and conv1 only with a bottleneck
-  at::Tensor conv1, conv2;  // [b, c, 1...], [k, b or c, kernel...]
-  int64_t conv1_at = 0, conv2_at = 0;
-  int64_t channels = 0;  // of the prefix that it reads
+  NormArgs norm1, norm2;  // norm2 and conv1 only with a bottleneck
+  ConvArgs conv1, conv2;  // [b, c, 1...], [k, b or c, kernel...]
+  int64_t channels = 0;   // of the prefix that it reads
 };
 
 struct DenseBlockArgs {
@@ -54,8 +44,7 @@ struct DenseBlockArgs {
   ConvGeometry conv{};
   Tail tail = Tail::kNone;
   NormArgs tail_norm;
-  at::Tensor tail_conv;  // [co, C, 1...]
-  int64_t tail_conv_at = 0;
+  ConvArgs tail_conv;  // [co, C, 1...]
   PoolGeometry pool{};
   double drop_rate = 0;
 

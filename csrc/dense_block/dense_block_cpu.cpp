@@ -10,16 +10,16 @@ namespace fastdense {
 namespace {
 
 template <typename T>
-class Forward : DenseBlockDriver<T> {
-  using Base = DenseBlockDriver<T>;
+class Forward : RowDriver<T> {
+  using Base = RowDriver<T>;
   using A = typename Base::A;
-  using Base::args;
   using Base::kernels;
   using typename Base::Coefficients;
 
  public:
   Forward(const DenseBlockArgs& args, const DenseBlockOutputs& o, uint64_t seed)
-      : Base(args),
+      : args_(args),
+        conv_(args, *this),
         seed_(seed),
         pixels_(args.pixels()),
         ld_(args.channels()),
@@ -29,103 +29,82 @@ class Forward : DenseBlockDriver<T> {
         z_(o.z) {}
 
   void run(const at::Tensor& input, const DenseBlockOutputs& o) {
-    o.buffer.narrow(1, 0, args.in_channels).copy_(input);
-    if (args.any_batch_statistics()) input_statistics();
-    if (args.bottleneck && z_.size(0) == 0 && !args.layers.empty())
-      one_z_ = at::empty({pixels_, args.width}, o.z.options());
-    for (size_t l = 0; l < args.layers.size(); ++l) layer(int64_t(l));
-    if (args.tail == Tail::kTransition) transition(static_cast<T*>(o.out.mutable_data_ptr()));
-    if (args.tail == Tail::kNorm || args.tail == Tail::kNormRelu) norm(static_cast<T*>(o.out.mutable_data_ptr()));
+    o.buffer.narrow(1, 0, args_.in_channels).copy_(input);
+    if (args_.any_batch_statistics()) this->statistics(x_, ld_, pixels_, args_.in_channels, mean_, var_);
+    if (args_.bottleneck && z_.size(0) == 0 && !args_.layers.empty())
+      one_z_ = at::empty({pixels_, args_.width}, o.z.options());
+    for (size_t l = 0; l < args_.layers.size(); ++l) layer(int64_t(l));
+    if (args_.tail == Tail::kTransition) transition(static_cast<T*>(o.out.mutable_data_ptr()));
+    if (args_.tail == Tail::kNorm || args_.tail == Tail::kNormRelu) norm(static_cast<T*>(o.out.mutable_data_ptr()));
   }
 
  private:
-  // Moments of chunks, combined in order.
-  void combine(const at::Tensor& partial, int64_t units, int64_t n, int64_t first,
-               const std::function<int64_t(int64_t)>& count) {
-    const double* p = partial.const_data_ptr<double>();
-    for (int64_t j = 0; j < n; ++j) {
-      Moments<double> total{0, 0, 0};
-      for (int64_t u = 0; u < units; ++u)
-        total = combine_moments<double>(total, {double(count(u)), p[2 * u * n + j], p[(2 * u + 1) * n + j]});
-      mean_[first + j] = A(total.mean);
-      var_[first + j] = A(total.m2 / total.count);
-    }
-  }
-
-  void input_statistics() {
-    constexpr int64_t kRows = 1024;
-    const int64_t n = args.in_channels, chunks = this->num_chunks(pixels_, kRows);
-    at::Tensor partial = this->template temporary<double>({chunks, 2, n});
-    double* p = partial.mutable_data_ptr<double>();
-    this->for_each_chunk(pixels_, kRows, [&](int64_t, int64_t chunk, int64_t row, int64_t rows) {
-      kernels.moments(x_ + row * ld_, ld_, rows, n, p + 2 * chunk * n, p + (2 * chunk + 1) * n);
-    });
-    combine(partial, chunks, n, 0, [&](int64_t u) { return this->chunk_count(pixels_, kRows, u); });
-  }
-
   void layer(int64_t l) {
-    const LayerArgs& layer = args.layers[l];
+    const LayerArgs& layer = args_.layers[l];
     const Coefficients c1 = this->coefficients(layer.norm1, mean_, var_, layer.channels);
     const Source<T> prefix = this->source(x_, ld_, c1);
-    if (!args.bottleneck) return conv(l, prefix);
+    if (!args_.bottleneck) return conv(l, prefix);
     T* z = static_cast<T*>((one_z_.defined() ? one_z_ : z_[l]).mutable_data_ptr());
-    const int64_t at = args.norm2_statistics(l);
+    const int64_t at = args_.norm2_statistics(l);
     bottleneck(layer, prefix, z, !layer.norm2.frozen(), at);
-    const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, args.width);
-    conv(l, this->source(z, args.width, c2));
+    const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, args_.width);
+    conv(l, this->source(z, args_.width, c2));
   }
 
   void bottleneck(const LayerArgs& layer, const Source<T>& prefix, T* z, bool statistics, int64_t first) {
-    const int64_t b = args.width, most = kernels.chunk_rows(layer.channels), chunks = this->num_chunks(pixels_, most);
-    at::Tensor partial = this->template temporary<double>({statistics ? chunks : 0, 2, b});
-    this->make_bottleneck(layer, prefix, z, statistics ? partial.mutable_data_ptr<double>() : nullptr);
-    if (statistics) combine(partial, chunks, b, first, [&](int64_t u) { return this->chunk_count(pixels_, most, u); });
+    const int64_t b = args_.width, most = kernels.chunk_rows(layer.channels);
+    at::Tensor partial = this->template temporary<double>({statistics ? this->num_chunks(pixels_, most) : 0, 2, b});
+    make_bottleneck(*this, layer, pixels_, prefix, z, statistics ? partial.mutable_data_ptr<double>() : nullptr);
+    const auto count = [&](int64_t u) { return this->chunk_count(pixels_, most, u); };
+    if (statistics) this->combine(partial, b, count, mean_ + first, var_ + first);
   }
 
   void conv(int64_t l, const Source<T>& in) {
-    const LayerArgs& layer = args.layers[l];
-    const int64_t k = args.growth, outer = args.conv.size[0], planes = this->slab_planes();
-    const int64_t slabs = this->slabs_per_image(), units = args.batch * slabs;
-    const bool statistics = args.any_batch_statistics();
-    const at::Tensor weight = this->tap_rows(layer.conv2);
+    const LayerArgs& layer = args_.layers[l];
+    const int64_t k = args_.growth, outer = args_.conv.size[0], planes = conv_.slab_planes();
+    const int64_t slabs = conv_.slabs_per_image(), units = args_.batch * slabs;
+    const bool statistics = args_.any_batch_statistics();
+    const at::Tensor weight = conv_.tap_rows(layer.conv2.weight);
     const at::Tensor panels =
-        this->pack(weight.template const_data_ptr<A>(), in.channels, args.conv.taps() * k, 1, in.channels);
+        this->pack(weight.template const_data_ptr<A>(), in.channels, args_.conv.taps() * k, 1, in.channels);
     at::Tensor partial = this->template temporary<double>({statistics ? units : 0, 2, k});
     double* p = partial.mutable_data_ptr<double>();
     const void* w = this->panels_of(panels);
-    const Dropout dropout = this->dropout(seed_, l);
+    const Dropout dropout = conv_.dropout(seed_, l);
     this->for_each_worker(units, [&](int64_t worker, int64_t unit) {
       const int64_t begin = unit % slabs * planes;
-      kernels.conv(in, args.conv, unit / slabs, begin, std::min(begin + planes, outer), w, k, x_ + layer.channels, ld_,
-                   dropout, statistics ? p + 2 * unit * k : nullptr, statistics ? p + (2 * unit + 1) * k : nullptr,
-                   this->scratch(worker));
+      conv_.kernels.conv(in, args_.conv, unit / slabs, begin, std::min(begin + planes, outer), w, k,
+                         x_ + layer.channels, ld_, dropout, statistics ? p + 2 * unit * k : nullptr,
+                         statistics ? p + (2 * unit + 1) * k : nullptr, this->scratch(worker));
     });
     if (!statistics) return;
-    combine(partial, units, k, layer.channels, [&](int64_t u) {
+    const auto count = [&](int64_t u) {
       const int64_t begin = u % slabs * planes;
-      return (std::min(begin + planes, outer) - begin) * args.conv.plane();
-    });
+      return (std::min(begin + planes, outer) - begin) * args_.conv.plane();
+    };
+    this->combine(partial, k, count, mean_ + layer.channels, var_ + layer.channels);
   }
 
   void transition(T* out) {
-    const int64_t co = args.tail_conv.size(0), most = kernels.chunk_rows(ld_);
-    const Coefficients c = this->coefficients(args.tail_norm, mean_, var_, ld_);
-    const at::Tensor weight = this->accumulate_type(args.tail_conv);
-    const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), ld_, co, 1, ld_);
-    this->for_each_chunk(args.batch * args.pool.pixels(), most,
+    const int64_t co = args_.tail_conv.weight.size(0), most = kernels.chunk_rows(ld_);
+    const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
+    const at::Tensor panels = this->pack_forward(args_.tail_conv.weight);
+    this->for_each_chunk(args_.batch * args_.pool.pixels(), most,
                          [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-                           kernels.product(this->source(x_, ld_, c), &args.pool, row, rows, this->panels_of(panels), co,
-                                           out, co, nullptr, nullptr, this->scratch(worker));
+                           kernels.product({this->source(x_, ld_, c)}, &args_.pool, row, rows, this->panels_of(panels),
+                                           {{out, co, co, nullptr, nullptr, nullptr, 0}}, this->scratch(worker));
                          });
   }
 
   void norm(T* out) {
-    const Coefficients c = this->coefficients(args.tail_norm, mean_, var_, ld_);
+    const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
     this->for_each_chunk(pixels_, kernels.chunk_rows(ld_), [&](int64_t, int64_t, int64_t row, int64_t rows) {
-      kernels.norm(this->source(x_, ld_, c), args.tail == Tail::kNormRelu, row, rows, out);
+      kernels.norm(this->source(x_, ld_, c), args_.tail == Tail::kNormRelu, row, rows, out);
     });
   }
 
+  const DenseBlockArgs& args_;
+  const DenseBlockConvolution<T> conv_;
   const uint64_t seed_;
   const int64_t pixels_, ld_;
   T* const x_;

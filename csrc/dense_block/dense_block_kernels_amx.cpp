@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "common/batch_norm_math.h"
 #include "dense_block/dense_block_kernels.h"
-#include "dense_block/dense_block_math.h"
 #include "dropout_mask/dropout_mask_math.h"
 
 #ifdef FASTDENSE_HAS_AMX

@@ -6,8 +6,8 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include "common/batch_norm_math.h"
 #include "common/checks.h"
-#include "dense_block/dense_block_math.h"
 
 namespace fastdense {
 namespace {

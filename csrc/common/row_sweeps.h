@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Elementwise sweeps over a chunk of rows: activations, moments, gradient sinks.  Plain loops over the scalar maths of
-// dense_block_math.h that the compiler vectorises over channels.  Included once per target.
+// batch_norm_math.h that the compiler vectorises over channels.  Included once per target.
 namespace fastdense::FASTDENSE_TARGET {
 
 // Room for one chunk, handed out in cache lines.
@@ -31,21 +31,21 @@ struct Rows {
   static constexpr int64_t stride(int64_t depth) {
     return round_up(depth, Gemm<T>::kAlign) + 64 / int64_t(sizeof(Operand));
   }
-  // Row r; values from `depth` on, as far as products read, are zero.
-  Operand* row(int64_t r, int64_t depth) const {
-    Operand* out = data + r * ld;
-    for (int64_t i = depth; i < round_up(depth, Gemm<T>::kAlign); ++i) out[i] = Operand{};
-    return out;
+  Operand* row(int64_t r) const { return data + r * ld; }
+  // Zeroes the values from `depth` on, as far as products read.
+  void pad(int64_t rows, int64_t depth) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = depth; i < round_up(depth, Gemm<T>::kAlign); ++i) row(r)[i] = Operand{};
   }
 };
 
-// y[rows] = act(source)
+// y[rows], columns from `column` on = act(source)
 template <typename T>
-inline void activate(const Source<T>& s, int64_t row, int64_t rows, const Rows<T>& y) {
+inline void activate(const Source<T>& s, int64_t row, int64_t rows, const Rows<T>& y, int64_t column) {
   using Operand = typename Gemm<T>::Operand;
   for (int64_t r = 0; r < rows; ++r) {
     const T* x = s.x + (row + r) * s.ld;
-    Operand* __restrict out = y.row(r, s.channels);
+    Operand* __restrict out = y.row(r) + column;
     for (int64_t j = 0; j < s.channels; ++j) out[j] = store<Operand>(norm_relu(load(x[j]), s.scale[j], s.shift[j]));
   }
 }
@@ -54,7 +54,7 @@ inline void activate(const Source<T>& s, int64_t row, int64_t rows, const Rows<T
 inline int64_t window_origin(const PoolGeometry& g, int64_t p) {
   const int64_t image = p / g.pixels(), in = p % g.pixels();
   const int64_t i2 = in % g.pooled(2), i1 = in / g.pooled(2) % g.pooled(1), i0 = in / g.pooled(2) / g.pooled(1);
-  return ((image * g.size[0] + i0 * g.window[0]) * g.size[1] + i1 * g.window[1]) * g.size[2] + i2 * g.window[2];
+  return ((image * g.size[0] + i0 * g.stride[0]) * g.size[1] + i1 * g.stride[1]) * g.size[2] + i2 * g.stride[2];
 }
 
 // Pixel of a window relative to its origin.
@@ -77,6 +77,18 @@ inline void activate_pooled_row(const Source<T>& s, const PoolGeometry& g, int64
     for (int64_t j = begin; j < end; ++j) y[j - begin] += norm_relu(load(x[j]), s.scale[j], s.shift[j]);
   }
   for (int64_t j = begin; j < end; ++j) y[j - begin] *= share;
+}
+
+// As activate() with pooled rows; `room` holds a row.
+template <typename T>
+inline void activate_pooled(const Source<T>& s, const PoolGeometry& g, int64_t row, int64_t rows, accumulate_t<T>* room,
+                            const Rows<T>& y, int64_t column) {
+  using Operand = typename Gemm<T>::Operand;
+  for (int64_t r = 0; r < rows; ++r) {
+    activate_pooled_row(s, g, row + r, 0, s.channels, room);
+    Operand* __restrict out = y.row(r) + column;
+    for (int64_t j = 0; j < s.channels; ++j) out[j] = store<Operand>(room[j]);
+  }
 }
 
 // Columns [begin, end) of act(source) as panels.
@@ -144,13 +156,21 @@ void moments(const T* x, int64_t ld, int64_t rows, int64_t n, double* mean, doub
   }
 }
 
-// Rounds v[rows, ldv] into out[rows, ldo]; the moments are those of the stored values.
+// Rounds v[rows, ldv] into a target; the moments are those of the stored values.
 template <typename T>
-inline void store_rows(const accumulate_t<T>* v, int64_t ldv, int64_t rows, int64_t n, T* out, int64_t ldo,
-                       double* mean, double* m2) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < n; ++j) out[r * ldo + j] = store<T>(v[r * ldv + j]);
-  if (mean) moments(out, ldo, rows, n, mean, m2);
+inline void store_rows(const accumulate_t<T>* v, int64_t ldv, int64_t row, int64_t rows, const Target<T>& target) {
+  using A = accumulate_t<T>;
+  const int64_t n = target.columns;
+  for (int64_t r = 0; r < rows; ++r) {
+    const A* from = v + r * ldv;
+    T* out = target.out + (row + r) * target.ld;
+    const T* add = target.add ? target.add + (row + r) * target.ld_add : nullptr;
+    if (add)
+      for (int64_t j = 0; j < n; ++j) out[j] = store<T>(A(load(add[j])) + from[j]);
+    else
+      for (int64_t j = 0; j < n; ++j) out[j] = store<T>(from[j]);
+  }
+  if (target.mean) moments(target.out + row * target.ld, target.ld, rows, n, target.mean, target.m2);
 }
 
 // One pixel of a sink, columns from `begin` on: the gradient share * dy of the activation passes its ReLU, or is taken

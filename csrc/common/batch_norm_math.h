@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scalar maths of the dense block (Huang et al., "Densely Connected Convolutional Networks", 2017), shared by every
-// device: batch norm as relu(scale * x + shift), its backward with the correction deferred until all consumers of a
-// channel are done, and the running statistics.  Written once; loops around it live with the devices.
+// Scalar maths of batch norm and ReLU, shared by every op and device: relu(scale * x + shift), its backward with the
+// correction deferred until all consumers of a channel are done, and the running statistics.  Written once; loops
+// around it live with the ops.
+//
+// Deferred correction.  The gradient of batch norm is affine in x per channel.  The consumers l of a channel, which
+// share its batch statistics, add scale_l * dy_l to one gradient buffer and the two correction terms to two numbers
+// per channel, which are applied once, when all consumers are done (finalise_gradient).
 #pragma once
 
 #include <cmath>
@@ -30,9 +34,9 @@ FASTDENSE_HD A norm_relu(A x, A scale, A shift) {
   return relu(mul_add(x, scale, shift));
 }
 
-// Gradient of a channel once all its consumers have added scale * dy to g (see `Deferred correction` in dense_block.h):
-// shift_sum = sum_l scale_l s1_l / M and slope_sum = sum_l scale_l rstd_l s2_l / M.  Where nothing was added, as by
-// frozen norms, the gradient is g, even if x is not finite.
+// Gradient of a channel once all its consumers have added scale * dy to g: shift_sum = sum_l scale_l s1_l / M and
+// slope_sum = sum_l scale_l rstd_l s2_l / M.  Where nothing was added, as by frozen norms, the gradient is g, even if x
+// is not finite.
 template <typename A>
 FASTDENSE_HD A finalise_gradient(A g, A x, A mean, A shift_sum, A slope_sum) {
   const A corrected = g - shift_sum - (x - mean) * slope_sum;

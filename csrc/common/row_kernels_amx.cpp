@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/batch_norm_math.h"
+#include "common/row_kernels.h"
+
+#ifdef FASTDENSE_HAS_AMX
+#define FASTDENSE_TARGET amx
+#define FASTDENSE_TARGET_AMX
+#define FASTDENSE_TARGET_AVX512
+#include "common/target.h"
+
+#include "common/vec.h"
+
+#include "common/row_kernels_impl.h"
+
+#include "common/target_end.h"
+#endif

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/batch_norm_math.h"
+#include "common/row_kernels.h"
+
+#if defined(__x86_64__)
+#define FASTDENSE_TARGET avx512
+#define FASTDENSE_TARGET_AVX512
+#include "common/target.h"
+
+#include "common/vec.h"
+
+#include "common/row_kernels_impl.h"
+
+#include "common/target_end.h"
+#endif

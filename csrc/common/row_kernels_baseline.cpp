@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/batch_norm_math.h"
+#include "common/row_kernels.h"
+
+#define FASTDENSE_TARGET baseline
+#define FASTDENSE_TARGET_BASELINE
+#include "common/target.h"
+
+#include "common/vec.h"
+
+#include "common/row_kernels_impl.h"
+
+#include "common/target_end.h"

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of a chunk of rows, forward and backward, that the kernels of row_kernels.h and of the ops are made of.
+
+#include "common/gemm.h"
+#ifdef FASTDENSE_TARGET_AMX
+#include "common/gemm_amx.h"
+#endif
+#include "common/row_sweeps.h"
+
+namespace fastdense::FASTDENSE_TARGET {
+
+// Columns of a backward product that are worked on at once, a multiple of every panel width.
+constexpr int64_t kColumnBlock = 256;
+// Bytes of activated rows that a forward chunk keeps in L2.
+constexpr int64_t kForwardBytes = 192 * 1024;
+// Rows of a backward chunk: 16-bit factors leave room for more.
+template <typename T>
+constexpr int64_t kBackwardRows = sizeof(typename Gemm<T>::Operand) == 2 ? 384 : 192;
+
+template <typename T>
+constexpr int64_t chunk_rows(int64_t channels) {
+  constexpr int64_t kMultiple = Gemm<T>::kAlign > 1 ? Gemm<T>::kAlign : kTileRows;
+  const int64_t fit = kForwardBytes / int64_t(sizeof(typename Gemm<T>::Operand)) / (channels > 0 ? channels : 1);
+  const int64_t rows = fit < 48 ? 48 : fit > 384 ? 384 : fit;
+  return rows / kMultiple * kMultiple;
+}
+
+template <typename T, typename A = accumulate_t<T>>
+void pack(const A* w, int64_t depth, int64_t n, int64_t depth_stride, int64_t column_stride, int64_t first_panel,
+          int64_t last_panel, void* panels) {
+  using G = Gemm<T>;
+  auto* out = static_cast<typename G::Operand*>(panels);
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    const A* from = w + p * G::kPanel * column_stride;
+    G::fill_panel(
+        depth, n - p * G::kPanel, [=](int64_t k, int64_t i) { return from[k * depth_stride + i * column_stride]; },
+        out + p * G::kPanel * round_up(depth, G::kAlign));
+  }
+}
+
+template <typename T>
+const typename Gemm<T>::Operand* unpacked(const void* panels) {
+  return static_cast<const typename Gemm<T>::Operand*>(panels);
+}
+
+template <typename T, typename A = accumulate_t<T>>
+void product(const Sources<T>& sources, const PoolGeometry* pool, int64_t row, int64_t rows, const void* panels,
+             const Targets<T>& targets, void* room) {
+  using G = Gemm<T>;
+  Scratch scratch(room);
+  const int64_t depth = sources.channels(), n = targets.columns();
+  const Rows<T> y(scratch, rows, depth);
+  const int64_t ldc = round_up(n, G::kPanel);
+  A* c = scratch.take<A>(round_up(rows, G::kAlign) * ldc);
+  A* pooled = scratch.take<A>(depth);
+  y.pad(rows, depth);
+  int64_t column = 0;
+  for (const Source<T>& s : {sources.first, sources.second}) {
+    if (pool)
+      activate_pooled(s, *pool, row, rows, pooled, y, column);
+    else
+      activate(s, row, rows, y, column);
+    column += s.channels;
+  }
+  G::multiply(rows, depth, n, y.data, y.ld, unpacked<T>(panels), c, ldc);
+  store_rows(c, ldc, row, rows, targets.first);
+  store_rows(c + targets.first.columns, ldc, row, rows, targets.second);
+}
+
+// dy = left * weight behind an activation: ReLU mask, sums, gradient, and dweight += left^T * activation; block by
+// block of columns, so that everything stays in cache.
+template <typename T, typename A = accumulate_t<T>>
+void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const Rows<T>& left,
+              int64_t depth, const void* panels, const BackwardSink<T>& sink, Scratch scratch) {
+  using G = Gemm<T>;
+  using Operand = typename G::Operand;
+  const int64_t padded_rows = round_up(rows, G::kAlign), padded_depth = round_up(depth, G::kAlign);
+  Operand* act = scratch.take<Operand>(padded_rows * kColumnBlock);
+  A* dy = scratch.take<A>(padded_rows * kColumnBlock);
+  Operand* room = scratch.take<Operand>(G::transposed_size(rows, depth));
+  const Operand* transposed = sink.dweight ? G::transpose(rows, depth, left.data, left.ld, room) : nullptr;
+  const int64_t volume = pool ? pool->volume() : 1;
+  for (int64_t begin = 0; begin < s.channels; begin += kColumnBlock) {
+    const int64_t end = s.channels - begin < kColumnBlock ? s.channels : begin + kColumnBlock;
+    const int64_t n = end - begin, ldd = round_up(n, G::kPanel);
+    if (sink.dweight) {
+      if (pool)
+        activate_pooled_panels(s, *pool, row, rows, begin, end, dy, act);
+      else
+        activate_panels(s, row, rows, begin, end, act);
+      G::multiply_transposed(rows, depth, n, transposed, left.ld, act, sink.dweight + begin,
+                             round_up(s.channels, G::kPanel));
+    }
+    if (!sink.gradient) continue;
+    G::multiply(rows, depth, n, left.data, left.ld, unpacked<T>(panels) + begin * padded_depth, dy, ldd);
+    A sum[kColumnBlock] = {}, weighted[kColumnBlock] = {};
+    const auto sink_pixel = sink.accumulate ? sink_row<true, true, T> : sink_row<true, false, T>;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t first = pool ? window_origin(*pool, row + r) : row + r;
+      for (int64_t w = 0; w < volume; ++w)
+        sink_pixel(s, sink, first + (pool ? window_offset(*pool, w) : 0), begin, n, dy + r * ldd, A(1) / A(volume), sum,
+                   weighted);
+    }
+    add_chunk_sums(n, sum, weighted, sink.sum + begin, sink.weighted + begin);
+  }
+}
+
+}  // namespace fastdense::FASTDENSE_TARGET

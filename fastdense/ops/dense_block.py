@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdense import _C
+
 MEMORY_MODES = ("balanced", "min")
-_DEVICES = ("cpu", "meta")
+_DEVICES = ("cpu", "meta", "cuda") if _C.build_info()["cuda"] else ("cpu", "meta")
 
 
 def has_kernels(device: str) -> bool:

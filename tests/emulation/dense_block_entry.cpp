@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA dense block with its kernels emulated, as ops of another namespace on CPU tensors.
+#include <torch/library.h>
+
+#include "dense_block/dense_block_cuda.h"
+#include "emulation.h"
+
+namespace fastdense {
+namespace {
+
+CudaContext context{nullptr, 0};
+
+struct EmulatedEngine {
+  using Guard = c10::Device;  // nothing to guard
+  template <typename T>
+  static void forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
+                      const DenseBlockOutputs& o) {
+    dense_block_forward_cuda<T>(args, input, seed, o, context);
+  }
+  template <typename T>
+  static std::vector<at::Tensor> backward(const DenseBlockArgs& args, const DenseBlockSaved& saved,
+                                          const at::Tensor& grad_output, const std::optional<at::Tensor>& seed,
+                                          const std::vector<bool>& needs, at::TensorList weights) {
+    return dense_block_backward_cuda<T>(args, saved, grad_output, seed, needs, weights, context);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdense_emulated, CPU, m) {
+  m.impl("dense_block", &dense_block<EmulatedEngine>);
+  m.impl("_dense_block_backward", &dense_block_backward<EmulatedEngine>);
+}
+
+}  // namespace fastdense
+
+extern "C" {
+void set_backwards(bool value) { fastdense::emulation::backwards = value; }
+void set_scratch_bytes(int64_t value) { fastdense::context.scratch_bytes = value; }
+int64_t launches() { return fastdense::emulation::launches; }
+}

@@ -78,6 +78,11 @@ FASTDENSE_HD A update_running(A running, A batch, A factor) {
   return running + factor * (batch - running);
 }
 
+// A negative momentum means the cumulative average over the batches so far.
+FASTDENSE_HD double running_factor(double momentum, int64_t batches) {
+  return momentum < 0 ? 1.0 / double(batches) : momentum;
+}
+
 FASTDENSE_HD double unbiased_factor(double count) { return count / (count - 1); }
 
 }  // namespace fastdense

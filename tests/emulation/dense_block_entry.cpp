@@ -4,6 +4,7 @@
 
 #include "dense_block/dense_block_cuda.h"
 #include "emulation.h"
+#include "running_stats/running_stats_cuda.h"
 
 namespace fastdense {
 namespace {
@@ -25,11 +26,18 @@ struct EmulatedEngine {
   }
 };
 
+void update_running_stats(at::TensorList running_mean, at::TensorList running_var, at::TensorList batches,
+                          const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef offsets,
+                          at::ArrayRef<double> momentum, int64_t count) {
+  update_running_stats_on({running_mean, running_var, batches, mean, var, offsets, momentum, count}, context.stream);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense_emulated, CPU, m) {
   m.impl("dense_block", &dense_block<EmulatedEngine>);
   m.impl("_dense_block_backward", &dense_block_backward<EmulatedEngine>);
+  m.impl("update_running_stats_", &update_running_stats);
 }
 
 }  // namespace fastdense

@@ -10,6 +10,7 @@
 // of its size.  Not modelled: the order of memory accesses between blocks, bank conflicts, speed.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstddef>
@@ -65,7 +66,7 @@ class Block {
       fibers_[i]->fresh = true;
       idle_.push_back(i);
     }
-    if (threads > 0) switch_to(next(), &main_);
+    if (threads > 0) switch_to(next(), main_);
     if (!failure.empty()) return;
     const auto whole = [&](const unsigned char* at) {
       for (size_t i = 0; i < kGuard; ++i)
@@ -97,7 +98,7 @@ class Block {
 
   [[noreturn]] void stop(const char* reason) {
     fail(reason);
-    setcontext(&main_);
+    _longjmp(main_.at, 1);
     __builtin_unreachable();
   }
 
@@ -114,10 +115,11 @@ class Block {
     uint64_t given = 0;
     bool can_run() const { return !done && (!at || at->number != number); }
   };
+  // A stack to run on.  Entered once by setcontext, then left and entered by jumps, which spare system calls.
   struct Fiber {
     bool fresh = true;
-    ucontext_t context;
-    std::unique_ptr<char[]> stack{new char[kStack]};
+    jmp_buf at;
+    std::unique_ptr<char[]> stack;
   };
 
   void fail(const char* reason) {
@@ -137,7 +139,7 @@ class Block {
       ++meeting.number;
     }
     // Even the last to arrive steps back, so that the order of threads is the schedule's alone.
-    if (const unsigned following = next(); following != current_) switch_to(following, &fibers_[thread.fiber]->context);
+    if (const unsigned following = next(); following != current_) switch_to(following, *fibers_[thread.fiber]);
     thread.at = nullptr;
   }
 
@@ -157,11 +159,11 @@ class Block {
     return true;
   }
 
-  // Leaves the context `from` for a thread, or for the launch when there is none.
-  void switch_to(unsigned thread, ucontext_t* from) {
+  // Leaves the fiber `from` for a thread, or for the launch when there is none.
+  void switch_to(unsigned thread, Fiber& from) {
     if (thread == threads_.size()) {
       if (!all_done()) stop("a barrier or collective was not met by all threads");
-      setcontext(&main_);
+      _longjmp(main_.at, 1);
     }
     Thread& t = threads_[thread];
     if (!t.started) {
@@ -171,10 +173,12 @@ class Block {
       }
       t.fiber = idle_.back();
       idle_.pop_back();
-      prepare(*fibers_[t.fiber]);
     }
     enter(thread);
-    swapcontext(from, &fibers_[t.fiber]->context);
+    Fiber& to = *fibers_[t.fiber];
+    if (_setjmp(from.at) != 0) return;
+    if (!to.fresh) _longjmp(to.at, 1);
+    begin(to);
   }
 
   void enter(unsigned thread) {
@@ -182,13 +186,16 @@ class Block {
     threadIdx = dim3(thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y));
   }
 
-  static void prepare(Fiber& fiber) {
-    if (!std::exchange(fiber.fresh, false)) return;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &Block::carry, 0);
+  static void begin(Fiber& fiber) {
+    fiber.fresh = false;
+    if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, &Block::carry, 0);
+    setcontext(&context);
   }
 
   // A fiber carries one thread after the other as long as none waits.
@@ -206,7 +213,7 @@ class Block {
         enter(following);
       } else {
         idle_.push_back(own);
-        switch_to(following, &fibers_[own]->context);
+        switch_to(following, *fibers_[own]);
       }
     }
   }
@@ -220,7 +227,7 @@ class Block {
   size_t shared_bytes_ = 0;
   unsigned current_ = 0;
   const std::function<void()>* body_ = nullptr;
-  ucontext_t main_;
+  Fiber main_;
 };
 
 inline Block block;

@@ -11,6 +11,13 @@ TORCH_LIBRARY(fastdense, m) {
       "float[] eps, int num_layers, bool bottleneck, str tail, float drop_rate, Tensor? seed, SymInt in_channels, "
       "bool[] needs_grad) -> Tensor[]");
   m.def(
+      "dual_path_stage(Tensor input, Tensor[] weights, float[] eps, int num_blocks, bool projection, "
+      "int residual_channels, int stride, str memory) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_dual_path_stage_backward(Tensor grad_output, Tensor input, Tensor out, Tensor residuals, Tensor a, Tensor b, "
+      "Tensor mean, Tensor var, Tensor[] weights, float[] eps, int num_blocks, bool projection, "
+      "int residual_channels, int stride, bool[] needs_grad) -> Tensor[]");
+  m.def(
       "update_running_stats_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] num_batches_tracked, "
       "Tensor mean, Tensor var, int[] offsets, float[] momentum, SymInt count) -> ()");
   m.def(

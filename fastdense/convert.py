@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the dense blocks of an existing model fast, in place, and plain again."""
+"""Makes the dense and dual path blocks of an existing model fast, in place, and plain again."""
 
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
 from fastdense.nn.dense_block import PlainDenseBlock
+from fastdense.nn.dual_path import PlainDualPathBlock
+from fastdense.nn.dual_path_structure import DUAL_PATH_BLOCKS, read_dual_path_block
 from fastdense.nn.fused import (
     FusedDenseBlock,
     FusedModule,
@@ -17,6 +19,7 @@ from fastdense.nn.fused import (
     fused_class,
     plain_class,
 )
+from fastdense.nn.fused_dual_path import FusedDualPathBlock
 from fastdense.nn.structure import (
     BLOCKS,
     NotFusible,
@@ -31,22 +34,23 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(model: Model, *, memory: str = "balanced") -> Model:
-    """Lets every dense block of ``model`` run on one shared buffer.
+    """Lets every dense block of ``model`` run on one shared buffer, and every dual path stage on its output.
 
-    Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, and of models that contain them. A
-    module only changes its class: parameters, buffers, hooks, ``state_dict`` keys and outputs stay what they are, an
-    existing optimizer keeps working.
+    Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, the blocks of timm's DPNs, and
+    those of models that contain them. A module only changes its class: parameters, buffers, hooks, ``state_dict`` keys
+    and outputs stay what they are, an existing optimizer keeps working.
 
     Args:
         model: any module; changed in place.
-        memory: "balanced" (default) keeps the 1x1 outputs for the backward pass, "min" computes them again. A
-            converted model may be converted again to change it.
+        memory: "balanced" (default) keeps the outputs inside the bottlenecks for the backward pass, "min" computes them
+            again, "reversible", for dual path blocks alone, computes the residual path again. A converted model may be
+            converted again to change it.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: if ``memory`` is unknown or ``model`` contains no dense block.
+        ValueError: if ``model`` contains no such block, or ``memory`` is not a mode of one that it contains.
 
     Note:
         What cannot be fused (another norm or activation, a convolution with bias, hooks on inner modules ...) stays
@@ -56,21 +60,20 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
         >>> import torchvision, fastdense
         >>> model = fastdense.convert(torchvision.models.densenet121())
     """
-    check_memory(memory)
     modules = list(model.named_modules())
-    blocks = [(name, module) for name, module in modules if is_block(module)]
-    if not blocks:
-        looked_for = ", ".join(".".join(known) for known in BLOCKS)
+    found = [(name, module, kind) for kind in KINDS for name, module in modules if kind.matches(module)]
+    if not any(kind.is_block for _, _, kind in found):
+        looked_for = ", ".join(".".join(known) for known in BLOCKS + DUAL_PATH_BLOCKS)
         raise ValueError(
-            f"convert: expected model to contain dense blocks (looked for {looked_for}), got {type(model).__name__}"
+            f"convert: expected model to contain dense or dual path blocks (looked for {looked_for}), "
+            f"got {type(model).__name__}"
         )
-    for name, module in blocks:
-        _try_fuse(name, module, FusedDenseBlock, read_block, memory)
-    for name, module in modules:
-        if is_transition_like(module):
-            _try_fuse(name, module, FusedTransition, read_transition, memory)
+    for _, _, kind in found:
+        check_memory(memory, kind.mixin.memory_modes)
+    for name, module, kind in found:
+        _try_fuse(name, module, kind, memory)
     for _, module in modules:
-        if type(module) is nn.Sequential and any(isinstance(inner, FusedDenseBlock) for inner in module.children()):
+        if type(module) is nn.Sequential and any(isinstance(inner, _IN_SEQUENCES) for inner in module.children()):
             module.__class__ = fused_class(FusedSequential, nn.Sequential)
     return model
 
@@ -91,17 +94,30 @@ def restore(model: Model) -> Model:
             module.__class__ = plain_class(type(module))
             for name in ("_fallback_reason", "_fused_name"):
                 module.__dict__.pop(name, None)
-            if not isinstance(module, PlainDenseBlock):
+            if not isinstance(module, PlainDenseBlock | PlainDualPathBlock):
                 module.__dict__.pop("memory", None)
     return model
 
 
-def is_block(module: nn.Module) -> bool:
-    """Whether ``module`` is a dense block, fused or of a class that :func:`convert` knows."""
+class Kind(NamedTuple):
+    """Modules that can be fused: what they are called, the mixin, how to tell and to read one."""
+
+    name: str
+    mixin: type[FusedModule]
+    matches: Callable[[nn.Module], bool]
+    read: Callable[[Any], object]
+    is_block: bool
+
+
+def _is_dense_block(module: nn.Module) -> bool:
     return isinstance(module, FusedDenseBlock) or runs_as(module, BLOCKS)
 
 
-def is_transition_like(module: nn.Module) -> bool:
+def _is_dual_path_block(module: nn.Module) -> bool:
+    return isinstance(module, FusedDualPathBlock) or runs_as(module, DUAL_PATH_BLOCKS)
+
+
+def _is_transition_like(module: nn.Module) -> bool:
     """A sequence of exactly norm, (relu), conv, pool."""
     if isinstance(module, FusedTransition):
         return True
@@ -109,22 +125,25 @@ def is_transition_like(module: nn.Module) -> bool:
     return is_sequence and is_transition(module)
 
 
-def _try_fuse(
-    name: str,
-    module: nn.Module,
-    mixin: type[FusedModule],
-    read: Callable[[nn.Module], object],
-    memory: str,
-) -> None:
+KINDS = (
+    Kind("block", FusedDenseBlock, _is_dense_block, read_block, True),
+    Kind("transition", FusedTransition, _is_transition_like, read_transition, False),
+    Kind("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True),
+)
+# A sequence that holds one of these looks for what runs together.
+_IN_SEQUENCES = (FusedDenseBlock, FusedDualPathBlock)
+
+
+def _try_fuse(name: str, module: nn.Module, kind: Kind, memory: str) -> None:
     """Fuses a module, or warns why it stays plain."""
     if not isinstance(module, FusedModule):
         try:
-            read(module)
+            kind.read(module)
         except NotFusibleInTraining:
             pass
         except NotFusible as reason:
             warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}", stacklevel=3)
             return
-        module.__class__ = fused_class(mixin, type(module))
+        module.__class__ = fused_class(kind.mixin, type(module))
     module.__dict__["memory"] = memory
     module.__dict__["_fused_name"] = name

@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastdense.convert import is_block, is_transition_like, restore
+from fastdense.convert import KINDS, Kind, restore
 from fastdense.models.catalogue import kept_per_image
-from fastdense.nn.fused import FusedDenseBlock, FusedModule
-from fastdense.nn.structure import NotFusible, read_block, read_transition
+from fastdense.nn.fused import FusedModule
+from fastdense.nn.structure import NotFusible
 
 
 class ReportRow(NamedTuple):
-    """A dense block or transition.
+    """A dense block, transition or dual path block.
 
-    ``runs`` is "fused" or "plain", ``reason`` says why it is plain, ``layers`` counts those of a block.
+    ``runs`` is "fused" or "plain", ``reason`` says why it is plain, ``layers`` counts those of a dense block.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Report(NamedTuple):
 
 
 def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Report:
-    """Lists the dense blocks and transitions of a model; ``print`` shows it as a table.
+    """Lists the dense blocks, transitions and dual path blocks of a model; ``print`` shows it as a table.
 
     Args:
         model: converted or not; left as it is. A reason is the one of this moment: hooks that are removed or a mode
@@ -72,10 +72,9 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
     """
     rows = []
     for name, module in model.named_modules():
-        if is_block(module):
-            rows.append(_row(name, module, "block"))
-        elif is_transition_like(module):
-            rows.append(_row(name, module, "transition"))
+        kind = next((kind for kind in KINDS if kind.matches(module)), None)
+        if kind is not None:
+            rows.append(_row(name, module, kind))
     if input_shape is None:
         return Report(tuple(rows), None, None)
     now = copy.deepcopy(model).to("meta")
@@ -83,18 +82,15 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
     return Report(tuple(rows), kept_per_image(restore(now), input_shape), kept)
 
 
-def _row(name: str, module: nn.Module, kind: str) -> ReportRow:
-    layers = len(list(module.children())) if kind == "block" else 0
+def _row(name: str, module: nn.Module, kind: Kind) -> ReportRow:
+    layers = len(list(module.children())) if kind.name == "block" else 0
     reason = ""
     try:
-        if kind == "block":
-            read_block(module)
-        else:
-            read_transition(module)
+        kind.read(module)
     except NotFusible as error:
         reason = str(error)
     if not reason and not isinstance(module, FusedModule):
         reason = "not converted: call fastdense.convert(model)"
-    if not reason and isinstance(module, FusedDenseBlock) and type(module).forward is not FusedDenseBlock.forward:
+    if not reason and type(module).forward is not kind.mixin.forward:
         reason = "its class has a forward of its own"
-    return ReportRow(name or type(module).__name__, kind, "plain" if reason else "fused", layers, reason)
+    return ReportRow(name or type(module).__name__, kind.name, "plain" if reason else "fused", layers, reason)

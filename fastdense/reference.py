@@ -7,16 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdense.ops.dense_block import BatchStatistics, LayerWeights, NormWeights, TailWeights
+from fastdense.ops.arguments import BatchStatistics, NormWeights
+from fastdense.ops.dense_block import LayerWeights, TailWeights
 from fastdense.ops.dropout_mask import dropout_mask
+from fastdense.ops.dual_path import DualPathWeights, ProjectionWeights
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
-def _conv(x: Tensor, weight: Tensor) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     padding = [size // 2 for size in weight.shape[2:]]
-    return _CONV[x.dim() - 3](x, weight, padding=padding)
+    return _CONV[x.dim() - 3](x, weight, None, stride, padding, 1, x.shape[1] // weight.shape[1])
 
 
 def _norm(x: Tensor, norm: NormWeights) -> Tensor:
@@ -76,6 +78,36 @@ def dense_block(
         if tail.conv is not None:
             out = _AVG_POOL[out.dim() - 3](_conv(out, tail.conv), 2)
     return out, statistics
+
+
+def dual_path_stage(
+    input: Tensor,
+    blocks: Sequence[DualPathWeights],
+    *,
+    residual_channels: int,
+    projection: ProjectionWeights | None = None,
+    stride: int = 1,
+) -> tuple[Tensor, BatchStatistics]:
+    """:func:`fastdense.ops.dual_path_stage` by concatenation."""
+    read: list[Tensor] = []  # by the norms
+
+    def norm_relu(x: Tensor, norm: NormWeights) -> Tensor:
+        read.append(x)
+        return F.relu(_norm(x, norm))
+
+    x = start = input
+    if projection is not None:
+        start = _conv(norm_relu(input, projection.norm), projection.conv, stride)
+    residual, dense = start[:, :residual_channels], start[:, residual_channels:]
+    for index, block in enumerate(blocks):
+        z = _conv(norm_relu(x, block.norm_a), block.conv_a)
+        z = _conv(norm_relu(z, block.norm_b), block.conv_b, stride if index == 0 else 1)
+        z = _conv(norm_relu(z, block.norm_c), block.conv_c)
+        residual = residual + z[:, :residual_channels]
+        dense = torch.cat([dense, z[:, residual_channels:]], 1)
+        x = torch.cat([residual, dense], 1)
+    means, variances = zip(*map(batch_statistics, read), strict=True)
+    return x, BatchStatistics(torch.cat(means).detach(), torch.cat(variances).detach())
 
 
 def bicubic_matrix(n: int, m: int, step: float, a: float, antialias: bool, border: str, align_corners: bool) -> Tensor:

@@ -84,8 +84,8 @@ class RowGradients : public RowDriver<T> {
     return {gradient, ld, accumulate, mean, s.sum, s.weighted, of_worker(dweight, worker)};
   }
 
-  // Parameter gradients of a norm from its sums, in place: sum -> s1, weighted -> s2 (dbeta, dgamma).  Channels from
-  // `first` on were summed; `whole` is where the gradients are collected, for norms whose channels come in segments.
+  // Parameter gradients of the channels [first, first + n) of a norm from their sums, in place: sum -> s1, weighted ->
+  // s2 (dbeta, dgamma).
   Sums norm_sums(const Coefficients& c, int64_t first, int64_t n) {
     const Sums s = total_sums(n);
     for (int64_t j = 0; j < n; ++j) s.weighted[j] *= double(c.rstd()[first + j]);
@@ -93,9 +93,12 @@ class RowGradients : public RowDriver<T> {
   }
   Sums norm_gradients(const NormArgs& norm, const Coefficients& c) {
     const Sums s = norm_sums(c, 0, c.n);
-    if (norm.weight.defined()) set(norm.at, vector(s.weighted, c.n));
-    if (norm.bias.defined()) set(norm.at + 1, vector(s.sum, c.n));
+    set_norm(norm, vector(s.weighted, c.n), vector(s.sum, c.n));
     return s;
+  }
+  void set_norm(const NormArgs& norm, const at::Tensor& weight, const at::Tensor& bias) {
+    if (norm.weight.defined()) set(norm.at, weight);
+    if (norm.bias.defined()) set(norm.at + 1, bias);
   }
 
   // Defers the correction of channels [first, first + n) of a norm over `count` values.

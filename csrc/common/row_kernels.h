@@ -38,10 +38,10 @@ struct Target {
   T* out;  // [rows, ld]
   int64_t ld;
   int64_t columns;
-  double* mean;  // [columns], of this chunk, or nullptr
-  double* m2;
-  const T* add;  // [rows, ld_add] or nullptr; may be `out`
-  int64_t ld_add;
+  double* mean = nullptr;  // [columns], of this chunk, or nullptr
+  double* m2 = nullptr;
+  const T* add = nullptr;  // [rows, ld_add] or nullptr; may be `out`
+  int64_t ld_add = 0;
 };
 
 template <typename T>
@@ -57,7 +57,7 @@ struct PoolGeometry {
   int64_t size[3];  // of the image
   int64_t window[3];
   int64_t stride[3];
-  FASTDENSE_HD int64_t pooled(int d) const { return (size[d] - window[d]) / stride[d] + 1; }
+  FASTDENSE_HD int64_t pooled(int d) const { return size[d] < window[d] ? 0 : (size[d] - window[d]) / stride[d] + 1; }
   FASTDENSE_HD int64_t pixels() const { return pooled(0) * pooled(1) * pooled(2); }
   FASTDENSE_HD int64_t volume() const { return window[0] * window[1] * window[2]; }
 };
@@ -80,13 +80,14 @@ FASTDENSE_HD int64_t window_offset(const PoolGeometry& g, int64_t w) {
 // The gradient of columns that a product once stored in x, with their deferred correction if `x`.
 template <typename T>
 struct Gradient {
+  using A = accumulate_t<T>;
   const T* g;  // [rows, ld]
   int64_t ld;
   int64_t columns;
-  const T* x;  // [rows, ldx] or nullptr
-  int64_t ldx;
-  const accumulate_t<T>*mean, *shift_sum, *slope_sum;  // [columns]
-  T* corrected;  // [rows, ld]: the corrected gradient is stored here too (may be g), or nullptr
+  const T* x = nullptr;  // [rows, ldx] or nullptr
+  int64_t ldx = 0;
+  const A *mean = nullptr, *shift_sum = nullptr, *slope_sum = nullptr;  // [columns]
+  T* corrected = nullptr;  // [rows, ld]: the corrected gradient is stored here too (may be g), or nullptr
 };
 
 template <typename T>
@@ -137,9 +138,8 @@ struct RowKernels {
   // targets[row] = act(sources)[row] * weight, pooled rows if `pool`
   void (*product)(const Sources<T>&, const PoolGeometry* pool, int64_t row, int64_t rows, const void* panels,
                   const Targets<T>&, void* scratch);
-  // dx[row, :n] = finalised gradient
-  void (*finalise_input)(const T* g, const T* x, int64_t ld, int64_t row, int64_t rows, int64_t n, const A* mean,
-                         const A* shift_sum, const A* slope_sum, T* dx);
+  // dx[row, :columns] = corrected gradient
+  void (*finalise)(const Gradient<T>&, int64_t row, int64_t rows, T* dx);
   // backward of a 1x1 whose output gradient is behind another norm: left = input gradient of that norm
   void (*norm_product_backward)(const Source<T>&, int64_t row, int64_t rows, const NormBackward<T>&, const void* panels,
                                 const BackwardSink<T>&, void* scratch);

@@ -6,15 +6,6 @@
 namespace fastdense::FASTDENSE_TARGET {
 
 template <typename T, typename A = accumulate_t<T>>
-void finalise_input(const T* g, const T* x, int64_t ld, int64_t row, int64_t rows, int64_t n, const A* mean,
-                    const A* shift_sum, const A* slope_sum, T* dx) {
-  for (int64_t r = row; r < row + rows; ++r)
-    for (int64_t j = 0; j < n; ++j)
-      dx[r * n + j] =
-          store<T>(finalise_gradient<A>(load(g[r * ld + j]), load(x[r * ld + j]), mean[j], shift_sum[j], slope_sum[j]));
-}
-
-template <typename T, typename A = accumulate_t<T>>
 void norm(const Source<T>& s, bool with_relu, int64_t row, int64_t rows, T* out) {
   for (int64_t r = row; r < row + rows; ++r)
     for (int64_t j = 0; j < s.channels; ++j) {
@@ -66,21 +57,32 @@ void norm_product_backward(const Source<T>& s, int64_t row, int64_t rows, const 
   backward<T>(s, nullptr, row, rows, left, norm.channels, panels, sink, scratch);
 }
 
+// The gradient of a segment at one row, with its correction.
+template <typename Out, typename T>
+inline void gradient_row(const Gradient<T>& segment, int64_t row, Out* __restrict out) {
+  using A = accumulate_t<T>;
+  const T* g = segment.g + row * segment.ld;
+  if (!segment.x) {
+    for (int64_t j = 0; j < segment.columns; ++j) out[j] = store<Out>(A(load(g[j])));
+    return;
+  }
+  const T* x = segment.x + row * segment.ldx;
+  for (int64_t j = 0; j < segment.columns; ++j)
+    out[j] = store<Out>(
+        finalise_gradient<A>(load(g[j]), load(x[j]), segment.mean[j], segment.shift_sum[j], segment.slope_sum[j]));
+}
+
+template <typename T>
+void finalise_rows(const Gradient<T>& segment, int64_t row, int64_t rows, T* dx) {
+  for (int64_t r = row; r < row + rows; ++r) gradient_row(segment, r, dx + r * segment.columns);
+}
+
 // Columns of `left` from the gradient of a segment.
 template <typename T, typename A = accumulate_t<T>>
 inline void take_gradient(const Gradient<T>& segment, int64_t row, int64_t rows, const Rows<T>& left, int64_t column) {
-  using Operand = typename Gemm<T>::Operand;
   for (int64_t r = 0; r < rows; ++r) {
-    const T* g = segment.g + (row + r) * segment.ld;
-    Operand* out = left.row(r) + column;
-    if (!segment.x) {
-      for (int64_t j = 0; j < segment.columns; ++j) out[j] = store<Operand>(load(g[j]));
-      continue;
-    }
-    const T* x = segment.x + (row + r) * segment.ldx;
-    for (int64_t j = 0; j < segment.columns; ++j)
-      out[j] = store<Operand>(
-          finalise_gradient<A>(load(g[j]), load(x[j]), segment.mean[j], segment.shift_sum[j], segment.slope_sum[j]));
+    auto* out = left.row(r) + column;
+    gradient_row(segment, row + r, out);
     if (!segment.corrected) continue;
     T* corrected = segment.corrected + (row + r) * segment.ld;
     for (int64_t j = 0; j < segment.columns; ++j) corrected[j] = store<T>(A(load(out[j])));
@@ -121,11 +123,11 @@ int64_t scratch_bytes(int64_t widest_source, int64_t widest_product) {
 
 template <typename T>
 const RowKernels<T>& row_kernels() {
-  static const RowKernels<T> kernels = {Gemm<T>::kPanel,     Gemm<T>::kAlign,   sizeof(typename Gemm<T>::Operand),
-                                        kBackwardRows<T>,    pack<T>,           moments<T>,
-                                        product<T>,          finalise_input<T>, norm_product_backward<T>,
-                                        product_backward<T>, norm<T>,           norm_backward<T>,
-                                        norm_gradient<T>,    scratch_bytes<T>,  chunk_rows<T>};
+  static const RowKernels<T> kernels = {Gemm<T>::kPanel,     Gemm<T>::kAlign,  sizeof(typename Gemm<T>::Operand),
+                                        kBackwardRows<T>,    pack<T>,          moments<T>,
+                                        product<T>,          finalise_rows<T>, norm_product_backward<T>,
+                                        product_backward<T>, norm<T>,          norm_backward<T>,
+                                        norm_gradient<T>,    scratch_bytes<T>, chunk_rows<T>};
   return kernels;
 }
 

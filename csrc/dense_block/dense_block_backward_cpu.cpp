@@ -61,8 +61,7 @@ class Backward : RowGradients<T> {
     const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
     const at::Tensor panels = this->pack_backward(args_.tail_conv.weight, 0, ld_);
     const at::Tensor dweight = this->worker_gradients(this->needs(args_.tail_conv.at), co, ld_);
-    const Gradient<T> dy{
-        static_cast<const T*>(grad.const_data_ptr()), co, co, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
+    const Gradient<T> dy{static_cast<const T*>(grad.const_data_ptr()), co, co};
     const Source<T> source = this->source(x_, ld_, c);
     this->for_each_chunk(args_.batch * args_.pool.pixels(), kernels.backward_rows,
                          [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
@@ -105,10 +104,11 @@ class Backward : RowGradients<T> {
     const int64_t n = args_.in_channels;
     const at::Tensor corrections = corrections_.take<A>(0, n);
     const A* shift_sum = corrections.const_data_ptr<A>();
+    const Gradient<T> gradient{g_, ld_, n, x_, ld_, mean_, shift_sum, shift_sum + n};
     this->grads()[0] = empty_channels_last(args_.sizes(n), this->options());
     T* dx = static_cast<T*>(this->grads()[0].mutable_data_ptr());
     this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
-      kernels.finalise_input(g_, x_, ld_, row, rows, n, mean_, shift_sum, shift_sum + n, dx);
+      kernels.finalise(gradient, row, rows, dx);
     });
   }
 

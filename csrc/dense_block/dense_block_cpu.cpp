@@ -91,7 +91,7 @@ class Forward : RowDriver<T> {
     this->for_each_chunk(args_.batch * args_.pool.pixels(), most,
                          [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
                            kernels.product({this->source(x_, ld_, c)}, &args_.pool, row, rows, this->panels_of(panels),
-                                           {{out, co, co, nullptr, nullptr, nullptr, 0}}, this->scratch(worker));
+                                           {{out, co, co}}, this->scratch(worker));
                          });
   }
 

@@ -60,7 +60,7 @@ void make_bottleneck(const RowDriver<T>& rows, const LayerArgs& layer, int64_t p
       pixels, rows.kernels.chunk_rows(layer.channels), [&](int64_t worker, int64_t chunk, int64_t row, int64_t count) {
         double* moments = partial ? partial + 2 * chunk * b : nullptr;
         rows.kernels.product({prefix}, nullptr, row, count, rows.panels_of(panels),
-                             {{z, b, b, moments, moments ? moments + b : nullptr, nullptr, 0}}, rows.scratch(worker));
+                             {{z, b, b, moments, moments ? moments + b : nullptr}}, rows.scratch(worker));
       });
 }
 

@@ -126,7 +126,7 @@ void conv(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begi
   }
   const int64_t row = image * g.pixels() + begin * plane;
   apply_dropout(dropout, row, slab, k, out);
-  store_rows<T>(out, k, row, slab, {slice, lds, k, mean, m2, nullptr, 0});
+  store_rows<T>(out, k, row, slab, {slice, lds, k, mean, m2});
 }
 
 template <typename T, typename A = accumulate_t<T>>

@@ -2,6 +2,7 @@
 """Modules: parameters and one operator call."""
 
 from fastdense.nn.dense_block import DenseBlock, DenseFeatures, DenseLayer, Transition
+from fastdense.nn.dual_path import DualPathBlock, DualPathStage
 from fastdense.nn.higher_order import HigherOrderNet
 from fastdense.nn.highway import HighwayConv2d, HighwayLinear
 from fastdense.nn.resample import BicubicResize, BicubicUpsample
@@ -13,6 +14,8 @@ __all__ = [
     "DenseBlock",
     "DenseFeatures",
     "DenseLayer",
+    "DualPathBlock",
+    "DualPathStage",
     "HigherOrderNet",
     "HighwayConv2d",
     "HighwayLinear",

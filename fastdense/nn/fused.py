@@ -8,7 +8,8 @@ mixin calls the plain forward and warns once.
 
 import copyreg
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -28,13 +29,19 @@ from fastdense.nn.structure import (
     tail_weights,
 )
 from fastdense.ops import BatchStatistics, dense_block, update_running_stats_
-from fastdense.ops.dense_block import MEMORY_MODES, has_kernels
+from fastdense.ops.arguments import devices
+from fastdense.ops.dense_block import MEMORY_MODES
 
 
 class FusedModule(nn.Module):
     """Base of the mixins: memory mode, the plain class behind it, pickling, the one warning."""
 
     memory: str = "balanced"
+    memory_modes: tuple[str, ...] = MEMORY_MODES
+
+    def fused_run(self, behind: Sequence[nn.Module]) -> "Run | None":
+        """The operator call that runs this module and some of those behind it, if there is one."""
+        return None
 
     def plain_forward(self, input: Tensor) -> Tensor:
         """Runs the plain modules."""
@@ -52,6 +59,13 @@ class FusedModule(nn.Module):
             return super().__reduce_ex__(protocol)
         mixin, plain = type(self).__bases__
         return _new_fused, (mixin, plain), self.__dict__
+
+
+class Run(NamedTuple):
+    """Runs the first ``modules`` modules of a sequence as one operator; raises NotFusible where it cannot."""
+
+    modules: int
+    call: Callable[[Tensor], Tensor]
 
 
 _MADE: dict[tuple[Any, Any], Any] = {}
@@ -80,9 +94,9 @@ def _new_fused(mixin: type[FusedModule], plain: type[nn.Module]) -> nn.Module:
     return copyreg.__newobj__(fused_class(mixin, plain))  # type: ignore[attr-defined]
 
 
-def check_memory(memory: str) -> str:
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"fastdense: expected memory to be one of {MEMORY_MODES}, got {memory!r}")
+def check_memory(memory: str, modes: tuple[str, ...] = MEMORY_MODES) -> str:
+    if memory not in modes:
+        raise ValueError(f"fastdense: expected memory to be one of {modes}, got {memory!r}")
     return memory
 
 
@@ -91,12 +105,17 @@ def is_traced(input: Any) -> bool:
     return isinstance(input, fx.Proxy)
 
 
-def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str) -> Tensor:
-    """One operator call for a block and its tail, then the running statistics of all its norms."""
+def check_runs_here(op: str, input: Tensor) -> None:
+    """Raises NotFusible where only plain modules can go in place of an operator."""
     if forward_ad._current_level >= 0:
         raise NotFusible("forward-mode derivatives go through plain modules only")
-    if not has_kernels(input.device.type):
+    if input.device.type not in devices(op):
         raise NotFusible(f"this build has no kernels for {input.device.type} tensors")
+
+
+def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str) -> Tensor:
+    """One operator call for a block and its tail, then the running statistics of all its norms."""
+    check_runs_here("dense_block", input)
     drop_rate = layers[0].drop_rate if layers else 0.0
     seed = None
     if drop_rate > 0:
@@ -109,33 +128,35 @@ def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str
         seed=seed,
         memory=memory,
     )
-    _update_running_stats(input, layers, tail, statistics)
+    growth = layers[0].conv2.weight.shape[0] if layers else 0
+    next_offset = input.shape[1] + len(layers) * growth
+    bottlenecks = {id(layer.norm2) for layer in layers}
+    norms: list[tuple[Any, int]] = []
+    for norm in norms_of(layers, tail):
+        is_bottleneck = id(norm) in bottlenecks
+        norms.append((norm, next_offset if is_bottleneck else 0))
+        next_offset += norm.num_features if is_bottleneck else 0
+    update_norms(norms, statistics, input.numel() // input.shape[1])
     return out
 
 
-def _update_running_stats(input: Tensor, layers: list[Layer], tail: Tail | None, statistics: BatchStatistics) -> None:
-    growth = layers[0].conv2.weight.shape[0] if layers else 0
-    next_offset = input.shape[1] + len(layers) * growth
-    norms: list[Any] = []
-    offsets: list[int] = []
-    bottlenecks = {id(layer.norm2) for layer in layers}
-    for norm in norms_of(layers, tail):
-        is_bottleneck = id(norm) in bottlenecks
-        if norm.training and norm.track_running_stats and norm.running_mean is not None:
-            norms.append(norm)
-            offsets.append(next_offset if is_bottleneck else 0)
-        if is_bottleneck:
-            next_offset += norm.num_features
+def update_norms(norms: Sequence[tuple[Any, int]], statistics: BatchStatistics, count: int) -> None:
+    """Moves the running statistics of the norms in training, whose batch statistics start at the given offsets."""
+    norms = [
+        (norm, offset)
+        for norm, offset in norms
+        if norm.training and norm.track_running_stats and norm.running_mean is not None
+    ]
     if norms:
         update_running_stats_(
-            [norm.running_mean for norm in norms],
-            [norm.running_var for norm in norms],
-            [norm.num_batches_tracked for norm in norms],
+            [norm.running_mean for norm, _ in norms],
+            [norm.running_var for norm, _ in norms],
+            [norm.num_batches_tracked for norm, _ in norms],
             statistics.mean.detach(),
             statistics.var.detach(),
-            offsets,
-            [norm.momentum for norm in norms],
-            input.numel() // input.shape[1],
+            [offset for _, offset in norms],
+            [norm.momentum for norm, _ in norms],
+            count,
         )
 
 
@@ -149,6 +170,12 @@ class FusedDenseBlock(FusedModule):
             return run_block(init_features, read_block(self), None, self.memory)
         except NotFusible as reason:
             return self.fall_back(init_features, reason)
+
+    def fused_run(self, behind: Sequence[nn.Module]) -> Run | None:
+        tail = _read_pair(self, behind[0]) if behind else None
+        if tail is None:
+            return None
+        return Run(2, lambda input: run_block(input, read_block(self), tail, self.memory))
 
 
 class FusedTransition(FusedModule):
@@ -164,10 +191,11 @@ class FusedTransition(FusedModule):
 
 
 class FusedSequential(FusedModule):
-    """A sequence in which a dense block and the transition or norm behind it run as one operator.
+    """A sequence in which modules that belong together run as one operator.
 
-    The norm's statistics are those of the block, its gradient joins the block's, and no feature map of the block's
-    size is made twice. Pairs with hooks on either module run one by one.
+    A dense block runs with the transition or norm behind it: the norm's statistics are those of the block, its gradient
+    joins the block's, and no feature map of the block's size is made twice. Dual path blocks in a row run as a stage.
+    Modules with hooks run one by one.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -177,17 +205,16 @@ class FusedSequential(FusedModule):
         at = 0
         while at < len(modules):
             module = modules[at]
-            tail = _read_pair(module, modules[at + 1]) if at + 1 < len(modules) else None
-            if tail is None:
-                input = module(input)
-                at += 1
-                continue
-            try:
-                input = run_block(input, read_block(module), tail, module.memory)
-                at += 2
-            except NotFusible:
-                input = module(input)  # which falls back, with its own warning
-                at += 1
+            run = module.fused_run(modules[at + 1 :]) if isinstance(module, FusedModule) else None
+            if run is not None:
+                try:
+                    input = run.call(input)
+                    at += run.modules
+                    continue
+                except NotFusible:
+                    pass  # one by one; they fall back, with their own warnings
+            input = module(input)
+            at += 1
         return input
 
 

@@ -108,26 +108,27 @@ def child(module: nn.Module, name: str) -> nn.Module | None:
     return module.__dict__["_modules"].get(name)
 
 
-def _check_conv(conv: Any, name: str, kernel: int | None) -> nn.Conv2d:
-    """A convolution without bias, of stride 1, whose output has the input's size; ``kernel`` None: any odd one."""
+def check_conv(conv: Any, name: str, kernel: int | None, *, stride: int = 1, grouped: bool = False) -> nn.Conv2d:
+    """A convolution without bias, padded by half its kernel; ``kernel`` None: any odd one."""
     if type(conv) not in _CONVS:
         raise NotFusible(f"{name} is a {type(conv).__name__}, not a Conv1d, Conv2d or Conv3d")
     check_quiet(conv, name)
     plain = (
         conv.bias is None
-        and conv.groups == 1
-        and all(s == 1 for s in conv.stride)
+        and (conv.groups == 1 or grouped)
+        and all(s == stride for s in conv.stride)
         and all(d == 1 for d in conv.dilation)
         and conv.padding_mode == "zeros"
         and all(k % 2 == 1 and (kernel is None or k == kernel) for k in conv.kernel_size)
         and (
-            conv.padding == "same"
+            conv.padding == "same" and stride == 1
             if isinstance(conv.padding, str)
             else all(p == k // 2 for p, k in zip(conv.padding, conv.kernel_size, strict=True))
         )
     )
     if not plain:
-        raise NotFusible(f"{name} is {conv}: expected no bias, stride 1, groups 1, 'same' zero padding")
+        groups = "" if grouped else " groups 1,"
+        raise NotFusible(f"{name} is {conv}: expected no bias, stride {stride},{groups} 'same' zero padding")
     return conv
 
 
@@ -151,7 +152,7 @@ def _check_norm(norm: Any, name: str) -> Any:
     return norm
 
 
-def _check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> Any:
+def check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> Any:
     """A batch norm followed by ReLU: two modules, or one that does both."""
     found = _check_norm(child(module, norm), f"{where}{norm}")
     activation = child(module, relu)
@@ -181,12 +182,12 @@ def read_layer(module: Any, name: str) -> Layer:
     unknown = children - set(known)
     if unknown:
         raise NotFusible(f"{name} has unknown sub-modules {sorted(unknown)}")
-    norm1 = _check_norm_relu(module, "norm1", "relu1", where)
+    norm1 = check_norm_relu(module, "norm1", "relu1", where)
     conv1, norm2 = None, None
     if "conv1" in children:
-        conv1 = _check_conv(child(module, "conv1"), f"{where}conv1", 1)
-        norm2 = _check_norm_relu(module, "norm2", "relu2", where)
-    conv2 = _check_conv(child(module, "conv2"), f"{where}conv2", None)
+        conv1 = check_conv(child(module, "conv1"), f"{where}conv1", 1)
+        norm2 = check_norm_relu(module, "norm2", "relu2", where)
+    conv2 = check_conv(child(module, "conv2"), f"{where}conv2", None)
     return Layer(norm1, conv1, norm2, conv2, _drop_rate(module, where))
 
 
@@ -224,8 +225,8 @@ def read_transition(module: nn.Module) -> Tail:
     check_no_global_hooks()
     if not is_transition(module):
         raise NotFusible(f"its modules are {', '.join(module._modules)}: expected norm, relu, conv, pool")
-    norm = _check_norm_relu(module, "norm", "relu", "")
-    conv = _check_conv(child(module, "conv"), "conv", 1)
+    norm = check_norm_relu(module, "norm", "relu", "")
+    conv = check_conv(child(module, "conv"), "conv", 1)
     pool: Any = child(module, "pool")
     if type(pool) not in _POOLS:
         raise NotFusible(f"pool is a {type(pool).__name__}, not an average pool")

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functional operators, one module each; importing it registers their fakes and gradients."""
 
+from fastdense.ops.arguments import BatchStatistics, NormWeights
 from fastdense.ops.bicubic import bicubic_resize
-from fastdense.ops.dense_block import (
-    BatchStatistics,
-    LayerWeights,
-    NormWeights,
-    TailWeights,
-    dense_block,
-)
+from fastdense.ops.dense_block import LayerWeights, TailWeights, dense_block
 from fastdense.ops.dropout_mask import dropout_mask
+from fastdense.ops.dual_path import DualPathWeights, ProjectionWeights, dual_path_stage
 from fastdense.ops.highway_gate import highway_gate
 from fastdense.ops.running_stats import update_running_stats_
 
 __all__ = [
     "BatchStatistics",
+    "DualPathWeights",
     "LayerWeights",
     "NormWeights",
+    "ProjectionWeights",
     "TailWeights",
     "bicubic_resize",
     "dense_block",
     "dropout_mask",
+    "dual_path_stage",
     "highway_gate",
     "update_running_stats_",
 ]

@@ -7,29 +7,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdense import _C
+from fastdense.ops.arguments import (
+    BatchStatistics,
+    NormWeights,
+    Parameters,
+    cast_input,
+    check_input,
+    check_memory,
+    count_pixels,
+    empty_channels_last,
+    fake_gradients,
+    records_gradient,
+    refuse_double_backward,
+    statistics_dtype,
+)
 
 MEMORY_MODES = ("balanced", "min")
-_DEVICES = ("cpu", "meta", "cuda") if _C.build_info()["cuda"] else ("cpu", "meta")
-
-
-def has_kernels(device: str) -> bool:
-    """Whether this build runs the operator on tensors of a device type."""
-    return device in _DEVICES
-
-
-class NormWeights(NamedTuple):
-    """A batch norm over ``C`` channels.
-
-    ``running_mean`` and ``running_var`` are given when the norm uses them to normalise (eval mode, frozen) and None
-    when it uses the statistics of the batch; ``weight`` and ``bias`` are None without an affine map. All are ``[C]``.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    eps: float
 
 
 class LayerWeights(NamedTuple):
@@ -54,13 +47,6 @@ class TailWeights(NamedTuple):
     @property
     def kind(self) -> str:
         return "transition" if self.conv is not None else "norm_relu" if self.relu else "norm"
-
-
-class BatchStatistics(NamedTuple):
-    """Mean and biased variance ``[C + L * b]``: the buffer's channels, then norm2's of every layer."""
-
-    mean: Tensor
-    var: Tensor
 
 
 def dense_block(
@@ -91,7 +77,8 @@ def dense_block(
 
     Returns:
         The output with its channels innermost in memory: ``[N, C0 + L * k, spatial]`` without a tail or with a norm,
-        ``[N, co, spatial // 2]`` with a transition; and the batch statistics.
+        ``[N, co, spatial // 2]`` with a transition; and the batch statistics ``[C0 + L * k + L * b]``: the buffer's
+        channels, then norm2's of every layer.
 
     Raises:
         ValueError: shapes that do not fit, mixed devices, one value per channel in training, unknown ``memory``.
@@ -106,28 +93,15 @@ def dense_block(
         G. Huang, Z. Liu, L. van der Maaten, K. Weinberger. Densely Connected Convolutional Networks. CVPR 2017,
         arXiv:1608.06993, equation 2; shared memory after G. Pleiss et al., arXiv:1707.06990.
     """
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"dense_block: expected memory to be one of {MEMORY_MODES}, got {memory!r}")
-    if not isinstance(input, Tensor):
-        raise TypeError(f"dense_block: expected input to be a tensor, got {type(input).__name__}")
-    device = input.device.type
-    if not has_kernels(device):
-        raise NotImplementedError(
-            f"dense_block: expected input to be on one of {_DEVICES}, for which this build has kernels, got {device}"
-        )
+    check_memory("dense_block", memory, MEMORY_MODES)
+    check_input("dense_block", input)
     weights, eps = _flatten(layers, tail, absent=input.detach().new_empty(0))
-    for weight in weights:
-        if weight.device != input.device:
-            raise ValueError(
-                f"dense_block: expected all weights to be on {input.device} like input, got {weight.device}"
-            )
-    if device != "meta" and torch.is_autocast_enabled(device):
-        if input.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            input = input.to(torch.get_autocast_dtype(device))
-    else:
-        _check_conv_dtypes(input, layers, tail)
+    convs = [conv for layer in layers for conv in (layer.conv1, layer.conv2) if conv is not None]
+    if tail is not None and tail.conv is not None:
+        convs.append(tail.conv)
+    input = cast_input("dense_block", input, weights, convs)
     bottleneck = bool(layers) and layers[0].conv1 is not None
-    keep = memory == "balanced" and torch.is_grad_enabled() and _any_requires_grad(input, weights)
+    keep = memory == "balanced" and records_gradient(input, weights)
     out, _, mean, var, _ = torch.ops.fastdense.dense_block(
         input,
         weights,
@@ -142,56 +116,21 @@ def dense_block(
     return out, BatchStatistics(mean, var)
 
 
-def _check_conv_dtypes(input: Tensor, layers: Sequence[LayerWeights], tail: TailWeights | None) -> None:
-    convs = [conv for layer in layers for conv in (layer.conv1, layer.conv2) if conv is not None]
-    if tail is not None and tail.conv is not None:
-        convs.append(tail.conv)
-    for conv in convs:
-        if conv.dtype != input.dtype:
-            raise TypeError(
-                f"dense_block: expected input to be {conv.dtype} like the convolution weights, got {input.dtype}"
-            )
-
-
-def _any_requires_grad(input: Tensor, weights: Sequence[Tensor]) -> bool:
-    return input.requires_grad or any(w.requires_grad for w in weights)
-
-
 def _flatten(
     layers: Sequence[LayerWeights], tail: TailWeights | None, absent: Tensor
 ) -> tuple[list[Tensor], list[float]]:
-    """Lists the parameters in the order of the native operator (csrc/dense_block/dense_block.h).
-
-    ``absent`` stands for what a norm does not have: lists with None are not differentiable in custom operators.
-    """
-    weights: list[Tensor] = []
-    eps: list[float] = []
-
-    def add(norm: NormWeights) -> None:
-        weights.extend(absent if w is None else w for w in norm[:4])
-        eps.append(norm.eps)
-
+    parameters = Parameters(absent)
     for layer in layers:
-        add(layer.norm1)
+        parameters.norm(layer.norm1)
         if layer.conv1 is not None and layer.norm2 is not None:
-            weights.append(layer.conv1)
-            add(layer.norm2)
-        weights.append(layer.conv2)
+            parameters.conv(layer.conv1)
+            parameters.norm(layer.norm2)
+        parameters.conv(layer.conv2)
     if tail is not None:
-        add(tail.norm)
+        parameters.norm(tail.norm)
         if tail.conv is not None:
-            weights.append(tail.conv)
-    return weights, eps
-
-
-def _empty_channels_last(like: Tensor, sizes: Sequence[int]) -> Tensor:
-    strides = [1] * len(sizes)
-    stride = sizes[1]
-    for d in range(len(sizes) - 1, 1, -1):
-        strides[d] = stride
-        stride = stride * sizes[d]
-    strides[0] = stride
-    return like.new_empty_strided(sizes, strides)
+            parameters.conv(tail.conv)
+    return parameters.weights, parameters.eps
 
 
 @torch.library.register_fake("fastdense::dense_block")
@@ -215,19 +154,15 @@ def _(
             width = conv1.shape[0]
     batch, in_channels, *spatial = input.shape
     channels = in_channels + num_layers * growth
-    pixels = batch
-    for size in spatial:
-        pixels = pixels * size
-    buffer = _empty_channels_last(input, [batch, channels, *spatial])
-    statistics = torch.float64 if input.dtype == torch.float64 else torch.float32
-    mean = input.new_empty([channels + num_layers * width], dtype=statistics)
+    buffer = empty_channels_last(input, [batch, channels, *spatial])
+    mean = input.new_empty([channels + num_layers * width], dtype=statistics_dtype(input))
     kept = num_layers if keep_bottleneck and bottleneck else 0
-    z = input.new_empty([kept, pixels, width])
+    z = input.new_empty([kept, count_pixels(input), width])
     if tail == "none":
         return buffer, input.new_empty([0]), mean, torch.empty_like(mean), z
     out = torch.empty_like(buffer)
     if tail == "transition":
-        out = _empty_channels_last(input, [batch, weights[-1].shape[0], *(size // 2 for size in spatial)])
+        out = empty_channels_last(input, [batch, weights[-1].shape[0], *(size // 2 for size in spatial)])
     return out, buffer, mean, torch.empty_like(mean), z
 
 
@@ -248,11 +183,7 @@ def _(
     in_channels: int,
     needs_grad: Sequence[bool],
 ) -> list[Tensor]:
-    shape = [buffer.shape[0], in_channels, *buffer.shape[2:]]
-    grads = [_empty_channels_last(buffer, shape) if needs_grad[0] else buffer.new_empty([0])]
-    for weight, needed in zip(weights, needs_grad[1:], strict=True):
-        grads.append(weight.new_empty(weight.shape) if needed else buffer.new_empty([0]))
-    return grads
+    return fake_gradients(buffer.narrow(1, 0, in_channels), weights, needs_grad)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -291,7 +222,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[
 
 
 def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("dense_block: double backward is not supported; call fastdense.restore(model) for plain modules")
+    refuse_double_backward("dense_block")
 
 
 torch.library.register_autograd("fastdense::dense_block", _backward, setup_context=_setup_context)

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// Front half of the dual path stage op, shared by all devices: what the arguments mean, the checks, the allocations.
+//
+// A stage of n blocks (Chen et al., "Dual Path Networks", 2017) carries a residual path of R channels, to which every
+// block adds, and a dense path, to which every block appends K channels.  The output is one tensor with channels
+// innermost, and it is the stage's buffer:
+//
+//   [pixels, C]   |<---- R ---->|<- D0 ->|<-K->|<-K->| ... |<-K->|
+//                   residual_n     split   y_1   y_2         y_n      block i writes residual_i and y_i
+//
+// Block i reads [residual_{i-1} | D0 + (i-1) K dense channels] as two segments; block 1 reads the input.  With a
+// projection the split of conv_w(input) makes residual_0 and the first D0 dense channels; without one they are the
+// input.  residual_0 is read by no norm then, so block 1 adds in place.
+//
+// Saved: the input, the output, mean and variance of every norm, and by memory mode
+//   balanced     residual_1 ... residual_{n-1}, and a_i, b_i, the outputs of conv_a and conv_b
+//   min          residual_1 ... residual_{n-1}; a_i and b_i are made again
+//   reversible   a_i, b_i; residual_{i-1} = residual_i - conv_c(b_i) is made again
+//   nothing      for inference: the residual path is updated in place
+// The norm corrections of gradients are deferred (batch_norm_math.h): of a dense channel until the block that wrote it,
+// of the residual path until the block before.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+#include <vector>
+
+#include "common/layout.h"
+#include "common/row_kernels.h"
+#include "common/weights.h"
+
+namespace fastdense {
+
+struct DualPathKeep {
+  bool residuals, bottlenecks;
+};
+
+struct DualPathBlockArgs {
+  NormArgs norm_a, norm_b, norm_c;
+  ConvArgs conv_a, conv_b, conv_c;                // [ra, C_i, 1...], [rb, ra / groups, kernel...], [R + K, rb, 1...]
+  int64_t channels = 0;                           // read by conv_a
+  int64_t stats_a = 0, stats_b = 0, stats_c = 0;  // where the statistics of the norms start
+};
+
+struct DualPathArgs {
+  std::vector<DualPathBlockArgs> blocks;
+  bool projection = false;
+  NormArgs norm_w;
+  ConvArgs conv_w;  // [R + D0, C_in, 1...]
+  int64_t stats_w = 0;
+  int64_t batch = 0, in_channels = 0;
+  int64_t residual = 0, first_dense = 0, growth = 0;  // R, D0, K
+  int64_t width_a = 0, width_b = 0, groups = 1;
+  int64_t statistics = 0;
+  std::vector<int64_t> spatial, kernel;
+  PoolGeometry sampled{};  // the pixels of the input that conv_w and conv_b are centred on
+
+  int64_t num_blocks() const { return int64_t(blocks.size()); }
+  int64_t dense(int64_t blocks_done) const { return first_dense + blocks_done * growth; }
+  int64_t channels() const { return residual + dense(num_blocks()); }
+  int64_t in_pixels() const { return batch * sampled.size[0] * sampled.size[1] * sampled.size[2]; }
+  int64_t pixels() const { return batch * sampled.pixels(); }
+  bool strided() const { return pixels() != in_pixels(); }
+  // Pixels that conv_a of block i (from 0) works on, and where its rows of `a` start.
+  int64_t a_pixels(int64_t i) const { return i == 0 ? in_pixels() : pixels(); }
+  int64_t a_row(int64_t i) const { return i == 0 ? 0 : in_pixels() + (i - 1) * pixels(); }
+  bool any_batch_statistics() const;
+  std::vector<int64_t> sizes(int64_t channels, bool of_input = false) const;
+};
+
+// Reads and checks the arguments.  `sizes` is the shape of the input; the lists are laid out as in ops/dual_path.py:
+// norm (weight, bias, running_mean, running_var) and conv of the projection if there is one, then norm_a, conv_a,
+// norm_b, conv_b, norm_c, conv_c of each block.
+DualPathArgs parse_dual_path(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
+                             at::ArrayRef<double> eps, int64_t num_blocks, bool projection, int64_t residual_channels,
+                             int64_t stride);
+
+DualPathKeep parse_dual_path_memory(std::string_view memory);
+
+struct DualPathOutputs {
+  at::Tensor out;        // [N, C, spatial]
+  at::Tensor residuals;  // [n - 1 or 0, pixels, R]
+  at::Tensor a, b;       // [rows of all blocks or 0, ra], likewise rb
+  at::Tensor mean, var;  // [statistics]
+};
+DualPathOutputs allocate_dual_path(const DualPathArgs& args, const at::TensorOptions& options, DualPathKeep keep);
+
+}  // namespace fastdense

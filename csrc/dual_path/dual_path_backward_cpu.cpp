@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of the dual path stage on the CPU.  Blocks in reverse; `gradient_`, laid out as the output, holds the
+// gradient of the residual path, which every block corrects and adds to in place, and collects those of the dense
+// channels until their block takes them.
+#include <ATen/Dispatch.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include "common/row_gradients.h"
+#include "dual_path/dual_path_driver.h"
+
+namespace fastdense {
+namespace {
+
+// What the forward op returned.
+struct Saved {
+  const at::Tensor &input, &out, &residuals, &a, &b, &mean, &var;
+};
+
+template <typename T>
+class Backward : RowGradients<T> {
+  using Base = RowGradients<T>;
+  using A = typename Base::A;
+  using Base::kernels;
+  using typename Base::Coefficients;
+  using typename Base::Sums;
+
+ public:
+  Backward(const DualPathArgs& args, const Saved& saved, const std::vector<bool>& needs, at::TensorList weights)
+      : Base(needs, weights, saved.out.options(),
+             std::max({args.channels(), args.in_channels, args.width_a, args.width_b})),
+        args_(args),
+        saved_(saved),
+        blocks_(args, *this, saved.out.scalar_type()),
+        pixels_(args.pixels()),
+        ld_(args.channels()),
+        input_(to_channels_last(saved.input)),
+        x_(static_cast<const T*>(input_.const_data_ptr())),
+        out_(static_cast<const T*>(saved.out.const_data_ptr())),
+        mean_(saved.mean.const_data_ptr<A>()),
+        var_(saved.var.const_data_ptr<A>()),
+        corrections_(ld_),
+        input_corrections_(args.in_channels) {
+    const int64_t most = std::max(args.in_pixels(), pixels_);
+    dv_ = at::empty({pixels_, args.width_b}, this->options());
+    u_ = at::empty({most, args.width_a}, this->options());
+    if (saved.a.size(0) == 0) a_again_ = at::empty({most, args.width_a}, this->options());
+    if (is_reversible())
+      residual_ = saved.out.narrow(1, 0, args.residual).movedim(1, -1).clone(at::MemoryFormat::Contiguous);
+  }
+
+  std::vector<at::Tensor> run(const at::Tensor& grad_output) {
+    gradient_ = empty_channels_last(args_.sizes(ld_), this->options());
+    gradient_.copy_(grad_output);
+    g_ = static_cast<T*>(gradient_.mutable_data_ptr());
+    const int64_t lowest = lowest_block();
+    if (lowest == 0 && args_.projection) {
+      input_gradient_ = empty_channels_last(args_.sizes(args_.in_channels, true), this->options()).zero_();
+      gi_ = static_cast<T*>(input_gradient_.mutable_data_ptr());
+    }
+    for (int64_t i = args_.num_blocks() - 1; i >= lowest; --i) block(i);
+    if (lowest > 0) return this->grads();
+    if (args_.projection) projection();
+    if (this->needs_input()) input();
+    return this->grads();
+  }
+
+ private:
+  bool is_reversible() const { return saved_.residuals.size(0) == 0 && args_.num_blocks() > 1; }
+
+  // Blocks below the lowest one with a parameter or input that needs a gradient are left out.
+  int64_t lowest_block() const {
+    const int64_t first = args_.projection ? 5 : 0;
+    if (this->needs_input() || this->needs_any(0, first)) return 0;
+    int64_t i = 0;
+    while (i < args_.num_blocks() && !this->needs_any(first + 15 * i, first + 15 * (i + 1))) ++i;
+    return i;
+  }
+
+  // The residual path in front of block i; made again block by block in reversible mode.
+  Columns<const T> residual_before(int64_t i) const {
+    if (i == 0) return {x_, args_.in_channels};
+    if (is_reversible()) return {static_cast<const T*>(residual_.const_data_ptr()), args_.residual};
+    return {static_cast<const T*>(saved_.residuals[i - 1].const_data_ptr()), args_.residual};
+  }
+
+  Coefficients coefficients_of(const NormArgs& norm, int64_t at, int64_t n) const {
+    return this->coefficients(norm, mean_ + at, var_ + at, n);
+  }
+
+  // Columns [first, first + n) of the gradient buffer with their corrections, which `room` holds.
+  Gradient<T> corrected(int64_t first, int64_t n, Columns<const T> x, const A* mean, bool write, at::Tensor& room) {
+    room = corrections_.take<A>(first, n);
+    const A* shift_sum = room.const_data_ptr<A>();
+    T* g = g_ + first;
+    return {g, ld_, n, x.data, x.ld, mean, shift_sum, shift_sum + n, write ? g : nullptr};
+  }
+
+  // dy of the merge of block i: of the residual path behind it, and of its dense channels.  Behind the last block
+  // nothing in this stage has read them.
+  Gradients<T> merge_gradients(int64_t i, at::Tensor (&room)[2]) {
+    const int64_t first = args_.residual + args_.dense(i);
+    if (i == args_.num_blocks() - 1) return {{g_, ld_, args_.residual}, {g_ + first, ld_, args_.growth}};
+    const A* mean = mean_ + args_.blocks[size_t(i) + 1].stats_a;
+    return {corrected(0, args_.residual, residual_before(i + 1), mean, true, room[0]),
+            corrected(first, args_.growth, {out_ + first, ld_}, mean + first, false, room[1])};
+  }
+
+  void block(int64_t i) {
+    const DualPathBlockArgs& block = args_.blocks[size_t(i)];
+    const Coefficients ca = coefficients_of(block.norm_a, block.stats_a, block.channels);
+    const Coefficients cb = coefficients_of(block.norm_b, block.stats_b, args_.width_a);
+    const Coefficients cc = coefficients_of(block.norm_c, block.stats_c, args_.width_b);
+    const at::Tensor u = u_.narrow(0, 0, args_.a_pixels(i));
+    if (saved_.a.size(0) == 0) {
+      const Sources<T> sources = blocks_.sources(i, ca, residual_before(i), {out_ + args_.residual, ld_});
+      blocks_.make_a(i, sources, static_cast<T*>(a_again_.mutable_data_ptr()), nullptr, nullptr);
+    }
+    const T* a = static_cast<const T*>(saved_.a.size(0) == 0 ? a_again_.const_data_ptr() : saved_.a.const_data_ptr()) +
+                 (saved_.a.size(0) == 0 ? 0 : args_.a_row(i) * args_.width_a);
+    blocks_.activate_a(i, a, cb, static_cast<T*>(u.mutable_data_ptr()));
+    const at::Tensor b = saved_.b.size(0) == 0 ? to_channels_last(blocks_.conv.forward(i, u).to(u.scalar_type()))
+                                               : saved_.b.narrow(0, i * pixels_, pixels_);
+    const T* bp = static_cast<const T*>(b.const_data_ptr());
+    merge(i, bp, cc);
+    const Sums sums_c = this->norm_gradients(block.norm_c, cc);
+    T* dv = static_cast<T*>(dv_.mutable_data_ptr());
+    at::Tensor room;
+    const NormBackward<T> norm_c = this->norm_backward(block.norm_c, cc, sums_c, dv, bp, pixels_, room);
+    this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
+      kernels.norm_input_gradient(norm_c, row, rows, dv);
+    });
+    if (is_reversible() && i > 0) reverse(i, bp, cc);
+    const auto [du, dweight] = blocks_.conv.backward(i, dv_, u, this->needs(block.conv_b.at));
+    if (this->needs(block.conv_b.at)) this->set(block.conv_b.at, dweight);
+    T* dup = static_cast<T*>(du.mutable_data_ptr());
+    mask(i, a, cb, dup);
+    const Sums sums_b = this->norm_gradients(block.norm_b, cb);
+    conv_a(i, ca, this->norm_backward(block.norm_b, cb, sums_b, dup, a, args_.a_pixels(i), room));
+  }
+
+  // conv_c: dv = masked gradient behind norm_c.
+  void merge(int64_t i, const T* b, const Coefficients& c) {
+    const DualPathBlockArgs& block = args_.blocks[size_t(i)];
+    at::Tensor room[2];
+    const Gradients<T> dy = merge_gradients(i, room);
+    T* dv = static_cast<T*>(dv_.mutable_data_ptr());
+    product_backward(block.conv_c, this->source(b, args_.width_b, c), nullptr, dy, dv, args_.width_b, false, c.mean());
+  }
+
+  // Backward of a 1x1 with the output gradients `dy`.
+  void product_backward(const ConvArgs& conv, const Source<T>& source, const PoolGeometry* pool, const Gradients<T>& dy,
+                        T* gradient, int64_t ld, bool accumulate, const A* mean) {
+    const int64_t depth = dy.columns(), n = source.channels;
+    const at::Tensor panels = this->pack_backward(conv.weight, 0, n);
+    const at::Tensor dweight = this->worker_gradients(this->needs(conv.at), depth, n);
+    this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+      kernels.product_backward(source, pool, row, rows, dy, this->panels_of(panels),
+                               this->sink(worker, gradient, ld, accumulate, mean, dweight), this->scratch(worker));
+    });
+    if (this->needs(conv.at)) this->set(conv.at, this->total(dweight, depth, n).reshape(conv.weight.sizes()));
+  }
+
+  // residual_{i} = residual_{i+1} - conv_c(b_i).
+  void reverse(int64_t i, const T* b, const Coefficients& c) {
+    T* residual = static_cast<T*>(residual_.mutable_data_ptr());
+    const at::Tensor weight = args_.blocks[size_t(i)].conv_c.weight.narrow(0, 0, args_.residual).neg();
+    blocks_.product(weight, {this->source(b, args_.width_b, c)}, nullptr, pixels_,
+                    {{residual, args_.residual, args_.residual, nullptr, nullptr, residual, args_.residual}}, {});
+  }
+
+  // The gradient of relu(norm_b(a)) passes the ReLU, in place.
+  void mask(int64_t i, const T* a, const Coefficients& c, T* du) {
+    const Source<T> source = this->source(a, args_.width_a, c);
+    const at::Tensor none = this->worker_gradients(false, 0, 0);
+    this->for_each_chunk(
+        args_.a_pixels(i), kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+          kernels.norm_backward(source, true, row, rows, du,
+                                this->sink(worker, du, args_.width_a, false, c.mean(), none), this->scratch(worker));
+        });
+  }
+
+  // A run of columns that conv_a reads, the gradient that they add to, and the channel of their corrections.
+  struct Segment {
+    Columns<const T> x;
+    int64_t first, n;  // of the norm's channels
+    Columns<T> gradient;
+    Corrections* corrections;
+    int64_t channel;
+  };
+
+  std::vector<Segment> segments(int64_t i) {
+    const int64_t r = args_.residual, c = args_.blocks[size_t(i)].channels;
+    if (i == 0 && args_.projection)
+      return {{residual_before(0), 0, c, {gi_, args_.in_channels}, &input_corrections_, 0}};
+    if (i == 0) return {{residual_before(0), 0, c, {g_, ld_}, &corrections_, 0}};
+    return {{residual_before(i), 0, r, {g_, ld_}, &corrections_, 0},
+            {{out_ + r, ld_}, r, c - r, {g_ + r, ld_}, &corrections_, r}};
+  }
+
+  void conv_a(int64_t i, const Coefficients& c, const NormBackward<T>& norm_b) {
+    const DualPathBlockArgs& block = args_.blocks[size_t(i)];
+    const bool needed = this->needs(block.conv_a.at);
+    std::vector<at::Tensor> dweights, dnorms, dbiases;
+    for (const Segment& s : segments(i)) {
+      const at::Tensor panels = this->pack_backward(block.conv_a.weight, s.first, s.n);
+      const at::Tensor dweight = this->worker_gradients(needed, args_.width_a, s.n);
+      const Source<T> source = this->source(s.x.data, s.x.ld, c, s.first, s.n);
+      this->for_each_chunk(args_.a_pixels(i), kernels.backward_rows,
+                           [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+                             kernels.norm_product_backward(
+                                 source, row, rows, norm_b, this->panels_of(panels),
+                                 this->sink(worker, s.gradient.data, s.gradient.ld, true, c.mean() + s.first, dweight),
+                                 this->scratch(worker));
+                           });
+      if (needed) dweights.push_back(this->total(dweight, args_.width_a, s.n));
+      const Sums sums = this->norm_sums(c, s.first, s.n);
+      dnorms.push_back(this->vector(sums.weighted, s.n));
+      dbiases.push_back(this->vector(sums.sum, s.n));
+      this->defer(block.norm_a, c, sums, s.first, s.n, args_.a_pixels(i), *s.corrections, s.channel);
+    }
+    if (needed) this->set(block.conv_a.at, at::cat(dweights, 1).reshape(block.conv_a.weight.sizes()));
+    this->set_norm(block.norm_a, at::cat(dnorms), at::cat(dbiases));
+  }
+
+  // The split.
+  void projection() {
+    const Coefficients c = coefficients_of(args_.norm_w, args_.stats_w, args_.in_channels);
+    const int64_t r = args_.residual;
+    at::Tensor room;
+    // The dense channels were read by all blocks but the first.
+    const A* mean = mean_ + args_.blocks.back().stats_a + r;
+    const Gradient<T> dense = args_.num_blocks() > 1
+                                  ? corrected(r, args_.first_dense, {out_ + r, ld_}, mean, false, room)
+                                  : Gradient<T>{g_ + r, ld_, args_.first_dense};
+    product_backward(args_.conv_w, this->source(x_, args_.in_channels, c), args_.strided() ? &args_.sampled : nullptr,
+                     {{g_, ld_, r}, dense}, gi_, args_.in_channels, true, c.mean());
+    const Sums s = this->norm_gradients(args_.norm_w, c);
+    this->defer(args_.norm_w, c, s, 0, c.n, args_.in_pixels(), input_corrections_, 0);
+  }
+
+  void input() {
+    const int64_t n = args_.in_channels;
+    Corrections& of_input = args_.projection ? input_corrections_ : corrections_;
+    const at::Tensor corrections = of_input.take<A>(0, n);
+    const A* shift_sum = corrections.const_data_ptr<A>();
+    const Columns<T> g = args_.projection ? Columns<T>{gi_, n} : Columns<T>{g_, ld_};
+    const Gradient<T> gradient{g.data,    g.ld,          n,      x_, n, mean_ + args_.blocks[0].stats_a,
+                               shift_sum, shift_sum + n, nullptr};
+    this->grads()[0] = empty_channels_last(args_.sizes(n, true), this->options());
+    T* dx = static_cast<T*>(this->grads()[0].mutable_data_ptr());
+    this->for_each_chunk(
+        args_.in_pixels(), 4 * kernels.backward_rows,
+        [&](int64_t, int64_t, int64_t row, int64_t rows) { kernels.finalise(gradient, row, rows, dx); });
+  }
+
+  const DualPathArgs& args_;
+  const Saved& saved_;
+  const DualPathBlocks<T> blocks_;
+  const int64_t pixels_, ld_;
+  const at::Tensor input_;
+  const T *const x_, *const out_;
+  const A *const mean_, *const var_;
+  at::Tensor gradient_, input_gradient_;    // [N, C, spatial], [N, C_in, spatial], channels innermost
+  at::Tensor dv_, u_, a_again_, residual_;  // of one block at a time: [pixels, rb], [rows, ra] twice, [pixels, R]
+  T *g_ = nullptr, *gi_ = nullptr;
+  Corrections corrections_, input_corrections_;
+};
+
+// Gradients of the input and of every weight, empty where `needs_grad` says that none is wanted.
+std::vector<at::Tensor> dual_path_stage_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
+                                                     const at::Tensor& out, const at::Tensor& residuals,
+                                                     const at::Tensor& a, const at::Tensor& b, const at::Tensor& mean,
+                                                     const at::Tensor& var, at::TensorList weights,
+                                                     at::ArrayRef<double> eps, int64_t num_blocks, bool projection,
+                                                     int64_t residual_channels, int64_t stride,
+                                                     c10::List<bool> needs_grad) {
+  const DualPathArgs args =
+      parse_dual_path(input.sizes(), input.options(), weights, eps, num_blocks, projection, residual_channels, stride);
+  check_at_least("_dual_path_stage_backward", "needs_grad", int64_t(needs_grad.size()), int64_t(weights.size()) + 1);
+  const std::vector<bool> needs(needs_grad.begin(), needs_grad.end());
+  if (args.pixels() == 0) {
+    std::vector<at::Tensor> zeros{empty_channels_last(input.sizes(), input.options()).zero_()};
+    for (size_t i = 0; i < weights.size(); ++i)
+      zeros.push_back(needs[i + 1] ? at::zeros_like(weights[i]) : at::empty({0}, input.options()));
+    return zeros;
+  }
+  std::vector<at::Tensor> grads;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "_dual_path_stage_backward", [&] {
+    using T = typename Storage<scalar_t>::type;
+    grads = Backward<T>(args, {input, out, residuals, a, b, mean, var}, needs, weights).run(grad_output);
+  });
+  return grads;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("_dual_path_stage_backward", &dual_path_stage_backward_cpu); }
+
+}  // namespace fastdense

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads plain dual path blocks, as :mod:`fastdense.nn.structure` reads dense ones."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastdense.nn.structure import (
+    NotFusible,
+    check_conv,
+    check_no_global_hooks,
+    check_norm_relu,
+    check_quiet,
+    child,
+    norm_weights,
+    runs_as,
+)
+from fastdense.ops import DualPathWeights, ProjectionWeights
+
+# Classes that are known to add and to concatenate, and those of their children; by name, as no library need be loaded.
+DUAL_PATH_BLOCKS = (
+    ("timm.models.dpn", "DualPathBlock"),
+    ("fastdense.nn.dual_path", "PlainDualPathBlock"),
+)
+_CONVOLUTIONS = (("timm.models.dpn", "BnActConv2d"), ("fastdense.nn.dual_path", "NormReluConv"))
+_NORMS = (("timm.models.dpn", "BnAct"), ("fastdense.nn.dual_path", "NormRelu"))
+
+
+class NormConv(NamedTuple):
+    """Norm, ReLU, convolution; two convolutions side by side in the last of a "b" variant's block."""
+
+    norm: nn.BatchNorm2d
+    convs: tuple[nn.Conv2d, ...]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weights = [conv.weight for conv in self.convs]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
+class DualPath(NamedTuple):
+    """The modules of a block; ``projection`` at the head of a stage, ``stride`` its and conv_b's."""
+
+    projection: NormConv | None
+    a: NormConv
+    b: NormConv
+    c: NormConv
+    residual_channels: int
+    stride: int
+
+    @property
+    def growth(self) -> int:
+        return sum(conv.out_channels for conv in self.c.convs) - self.residual_channels
+
+
+def read_dual_path_block(module: Any) -> DualPath:
+    """Reads c1x1_w_s1 or c1x1_w_s2 (at the head of a stage), c1x1_a, c3x3_b, c1x1_c or c1x1_c, c1x1_c1, c1x1_c2."""
+    check_no_global_hooks()
+    children = {name for name, inner in module.__dict__["_modules"].items() if inner is not None}
+    stride = 1
+    projection = None
+    for name, wanted in (("c1x1_w_s1", 1), ("c1x1_w_s2", 2)):
+        if name in children:
+            stride = wanted
+            projection = _read_norm_conv(module, name, 1, stride=stride)
+            children.remove(name)
+    a = _read_norm_conv(module, "c1x1_a", 1)
+    b = _read_norm_conv(module, "c3x3_b", None, stride=stride, grouped=True)
+    if children == {"c1x1_a", "c3x3_b", "c1x1_c"}:
+        c = _read_norm_conv(module, "c1x1_c", 1)
+    elif children == {"c1x1_a", "c3x3_b", "c1x1_c", "c1x1_c1", "c1x1_c2"}:
+        halves = [check_conv(child(module, name), name, 1) for name in ("c1x1_c1", "c1x1_c2")]
+        if halves[0].out_channels != module.num_1x1_c:
+            raise NotFusible(f"c1x1_c1 has {halves[0].out_channels} output channels, not {module.num_1x1_c}")
+        c = NormConv(_read_norm(module, "c1x1_c", _NORMS, {"bn"}), tuple(halves))
+    else:
+        raise NotFusible(f"its sub-modules are {', '.join(sorted(children))}")
+    return DualPath(projection, a, b, c, int(module.num_1x1_c), stride)
+
+
+def _read_norm(module: Any, name: str, classes: tuple[tuple[str, str], ...], children: set[str]) -> Any:
+    inner: Any = child(module, name)
+    if inner is None or not runs_as(inner, classes) or set(inner.__dict__["_modules"]) - {"relu"} != children:
+        raise NotFusible(f"{name} is a {type(inner).__name__}, not the known norm and ReLU in front of a convolution")
+    check_quiet(inner, name)
+    return check_norm_relu(inner, "bn", "relu", f"{name}.")
+
+
+def _read_norm_conv(module: Any, name: str, kernel: int | None, *, stride: int = 1, grouped: bool = False) -> NormConv:
+    norm = _read_norm(module, name, _CONVOLUTIONS, {"bn", "conv"})
+    inner: Any = child(module, name)
+    conv = check_conv(child(inner, "conv"), f"{name}.conv", kernel, stride=stride, grouped=grouped)
+    return NormConv(norm, (conv,))
+
+
+def block_weights(block: DualPath) -> DualPathWeights:
+    return DualPathWeights(
+        norm_weights(block.a.norm),
+        block.a.weight,
+        norm_weights(block.b.norm),
+        block.b.weight,
+        norm_weights(block.c.norm),
+        block.c.weight,
+    )
+
+
+def projection_weights(projection: NormConv) -> ProjectionWeights:
+    return ProjectionWeights(norm_weights(projection.norm), projection.weight)
+
+
+def fit_together(blocks: list[DualPath], block: DualPath) -> bool:
+    """Whether ``block`` may stand behind ``blocks`` in one stage."""
+
+    def common(of: DualPath) -> tuple[Any, ...]:
+        shape = of.b.weight.shape
+        return (of.residual_channels, of.growth, of.a.weight.shape[0], *shape, of.b.convs[0].groups)
+
+    return block.projection is None and common(block) == common(blocks[0])

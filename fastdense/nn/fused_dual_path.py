@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mixin that runs dual path blocks as one operator a stage; see :mod:`fastdense.nn.fused`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdense.nn.dual_path_structure import (
+    DualPath,
+    block_weights,
+    fit_together,
+    projection_weights,
+    read_dual_path_block,
+)
+from fastdense.nn.fused import FusedModule, Run, check_runs_here, is_traced, update_norms
+from fastdense.nn.structure import NotFusible, is_quiet
+from fastdense.ops import BatchStatistics, dual_path_stage
+from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
+
+
+class FusedDualPathBlock(FusedModule):
+    """A dual path block; a row of them in a :class:`fastdense.nn.fused.FusedSequential` runs as one stage."""
+
+    memory_modes = DUAL_PATH_MEMORY_MODES
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x):
+            return self.plain_forward(x)
+        try:
+            return run_stage(x, [read_dual_path_block(self)], self.memory)
+        except NotFusible as reason:
+            return self.fall_back(x, reason)
+
+    def fused_run(self, behind: Sequence[nn.Module]) -> Run | None:
+        blocks: list[DualPath] = []
+        try:
+            for module in (self, *behind):
+                if type(module).forward is not FusedDualPathBlock.forward or module.memory != self.memory:
+                    break
+                if not is_quiet(module):
+                    break
+                block = read_dual_path_block(module)
+                if blocks and not fit_together(blocks, block):
+                    break
+                blocks.append(block)
+        except NotFusible:
+            pass  # the stage ends in front of what cannot be fused
+        if not blocks:
+            return None
+        return Run(len(blocks), lambda x: run_stage(x, blocks, self.memory))
+
+
+def run_stage(x: Tensor, blocks: list[DualPath], memory: str) -> Tensor:
+    """One operator call for all blocks, then the running statistics of all their norms."""
+    check_runs_here("dual_path_stage", x)
+    if memory == "reversible" and _computes_in(x) not in (torch.float32, torch.float64):
+        raise NotFusible(f'memory="reversible" is for float32 and float64, not for {_computes_in(x)}')
+    projection = blocks[0].projection
+    out, statistics = dual_path_stage(
+        x,
+        [block_weights(block) for block in blocks],
+        residual_channels=blocks[0].residual_channels,
+        projection=projection_weights(projection) if projection is not None else None,
+        stride=blocks[0].stride,
+        memory=memory,
+    )
+    _update_running_stats(x, out, blocks, statistics)
+    return out
+
+
+def _computes_in(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _update_running_stats(x: Tensor, out: Tensor, blocks: list[DualPath], statistics: BatchStatistics) -> None:
+    in_front: list[tuple[Any, int]] = []  # of the stride
+    behind: list[tuple[Any, int]] = []
+    offset = 0
+    for block in blocks:
+        for part, norms in ((block.projection, in_front), (block.a, in_front), (block.b, in_front), (block.c, behind)):
+            if part is not None:
+                (norms if block is blocks[0] else behind).append((part.norm, offset))
+                offset += part.norm.num_features
+    in_pixels, pixels = x.numel() // x.shape[1], out.numel() // out.shape[1]
+    if in_pixels == pixels:
+        in_front, behind = [], in_front + behind
+    update_norms(in_front, statistics, in_pixels)
+    update_norms(behind, statistics, pixels)

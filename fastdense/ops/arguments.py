@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that the block operators share: norms, lists of parameters, devices and types."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdense import _C
+
+_DEVICES = ("cpu", "meta")
+_CUDA_OPERATORS = ("dense_block",) if _C.build_info()["cuda"] else ()
+
+
+def devices(op: str) -> tuple[str, ...]:
+    """The device types on whose tensors this build runs a block operator."""
+    return (*_DEVICES, "cuda") if op in _CUDA_OPERATORS else _DEVICES
+
+
+class NormWeights(NamedTuple):
+    """A batch norm over ``C`` channels.
+
+    ``running_mean`` and ``running_var`` are given when the norm uses them to normalise (eval mode, frozen) and None
+    when it uses the statistics of the batch; ``weight`` and ``bias`` are None without an affine map. All are ``[C]``.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    eps: float
+
+
+class BatchStatistics(NamedTuple):
+    """Mean and biased variance of the channels that an operator's norms read, in the operator's order."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Parameters:
+    """Flat lists in the order in which a native operator reads them (csrc/common/weights.h).
+
+    ``absent`` stands for what a norm does not have: lists with None are not differentiable in custom operators.
+    """
+
+    def __init__(self, absent: Tensor) -> None:
+        self.weights: list[Tensor] = []
+        self.eps: list[float] = []
+        self._absent = absent
+
+    def norm(self, norm: NormWeights) -> None:
+        self.weights.extend(self._absent if w is None else w for w in norm[:4])
+        self.eps.append(norm.eps)
+
+    def conv(self, weight: Tensor) -> None:
+        self.weights.append(weight)
+
+
+def check_memory(op: str, memory: str, modes: Sequence[str]) -> str:
+    if memory not in modes:
+        raise ValueError(f"{op}: expected memory to be one of {tuple(modes)}, got {memory!r}")
+    return memory
+
+
+def check_input(op: str, input: Tensor) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{op}: expected input to be a tensor, got {type(input).__name__}")
+    if input.device.type not in devices(op):
+        raise NotImplementedError(
+            f"{op}: expected input to be on one of {devices(op)}, for which this build has kernels, "
+            f"got {input.device.type}"
+        )
+
+
+def cast_input(op: str, input: Tensor, weights: Sequence[Tensor], convs: Sequence[Tensor]) -> Tensor:
+    """The input in the type to compute in: under autocast that of autocast, else that of the convolutions."""
+    for weight in weights:
+        if weight.device != input.device:
+            raise ValueError(f"{op}: expected all weights to be on {input.device} like input, got {weight.device}")
+    device = input.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        if input.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            return input.to(torch.get_autocast_dtype(device))
+        return input
+    for conv in convs:
+        if conv.dtype != input.dtype:
+            raise TypeError(f"{op}: expected input to be {conv.dtype} like the convolution weights, got {input.dtype}")
+    return input
+
+
+def records_gradient(input: Tensor, weights: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and (input.requires_grad or any(w.requires_grad for w in weights))
+
+
+def statistics_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def empty_channels_last(like: Tensor, sizes: Sequence[int]) -> Tensor:
+    """As the native allocation of csrc/common/layout.h."""
+    strides = [1] * len(sizes)
+    stride = sizes[1]
+    for d in range(len(sizes) - 1, 1, -1):
+        strides[d] = stride
+        stride = stride * sizes[d]
+    strides[0] = stride
+    return like.new_empty_strided(sizes, strides)
+
+
+def count_pixels(x: Tensor) -> int:
+    pixels = x.shape[0]
+    for size in x.shape[2:]:
+        pixels = pixels * size
+    return pixels
+
+
+def fake_gradients(input: Tensor, weights: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
+    """What a native backward returns: empty tensors where no gradient is wanted."""
+    absent = input.new_empty([0])
+    grads = [empty_channels_last(input, input.shape) if needs_grad[0] else absent]
+    for weight, needed in zip(weights, needs_grad[1:], strict=True):
+        grads.append(weight.new_empty(weight.shape) if needed else input.new_empty([0]))
+    return grads
+
+
+def refuse_double_backward(op: str) -> None:
+    raise RuntimeError(f"{op}: double backward is not supported; call fastdense.restore(model) for plain modules")

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage of dual path blocks on one output buffer, as a single differentiable operator."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdense.ops.arguments import (
+    BatchStatistics,
+    NormWeights,
+    Parameters,
+    cast_input,
+    check_input,
+    check_memory,
+    empty_channels_last,
+    fake_gradients,
+    records_gradient,
+    refuse_double_backward,
+    statistics_dtype,
+)
+
+DUAL_PATH_MEMORY_MODES = ("balanced", "min", "reversible")
+
+
+class ProjectionWeights(NamedTuple):
+    """The projection at the head of a stage: norm, ReLU, conv ``[R + D0, C_in, 1...]``."""
+
+    norm: NormWeights
+    conv: Tensor
+
+
+class DualPathWeights(NamedTuple):
+    """One block: norm_a, ReLU, conv_a ``[ra, C_i, 1...]``, norm_b, ReLU, conv_b ``[rb, ra / groups, 3...]``, norm_c,
+    ReLU, conv_c ``[R + K, rb, 1...]``."""
+
+    norm_a: NormWeights
+    conv_a: Tensor
+    norm_b: NormWeights
+    conv_b: Tensor
+    norm_c: NormWeights
+    conv_c: Tensor
+
+
+def dual_path_stage(
+    input: Tensor,
+    blocks: Sequence[DualPathWeights],
+    *,
+    residual_channels: int,
+    projection: ProjectionWeights | None = None,
+    stride: int = 1,
+    memory: str = "balanced",
+) -> tuple[Tensor, BatchStatistics]:
+    """Runs a stage of dual path blocks without concatenating.
+
+    With ``[x; y]`` for channels side by side and ``R = residual_channels``, the stage starts from
+    ``[r_0; d_0] = projection(input)``, or from the input itself, and block ``i`` computes
+
+        z = conv_c(relu(norm_c(conv_b(relu(norm_b(conv_a(relu(norm_a([r_{i-1}; d_{i-1}]))))))))
+        r_i = r_{i-1} + z[:R],    d_i = [d_{i-1}; z[R:]]
+
+    (with a projection the first block's conv_a reads the input). Batch statistics are taken once per dense channel,
+    and once per block of the residual path.
+
+    Args:
+        input: ``[N, C_in, spatial]`` with one to three spatial dimensions; float64, float32, bfloat16 or float16; any
+            strides. Under autocast it is cast to the autocast type.
+        blocks: parameters of the ``n`` blocks, at least one.
+        residual_channels: ``R``, at least 0; 0 leaves a dense block, while ``K = 0`` leaves a residual one.
+        projection: parameters of the projection, or None where the input is ``[r_0; d_0]`` already.
+        stride: of the projection and of the first block's conv_b; 1 without a projection.
+        memory: "balanced" keeps the residual path behind every block and the outputs of conv_a and conv_b for the
+            backward pass; "min" makes the latter again; "reversible" keeps them, and makes the residual path again
+            from its end, block by block, by subtraction (float32 and float64 only: 16 bits would lose it).
+
+    Returns:
+        ``[r_n; d_n]``, ``[N, R + D0 + n * K, spatial / stride]`` with its channels innermost in memory, and the batch
+        statistics of the norms in the order of the arguments: the projection's, then norm_a, norm_b, norm_c of each
+        block.
+
+    Raises:
+        ValueError: shapes that do not fit, mixed devices, one value per channel in training, unknown ``memory``.
+        TypeError: a dtype that is not floating point, or weights of another dtype than the input's.
+        NotImplementedError: "reversible" with a 16-bit type.
+
+    Note:
+        Running statistics are not touched: see :func:`update_running_stats_`. Kept for backward besides the output,
+        in numbers per pixel: ``(n - 1) * R + n * (ra + rb)``, ``(n - 1) * R`` and ``n * (ra + rb)`` by mode. Reruns
+        on one machine with one thread count are bit-identical. Double backward raises.
+
+    Reference:
+        Y. Chen, J. Li, H. Xiao, X. Jin, S. Yan, J. Feng. Dual Path Networks. NIPS 2017, arXiv:1707.01629, equations
+        5 to 8 and section 4.
+    """
+    op = "dual_path_stage"
+    check_memory(op, memory, DUAL_PATH_MEMORY_MODES)
+    check_input(op, input)
+    weights, eps = _flatten(blocks, projection, absent=input.detach().new_empty(0))
+    convs = [conv for block in blocks for conv in (block.conv_a, block.conv_b, block.conv_c)]
+    if projection is not None:
+        convs.append(projection.conv)
+    input = cast_input(op, input, weights, convs)
+    records = records_gradient(input, weights)
+    if records and memory == "reversible" and input.dtype not in (torch.float32, torch.float64):
+        raise NotImplementedError(
+            f'{op}: expected input to be float32 or float64 with memory="reversible", got {input.dtype}; '
+            'use memory="balanced" or "min"'
+        )
+    out, _, _, _, mean, var = torch.ops.fastdense.dual_path_stage(
+        input,
+        weights,
+        eps,
+        len(blocks),
+        projection is not None,
+        residual_channels,
+        stride,
+        memory if records else "nothing",
+    )
+    return out, BatchStatistics(mean, var)
+
+
+def _flatten(
+    blocks: Sequence[DualPathWeights], projection: ProjectionWeights | None, absent: Tensor
+) -> tuple[list[Tensor], list[float]]:
+    parameters = Parameters(absent)
+    if projection is not None:
+        parameters.norm(projection.norm)
+        parameters.conv(projection.conv)
+    for block in blocks:
+        for norm, conv in (
+            (block.norm_a, block.conv_a),
+            (block.norm_b, block.conv_b),
+            (block.norm_c, block.conv_c),
+        ):
+            parameters.norm(norm)
+            parameters.conv(conv)
+    return parameters.weights, parameters.eps
+
+
+@torch.library.register_fake("fastdense::dual_path_stage")
+def _(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    eps: Sequence[float],
+    num_blocks: int,
+    projection: bool,
+    residual_channels: int,
+    stride: int,
+    memory: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, in_channels, *spatial = input.shape
+    first = 5 if projection else 0
+    conv_a, conv_b, conv_c = (weights[first + at] for at in (4, 9, 14))
+    width_a, width_b, growth = conv_a.shape[0], conv_b.shape[0], conv_c.shape[0] - residual_channels
+    read = in_channels if not projection else weights[4].shape[0]  # R + D0
+    pixels = in_pixels = batch
+    for size in spatial:
+        in_pixels = in_pixels * size
+        pixels = pixels * ((size - 1) // stride + 1)
+    channels = [in_channels] + [read + i * growth for i in range(1, num_blocks)]
+    statistics = sum(channels) + num_blocks * (width_a + width_b) + (in_channels if projection else 0)
+    out = empty_channels_last(
+        input, [batch, read + num_blocks * growth, *((size - 1) // stride + 1 for size in spatial)]
+    )
+    bottlenecks = memory in ("balanced", "reversible")
+    residuals = input.new_empty([num_blocks - 1 if memory in ("balanced", "min") else 0, pixels, residual_channels])
+    a = input.new_empty([in_pixels + (num_blocks - 1) * pixels if bottlenecks else 0, width_a])
+    b = input.new_empty([num_blocks * pixels if bottlenecks else 0, width_b])
+    mean = input.new_empty([statistics], dtype=statistics_dtype(input))
+    return out, residuals, a, b, mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("fastdense::_dual_path_stage_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    out: Tensor,
+    residuals: Tensor,
+    a: Tensor,
+    b: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weights: Sequence[Tensor],
+    eps: Sequence[float],
+    num_blocks: int,
+    projection: bool,
+    residual_channels: int,
+    stride: int,
+    needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    return fake_gradients(input, weights, needs_grad)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, weights, *arguments, _ = inputs
+    out, residuals, a, b, mean, var = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(input, out, residuals, a, b, mean, var, *weights)
+    ctx.arguments = arguments
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    needs_input, needs_weights, *rest = ctx.needs_input_grad
+    none = (None,) * len(rest)
+    if grad_output is None:
+        return (None, [None] * len(needs_weights), *none)
+    input, out, residuals, a, b, mean, var, *weights = ctx.saved_tensors
+    needs_grad = [needs_input, *needs_weights]
+    grads = torch.ops.fastdense._dual_path_stage_backward(
+        grad_output, input, out, residuals, a, b, mean, var, weights, *ctx.arguments, needs_grad
+    )
+    wanted = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
+    return (wanted[0], wanted[1:], *none)
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    refuse_double_backward("dual_path_stage")
+
+
+torch.library.register_autograd("fastdense::dual_path_stage", _backward, setup_context=_setup_context)
+torch.library.register_autograd("fastdense::_dual_path_stage_backward", _no_double_backward)

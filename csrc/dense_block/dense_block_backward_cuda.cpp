@@ -87,7 +87,7 @@ class Backward : CudaBlock<T> {
     const int64_t images = args.batch, area = args.conv.pixels(), pooled = args.pool.pixels();
     // Whole images, so that no window is cut.
     const int64_t step = std::max<int64_t>(1, this->chunk_rows(images * pooled, ld) / pooled);
-    const int64_t chunks = (images + step - 1) / step, splits = sweep_splits(std::min(step, images) * area, ld);
+    const int64_t chunks = (images + step - 1) / step, splits = this->splits(std::min(step, images) * area, ld);
     const NormParams<A> norm = this->norm_params(args.tail_norm, mean_, var_);
     const at::Tensor partial = this->numbers({chunks * splits, 2, ld});
     const at::Tensor rows = grad.movedim(1, -1).reshape({images * pooled, grad.size(1)});
@@ -97,8 +97,8 @@ class Backward : CudaBlock<T> {
       const at::Tensor left = rows.narrow(0, image * pooled, count * pooled);
       at::Tensor right = y.narrow(0, 0, count * pooled);
       if (needs(args.tail_conv.at)) {
-        check_launch(launch_activate_pooled<T>({{x_, ld}, this->matrix(y), norm, args.pool, image * pooled},
-                                               count * pooled, ld, cuda.stream));
+        this->sweep(launch_activate_pooled<T>, {{x_, ld}, this->matrix(y), norm, args.pool, image * pooled},
+                    count * pooled, ld);
         add(dweight, over_pixels(left, right));
       }
       at::mm_out(right, left, this->tail_conv());
@@ -112,23 +112,24 @@ class Backward : CudaBlock<T> {
 
   void last_norm(const at::Tensor& grad) {
     const NormParams<A> norm = this->norm_params(args.tail_norm, mean_, var_);
-    const at::Tensor partial = this->numbers({sweep_splits(pixels, ld), 2, ld});
+    const at::Tensor partial = this->numbers({this->splits(pixels, ld), 2, ld});
     AccumulateParams<T> p = consume(norm, {this->data(grad), ld}, 0, this->sums(partial));
     p.relu = args.tail == Tail::kNormRelu;
-    check_launch(launch_accumulate<T>(p, pixels, ld, partial.size(0), cuda.stream));
+    this->sweep(launch_accumulate<T>, p, pixels, ld);
     finalise(args.tail_norm, norm, partial, true);
   }
 
   // Gradient of the channels [first, first + n), whose consumers are done, into a packed image.
   void finalised(int64_t first, int64_t n, const DropoutParams& dropout, const at::Tensor& to) {
-    check_launch(launch_slice_gradient<T>({{g_ + first, ld},
-                                           {x_ + first, ld},
-                                           {this->data(to), n},
-                                           mean_ + first,
-                                           shift_sum_ + first,
-                                           slope_sum_ + first,
-                                           dropout},
-                                          pixels, n, cuda.stream));
+    this->sweep(launch_slice_gradient<T>,
+                {{g_ + first, ld},
+                 {x_ + first, ld},
+                 {this->data(to), n},
+                 mean_ + first,
+                 shift_sum_ + first,
+                 slope_sum_ + first,
+                 dropout},
+                pixels, n);
   }
 
   void input() {
@@ -144,10 +145,10 @@ class Backward : CudaBlock<T> {
     if (!args.bottleneck) {
       const at::Tensor y = this->activated_image(x_, ld, norm1, layer.channels);
       const at::Tensor dy = convolution(l, d, y);
-      const at::Tensor partial = this->numbers({sweep_splits(pixels, layer.channels), 2, layer.channels});
+      const at::Tensor partial = this->numbers({this->splits(pixels, layer.channels), 2, layer.channels});
       AccumulateParams<T> p = consume(norm1, {this->data(dy), layer.channels}, 0, this->sums(partial));
       p.add = true;
-      check_launch(launch_accumulate<T>(p, pixels, layer.channels, partial.size(0), cuda.stream));
+      this->sweep(launch_accumulate<T>, p, pixels, layer.channels);
       finalise(layer.norm1, norm1, partial, true);
       return;
     }
@@ -157,12 +158,12 @@ class Backward : CudaBlock<T> {
     const at::Tensor du = convolution(l, d, this->activated_image(this->const_data(z), b, norm2, b));
     const Matrix<T> dz{this->data(du), b};
     const Matrix<const T> from{this->const_data(z), b};
-    const at::Tensor partial = this->numbers({sweep_splits(pixels, b), 2, b});
-    check_launch(launch_mask_reduce<T>({{dz.data, b}, from, norm2, this->sums(partial)}, pixels, b, cuda.stream));
+    const at::Tensor partial = this->numbers({this->splits(pixels, b), 2, b});
+    this->sweep(launch_mask_reduce<T>, {{dz.data, b}, from, norm2, this->sums(partial)}, pixels, b);
     const Sums t = finalise(layer.norm2, norm2, partial, false);
     const A inv_count = layer.norm2.frozen() ? A(0) : A(1.0 / double(pixels));
-    check_launch(launch_input_gradient<T>({dz, from, norm2, this->sums(t.dbias), this->sums(t.dweight), inv_count},
-                                          pixels, b, cuda.stream));
+    this->sweep(launch_input_gradient<T>, {dz, from, norm2, this->sums(t.dbias), this->sums(t.dweight), inv_count},
+                pixels, b);
     product(l, norm1, du.movedim(1, -1).reshape({pixels, b}));
   }
 
@@ -188,7 +189,7 @@ class Backward : CudaBlock<T> {
   void product(int64_t l, const NormParams<A>& norm1, const at::Tensor& dz) {
     const LayerArgs& layer = args.layers[size_t(l)];
     const int64_t c = layer.channels, step = this->chunk_rows(pixels, c);
-    const int64_t splits = sweep_splits(std::min(step, pixels), c), chunks = (pixels + step - 1) / step;
+    const int64_t splits = this->splits(std::min(step, pixels), c), chunks = (pixels + step - 1) / step;
     const at::Tensor partial = this->numbers({chunks * splits, 2, c});
     const at::Tensor y = this->scratch(std::min(step, pixels), c);
     at::Tensor dweight;

@@ -272,21 +272,22 @@ __global__ void __launch_bounds__(FinaliseShape::kMostThreads)
 }  // namespace
 
 template <typename T>
-cudaError_t launch_slice_gradient(const SliceGradientParams<T>& p, int64_t rows, int64_t columns, cudaStream_t stream) {
+cudaError_t launch_slice_gradient(const SliceGradientParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
+                                  cudaStream_t stream) {
   return launch_sweep<SliceGradient, T>(p, address_bits(p.gradient) | address_bits(p.x) | address_bits(p.d), rows,
-                                        columns, sweep_splits(rows, columns), stream);
+                                        columns, splits, stream);
 }
 
 template <typename T>
-cudaError_t launch_mask_reduce(const MaskReduceParams<T>& p, int64_t rows, int64_t columns, cudaStream_t stream) {
-  return launch_sweep<MaskReduce, T>(p, address_bits(p.du) | address_bits(p.z), rows, columns,
-                                     sweep_splits(rows, columns), stream);
+cudaError_t launch_mask_reduce(const MaskReduceParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
+                               cudaStream_t stream) {
+  return launch_sweep<MaskReduce, T>(p, address_bits(p.du) | address_bits(p.z), rows, columns, splits, stream);
 }
 
 template <typename T>
-cudaError_t launch_input_gradient(const InputGradientParams<T>& p, int64_t rows, int64_t columns, cudaStream_t stream) {
-  return launch_sweep<InputGradient, T>(p, address_bits(p.du) | address_bits(p.z), rows, columns,
-                                        sweep_splits(rows, columns), stream);
+cudaError_t launch_input_gradient(const InputGradientParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
+                                  cudaStream_t stream) {
+  return launch_sweep<InputGradient, T>(p, address_bits(p.du) | address_bits(p.z), rows, columns, splits, stream);
 }
 
 template <typename T>
@@ -312,9 +313,11 @@ cudaError_t launch_finalise_sums(const FinaliseSumsParams<A>& p, int64_t columns
 }
 
 #define FASTDENSE_BACKWARD(T)                                                                                         \
-  template cudaError_t launch_slice_gradient<T>(const SliceGradientParams<T>&, int64_t, int64_t, cudaStream_t);       \
-  template cudaError_t launch_mask_reduce<T>(const MaskReduceParams<T>&, int64_t, int64_t, cudaStream_t);             \
-  template cudaError_t launch_input_gradient<T>(const InputGradientParams<T>&, int64_t, int64_t, cudaStream_t);       \
+  template cudaError_t launch_slice_gradient<T>(const SliceGradientParams<T>&, int64_t, int64_t, int64_t,             \
+                                                cudaStream_t);                                                        \
+  template cudaError_t launch_mask_reduce<T>(const MaskReduceParams<T>&, int64_t, int64_t, int64_t, cudaStream_t);    \
+  template cudaError_t launch_input_gradient<T>(const InputGradientParams<T>&, int64_t, int64_t, int64_t,             \
+                                                cudaStream_t);                                                        \
   template cudaError_t launch_accumulate<T>(const AccumulateParams<T>&, int64_t, int64_t, int64_t, cudaStream_t);     \
   template cudaError_t launch_accumulate_pooled<T>(const AccumulateParams<T>&, const PoolGeometry&, int64_t, int64_t, \
                                                    int64_t, cudaStream_t);

@@ -9,29 +9,28 @@
 namespace fastdense {
 namespace {
 
-// A third of the L2 cache; a small cache is not worth the many launches of small chunks.
-int64_t scratch_bytes() {
-  constexpr int64_t kLeast = int64_t(16) << 20;
-  int device = 0, l2 = 0;
+// A third of the L2 cache; a small cache is not worth the many launches of small chunks.  Eight blocks an SM fill it.
+CudaContext current_context() {
+  constexpr int64_t kLeastScratch = int64_t(16) << 20;
+  int device = 0, l2 = 0, multiprocessors = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device));
-  return std::max(kLeast, int64_t(l2) / 3);
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return {c10::cuda::getCurrentCUDAStream(), std::max(kLeastScratch, int64_t(l2) / 3), 8 * int64_t(multiprocessors)};
 }
 
 struct CudaEngine {
   using Guard = c10::cuda::CUDAGuard;
-  static CudaContext context() { return {c10::cuda::getCurrentCUDAStream(), scratch_bytes()}; }
-
   template <typename T>
   static void forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
                       const DenseBlockOutputs& o) {
-    dense_block_forward_cuda<T>(args, input, seed, o, context());
+    dense_block_forward_cuda<T>(args, input, seed, o, current_context());
   }
   template <typename T>
   static std::vector<at::Tensor> backward(const DenseBlockArgs& args, const DenseBlockSaved& saved,
                                           const at::Tensor& grad_output, const std::optional<at::Tensor>& seed,
                                           const std::vector<bool>& needs, at::TensorList weights) {
-    return dense_block_backward_cuda<T>(args, saved, grad_output, seed, needs, weights, context());
+    return dense_block_backward_cuda<T>(args, saved, grad_output, seed, needs, weights, current_context());
   }
 };
 

@@ -15,6 +15,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/layout.h"
 #include "dense_block/dense_block_launch.h"
@@ -25,6 +26,7 @@ namespace fastdense {
 struct CudaContext {
   cudaStream_t stream;
   int64_t scratch_bytes;  // of relu(norm(prefix)): a third of the L2 cache or so
+  int64_t blocks;         // that fill the device
 };
 
 inline void check_launch(cudaError_t error) {
@@ -79,6 +81,16 @@ class CudaBlock {
             args.drop_rate < 1 ? 1 / (1 - args.drop_rate) : 0.0};
   }
 
+  // Among how many blocks a sweep shares its rows.
+  int64_t splits(int64_t rows, int64_t columns) const { return sweep_splits(rows, columns, cuda.blocks); }
+
+  // Starts a sweep over all of a matrix.
+  template <typename Params>
+  void sweep(cudaError_t (*launch)(const Params&, int64_t, int64_t, int64_t, cudaStream_t),
+             const std::type_identity_t<Params>& params, int64_t rows, int64_t columns) const {
+    check_launch(launch(params, rows, columns, splits(rows, columns), cuda.stream));
+  }
+
   // Rows of the chunks in which a matrix of so many channels goes through the scratch.
   int64_t chunk_rows(int64_t rows, int64_t channels) const {
     constexpr int64_t kMultiple = 128;
@@ -128,7 +140,7 @@ class CudaBlock {
     const int64_t c = args.layers[size_t(l)].channels, step = chunk_rows(pixels, c);
     const at::Tensor y = scratch(std::min(step, pixels), c);
     for_each_chunk(pixels, step, [&](int64_t row, int64_t rows, int64_t) {
-      check_launch(launch_activate<T>({{x + row * ld, ld}, matrix(y), norm1, true}, rows, c, cuda.stream));
+      sweep(launch_activate<T>, {{x + row * ld, ld}, matrix(y), norm1, true}, rows, c);
       at::Tensor out = z.narrow(0, row, rows);
       at::mm_out(out, y.narrow(0, 0, rows), conv1(l).t());
     });
@@ -137,7 +149,7 @@ class CudaBlock {
   // relu(norm(x)) of a matrix as a packed image.
   at::Tensor activated_image(const T* x, int64_t ldx, const NormParams<A>& norm, int64_t channels) const {
     const at::Tensor y = packed_image(channels);
-    check_launch(launch_activate<T>({{x, ldx}, {data(y), channels}, norm, true}, pixels, channels, cuda.stream));
+    sweep(launch_activate<T>, {{x, ldx}, {data(y), channels}, norm, true}, pixels, channels);
     return y;
   }
 

@@ -37,13 +37,12 @@ class Forward : CudaBlock<T> {
   // Statistics of a matrix, to mean_[first ...] and var_[first ...].
   void statistics(const T* x, int64_t ldx, int64_t columns, int64_t first) {
     const at::Tensor partial = partials(columns);
-    check_launch(launch_moments<T>({{x, ldx}, this->sums(partial)}, pixels, columns, cuda.stream));
+    this->sweep(launch_moments<T>, {{x, ldx}, this->sums(partial)}, pixels, columns);
     finalise(partial, x, columns, first);
   }
-  at::Tensor partials(int64_t columns) const { return this->numbers({sweep_splits(pixels, columns), 2, columns}); }
+  at::Tensor partials(int64_t columns) const { return this->numbers({this->splits(pixels, columns), 2, columns}); }
   void finalise(const at::Tensor& partial, const T* x, int64_t columns, int64_t first) {
-    check_launch(launch_finalise_moments<T>({this->sums(partial), x, mean_ + first, var_ + first}, pixels, columns,
-                                            cuda.stream));
+    this->sweep(launch_finalise_moments<T>, {this->sums(partial), x, mean_ + first, var_ + first}, pixels, columns);
   }
 
   void layer(int64_t l) {
@@ -66,9 +65,10 @@ class Forward : CudaBlock<T> {
     const int64_t c = args.layers[size_t(l)].channels, k = args.growth;
     const bool wanted = args.any_batch_statistics();
     const at::Tensor partial = wanted ? partials(k) : at::Tensor();
-    check_launch(launch_slice_in<T>(
+    this->sweep(
+        launch_slice_in<T>,
         {{this->const_data(features), k}, {x_ + c, ld}, this->dropout(l), wanted ? this->sums(partial) : nullptr},
-        pixels, k, cuda.stream));
+        pixels, k);
     if (wanted) finalise(partial, x_ + c, k, c);
   }
 
@@ -78,17 +78,17 @@ class Forward : CudaBlock<T> {
     const at::Tensor y = this->scratch(std::min(step, rows), ld);
     const at::Tensor to = out.movedim(1, -1).reshape({rows, out.size(1)});
     this->for_each_chunk(rows, step, [&](int64_t row, int64_t count, int64_t) {
-      check_launch(
-          launch_activate_pooled<T>({{x_, ld}, this->matrix(y), norm, args.pool, row}, count, ld, cuda.stream));
+      this->sweep(launch_activate_pooled<T>, {{x_, ld}, this->matrix(y), norm, args.pool, row}, count, ld);
       at::Tensor chunk = to.narrow(0, row, count);
       at::mm_out(chunk, y.narrow(0, 0, count), this->tail_conv().t());
     });
   }
 
   void last_norm(const at::Tensor& out) {
-    check_launch(launch_activate<T>(
+    this->sweep(
+        launch_activate<T>,
         {{x_, ld}, {this->data(out), ld}, this->norm_params(args.tail_norm, mean_, var_), args.tail == Tail::kNormRelu},
-        pixels, ld, cuda.stream));
+        pixels, ld);
   }
 
   T* const x_;

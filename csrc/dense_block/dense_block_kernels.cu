@@ -219,34 +219,33 @@ __global__ void pack_weights_kernel(const __grid_constant__ PackWeightsParams<Fr
 }  // namespace
 
 template <typename T>
-cudaError_t launch_activate(const ActivateParams<T>& p, int64_t rows, int64_t columns, cudaStream_t stream) {
-  return launch_sweep<Activate, T>(p, address_bits(p.x) | address_bits(p.y), rows, columns, sweep_splits(rows, columns),
-                                   stream);
+cudaError_t launch_activate(const ActivateParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
+                            cudaStream_t stream) {
+  return launch_sweep<Activate, T>(p, address_bits(p.x) | address_bits(p.y), rows, columns, splits, stream);
 }
 
 template <typename T>
-cudaError_t launch_activate_pooled(const ActivatePooledParams<T>& p, int64_t rows, int64_t columns,
+cudaError_t launch_activate_pooled(const ActivatePooledParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
                                    cudaStream_t stream) {
-  return launch_sweep<ActivatePooled, T>(p, address_bits(p.x) | address_bits(p.y), rows, columns,
-                                         sweep_splits(rows, columns), stream);
+  return launch_sweep<ActivatePooled, T>(p, address_bits(p.x) | address_bits(p.y), rows, columns, splits, stream);
 }
 
 template <typename T>
-cudaError_t launch_moments(const MomentsParams<T>& p, int64_t rows, int64_t columns, cudaStream_t stream) {
-  return launch_sweep<ReduceMoments, T>(p, address_bits(p.x), rows, columns, sweep_splits(rows, columns), stream);
+cudaError_t launch_moments(const MomentsParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
+                           cudaStream_t stream) {
+  return launch_sweep<ReduceMoments, T>(p, address_bits(p.x), rows, columns, splits, stream);
 }
 
 template <typename T>
-cudaError_t launch_slice_in(const SliceInParams<T>& p, int64_t rows, int64_t columns, cudaStream_t stream) {
-  return launch_sweep<SliceIn, T>(p, address_bits(p.features) | address_bits(p.x), rows, columns,
-                                  sweep_splits(rows, columns), stream);
+cudaError_t launch_slice_in(const SliceInParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
+                            cudaStream_t stream) {
+  return launch_sweep<SliceIn, T>(p, address_bits(p.features) | address_bits(p.x), rows, columns, splits, stream);
 }
 
 template <typename T>
-cudaError_t launch_finalise_moments(const FinaliseMomentsParams<T>& p, int64_t rows, int64_t columns,
+cudaError_t launch_finalise_moments(const FinaliseMomentsParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
                                     cudaStream_t stream) {
   if (rows == 0 || columns == 0) return cudaSuccess;
-  const int64_t splits = sweep_splits(rows, columns);
   const FinaliseShape shape(columns, splits);
   FASTDENSE_LAUNCH(finalise_moments_kernel, shape.grid, shape.block, shape.shared_bytes, stream, p, rows, columns,
                    splits);
@@ -267,12 +266,14 @@ cudaError_t launch_pack_weights(const PackWeightsParams<From, T>& p, cudaStream_
 
 #define FASTDENSE_PACK(From, T) \
   template cudaError_t launch_pack_weights<From, T>(const PackWeightsParams<From, T>&, cudaStream_t);
-#define FASTDENSE_FORWARD(T)                                                                                        \
-  template cudaError_t launch_activate<T>(const ActivateParams<T>&, int64_t, int64_t, cudaStream_t);                \
-  template cudaError_t launch_activate_pooled<T>(const ActivatePooledParams<T>&, int64_t, int64_t, cudaStream_t);   \
-  template cudaError_t launch_moments<T>(const MomentsParams<T>&, int64_t, int64_t, cudaStream_t);                  \
-  template cudaError_t launch_slice_in<T>(const SliceInParams<T>&, int64_t, int64_t, cudaStream_t);                 \
-  template cudaError_t launch_finalise_moments<T>(const FinaliseMomentsParams<T>&, int64_t, int64_t, cudaStream_t); \
+#define FASTDENSE_FORWARD(T)                                                                                  \
+  template cudaError_t launch_activate<T>(const ActivateParams<T>&, int64_t, int64_t, int64_t, cudaStream_t); \
+  template cudaError_t launch_activate_pooled<T>(const ActivatePooledParams<T>&, int64_t, int64_t, int64_t,   \
+                                                 cudaStream_t);                                               \
+  template cudaError_t launch_moments<T>(const MomentsParams<T>&, int64_t, int64_t, int64_t, cudaStream_t);   \
+  template cudaError_t launch_slice_in<T>(const SliceInParams<T>&, int64_t, int64_t, int64_t, cudaStream_t);  \
+  template cudaError_t launch_finalise_moments<T>(const FinaliseMomentsParams<T>&, int64_t, int64_t, int64_t, \
+                                                  cudaStream_t);                                              \
   FASTDENSE_PACK(T, T)
 FASTDENSE_FOR_EACH_STORAGE(FASTDENSE_FORWARD)
 FASTDENSE_PACK(float, bfloat16)

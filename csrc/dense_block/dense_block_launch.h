@@ -8,6 +8,7 @@
 // that depends on the shape alone: reruns are bit-identical.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/batch_norm_math.h"
@@ -35,13 +36,13 @@ struct NormParams {
   }
 };
 
-// Blocks that share the rows of a sweep; more would not make it faster, and their sums are to be added up.
-constexpr int64_t kMostSplits = 1024, kLeastRows = 32;
-inline int64_t sweep_splits(int64_t rows, int64_t columns) {
-  constexpr int64_t kBlockColumns = 256;
-  const int64_t across = (columns + kBlockColumns - 1) / kBlockColumns, by_rows = (rows + kLeastRows - 1) / kLeastRows;
-  const int64_t most = kMostSplits / across > 1 ? kMostSplits / across : 1;
-  return by_rows < most ? (by_rows > 1 ? by_rows : 1) : most;
+// Among how many blocks a sweep shares its rows, if `blocks` fill the device; more would not be faster, and their sums
+// are to be added up.
+inline int64_t sweep_splits(int64_t rows, int64_t columns, int64_t blocks) {
+  constexpr int64_t kBlockColumns = 256, kLeastRows = 32;
+  const int64_t across = (columns + kBlockColumns - 1) / kBlockColumns;
+  const int64_t most = std::max<int64_t>(1, blocks / across);
+  return std::max<int64_t>(1, std::min(most, (rows + kLeastRows - 1) / kLeastRows));
 }
 
 // Mask of the features that layer `layer` drops, and their factors; no mask where `seed` is nullptr.
@@ -61,7 +62,7 @@ struct ActivateParams {
   bool relu;
 };
 template <typename T>
-cudaError_t launch_activate(const ActivateParams<T>&, int64_t rows, int64_t columns, cudaStream_t);
+cudaError_t launch_activate(const ActivateParams<T>&, int64_t rows, int64_t columns, int64_t splits, cudaStream_t);
 
 // y = mean of relu(norm(x)) over the windows of the pooled pixels [first, first + rows).
 template <typename T>
@@ -73,7 +74,8 @@ struct ActivatePooledParams {
   int64_t first;
 };
 template <typename T>
-cudaError_t launch_activate_pooled(const ActivatePooledParams<T>&, int64_t rows, int64_t columns, cudaStream_t);
+cudaError_t launch_activate_pooled(const ActivatePooledParams<T>&, int64_t rows, int64_t columns, int64_t splits,
+                                   cudaStream_t);
 
 // Partial mean and M2 of the columns of x, relative to its first row: shifted so, the rounding of a mean that is large
 // against the deviation does not spoil the latter.
@@ -83,7 +85,7 @@ struct MomentsParams {
   accumulate_t<T>* partial;  // [splits][2][columns]
 };
 template <typename T>
-cudaError_t launch_moments(const MomentsParams<T>&, int64_t rows, int64_t columns, cudaStream_t);
+cudaError_t launch_moments(const MomentsParams<T>&, int64_t rows, int64_t columns, int64_t splits, cudaStream_t);
 
 // The new features of a layer become a slice of the buffer: x = dropout(features), and x's moments unless `partial` is
 // nullptr.
@@ -95,7 +97,7 @@ struct SliceInParams {
   accumulate_t<T>* partial;
 };
 template <typename T>
-cudaError_t launch_slice_in(const SliceInParams<T>&, int64_t rows, int64_t columns, cudaStream_t);
+cudaError_t launch_slice_in(const SliceInParams<T>&, int64_t rows, int64_t columns, int64_t splits, cudaStream_t);
 
 // mean, var [columns] of x from what launch_moments or launch_slice_in made of it.
 template <typename T>
@@ -105,7 +107,8 @@ struct FinaliseMomentsParams {
   accumulate_t<T>*mean, *var;
 };
 template <typename T>
-cudaError_t launch_finalise_moments(const FinaliseMomentsParams<T>&, int64_t rows, int64_t columns, cudaStream_t);
+cudaError_t launch_finalise_moments(const FinaliseMomentsParams<T>&, int64_t rows, int64_t columns, int64_t splits,
+                                    cudaStream_t);
 
 // d = dropout factor * gradient of channels whose consumers are done.
 template <typename T>
@@ -117,7 +120,8 @@ struct SliceGradientParams {
   DropoutParams dropout;
 };
 template <typename T>
-cudaError_t launch_slice_gradient(const SliceGradientParams<T>&, int64_t rows, int64_t columns, cudaStream_t);
+cudaError_t launch_slice_gradient(const SliceGradientParams<T>&, int64_t rows, int64_t columns, int64_t splits,
+                                  cudaStream_t);
 
 // Partial sums of dv and dv * (z - mean) with dv = the gradient du of relu(norm(z)) in front of the ReLU.
 template <typename T>
@@ -127,7 +131,7 @@ struct MaskReduceParams {
   accumulate_t<T>* partial;  // [splits][2][columns]
 };
 template <typename T>
-cudaError_t launch_mask_reduce(const MaskReduceParams<T>&, int64_t rows, int64_t columns, cudaStream_t);
+cudaError_t launch_mask_reduce(const MaskReduceParams<T>&, int64_t rows, int64_t columns, int64_t splits, cudaStream_t);
 
 // dz = gradient of the norm's input, over du.
 template <typename T>
@@ -139,7 +143,8 @@ struct InputGradientParams {
   accumulate_t<T> inv_count;      // 0 when frozen
 };
 template <typename T>
-cudaError_t launch_input_gradient(const InputGradientParams<T>&, int64_t rows, int64_t columns, cudaStream_t);
+cudaError_t launch_input_gradient(const InputGradientParams<T>&, int64_t rows, int64_t columns, int64_t splits,
+                                  cudaStream_t);
 
 // A consumer of a prefix takes its leave: gradient (+)= scale * dym, with dym the gradient dy of relu(norm(x)), or of
 // norm(x), in front of the ReLU, and partial sums of dym and dym * (x - mean).  y = relu(norm(x)) is written over dy

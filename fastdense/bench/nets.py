@@ -78,14 +78,18 @@ class Variant:
     Attributes:
         channels_last: memory format of weights and images.
         memory_efficient: torchvision's activation checkpointing.
-        compile: through torch.compile.
+        compile: the mode of torch.compile, or None without it.
         memory: fastdense's memory mode, or None for plain PyTorch.
+        timm: timm's model of the network in the place of torchvision's.
+        graph: the whole step is captured in a CUDA graph once, and replayed.
     """
 
     channels_last: bool
     memory_efficient: bool = False
-    compile: bool = False
+    compile: str | None = None
     memory: str | None = None
+    timm: bool = False
+    graph: bool = False
 
 
 VARIANTS = {
@@ -93,9 +97,14 @@ VARIANTS = {
     "plain-channels-last": Variant(channels_last=True),
     "memory-efficient": Variant(channels_last=False, memory_efficient=True),
     "memory-efficient-channels-last": Variant(channels_last=True, memory_efficient=True),
-    "compile": Variant(channels_last=True, compile=True),
+    "timm": Variant(channels_last=True, timm=True),
+    "compile": Variant(channels_last=True, compile="default"),
+    "compile-max-autotune": Variant(channels_last=True, compile="max-autotune"),
+    "plain-channels-last-graph": Variant(channels_last=True, graph=True),
     "balanced": Variant(channels_last=True, memory="balanced"),
     "min": Variant(channels_last=True, memory="min"),
+    "balanced-graph": Variant(channels_last=True, memory="balanced", graph=True),
+    "min-graph": Variant(channels_last=True, memory="min", graph=True),
 }
 
 # The two layouts of unchanged PyTorch; ratios refer to the better of them.
@@ -178,9 +187,26 @@ def _restored_model(net: Net, memory_efficient: bool) -> nn.Module:
     return fastdense.restore(fastdense.models.create(net.name, **net.create_kwargs()))
 
 
+def _timm_model(net: Net, like: nn.Module) -> nn.Module:
+    """timm's model of a network with the weights of torchvision's, whose names it shares.
+
+    Raises:
+        InputError: timm has no such model.
+    """
+    with extra("test"):
+        import timm
+    if net.name not in _TORCHVISION:
+        raise InputError(f"bench: expected timm to have the network, got {net.label}")
+    model = timm.create_model(net.name, pretrained=False, num_classes=net.classes)
+    model.load_state_dict(like.state_dict())
+    return model
+
+
 def build(net: Net, variant: Variant) -> nn.Module:
     """Builds a network as a variant wants it, except for torch.compile."""
     model = plain_model(net, memory_efficient=variant.memory_efficient)
+    if variant.timm:
+        model = _timm_model(net, model)
     if variant.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if variant.memory is not None:

@@ -31,16 +31,17 @@ def _library() -> tuple[torch.library.Library, ctypes.CDLL]:
 
 
 @contextlib.contextmanager
-def emulated_kernels(backwards: bool, scratch_bytes: int) -> Iterator[ctypes.CDLL]:
+def emulated_kernels(backwards: bool, scratch_bytes: int, blocks: int) -> Iterator[ctypes.CDLL]:
     """Puts the CUDA code in the place of the CPU code.
 
     Args:
         backwards: the order of threads and blocks.
         scratch_bytes: what the activated prefix may take; little makes many chunks.
+        blocks: what fills the device; few give every thread many rows, many a lot of partial sums.
     """
     _, library = _library()
     library.set_backwards(backwards)
-    library.set_scratch_bytes(ctypes.c_int64(scratch_bytes))
+    library.set_device(ctypes.c_int64(scratch_bytes), ctypes.c_int64(blocks))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small tensors, and the emulation has one thread anyway
     torch.use_deterministic_algorithms(True)  # fills what at::empty gives with NaN

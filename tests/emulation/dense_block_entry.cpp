@@ -9,7 +9,7 @@
 namespace fastdense {
 namespace {
 
-CudaContext context{nullptr, 0};
+CudaContext context{nullptr, 0, 0};
 
 struct EmulatedEngine {
   using Guard = c10::Device;  // nothing to guard
@@ -44,6 +44,9 @@ TORCH_LIBRARY_IMPL(fastdense_emulated, CPU, m) {
 
 extern "C" {
 void set_backwards(bool value) { fastdense::emulation::backwards = value; }
-void set_scratch_bytes(int64_t value) { fastdense::context.scratch_bytes = value; }
+void set_device(int64_t scratch_bytes, int64_t blocks) {
+  fastdense::context.scratch_bytes = scratch_bytes;
+  fastdense::context.blocks = blocks;
+}
 int64_t launches() { return fastdense::emulation::launches; }
 }

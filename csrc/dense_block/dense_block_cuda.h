@@ -15,6 +15,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "common/layout.h"
@@ -57,7 +58,11 @@ class CudaBlock {
         cuda(cuda),
         pixels(args.pixels()),
         ld(args.channels()),
-        seed_(args.drop_rate > 0 ? seed->const_data_ptr<int64_t>() : nullptr) {}
+        seed_(args.drop_rate > 0 ? seed->const_data_ptr<int64_t>() : nullptr) {
+    TORCH_CHECK_VALUE(args.conv.pixels() <= std::numeric_limits<uint32_t>::max(),
+                      "dense_block: expected an image to have fewer than 2^32 pixels on CUDA, got ",
+                      args.conv.pixels());
+  }
 
   static at::ScalarType accumulate() { return std::is_same_v<A, double> ? at::kDouble : at::kFloat; }
   at::Tensor numbers(at::IntArrayRef sizes) const { return at::empty(sizes, options.dtype(accumulate())); }

@@ -98,13 +98,17 @@ def test_counts_of_the_catalogue_do_not_depend_on_chance(name):
     assert len(counts) == 1
 
 
-def test_small_networks_are_all_that_have_no_dense_blocks():
-    assert [case.values[0] for case in SMALL] == [name for name in models.list() if not models.has_memory_modes(name)]
+_BLOCKS = (fastdense.nn.DenseBlock, fastdense.nn.DualPathBlock)
 
 
-def test_memory_modes_are_those_of_dense_blocks():
+def test_small_networks_are_all_that_have_no_memory_modes():
+    assert [case.values[0] for case in SMALL] == [name for name in models.list() if not models.memory_modes(name)]
+
+
+def test_memory_modes_are_those_of_the_blocks():
     for name in models.list():
         with torch.device("meta"):
             model = models.create(name)
-        blocks = [module for module in model.modules() if isinstance(module, fastdense.nn.DenseBlock)]
-        assert models.has_memory_modes(name) == bool(blocks), name
+        modes = {module.memory_modes for module in model.modules() if isinstance(module, _BLOCKS)}
+        assert models.memory_modes(name) == (modes.pop() if modes else ()), name
+        assert not modes, name

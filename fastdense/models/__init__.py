@@ -17,13 +17,17 @@ from fastdense.models.densenet import (
     densenet_cifar,
 )
 from fastdense.models.dialects import load_densenet, torchvision_keys
+from fastdense.models.dpn import DPN, dpn48b, dpn68, dpn68b, dpn92, dpn98, dpn107, dpn131
 from fastdense.models.fc_densenet import FCDenseNet, fc_densenet56, fc_densenet67, fc_densenet103
 from fastdense.models.fractalnet import FractalNet, fractalnet
 from fastdense.models.highway import HighwayCifar, HighwayMlp, HighwayMnist, highway_cifar, highway_mlp, highway_mnist
 from fastdense.models.resnet import ResNet, preresnet_cifar, resnet_cifar, stochastic_depth_cifar
 from fastdense.models.resnet_in_resnet import ResNetInResNet, resnet_in_resnet
+from fastdense.ops.dense_block import MEMORY_MODES
+from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 
 __all__ = [
+    "DPN",
     "DenseNet",
     "FCDenseNet",
     "FractalNet",
@@ -39,16 +43,23 @@ __all__ = [
     "densenet201",
     "densenet264",
     "densenet_cifar",
+    "dpn48b",
+    "dpn68",
+    "dpn68b",
+    "dpn92",
+    "dpn98",
+    "dpn107",
+    "dpn131",
     "fc_densenet56",
     "fc_densenet67",
     "fc_densenet103",
     "fractalnet",
-    "has_memory_modes",
     "highway_cifar",
     "highway_mlp",
     "highway_mnist",
     "list",
     "load_densenet",
+    "memory_modes",
     "preresnet_cifar",
     "resnet_cifar",
     "resnet_in_resnet",
@@ -65,6 +76,13 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         densenet201,
         densenet264,
         densenet_cifar,
+        dpn48b,
+        dpn68,
+        dpn68b,
+        dpn92,
+        dpn98,
+        dpn107,
+        dpn131,
         fc_densenet56,
         fc_densenet67,
         fc_densenet103,
@@ -85,9 +103,11 @@ def list() -> builtins.list[str]:
     return sorted(_MODELS)
 
 
-def has_memory_modes(name: str) -> bool:
-    """Whether the model called ``name`` has dense blocks, and so takes the argument ``memory``."""
-    return name.startswith(("densenet", "fc_densenet"))
+def memory_modes(name: str) -> tuple[str, ...]:
+    """Values of the argument ``memory`` of the model called ``name``; none where it has no such argument."""
+    if name.startswith("dpn"):
+        return DUAL_PATH_MEMORY_MODES
+    return MEMORY_MODES if name.startswith(("densenet", "fc_densenet")) else ()
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:

@@ -13,7 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
+#include <type_traits>
 
 #include "common/batch_norm_math.h"
 #include "common/launch.h"
@@ -28,15 +28,15 @@ struct alignas(sizeof(T) * V) Vector {
 };
 
 // The first `count` elements, and zeros.
-template <int V, typename T>
-__device__ __forceinline__ Vector<T, V> read(const T* at, int count) {
-  Vector<T, V> x;
+template <int V, typename T, typename Stored = std::remove_const_t<T>>
+__device__ __forceinline__ Vector<Stored, V> read(T* at, int count) {
+  Vector<Stored, V> x;
   if (count == V) {
     FASTDENSE_CHECK_ALIGNED(at, sizeof(x));
-    x = *reinterpret_cast<const Vector<T, V>*>(at);
+    x = *reinterpret_cast<const Vector<Stored, V>*>(at);
   } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i) x.v[i] = i < count ? at[i] : T{};
+    for (int i = 0; i < V; ++i) x.v[i] = i < count ? at[i] : Stored{};
   }
   return x;
 }

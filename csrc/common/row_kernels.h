@@ -72,8 +72,10 @@ FASTDENSE_HD int64_t window_origin(const PoolGeometry& g, int64_t p) {
 }
 
 // Pixel of a window relative to its origin.
+template <typename Index = int64_t>
 FASTDENSE_HD int64_t window_offset(const PoolGeometry& g, int64_t w) {
-  const int64_t w2 = w % g.window[2], w1 = w / g.window[2] % g.window[1], w0 = w / g.window[2] / g.window[1];
+  const auto in = Index(w), size1 = Index(g.window[1]), size2 = Index(g.window[2]);
+  const Index line = in / size2, w2 = in - line * size2, w0 = line / size1, w1 = line - w0 * size1;
   return (w0 * g.size[1] + w1) * g.size[2] + w2;
 }
 

@@ -8,17 +8,17 @@ namespace fastdense {
 namespace {
 
 template <typename T, int V>
-class SliceGradient {
+class SliceGradient : public Columns<SliceGradientParams<T>, V> {
   using A = accumulate_t<T>;
+  using Base = Columns<SliceGradientParams<T>, V>;
+  using Base::p_, Base::first_;
 
  public:
-  using Params = SliceGradientParams<T>;
+  using typename Base::Params;
   static constexpr int kTileRows = 2;
   using State = NoState;
   __device__ SliceGradient(const Params& p, int64_t first, int count)
-      : p_(p),
-        first_(first),
-        count_(count),
+      : Base(p, first, count),
         mean_(p.mean, first, count),
         shift_sum_(p.shift_sum, first, count),
         slope_sum_(p.slope_sum, first, count) {}
@@ -26,11 +26,8 @@ class SliceGradient {
   template <int kRows>
   __device__ void tile(int64_t row, int64_t step) {
     Vector<T, V> g[kRows], x[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      g[r] = read<V>(p_.gradient.data + (row + r * step) * p_.gradient.ld + first_, count_);
-      x[r] = read<V>(p_.x.data + (row + r * step) * p_.x.ld + first_, count_);
-    }
+    this->read_rows(p_.gradient, row, step, g);
+    this->read_rows(p_.x, row, step, x);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -38,36 +35,32 @@ class SliceGradient {
         g[r].v[i] =
             store<T>(finalise_gradient<A>(load(g[r].v[i]), load(x[r].v[i]), mean_[i], shift_sum_[i], slope_sum_[i]));
       apply_dropout(p_.dropout, (row + r * step) * p_.d.ld + first_, g[r]);
-      write(p_.d.data + (row + r * step) * p_.d.ld + first_, g[r], count_);
+      this->write_row(p_.d, row + r * step, g[r]);
     }
   }
 
  private:
-  const Params& p_;
-  const int64_t first_;
-  const int count_;
   const ColumnValues<A, V> mean_, shift_sum_, slope_sum_;
 };
 
 template <typename T, int V>
-class MaskReduce {
+class MaskReduce : public Columns<MaskReduceParams<T>, V> {
   using A = accumulate_t<T>;
+  using Base = Columns<MaskReduceParams<T>, V>;
+  using Base::p_;
 
  public:
-  using Params = MaskReduceParams<T>;
+  using typename Base::Params;
   static constexpr int kTileRows = 2;
   using State = ColumnSums<A, V>;
   __device__ MaskReduce(const Params& p, int64_t first, int count)
-      : p_(p), first_(first), count_(count), norm_(p.norm, first, count), mean_(p.norm.mean, first, count) {}
+      : Base(p, first, count), norm_(p.norm, first, count), mean_(p.norm.mean, first, count) {}
 
   template <int kRows>
   __device__ void tile(int64_t row, int64_t step) {
     Vector<T, V> du[kRows], z[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      du[r] = read<V>(p_.du.data + (row + r * step) * p_.du.ld + first_, count_);
-      z[r] = read<V>(p_.z.data + (row + r * step) * p_.z.ld + first_, count_);
-    }
+    this->read_rows(p_.du, row, step, du);
+    this->read_rows(p_.z, row, step, z);
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
@@ -82,24 +75,23 @@ class MaskReduce {
   __device__ A* partial() const { return p_.partial; }
 
  private:
-  const Params& p_;
-  const int64_t first_;
-  const int count_;
   const ColumnScales<A, V> norm_;
   const ColumnValues<A, V> mean_;
   State state_;
 };
 
 template <typename T, int V>
-class InputGradient {
+class InputGradient : public Columns<InputGradientParams<T>, V> {
   using A = accumulate_t<T>;
+  using Base = Columns<InputGradientParams<T>, V>;
+  using Base::p_;
 
  public:
-  using Params = InputGradientParams<T>;
+  using typename Base::Params;
   static constexpr int kTileRows = 2;
   using State = NoState;
   __device__ InputGradient(const Params& p, int64_t first, int count)
-      : p_(p), first_(first), count_(count), t1_(p.t1, first, count), t2_(p.t2, first, count) {
+      : Base(p, first, count), t1_(p.t1, first, count), t2_(p.t2, first, count) {
 #pragma unroll
     for (int i = 0; i < V; ++i) norm_[i] = i < count ? p.norm(first + i) : NormCoefficients<A>{};
   }
@@ -107,11 +99,8 @@ class InputGradient {
   template <int kRows>
   __device__ void tile(int64_t row, int64_t step) {
     Vector<T, V> du[kRows], z[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      du[r] = read<V>(p_.du.data + (row + r * step) * p_.du.ld + first_, count_);
-      z[r] = read<V>(p_.z.data + (row + r * step) * p_.z.ld + first_, count_);
-    }
+    this->read_rows(p_.du, row, step, du);
+    this->read_rows(p_.z, row, step, z);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -120,14 +109,11 @@ class InputGradient {
         const A dv = norm_relu_gradient<A>(load(du[r].v[i]), value, norm_[i].scale, norm_[i].shift);
         du[r].v[i] = store<T>(norm_input_gradient(dv, value, norm_[i], t1_[i], t2_[i], p_.inv_count));
       }
-      write(p_.du.data + (row + r * step) * p_.du.ld + first_, du[r], count_);
+      this->write_row(p_.du, row + r * step, du[r]);
     }
   }
 
  private:
-  const Params& p_;
-  const int64_t first_;
-  const int count_;
   NormCoefficients<A> norm_[V];
   const ColumnValues<A, V> t1_, t2_;
 };
@@ -177,19 +163,16 @@ struct AccumulatePooledParams : AccumulateParams<T> {
 };
 
 template <typename T, int V, typename Pixel>
-class AccumulateRows {
+class AccumulateRows : public Columns<AccumulateParams<T>, V> {
   using A = accumulate_t<T>;
+  using Base = Columns<AccumulateParams<T>, V>;
+  using Base::p_;
 
  public:
   static constexpr int kTileRows = 2;
   using State = ColumnSums<A, V>;
   __device__ AccumulateRows(const AccumulateParams<T>& p, const Pixel& pixel, int64_t first, int count)
-      : p_(p),
-        pixel_(pixel),
-        first_(first),
-        count_(count),
-        norm_(p.norm, first, count),
-        mean_(p.norm.mean, first, count) {}
+      : Base(p, first, count), pixel_(pixel), norm_(p.norm, first, count), mean_(p.norm.mean, first, count) {}
 
   template <int kRows>
   __device__ void tile(int64_t row, int64_t step) {
@@ -197,16 +180,16 @@ class AccumulateRows {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t from = pixel_(row + r * step);
-      dy[r] = from < 0 ? Vector<T, V>{} : read<V>(p_.dy.data + from * p_.dy.ld + first_, count_);
-      x[r] = read<V>(p_.x.data + (row + r * step) * p_.x.ld + first_, count_);
-      if (p_.add) g[r] = read<V>(p_.gradient.data + (row + r * step) * p_.gradient.ld + first_, count_);
+      dy[r] = from < 0 ? Vector<T, V>{} : this->read_row(p_.dy, from);
+      x[r] = this->read_row(p_.x, row + r * step);
+      if (p_.add) g[r] = this->read_row(p_.gradient, row + r * step);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int i = 0; i < V; ++i) consume(i, load(x[r].v[i]), dy[r].v[i], g[r].v[i]);
-      write(p_.gradient.data + (row + r * step) * p_.gradient.ld + first_, g[r], count_);
-      if (p_.keep_y) write(p_.dy.data + (row + r * step) * p_.dy.ld + first_, dy[r], count_);
+      this->write_row(p_.gradient, row + r * step, g[r]);
+      if (p_.keep_y) this->write_row(p_.dy, row + r * step, dy[r]);
     }
   }
   __device__ State& state() { return state_; }
@@ -223,11 +206,8 @@ class AccumulateRows {
     state_.second(i) += gradient * (x - mean_[i]);
   }
 
-  const AccumulateParams<T>& p_;
   Pixel pixel_;
   const A share_ = pixel_.template share<A>();
-  const int64_t first_;
-  const int count_;
   const ColumnScales<A, V> norm_;
   const ColumnValues<A, V> mean_;
   State state_;

@@ -2,10 +2,40 @@
 // What the forward and backward kernels of the dense block share on the device; included by .cu files only.
 #pragma once
 
+#include <type_traits>
+
 #include "common/column_sweep.h"
 #include "dense_block/dense_block_launch.h"
 
 namespace fastdense {
+
+// Base of the sweeps: the parameters, and V neighbouring columns of matrices, of which `count_` exist.
+template <typename P, int V>
+class Columns {
+ public:
+  using Params = P;
+
+ protected:
+  __device__ Columns(const Params& p, int64_t first, int count) : p_(p), first_(first), count_(count) {}
+
+  template <typename T>
+  __device__ Vector<std::remove_const_t<T>, V> read_row(const Matrix<T>& m, int64_t row) const {
+    return read<V>(m.data + row * m.ld + first_, count_);
+  }
+  template <typename T, typename Rows>
+  __device__ void read_rows(const Matrix<T>& m, int64_t row, int64_t step, Rows& x) const {
+#pragma unroll
+    for (int r = 0; r < int(std::extent_v<Rows>); ++r) x[r] = read_row(m, row + r * step);
+  }
+  template <typename T>
+  __device__ void write_row(const Matrix<T>& m, int64_t row, const Vector<T, V>& x) const {
+    write(m.data + row * m.ld + first_, x, count_);
+  }
+
+  const Params& p_;
+  const int64_t first_;
+  const int count_;
+};
 
 // scale and shift of V neighbouring channels.
 template <typename A, int V>

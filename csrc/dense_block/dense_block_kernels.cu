@@ -10,21 +10,21 @@ namespace fastdense {
 namespace {
 
 template <typename T, int V>
-class Activate {
+class Activate : public Columns<ActivateParams<T>, V> {
   using A = accumulate_t<T>;
+  using Base = Columns<ActivateParams<T>, V>;
+  using Base::p_;
 
  public:
-  using Params = ActivateParams<T>;
+  using typename Base::Params;
   static constexpr int kTileRows = 4;
   using State = NoState;
-  __device__ Activate(const Params& p, int64_t first, int count)
-      : p_(p), first_(first), count_(count), norm_(p.norm, first, count) {}
+  __device__ Activate(const Params& p, int64_t first, int count) : Base(p, first, count), norm_(p.norm, first, count) {}
 
   template <int kRows>
   __device__ void tile(int64_t row, int64_t step) {
     Vector<T, V> x[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) x[r] = read<V>(p_.x.data + (row + r * step) * p_.x.ld + first_, count_);
+    this->read_rows(p_.x, row, step, x);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -32,27 +32,26 @@ class Activate {
         const A value = mul_add(load(x[r].v[i]), norm_.scale[i], norm_.shift[i]);
         x[r].v[i] = store<T>(p_.relu ? relu(value) : value);
       }
-      write(p_.y.data + (row + r * step) * p_.y.ld + first_, x[r], count_);
+      this->write_row(p_.y, row + r * step, x[r]);
     }
   }
 
  private:
-  const Params& p_;
-  const int64_t first_;
-  const int count_;
   const ColumnScales<A, V> norm_;
 };
 
 template <typename T, int V>
-class ActivatePooled {
+class ActivatePooled : public Columns<ActivatePooledParams<T>, V> {
   using A = accumulate_t<T>;
+  using Base = Columns<ActivatePooledParams<T>, V>;
+  using Base::p_;
 
  public:
-  using Params = ActivatePooledParams<T>;
+  using typename Base::Params;
   static constexpr int kTileRows = 1;
   using State = NoState;
   __device__ ActivatePooled(const Params& p, int64_t first, int count)
-      : p_(p), first_(first), count_(count), norm_(p.norm, first, count) {}
+      : Base(p, first, count), norm_(p.norm, first, count) {}
 
   template <int kRows>
   __device__ void tile(int64_t row, int64_t step) {
@@ -62,10 +61,10 @@ class ActivatePooled {
  private:
   __device__ void pooled_row(int64_t row) {
     const int64_t volume = p_.pool.volume();
-    const T* origin = p_.x.data + window_origin<uint32_t>(p_.pool, p_.first + row) * p_.x.ld + first_;
+    const int64_t origin = window_origin<uint32_t>(p_.pool, p_.first + row);
     A sum[V] = {};
     for (int64_t w = 0; w < volume; ++w) {
-      const Vector<T, V> x = read<V>(origin + window_offset(p_.pool, w) * p_.x.ld, count_);
+      const Vector<T, V> x = this->read_row(p_.x, origin + window_offset<uint32_t>(p_.pool, w));
 #pragma unroll
       for (int i = 0; i < V; ++i) sum[i] += norm_relu(A(load(x.v[i])), norm_.scale[i], norm_.shift[i]);
     }
@@ -73,12 +72,9 @@ class ActivatePooled {
     Vector<T, V> y;
 #pragma unroll
     for (int i = 0; i < V; ++i) y.v[i] = store<T>(sum[i] * share);
-    write(p_.y.data + row * p_.y.ld + first_, y, count_);
+    this->write_row(p_.y, row, y);
   }
 
-  const Params& p_;
-  const int64_t first_;
-  const int count_;
   const ColumnScales<A, V> norm_;
 };
 
@@ -109,43 +105,42 @@ class ShiftedMoments {
 };
 
 template <typename T, int V>
-class ReduceMoments {
+class ReduceMoments : public Columns<MomentsParams<T>, V> {
   using A = accumulate_t<T>;
+  using Base = Columns<MomentsParams<T>, V>;
+  using Base::p_;
 
  public:
-  using Params = MomentsParams<T>;
+  using typename Base::Params;
   static constexpr int kTileRows = 4;
   using State = ColumnMoments<A, V>;
   __device__ ReduceMoments(const Params& p, int64_t first, int count)
-      : p_(p), first_(first), count_(count), moments_(read<V>(p.x.data + first, count)) {}
+      : Base(p, first, count), moments_(this->read_row(p.x, 0)) {}
 
   template <int kRows>
   __device__ void tile(int64_t row, int64_t step) {
     Vector<T, V> x[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) x[r] = read<V>(p_.x.data + (row + r * step) * p_.x.ld + first_, count_);
+    this->read_rows(p_.x, row, step, x);
     moments_.add_rows(x);
   }
   __device__ State& state() { return moments_.state(); }
   __device__ A* partial() const { return p_.partial; }
 
  private:
-  const Params& p_;
-  const int64_t first_;
-  const int count_;
   ShiftedMoments<T, V> moments_;
 };
 
 template <typename T, int V>
-class SliceIn {
+class SliceIn : public Columns<SliceInParams<T>, V> {
   using A = accumulate_t<T>;
+  using Base = Columns<SliceInParams<T>, V>;
+  using Base::p_, Base::first_;
 
  public:
-  using Params = SliceInParams<T>;
+  using typename Base::Params;
   static constexpr int kTileRows = 2;
   using State = ColumnMoments<A, V>;
-  __device__ SliceIn(const Params& p, int64_t first, int count)
-      : p_(p), first_(first), count_(count), moments_(stored(0)) {}
+  __device__ SliceIn(const Params& p, int64_t first, int count) : Base(p, first, count), moments_(stored(0)) {}
 
   template <int kRows>
   __device__ void tile(int64_t row, int64_t step) {
@@ -153,7 +148,7 @@ class SliceIn {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) x[r] = stored(row + r * step);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) write(p_.x.data + (row + r * step) * p_.x.ld + first_, x[r], count_);
+    for (int r = 0; r < kRows; ++r) this->write_row(p_.x, row + r * step, x[r]);
     if (p_.partial) moments_.add_rows(x);
   }
   __device__ State& state() { return moments_.state(); }
@@ -161,14 +156,11 @@ class SliceIn {
 
  private:
   __device__ Vector<T, V> stored(int64_t row) const {
-    Vector<T, V> x = read<V>(p_.features.data + row * p_.features.ld + first_, count_);
+    Vector<T, V> x = this->read_row(p_.features, row);
     apply_dropout(p_.dropout, row * p_.features.ld + first_, x);
     return x;
   }
 
-  const Params& p_;
-  const int64_t first_;
-  const int count_;
   ShiftedMoments<T, V> moments_;
 };
 

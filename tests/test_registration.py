@@ -89,6 +89,13 @@ def samples(name: str):
                 yield x.detach(), projection, "tanh"
             else:
                 yield torch.randn(2, 3, 5, 4), x.detach(), projection.detach(), "identity"
+    elif name in ("dual_path_merge", "dual_path_split"):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 7, 5, 4).to(memory_format=layout).requires_grad_()
+            if name == "dual_path_merge":
+                yield x, torch.randn(2, 6, 5, 4, requires_grad=True), 4
+            else:
+                yield x, 6, 4
     elif name == "dropout_mask":
         yield torch.tensor(5), 1, 6, 7, 0.3
 
@@ -122,6 +129,8 @@ def test_the_library_is_what_is_documented():
         "bicubic_uint8",
         "dense_block",
         "dropout_mask",
+        "dual_path_merge",
+        "dual_path_split",
         "dual_path_stage",
         "highway_gate",
         "update_running_stats_",

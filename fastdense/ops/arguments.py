@@ -109,6 +109,14 @@ def empty_channels_last(like: Tensor, sizes: Sequence[int]) -> Tensor:
     return like.new_empty_strided(sizes, strides)
 
 
+def empty_like_layout(like: Tensor, channels: int) -> Tensor:
+    """Channels innermost in memory if those of ``like`` are, else contiguous: `Layout` of csrc/common/layout.h."""
+    batch, _, *spatial = like.shape
+    if like.is_contiguous() or not like.movedim(1, -1).is_contiguous():
+        return like.new_empty([batch, channels, *spatial])
+    return empty_channels_last(like, [batch, channels, *spatial])
+
+
 def count_pixels(x: Tensor) -> int:
     pixels = x.shape[0]
     for size in x.shape[2:]:

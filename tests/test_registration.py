@@ -8,6 +8,9 @@ import torch
 
 import fastdense  # noqa: F401  (registers the operators)
 from tests.test_dense_block import ALL, Block, Case
+from tests.test_dual_path import Stage, StageCase
+from tests.test_residual_dense_block import Block as ResidualBlock
+from tests.test_residual_dense_block import Case as ResidualCase
 
 
 def dense_block_samples():
@@ -25,6 +28,35 @@ def dense_block_samples():
         yield block, weights, eps, options
 
 
+def dual_path_samples():
+    from fastdense.ops.dual_path import _flatten
+
+    for case in (
+        StageCase(stride=2),
+        StageCase(projection=False, size=(6,), memory="min"),
+        StageCase(size=(4, 3, 2), memory="reversible", dtype=torch.float32),
+        StageCase(frozen=("",), num_blocks=1),
+    ):
+        stage = Stage(case)
+        weights, eps = _flatten(stage.blocks, stage.projection, torch.empty(0, dtype=case.dtype))
+        yield stage, weights, eps, (case.num_blocks, case.projection, case.residual_channels, case.stride)
+
+
+def residual_dense_block_samples(name: str):
+    for case in (ResidualCase(outer=True), ResidualCase(kernel=1, slope=0.0, bias=False)):
+        block = ResidualBlock(case)
+        absent = torch.empty(0, dtype=torch.float64)
+        weights = [absent if w is None else w for conv in [*block.layers, block.fusion] for w in conv]
+        if name == "residual_dense_block":
+            yield block.input, weights, case.slope, 0.3, block.outer, 0.7
+            continue
+        with torch.no_grad():
+            out, buffer = torch.ops.fastdense.residual_dense_block(block.input, weights, case.slope, 0.3, None, 1.0)
+            needs = [True] + [w.requires_grad for w in weights]
+            parameters = [w.detach() for w in weights]
+            yield torch.randn_like(out), buffer, parameters, case.slope, 0.3, 1.0, case.channels, needs
+
+
 def samples(name: str):
     if name == "dense_block":
         for block, weights, eps, options in dense_block_samples():
@@ -39,6 +71,16 @@ def samples(name: str):
                 needs = [True] + [w.requires_grad for w in weights]
                 parameters = [w.detach() for w in weights]
                 yield grad, buffer, *saved, parameters, eps, *options, block.input.shape[1], needs
+    elif name == "dual_path_stage":
+        for stage, weights, eps, options in dual_path_samples():
+            yield stage.input, weights, eps, *options, stage.case.memory
+    elif name == "_dual_path_stage_backward":
+        for stage, weights, eps, options in dual_path_samples():
+            with torch.no_grad():
+                saved = torch.ops.fastdense.dual_path_stage(stage.input, weights, eps, *options, stage.case.memory)
+                grad = torch.randn_like(saved[0])
+                needs = [True] + [w.requires_grad for w in weights]
+                yield grad, stage.input.detach(), *saved, [w.detach() for w in weights], eps, *options, needs
     elif name == "update_running_stats_":
         lists = [torch.zeros(3), torch.zeros(5)], [torch.ones(3), torch.ones(5)], [torch.tensor(0), torch.tensor(4)]
         yield *lists, torch.randn(8), torch.rand(8), [0, 3], [0.1, -1.0], 10
@@ -63,6 +105,8 @@ def samples(name: str):
                 yield x.detach(), projection, "tanh"
             else:
                 yield torch.randn(2, 3, 5, 4), x.detach(), projection.detach(), "identity"
+    elif name in ("residual_dense_block", "_residual_dense_block_backward"):
+        yield from residual_dense_block_samples(name)
     elif name == "dropout_mask":
         yield torch.tensor(5), 1, 6, 7, 0.3
 
@@ -84,11 +128,15 @@ def test_the_library_is_what_is_documented():
     assert operators() == [
         "_bicubic_backward",
         "_dense_block_backward",
+        "_dual_path_stage_backward",
         "_highway_gate_backward",
+        "_residual_dense_block_backward",
         "bicubic",
         "bicubic_uint8",
         "dense_block",
         "dropout_mask",
+        "dual_path_stage",
         "highway_gate",
+        "residual_dense_block",
         "update_running_stats_",
     ]

@@ -17,21 +17,50 @@ from fastdense.models.densenet import (
     densenet_cifar,
 )
 from fastdense.models.dialects import load_densenet, torchvision_keys
+from fastdense.models.dpn import DPN, dpn48b, dpn68, dpn68b, dpn92, dpn98, dpn107, dpn131
 from fastdense.models.fc_densenet import FCDenseNet, fc_densenet56, fc_densenet67, fc_densenet103
 from fastdense.models.fractalnet import FractalNet, fractalnet
 from fastdense.models.highway import HighwayCifar, HighwayMlp, HighwayMnist, highway_cifar, highway_mlp, highway_mnist
+from fastdense.models.rdn import RDN, rdn
 from fastdense.models.resnet import ResNet, preresnet_cifar, resnet_cifar, stochastic_depth_cifar
 from fastdense.models.resnet_in_resnet import ResNetInResNet, resnet_in_resnet
+from fastdense.models.rrdbnet import RRDBNet, rrdbnet
+from fastdense.models.sr_checkpoints import load_super_resolution, save_super_resolution
+from fastdense.models.super_resolution import (
+    DRCN,
+    EDSR,
+    SRCNN,
+    VDSR,
+    SRDenseNet,
+    SuperResolutionNet,
+    drcn,
+    edsr,
+    edsr_baseline,
+    srcnn,
+    srdensenet,
+    vdsr,
+)
+from fastdense.ops.dense_block import MEMORY_MODES
+from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 
 __all__ = [
+    "DPN",
+    "DRCN",
+    "EDSR",
+    "RDN",
+    "SRCNN",
+    "VDSR",
     "DenseNet",
     "FCDenseNet",
     "FractalNet",
     "HighwayCifar",
     "HighwayMlp",
     "HighwayMnist",
+    "RRDBNet",
     "ResNet",
     "ResNetInResNet",
+    "SRDenseNet",
+    "SuperResolutionNet",
     "create",
     "densenet121",
     "densenet161",
@@ -39,21 +68,38 @@ __all__ = [
     "densenet201",
     "densenet264",
     "densenet_cifar",
+    "dpn48b",
+    "dpn68",
+    "dpn68b",
+    "dpn92",
+    "dpn98",
+    "dpn107",
+    "dpn131",
+    "drcn",
+    "edsr",
+    "edsr_baseline",
     "fc_densenet56",
     "fc_densenet67",
     "fc_densenet103",
     "fractalnet",
-    "has_memory_modes",
     "highway_cifar",
     "highway_mlp",
     "highway_mnist",
     "list",
     "load_densenet",
+    "load_super_resolution",
+    "memory_modes",
     "preresnet_cifar",
+    "rdn",
     "resnet_cifar",
     "resnet_in_resnet",
+    "rrdbnet",
+    "save_super_resolution",
+    "srcnn",
+    "srdensenet",
     "stochastic_depth_cifar",
     "torchvision_keys",
+    "vdsr",
 ]
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -65,6 +111,16 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         densenet201,
         densenet264,
         densenet_cifar,
+        drcn,
+        edsr,
+        edsr_baseline,
+        dpn48b,
+        dpn68,
+        dpn68b,
+        dpn92,
+        dpn98,
+        dpn107,
+        dpn131,
         fc_densenet56,
         fc_densenet67,
         fc_densenet103,
@@ -73,9 +129,14 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         highway_mlp,
         highway_mnist,
         preresnet_cifar,
+        rdn,
         resnet_cifar,
         resnet_in_resnet,
+        rrdbnet,
+        srcnn,
+        srdensenet,
         stochastic_depth_cifar,
+        vdsr,
     )
 }
 
@@ -85,9 +146,11 @@ def list() -> builtins.list[str]:
     return sorted(_MODELS)
 
 
-def has_memory_modes(name: str) -> bool:
-    """Whether the model called ``name`` has dense blocks, and so takes the argument ``memory``."""
-    return name.startswith(("densenet", "fc_densenet"))
+def memory_modes(name: str) -> tuple[str, ...]:
+    """Values of the argument ``memory`` of the model called ``name``; none where it has no such argument."""
+    if name.startswith("dpn"):
+        return DUAL_PATH_MEMORY_MODES
+    return MEMORY_MODES if name.startswith(("densenet", "fc_densenet")) else ()
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:

@@ -26,7 +26,7 @@ class NormRelu(nn.Module):
     def __init__(self, in_channels: int, *, spatial_dims: int = 2, eps: float = 1e-3) -> None:
         super().__init__()
         self.bn = _NORM[spatial_dims - 1](in_channels, eps=eps)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu: nn.Module = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.bn(x))

@@ -211,7 +211,8 @@ def make_model(config: TrainConfig, data: Dataset) -> nn.Module:
         raise InputError(
             f"train: expected num_classes to be {classes} as in the data, got {arguments['num_classes']!r}"
         )
-    if models.has_memory_modes(config.model):
+    modes = models.memory_modes(config.model)
+    if modes:
         arguments["memory"] = "balanced" if config.memory == "plain" else config.memory
     elif config.memory != "balanced":
         raise InputError(

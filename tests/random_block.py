@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random parameters of a block operator, and its comparison with the reference."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdense.ops import NormWeights
+
+
+class RandomBlock:
+    """Base of the operators' test blocks: named parameters, made from a case.
+
+    A case has the fields ``dtype``, ``affine`` and ``frozen``, parts of the names of norms that use running statistics.
+    Subclasses make ``input``, and run the operator and the reference by ``run`` and ``expected``.
+    """
+
+    input: Tensor
+
+    def __init__(self, case: Any, seed: int = 0) -> None:
+        self.case = case
+        self.random = torch.Generator().manual_seed(seed)
+        self.names: list[str] = []
+        self.parameters: list[Tensor] = []
+
+    def run(self, memory: str | None = None) -> Any:
+        raise NotImplementedError
+
+    def expected(self) -> Any:
+        raise NotImplementedError
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.random, dtype=torch.float64).to(self.case.dtype)
+
+    def add(self, name: str, value: Tensor) -> Tensor:
+        self.names.append(name)
+        self.parameters.append(value.requires_grad_())
+        return value
+
+    def weight(self, name: str, *shape: int) -> Tensor:
+        fan = torch.Size(shape[1:]).numel()
+        return self.add(name, self.normal(*shape) * (2 / fan) ** 0.5)
+
+    def norm(self, name: str, channels: int, eps: float) -> NormWeights:
+        weight = bias = mean = var = None
+        if self.case.affine:
+            weight = self.add(f"{name}.weight", self.normal(channels).abs() + 0.5)
+            bias = self.add(f"{name}.bias", self.normal(channels) * 0.3)
+        if any(part in name for part in self.case.frozen):
+            mean, var = self.normal(channels) * 0.2, self.normal(channels).abs() + 0.5
+        return NormWeights(weight, bias, mean, var, eps)
+
+    def gradients(self, out: Tensor, grad: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        grads = torch.autograd.grad(out, [self.input, *self.parameters], grad, **kwargs)
+        return dict(zip(["input", *self.names], grads, strict=True))
+
+    def saved_numbers(self) -> int:
+        """Numbers that a run keeps for its backward pass, parameters and input apart."""
+        own = {p.untyped_storage().data_ptr() for p in [self.input, *self.parameters]}
+        saved = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            self.run()
+        return sum(count for at, count in saved.items() if at not in own)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def check(block: RandomBlock, tolerance: float = 1e-12) -> None:
+    """Output, batch statistics and all gradients against the reference."""
+    out, statistics = block.run()
+    expected, expected_statistics = block.expected()
+    grad = block.normal(*expected.shape)
+    errors = {"out": relative(out, expected)}
+    if len(block.case.frozen) == 0:
+        errors["mean"] = relative(statistics.mean, expected_statistics.mean)
+        errors["var"] = relative(statistics.var, expected_statistics.var)
+    actual, wanted = block.gradients(out, grad), block.gradients(expected, grad)
+    errors |= {name: relative(actual[name], wanted[name]) for name in wanted}
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] < tolerance, (worst, errors[worst])
+
+
+def low_precision_errors(make: Callable[[Any], RandomBlock], case: Any) -> tuple[list[float], list[float]]:
+    """Errors against float64 of the output and all gradients: ours, and those of torch in the same type."""
+    exact, low = make(replace(case, dtype=torch.float64)), make(case)
+    with torch.no_grad():
+        for target, source in zip([low.input, *low.parameters], [exact.input, *exact.parameters], strict=True):
+            source.copy_(target)
+    truth, _ = exact.expected()
+    grad = exact.normal(*truth.shape)
+    wanted = exact.gradients(truth, grad)
+
+    def errors(run: Callable[[], Any]) -> list[float]:
+        out, _ = run()
+        assert out.dtype == case.dtype
+        got = low.gradients(out, grad.to(case.dtype))
+        return [relative(out.double(), truth)] + [relative(got[n].double(), wanted[n]) for n in wanted]
+
+    return errors(low.run), errors(low.expected)

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dual path stage operator against the concatenating reference."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdense import reference
+from fastdense.ops import (
+    DualPathWeights,
+    LayerWeights,
+    NormWeights,
+    ProjectionWeights,
+    dense_block,
+    dual_path_stage,
+)
+from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES as MODES
+from tests.random_block import RandomBlock, check, low_precision_errors, relative
+from tests.simd import LEVELS, available_levels, simd_level
+
+
+@dataclass(frozen=True)
+class StageCase:
+    """A small stage; without a projection the input has `residual_channels + first_dense` channels."""
+
+    num_blocks: int = 3
+    residual_channels: int = 6
+    growth_rate: int = 4
+    first_dense: int = 5
+    in_channels: int = 7
+    width: int = 6
+    width_behind: int = 9
+    groups: int = 3
+    projection: bool = True
+    stride: int = 1
+    batch: int = 3
+    size: tuple[int, ...] = (7, 5)
+    frozen: tuple[str, ...] = ()
+    affine: bool = True
+    dtype: torch.dtype = torch.float64
+    memory: str = "balanced"
+
+
+class Stage(RandomBlock):
+    """Random parameters of a case, and both implementations."""
+
+    def __init__(self, case: StageCase, seed: int = 0) -> None:
+        super().__init__(case, seed)
+        one, kernel = [1] * len(case.size), [3] * len(case.size)
+        read = case.residual_channels + case.first_dense
+        channels = case.in_channels if case.projection else read
+        self.input = (self.normal(case.batch, channels, *case.size) + 0.5).requires_grad_()
+        self.projection = None
+        if case.projection:
+            norm = self.norm("projection.norm", channels, 1e-3)
+            self.projection = ProjectionWeights(norm, self.weight("projection.conv", read, channels, *one))
+        self.blocks = []
+        for index in range(case.num_blocks):
+            out = case.residual_channels + case.growth_rate
+            self.blocks.append(
+                DualPathWeights(
+                    self.norm(f"{index}.norm_a", channels, 1e-3),
+                    self.weight(f"{index}.conv_a", case.width, channels, *one),
+                    self.norm(f"{index}.norm_b", case.width, 1e-4),
+                    self.weight(f"{index}.conv_b", case.width_behind, case.width // case.groups, *kernel),
+                    self.norm(f"{index}.norm_c", case.width_behind, 1e-5),
+                    self.weight(f"{index}.conv_c", out, case.width_behind, *one),
+                )
+            )
+            channels = read + (index + 1) * case.growth_rate
+
+    def arguments(self) -> dict:
+        case = self.case
+        return {"residual_channels": case.residual_channels, "projection": self.projection, "stride": case.stride}
+
+    def run(self, memory: str | None = None):
+        return dual_path_stage(self.input, self.blocks, memory=memory or self.case.memory, **self.arguments())
+
+    def expected(self):
+        return reference.dual_path_stage(self.input, self.blocks, **self.arguments())
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize(
+    "head",
+    [{}, {"stride": 2}, {"projection": False}],
+    ids=["projection", "down", "normal"],
+)
+@pytest.mark.parametrize("size", [(9,), (7, 5), (5, 4, 3)], ids=["1d", "2d", "3d"])
+def test_parity(size, head, memory):
+    check(Stage(StageCase(size=size, memory=memory, **head)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        StageCase(num_blocks=1),
+        StageCase(num_blocks=1, stride=2, memory="reversible"),
+        StageCase(num_blocks=1, projection=False, memory="min"),
+        StageCase(num_blocks=6, stride=2, memory="reversible"),
+        StageCase(frozen=("",), stride=2),
+        StageCase(frozen=("",), projection=False, memory="min"),
+        StageCase(frozen=("norm_a",)),
+        StageCase(frozen=("1.norm_a", "projection", "0.norm_b"), stride=2, memory="reversible"),
+        StageCase(frozen=("norm_b", "2.norm_c"), memory="min"),
+        StageCase(affine=False, stride=2),
+        StageCase(residual_channels=0, stride=2),
+        StageCase(residual_channels=0, projection=False, memory="reversible"),
+        StageCase(growth_rate=0, first_dense=0),
+        StageCase(growth_rate=0, projection=False, memory="reversible"),
+        StageCase(first_dense=0, stride=2, memory="min"),
+        StageCase(size=(1, 2)),
+        StageCase(batch=6, size=(1, 1), stride=2),
+        StageCase(batch=2, size=(9, 1), stride=2),
+        StageCase(batch=2, residual_channels=70, growth_rate=20, first_dense=40, in_channels=130, width=48, groups=16,
+                  width_behind=64, size=(17, 12), stride=2),
+        StageCase(batch=4, residual_channels=64, growth_rate=24, first_dense=48, in_channels=300, width=96, groups=32,
+                  width_behind=96, size=(20, 20), memory="reversible"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_parity_of_special_cases(case):
+    check(Stage(case))
+
+
+def test_three_strided_dimensions_and_an_uneven_stride():
+    check(Stage(StageCase(size=(5, 4, 3), stride=2, memory="reversible")))
+    check(Stage(StageCase(size=(11, 8), stride=3)))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_simd_level_of_this_machine(level):
+    if level not in available_levels():
+        with pytest.raises(ValueError, match=level), simd_level(level):
+            pass
+        return
+    shape = StageCase(residual_channels=37, growth_rate=5, first_dense=11, in_channels=23, width=18, width_behind=21)
+    with simd_level(level):
+        check(Stage(replace(shape, stride=2)))
+        check(Stage(replace(shape, dtype=torch.float32, memory="reversible")), tolerance=2e-5)
+        # A flipped ReLU weighs a lot in so small a stage, hence the sum and the factor.
+        for dtype in (torch.bfloat16, torch.float16):
+            ours, theirs = low_precision_errors(Stage, replace(shape, dtype=dtype, stride=2, size=(11, 9)))
+            assert sum(ours) < 4 * sum(theirs)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        StageCase(2, 2, 1, 1, 3, 2, 2, 1, stride=2, batch=2, size=(3, 4)),
+        StageCase(2, 2, 1, 1, 3, 2, 2, 2, projection=False, batch=2, size=(3, 3), memory="reversible"),
+        StageCase(2, 2, 1, 1, 3, 2, 2, 1, batch=2, size=(4,), memory="min", frozen=("",)),
+    ],
+    ids=repr,
+)
+def test_gradcheck_of_a_whole_stage(case):
+    stage = Stage(case)
+
+    def run(*_):
+        return stage.run()[0]
+
+    assert torch.autograd.gradcheck(run, [stage.input, *stage.parameters], fast_mode=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_no_worse_than_torch(dtype):
+    shape = StageCase(
+        batch=4, residual_channels=64, growth_rate=16, first_dense=32, in_channels=48, width=32, width_behind=32,
+        groups=8, size=(12, 12), stride=2, dtype=dtype,
+    )  # fmt: skip
+    ours, theirs = low_precision_errors(Stage, shape)
+    # A factor of 2: the order of torch's own sums depends on the processor.
+    assert all(mine <= 2 * other + 1e-6 for mine, other in zip(ours, theirs, strict=True))
+    assert sum(ours) <= 1.5 * sum(theirs)
+
+
+def test_memory_modes_and_reruns_are_bit_identical():
+    stage = Stage(StageCase(dtype=torch.float32, stride=2, size=(24, 24)))
+    results = [stage.run(memory) for memory in ("balanced", "min", "balanced")]
+    grad = torch.ones_like(results[0][0])
+    gradients = [stage.gradients(out, grad) for out, _ in results]
+    for (out, statistics), grads in zip(results[1:], gradients[1:], strict=True):
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(statistics.var, results[0][1].var)
+        assert all(torch.equal(grads[name], gradients[0][name]) for name in grads)
+
+
+def test_reversible_float32_is_close():
+    stage = Stage(StageCase(dtype=torch.float32, num_blocks=12, size=(12, 12)))
+    grad = stage.normal(3, 6 + 5 + 12 * 4, 12, 12)
+    balanced, reversible = (stage.gradients(stage.run(memory)[0], grad) for memory in ("balanced", "reversible"))
+    assert max(relative(reversible[name], balanced[name]) for name in balanced) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("memory", "kept"),
+    # (blocks - 1) residual versions; a of 35, then 2 * 12 pixels, b of 3 * 12, three images
+    [("balanced", 2 * 6 * 12 + (35 + 24) * 6 + 36 * 9), ("min", 2 * 6 * 12), ("reversible", (35 + 24) * 6 + 36 * 9)],
+)
+def test_saved_numbers_match_the_closed_form(memory, kept):
+    stage = Stage(StageCase(memory=memory, stride=2))
+    out = (6 + 5 + 3 * 4) * 12
+    norms = 7 + (7 + 15 + 19) + 3 * (6 + 9)
+    assert stage.saved_numbers() == 3 * (out + kept) + 2 * norms
+
+
+def test_inference_is_the_same_and_keeps_nothing():
+    for frozen in ((), ("",)):
+        stage = Stage(StageCase(frozen=frozen, stride=2))
+        kept, _ = stage.run()
+        with torch.no_grad():
+            out, _ = stage.run()
+        assert torch.equal(out, kept)
+
+
+@pytest.mark.parametrize(
+    "part", ["input", "projection.conv", "0.norm_a.weight", "1.conv_a", "2.conv_b", "1.norm_c.bias"]
+)
+def test_only_what_needs_a_gradient_gets_one(part):
+    for memory in MODES:
+        stage = Stage(StageCase(stride=2))
+        expected, _ = stage.expected()
+        grad = stage.normal(*expected.shape)
+        wanted = stage.gradients(expected, grad)[part]
+        for name, tensor in zip(["input", *stage.names], [stage.input, *stage.parameters], strict=True):
+            tensor.requires_grad_(name == part)
+        leaf = stage.input if part == "input" else stage.parameters[stage.names.index(part)]
+        out, _ = stage.run(memory)
+        (actual,) = torch.autograd.grad(out, [leaf], grad)
+        assert relative(actual, wanted) < 1e-12
+
+
+def test_gradient_that_is_expanded_strided_or_reused():
+    stage = Stage(StageCase(stride=2))
+    out, _ = stage.run()
+    expected, _ = stage.expected()
+    for grad in (torch.ones((), dtype=out.dtype).expand_as(out), stage.normal(*out.shape, 2)[..., 0]):
+        before = grad.clone()
+        actual = stage.gradients(out, grad, retain_graph=True)
+        wanted = stage.gradients(expected, grad, retain_graph=True)
+        again = stage.gradients(out, grad, retain_graph=True)
+        assert torch.equal(grad, before)
+        for name in wanted:
+            assert relative(actual[name], wanted[name]) < 1e-12
+            assert torch.equal(actual[name], again[name])
+
+
+def test_two_forwards_before_one_backward():
+    first, second = Stage(StageCase(stride=2)), Stage(StageCase(stride=2), seed=1)
+    outs = [stage.run()[0] for stage in (first, second)]
+    for stage, out in zip((first, second), outs, strict=True):
+        expected, _ = stage.expected()
+        grad = torch.ones_like(out)
+        actual, wanted = stage.gradients(out, grad), stage.gradients(expected, grad)
+        assert all(relative(actual[name], wanted[name]) < 1e-12 for name in wanted)
+
+
+def test_without_growth_the_stage_is_a_residual_network():
+    """conv_c adds all its channels: a pre-activation ResNeXt, bit for bit what its sums give."""
+    stage = Stage(StageCase(growth_rate=0, first_dense=0, projection=False, num_blocks=2))
+    whole, _ = stage.run()
+    x = stage.input
+    for block in stage.blocks:
+        x, _ = dual_path_stage(x, [block], residual_channels=6)
+    assert torch.equal(whole, x)
+    assert relative(whole, stage.expected()[0]) < 1e-14
+
+
+def test_without_a_residual_path_the_stage_is_a_dense_block():
+    """With conv_b dense and norm_c, conv_c an identity, a block is a dense layer without dropout."""
+    stage = Stage(StageCase(residual_channels=0, projection=False, width=8, width_behind=4, groups=1))
+    identity = torch.eye(4, dtype=torch.float64)[..., None, None]
+    zeros, ones = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    positive = NormWeights(None, 50 * ones, zeros, ones, 0.0)
+    blocks = [block._replace(norm_c=positive, conv_c=identity) for block in stage.blocks]
+    out, _ = dual_path_stage(stage.input, blocks, residual_channels=0)
+    layers = [LayerWeights(b.norm_a, b.conv_a, b.norm_b, b.conv_b) for b in blocks]
+    dense, _ = dense_block(stage.input, layers)
+    # norm_c adds 50, so that its ReLU passes everything; batch norm behind it takes the constant away again.
+    shift = torch.zeros(out.shape[1], dtype=torch.float64)
+    shift[5:] = 50
+    torch.testing.assert_close(out - shift[:, None, None], dense, rtol=1e-10, atol=1e-10)
+
+
+def test_inputs_of_any_strides():
+    stage = Stage(StageCase())
+    base = stage.normal(6, 14, 14, 10)
+    view = base[::2, :7, ::2, ::2]
+    arguments = stage.arguments()
+    expected, _ = dual_path_stage(view.contiguous(), stage.blocks, **arguments)
+    for other in (view, view.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(dual_path_stage(other, stage.blocks, **arguments)[0], expected)
+    assert expected.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_empty_batch():
+    stage = Stage(StageCase(batch=0, frozen=("",), stride=2))
+    out, _ = stage.run()
+    assert out.shape == (0, 6 + 5 + 12, 4, 3)
+    grads = stage.gradients(out, torch.zeros_like(out))
+    assert all(grads[name].abs().sum() == 0 for name in grads)
+
+
+def test_non_finite_values_propagate_as_in_torch():
+    for value in (float("nan"), float("inf")):
+        stage = Stage(StageCase(frozen=("",)))
+        with torch.no_grad():
+            stage.input[1, 2, 3, 3] = value
+        out, _ = stage.run()
+        expected, _ = stage.expected()
+        assert torch.equal(out.isfinite(), expected.isfinite())
+        assert not out.isfinite().all()
+
+
+def test_autocast_computes_in_the_autocast_type():
+    stage = Stage(StageCase(dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, statistics = stage.run()
+    assert out.dtype == torch.bfloat16
+    assert statistics.mean.dtype == torch.float32
+    grads = stage.gradients(out, torch.ones_like(out))
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    exact = Stage(StageCase(dtype=torch.float32))
+    assert relative(out.float(), exact.expected()[0]) < 0.05
+
+
+def test_double_backward_and_in_place_edits_raise():
+    stage = Stage(StageCase())
+    out, _ = stage.run()
+    (grad,) = torch.autograd.grad(out.square().sum(), stage.input, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+    out, _ = stage.run()
+    out.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def changed(stage: Stage, index: int, **fields: Tensor) -> dict:
+    return {"blocks": [block._replace(**fields) if i == index else block for i, block in enumerate(stage.blocks)]}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "3 to 5 dimensions", lambda s: {"input": s.input[:, :, 0, 0]}),
+        (ValueError, "more than 1 value per channel", lambda s: {"input": s.input[:1, :, :1, :1]}),
+        (ValueError, "7 channels in dimension 1", lambda s: {"input": s.input[:, :6]}),
+        (TypeError, "input to be torch.float64", lambda s: {"input": s.input.float()}),
+        (TypeError, "to be a tensor, got list", lambda s: {"input": [1.0]}),
+        (ValueError, "num_blocks to be at least 1", lambda s: {"blocks": []}),
+        (ValueError, "residual_channels to be at least 0", lambda s: {"residual_channels": -1}),
+        (ValueError, "projection.conv to have at least", lambda s: {"residual_channels": 12}),
+        (ValueError, "conv_c to have at least", lambda s: {"residual_channels": 11}),
+        (ValueError, "stride to be at least 1", lambda s: {"stride": 0}),
+        (ValueError, "stride to be 1 without", lambda s: {"stride": 2, "projection": None}),
+        (ValueError, "memory to be one of", lambda s: {"memory": "tiny"}),
+        (ValueError, "block 1.conv_a.weight to have shape", lambda s: changed(s, 1, conv_a=s.normal(6, 9, 1, 1))),
+        (ValueError, "into groups", lambda s: changed(s, 0, conv_b=s.normal(9, 4, 3, 3))),
+        (ValueError, "kernel of block 0.conv_b to be odd", lambda s: changed(s, 0, conv_b=s.normal(9, 2, 2, 2))),
+        (ValueError, "on cpu like input, got meta", lambda s: changed(s, 2, conv_c=s.blocks[2].conv_c.to("meta"))),
+    ],
+)  # fmt: skip
+def test_errors(error, message, arguments):
+    stage = Stage(StageCase())
+    given = {"input": stage.input, "blocks": stage.blocks} | stage.arguments() | arguments(stage)
+    with pytest.raises(error, match=f"dual_path_stage: expected .*{message}"):
+        dual_path_stage(given.pop("input"), given.pop("blocks"), **given)
+
+
+def test_reversible_refuses_16_bits():
+    stage = Stage(StageCase(dtype=torch.bfloat16, memory="reversible"))
+    with pytest.raises(NotImplementedError, match="float32 or float64"):
+        stage.run()
+    with torch.no_grad():  # nothing to reverse
+        stage.run()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RDN: residual dense network."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,12 @@ class RDN(SuperResolutionNet):
         self.gff = nn.Sequential(nn.Conv2d(width * blocks, width, 1), conv3x3(width, width))
         self.upscale = pixel_shuffles(width, scale)
         self.output = conv3x3(width, 3)
+        self.reach = blocks * layers + 3
+
+    def live_values(self) -> tuple[int, int]:
+        fusion = cast(nn.Conv2d, self.gff[0])  # its input exists twice: in parts and concatenated
+        width = fusion.out_channels
+        return 2 * fusion.in_channels + 4 * width, 5 * width * self.scale**2
 
     def trunk(self, x: Tensor) -> Tensor:
         shallow = self.sfe1(x)

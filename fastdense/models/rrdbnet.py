@@ -17,6 +17,7 @@ class RRDB(nn.Module):
 
     def __init__(self, channels: int = 64, growth_rate: int = 32) -> None:
         super().__init__()
+        self.growth_rate = growth_rate
         for name in ("rdb1", "rdb2", "rdb3"):
             block = ResidualDenseBlock(channels, growth_rate, negative_slope=_SLOPE)
             self.add_module(name, block)
@@ -88,6 +89,12 @@ class RRDBNet(SuperResolutionNet):
                 nn.init.kaiming_normal_(module.weight)
                 module.weight.data *= 0.1
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+        self.reach = 15 * blocks + 2
+
+    def live_values(self) -> tuple[int, int]:
+        width, growth = self.conv_last.in_channels, cast(RRDB, self.body[0]).growth_rate if len(self.body) else 0
+        return 6 * width + 4 * growth, 3 * width * self.tail_scale**2
 
     def trunk(self, x: Tensor) -> Tensor:
         if self.unshuffle > 1:

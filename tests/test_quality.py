@@ -131,7 +131,7 @@ def folder(tmp_path, monkeypatch):
     """A folder with a picture and a network."""
     monkeypatch.chdir(tmp_path)
     arguments = {"scale": 4, "blocks": 1, "width": 4, "growth_rate": 2}
-    save_super_resolution(models.RRDBNet(**arguments), "net.pt", **arguments)
+    save_super_resolution(models.RRDBNet(**arguments), "net.pt")
     Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=numpy.uint8)).save("in.png")
     return tmp_path
 

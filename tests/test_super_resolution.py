@@ -225,13 +225,31 @@ def test_checkpoints_of_every_dialect(dialect, tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
-def test_checkpoints_of_this_library(tmp_path):
-    arguments = {"scale": 3, "kernels": (9, 5, 5)}
-    model = models.SRCNN(**arguments)
-    save_super_resolution(model, tmp_path / "net.pt", **arguments)
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.SRCNN(3, (9, 5, 5), (4, 3)),
+        models.VDSR(4, 3, 5),
+        models.DRCN(3, 2, 4),
+        models.EDSR(2, 2, 4, residual_scale=0.3),
+        models.SRDenseNet(2, 2, 3, 4),
+        models.RDN(2, 2, 3, 4, 5),
+        models.RRDBNet(2, 1, 4, 3),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_checkpoints_of_this_library(model, tmp_path):
+    save_super_resolution(model, tmp_path / "net.pt")
     loaded = load_super_resolution(tmp_path / "net.pt")
-    x = torch.rand(1, 1, 6, 6)
-    assert torch.equal(loaded(x), model(x))
+    assert type(loaded) is type(model) and loaded.scale == model.scale
+    x = torch.rand(1, model.colours, 6, 5)
+    assert torch.equal(loaded(x), model.eval()(x))
+
+
+def test_weights_that_do_not_tell_their_scale(tmp_path):
+    torch.save(models.SRCNN(3).state_dict(), tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"hold a whole srcnn, got a problem with its scale, which"):
+        load_super_resolution(tmp_path / "net.pth")
 
 
 def checkpoint(tmp_path, change=lambda state: None):
@@ -268,7 +286,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     with pytest.raises(ValueError, match=r"hold tensors only, got epoch of type int"):
         load_super_resolution(path)
     torch.save({"fc.weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"hold RRDBNet, RDN, EDSR or SRDenseNet, got entries like fc.weight"):
+    with pytest.raises(ValueError, match=r"hold a network that is known, got entries like fc.weight"):
         load_super_resolution(path)
     with pytest.raises(ValueError, match=r"expected path to be a file"):
         load_super_resolution(tmp_path / "absent.pth")

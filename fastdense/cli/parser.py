@@ -39,6 +39,8 @@ examples:
   fastdense train --data pictures/ --model densenet121 --size 224 --batch 16 --out runs/pictures
   fastdense train --model resnet_cifar --set depth=20 --data digits --epochs 20
   fastdense train --data digits --out runs/digits --resume
+  fastdense train --task sr --scale 2                     SRCNN on the photographs of scikit-image; writes model.pt
+  fastdense train --task sr --model rrdbnet --set blocks=3 --data pictures/ --scale 4
 """
 
 _RESIZE_HELP = """
@@ -192,6 +194,12 @@ def _add_train(commands: Commands, run: Run) -> None:
     parser = _command(commands, "train", run, "Train a model on pictures or digits", _TRAIN_HELP)
     _add_model(parser, "densenet_cifar")
     parser.set_defaults(depth=40)
+    parser.set_defaults(model=None)  # depends on the task
+    parser.add_argument(
+        "--task", choices=("classify", "sr"), default="classify", help="sr: super-resolution (default: %(default)s)"
+    )
+    parser.add_argument("--scale", type=int, default=2, metavar="S", help="of super-resolution (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="of super-resolution (default: %(default)s)")
     parser.add_argument(
         "--set",
         type=assignment,
@@ -200,15 +208,17 @@ def _add_train(commands: Commands, run: Run) -> None:
         metavar="NAME=VALUE",
         help="an argument of the model's function, e.g. --set depth=20; may be given again",
     )
-    parser.add_argument("--data", default="digits", metavar="digits|DIR", help="default: %(default)s")
-    parser.add_argument("--size", type=int, help="side of an image in pixels (default: 16 for digits, else 32)")
+    parser.add_argument("--data", metavar="digits|photographs|DIR", help="default: digits, or photographs with sr")
+    parser.add_argument(
+        "--size", type=int, help="side of an image in pixels (default: 16 for digits, else 32), with sr of a patch"
+    )
     parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=64, help="images per step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--batch", type=int, help="images per step (default: 64, or 16 with sr)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: 0.1, or 0.001 with sr)")
     parser.add_argument("--momentum", type=float, default=0.9, help="Nesterov momentum (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument("--memory", choices=("balanced", "min", "plain"), default="balanced", help="default: balanced")
-    parser.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/train, or runs/sr with sr")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     again.add_argument("--fresh", action="store_true", help="start anew although --out holds a checkpoint")

@@ -3,13 +3,14 @@
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from fastdense._support import write_atomically
 from fastdense.models.dialects import load_exactly
 from fastdense.models.ncnn import read_ncnn
 from fastdense.models.rdn import RDN
@@ -19,7 +20,7 @@ from fastdense.models.super_resolution import DRCN, EDSR, SRCNN, VDSR, SRDenseNe
 _OP = "load_super_resolution"
 _WRAPPERS = ("params_ema", "params", "state_dict")
 _PREFIXES = ("module.", "generator.", "netG.")
-_SAVED = {net.__name__: net for net in (SRCNN, VDSR, DRCN, EDSR, SRDenseNet, RDN, RRDBNet)}
+_FORMAT = "fastdense-network-1"
 
 State = dict[str, Tensor]
 _Rules = tuple[tuple[str, str], ...]
@@ -65,17 +66,18 @@ def load_super_resolution(path: str | Path) -> SuperResolutionNet:
             another shape; the message names it.
     """
     path = Path(path)
+    settings: dict[str, Any] = {}
     if path.suffix in (".param", ".bin") and path.with_suffix(".param").exists():
         state = _ncnn_state(path)
     else:
         content = _read(path)
-        if content.get("format") == "fastdense-network-1":
-            return _load_own(path, content)
+        if content.get("format") == _FORMAT and isinstance(content.get("settings"), Mapping):
+            settings = dict(content["settings"])
         state = _unwrap(path, content)
-    for make in (_make_rrdbnet, _make_rdn, _make_edsr, _make_srdensenet):
+    for make in _MAKERS:
         try:
-            made = make(state)
-        except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+            made = make(state, settings)
+        except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
             name = make.__name__.removeprefix("_make_")
             raise ValueError(f"{_OP}: expected {path} to hold a whole {name}, got a problem with {error}") from error
         if made is not None:
@@ -83,25 +85,17 @@ def load_super_resolution(path: str | Path) -> SuperResolutionNet:
             load_exactly(f"{_OP}: {path}", net, renamed)
             return net.eval()
     some = ", ".join(list(state)[:3])
-    raise ValueError(f"{_OP}: expected {path} to hold RRDBNet, RDN, EDSR or SRDenseNet, got entries like {some}")
+    raise ValueError(f"{_OP}: expected {path} to hold a network that is known, got entries like {some}")
 
 
-def save_super_resolution(net: SuperResolutionNet, path: str | Path, **arguments: Any) -> None:
+def save_super_resolution(net: SuperResolutionNet, path: str | Path) -> None:
     """Writes a network so that :func:`load_super_resolution` makes it again.
 
     Args:
         net: a network of :mod:`fastdense.models`.
         path: of the file; replaced whole or not at all.
-        **arguments: those that ``net``'s class was called with.
     """
-    from fastdense._support import write_atomically
-
-    content = {
-        "format": "fastdense-network-1",
-        "network": type(net).__name__,
-        "arguments": arguments,
-        "params": net.state_dict(),
-    }
+    content = {"format": _FORMAT, "settings": net.settings(), "params": net.state_dict()}
     write_atomically(Path(path), lambda file: torch.save(content, file))
 
 
@@ -135,18 +129,6 @@ def _unwrap(path: Path, content: Mapping[str, Any]) -> State:
     return state
 
 
-def _load_own(path: Path, content: Mapping[str, Any]) -> SuperResolutionNet:
-    make = cast(Callable[..., SuperResolutionNet] | None, _SAVED.get(str(content.get("network"))))
-    if make is None or not isinstance(content.get("params"), Mapping):
-        raise ValueError(f"{_OP}: expected {path} to hold a network of this library, got {content.get('network')!r}")
-    try:
-        net = make(**content["arguments"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{_OP}: expected {path} to hold arguments of {content['network']}, got: {error}") from error
-    load_exactly(f"{_OP}: {path}", net, _unwrap(path, content))
-    return net.eval()
-
-
 def _rename(state: Mapping[str, Tensor], rules: _Rules) -> State:
     renamed: State = {}
     for key, value in state.items():
@@ -166,7 +148,7 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 _Made = tuple[SuperResolutionNet, State] | None
 
 
-def _make_rrdbnet(state: State) -> _Made:
+def _make_rrdbnet(state: State, settings: Mapping[str, Any]) -> _Made:
     if "model.1.sub.0.RDB1.conv1.0.weight" in state:
         state = _oldest_rrdb(state)
     state = _rename(state, _RRDB_RULES)
@@ -224,18 +206,19 @@ def _shuffled_scale(state: State, name: str, width: int) -> int:
     return 4 if f"{name}.2.weight" in state else round((state[f"{name}.0.weight"].shape[0] / width) ** 0.5)
 
 
-def _make_edsr(state: State) -> _Made:
+def _make_edsr(state: State, settings: Mapping[str, Any]) -> _Made:
     state = {key: value for key, value in state.items() if not key.startswith(("sub_mean.", "add_mean."))}
     state = _rename(state, _EDSR_RULES)
     if "body.0.conv1.weight" not in state:
         return None
     width = state["conv_first.weight"].shape[0]
-    residual_scale = 0.1 if width >= 256 else 1.0  # no entry tells; the papers' two networks differ so
-    net = EDSR(_shuffled_scale(state, "upsample", width), _count(state, r"body\.(\d+)\."), width, residual_scale)
+    # No entry of other people's files tells the factor; the paper's two networks differ so.
+    factor = settings.get("residual_scale", 0.1 if width >= 256 else 1.0)
+    net = EDSR(_shuffled_scale(state, "upsample", width), _count(state, r"body\.(\d+)\."), width, factor)
     return net, state
 
 
-def _make_rdn(state: State) -> _Made:
+def _make_rdn(state: State, settings: Mapping[str, Any]) -> _Made:
     state = _rename(state, _RDN_RULES)
     if "rdbs.0.lff.weight" in state:
         layers = _count(state, r"rdbs\.0\.layers\.(\d+)\.")
@@ -253,7 +236,7 @@ def _make_rdn(state: State) -> _Made:
     return net, state
 
 
-def _make_srdensenet(state: State) -> _Made:
+def _make_srdensenet(state: State, settings: Mapping[str, Any]) -> _Made:
     if "dense_blocks.0.block.0.conv.weight" not in state:
         return None
     blocks, layers = _count(state, r"dense_blocks\.(\d+)\."), _count(state, r"dense_blocks\.0\.block\.(\d+)\.")
@@ -262,4 +245,29 @@ def _make_srdensenet(state: State) -> _Made:
     return net, state
 
 
-__all__ = ["load_super_resolution", "save_super_resolution"]
+def _make_srcnn(state: State, settings: Mapping[str, Any]) -> _Made:
+    if set(state) != {f"conv{at}.{kind}" for at in (1, 2, 3) for kind in ("weight", "bias")}:
+        return None
+    first, second, third = (state[f"conv{at}.weight"].shape for at in (1, 2, 3))
+    return SRCNN(_scale(settings), (first[2], second[2], third[2]), (first[0], second[0])), state
+
+
+def _make_vdsr(state: State, settings: Mapping[str, Any]) -> _Made:
+    if "convs.0.weight" not in state:
+        return None
+    return VDSR(_scale(settings), _count(state, r"convs\.(\d+)\."), state["convs.0.weight"].shape[0]), state
+
+
+def _make_drcn(state: State, settings: Mapping[str, Any]) -> _Made:
+    if "recursive.weight" not in state:
+        return None
+    return DRCN(_scale(settings), state["weights"].shape[0], state["recursive.weight"].shape[0]), state
+
+
+def _scale(settings: Mapping[str, Any]) -> int:
+    if "scale" not in settings:
+        raise ValueError("its scale, which these weights do not tell: only files of this library do")
+    return settings["scale"]
+
+
+_MAKERS = (_make_rrdbnet, _make_rdn, _make_edsr, _make_srdensenet, _make_srcnn, _make_vdsr, _make_drcn)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Super-resolution networks before dense blocks, and what all such networks have in common."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ class SuperResolutionNet(nn.Module):
     def live_values(self) -> tuple[int, int]:
         """Numbers per pixel of the trunk's features that trunk and tail hold at once, at most."""
         raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What :func:`save_super_resolution` writes because the weights do not tell it."""
+        return {"scale": self.scale}
 
     def trunk(self, x: Tensor) -> Tensor:
         """Features ``[N, C, H, W]`` of pictures in [0, 1]; here the pictures themselves."""
@@ -100,7 +104,8 @@ class SRCNN(EnlargedFirst):
         widths: channels of the two hidden layers.
 
     Shape:
-        ``[N, 1, H, W]`` to ``[N, 1, scale * H, scale * W]``, luminance in [0, 1]. Borders are padded by zeros.
+        ``[N, 1, H, W]`` to ``[N, 1, scale * H, scale * W]``, luminance in [0, 1]. Borders are padded by zeros. With
+        random weights the result is nearly the bicubic picture.
 
     Reference:
         C. Dong, C. C. Loy, K. He, X. Tang. Image Super-Resolution Using Deep Convolutional Networks. TPAMI 2016,
@@ -121,10 +126,21 @@ class SRCNN(EnlargedFirst):
         for at, kernel in enumerate(kernels):
             conv = nn.Conv2d(channels[at], channels[at + 1], kernel, padding=kernel // 2)
             self.add_module(f"conv{at + 1}", conv)
+            _hand_through(conv)
+        nn.init.normal_(conv.weight[:, 1:], std=1e-3)
 
     def refine(self, x: Tensor) -> Tensor:
         first, second, last = (cast(nn.Conv2d, self._modules[f"conv{at}"]) for at in (1, 2, 3))
         return last(torch.relu(second(torch.relu(first(x)))))
+
+
+@torch.no_grad()
+def _hand_through(conv: nn.Conv2d) -> None:
+    """Makes the first channel that of the input, so that a network of such convolutions begins as the identity."""
+    middle = conv.kernel_size[0] // 2
+    conv.weight[0].zero_()
+    conv.weight[0, 0, middle, middle] = 1
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
 
 class VDSR(EnlargedFirst):
@@ -215,6 +231,10 @@ class DRCN(EnlargedFirst):
         )
 
 
+# RGB of the pictures that EDSR was trained on: subtracted in front and added behind; inside, values go to 255.
+_DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
+
+
 class ResidualBlock(nn.Module):
     """``x + scale * conv2(relu(conv1(x)))``, no norm."""
 
@@ -235,8 +255,6 @@ class EDSR(SuperResolutionNet):
         blocks: number of residual blocks.
         width: channels.
         residual_scale: factor of every residual; 0.1 in the large network.
-        mean: RGB of the training pictures, subtracted in front and added behind.
-        value_range: of the values inside the network, 255 in the authors' weights.
 
     Shape:
         ``[N, 3, H, W]`` to ``[N, 3, scale * H, scale * W]``, RGB in [0, 1].
@@ -256,30 +274,31 @@ class EDSR(SuperResolutionNet):
         blocks: int = 16,
         width: int = 64,
         residual_scale: float = 1.0,
-        mean: tuple[float, float, float] = (0.4488, 0.4371, 0.4040),
-        value_range: float = 255.0,
     ) -> None:
         super().__init__()
         self.scale = self.tail_scale = check_scale("EDSR", scale)
-        self.value_range = value_range
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(_DIV2K_MEAN).view(1, 3, 1, 1), persistent=False)
         self.conv_first = conv3x3(3, width)
         self.body = nn.Sequential(*(ResidualBlock(width, residual_scale) for _ in range(blocks)))
         self.conv_after_body = conv3x3(width, width)
         self.upsample = pixel_shuffles(width, scale)
         self.conv_last = conv3x3(width, 3)
         self.reach = 2 * blocks + 2
+        self.residual_scale = residual_scale
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "residual_scale": self.residual_scale}
 
     def live_values(self) -> tuple[int, int]:
         width = self.conv_last.in_channels
         return 4 * width, 3 * width * self.scale**2
 
     def trunk(self, x: Tensor) -> Tensor:
-        first = self.conv_first((x - self.mean) * self.value_range)
+        first = self.conv_first((x - self.mean) * 255)
         return first + self.conv_after_body(self.body(first))
 
     def tail(self, x: Tensor) -> Tensor:
-        return self.conv_last(self.upsample(x)) / self.value_range + self.mean
+        return self.conv_last(self.upsample(x)) / 255 + self.mean
 
 
 class ConvRelu(nn.Module):

@@ -24,3 +24,11 @@ measure densenet121-bfloat16 --dtype bfloat16 --steps 9 --memory-batches 0 \
 measure densenet121-eval --mode eval --steps 15 --memory-batches 0 --variants plain,plain-channels-last,balanced
 measure cifar-bc100 --model densenet_cifar --depth 100 --growth-rate 12 --batch 64 --steps 5 --memory-batches 0
 measure depth --sweep depth --depths 40,70,100,130 --batch 32 --plot "$out/depth.png"
+measure dpn92 --model dpn92 --batch 4 --steps 7 --memory-batches 2,6 --memory balanced,min,reversible
+measure dpn92-compile --model dpn92 --batch 4 --steps 5 --memory-batches 0 \
+  --variants plain,plain-channels-last,compile,balanced
+measure dpn92-bfloat16 --model dpn92 --batch 4 --dtype bfloat16 --steps 5 --memory-batches 0 \
+  --variants plain,plain-channels-last,balanced,min
+measure dpn68 --model dpn68 --batch 8 --steps 5 --memory-batches 0 --variants plain,plain-channels-last,balanced
+measure dpn92-eval --model dpn92 --mode eval --batch 4 --steps 9 --memory-batches 0 \
+  --variants plain,plain-channels-last,balanced

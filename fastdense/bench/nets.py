@@ -8,6 +8,7 @@ of them hold the same weights.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from fastdense._support import InputError, extra
 # Dense layers per block of the ImageNet networks that torchvision has no function for.
 _MORE_BLOCKS = {"densenet264": (6, 12, 64, 48)}
 _TORCHVISION = ("densenet121", "densenet161", "densenet169", "densenet201")
+_TIMM = ("dpn48b", "dpn68", "dpn68b", "dpn92", "dpn98", "dpn107", "dpn131")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Net:
     def label(self) -> str:
         """The name people use, e.g. ``DenseNet-BC (L=100, k=12)``."""
         if not self.is_cifar:
-            return self.name.replace("densenet", "DenseNet-")
+            return self.name.replace("densenet", "DenseNet-").replace("dpn", "DPN-")
         kind = "-BC" if self.bottleneck and self.compression < 1 else ""
         return f"DenseNet{kind} (L={self.depth}, k={self.growth_rate})"
 
@@ -77,7 +79,7 @@ class Variant:
 
     Attributes:
         channels_last: memory format of weights and images.
-        memory_efficient: torchvision's activation checkpointing.
+        memory_efficient: the baseline library's own activation checkpointing.
         compile: through torch.compile.
         memory: fastdense's memory mode, or None for plain PyTorch.
     """
@@ -96,25 +98,26 @@ VARIANTS = {
     "compile": Variant(channels_last=True, compile=True),
     "balanced": Variant(channels_last=True, memory="balanced"),
     "min": Variant(channels_last=True, memory="min"),
+    "reversible": Variant(channels_last=True, memory="reversible"),
 }
 
 # The two layouts of unchanged PyTorch; ratios refer to the better of them.
 PLAIN_LAYOUTS = ("plain", "plain-channels-last")
-MEMORY_MODES = ("balanced", "min")
+MEMORY_MODES = ("balanced", "min", "reversible")
 
 
 def known_nets() -> list[str]:
     """Names that `plain_model` accepts."""
     import fastdense
 
-    return sorted({*_TORCHVISION, *_MORE_BLOCKS, "densenet_cifar", *fastdense.models.list()})
+    return sorted({*_TORCHVISION, *_TIMM, *_MORE_BLOCKS, "densenet_cifar", *fastdense.models.list()})
 
 
 def plain_model(net: Net, *, memory_efficient: bool = False) -> nn.Module:
     """Builds a network of plain PyTorch modules with random weights.
 
-    The real torchvision model where there is one; torchvision's DenseNet class for the other
-    bottleneck networks; fastdense's architecture in plain modules for the rest.
+    The real torchvision or timm model where there is one; torchvision's DenseNet class for the
+    other bottleneck networks; fastdense's architecture in plain modules for the rest.
 
     Raises:
         InputError: the name is unknown, or there is no memory-efficient form.
@@ -122,6 +125,8 @@ def plain_model(net: Net, *, memory_efficient: bool = False) -> nn.Module:
     with extra("train"):
         from torchvision.models import get_model
         from torchvision.models.densenet import DenseNet
+    if net.name in _TIMM:
+        return _timm_model(net, memory_efficient)
     if net.name in _TORCHVISION:
         return get_model(net.name, weights=None, num_classes=net.classes, memory_efficient=memory_efficient)
     if net.name in _MORE_BLOCKS:
@@ -133,6 +138,16 @@ def plain_model(net: Net, *, memory_efficient: bool = False) -> nn.Module:
     if net.is_cifar and net.bottleneck and net.compression == 0.5:
         return cifar_densenet(net, memory_efficient=memory_efficient)
     return _restored_model(net, memory_efficient)
+
+
+def _timm_model(net: Net, memory_efficient: bool) -> nn.Module:
+    """A dual path network of timm; with `memory_efficient`, every block runs again in the backward pass."""
+    with extra("train"):
+        import timm
+    model: Any = timm.create_model(net.name, num_classes=net.classes)
+    if memory_efficient:
+        model.set_grad_checkpointing()
+    return model
 
 
 def cifar_densenet(net: Net, *, memory_efficient: bool = False) -> nn.Module:
@@ -186,5 +201,7 @@ def build(net: Net, variant: Variant) -> nn.Module:
     if variant.memory is not None:
         import fastdense
 
+        if variant.memory not in fastdense.models.memory_modes(net.name):
+            raise InputError(f"bench: expected a memory mode of {net.label}, got {variant.memory!r}")
         model = fastdense.convert(model, memory=variant.memory)
     return model

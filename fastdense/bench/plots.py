@@ -24,6 +24,7 @@ _COLOURS = {
     "compile": "#7a5ea8",
     "balanced": "#1f7a5c",
     "min": "#2d9cdb",
+    "reversible": "#c0582f",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdense._support import InputError, check_output, extra, write_json
 from fastdense.bench import BenchConfig, Net, SweepConfig, run_bench, run_sweep
-from fastdense.bench.nets import known_nets
+from fastdense.bench.nets import MEMORY_MODES, known_nets
 from fastdense.bench.run import count_ticks
 from fastdense.bench.sweep import SWEEP_VARIANTS
 
@@ -29,10 +29,11 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
     net = Net(options.model, options.depth, options.growth_rate)
     variants = options.variants or BENCH_VARIANTS
     if options.memory:
-        unwanted = [v for v in options.variants or () if v in ("balanced", "min") and v not in options.memory]
+        unwanted = [v for v in options.variants or () if v in MEMORY_MODES and v not in options.memory]
         if unwanted:
             raise InputError(f"bench: expected --memory to include {unwanted[0]} of --variants, got {options.memory}")
-        variants = tuple(v for v in variants if v not in ("balanced", "min") or v in options.memory)
+        variants = tuple(v for v in variants if v not in MEMORY_MODES)
+        variants += tuple(v for v in options.memory if v not in variants)
     config = BenchConfig(
         net=net,
         variants=variants,

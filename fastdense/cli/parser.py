@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fastdense.bench.job import DEVICES, DTYPES, MODES
-from fastdense.bench.nets import VARIANTS
+from fastdense.bench.nets import MEMORY_MODES, VARIANTS
 from fastdense.bench.sweep import DEPTHS
 from fastdense.ops.bicubic import PRESETS
 
 BENCH_VARIANTS = ("plain", "plain-channels-last", "memory-efficient", "balanced", "min")
 
 _BENCH_HELP = """
-Trains the plain torchvision model, the same with memory_efficient=True, and fastdense's modes, each in its own
+Trains the plain torchvision or timm model, the same with its checkpointing, and fastdense's modes, each in its own
 process, one step at a time in turns, and compares time and memory. Losses must agree before a time is believed.
 
 examples:
@@ -172,7 +172,7 @@ def _add_bench(commands: Commands, run: Run) -> None:
         metavar="A,B",
         help=f"from {', '.join(VARIANTS)} (default: {','.join(BENCH_VARIANTS)})",
     )
-    parser.add_argument("--memory", type=names(("balanced", "min")), help="fastdense's modes only: balanced,min")
+    parser.add_argument("--memory", type=names(MEMORY_MODES), help="fastdense's modes only, e.g. balanced,min")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per repeat (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="fresh starts of all processes (default: %(default)s)")
     parser.add_argument(

@@ -107,8 +107,8 @@ class RRDBNet(SuperResolutionNet):
     def tail(self, x: Tensor) -> Tensor:
         for at in range(self.doublings):
             conv = cast(nn.Conv2d, self._modules[f"conv_up{at + 1}"])
-            x = F.leaky_relu(conv(F.interpolate(x, scale_factor=2.0)), _SLOPE)
-        return self.conv_last(F.leaky_relu(self.conv_hr(x), _SLOPE))
+            x = F.leaky_relu(conv(F.interpolate(x, scale_factor=2.0)), _SLOPE, inplace=True)
+        return self.conv_last(F.leaky_relu(self.conv_hr(x), _SLOPE, inplace=True))
 
 
 def rrdbnet(scale: int = 4, blocks: int = 23, width: int = 64) -> RRDBNet:

@@ -73,7 +73,7 @@ def extension() -> cpp_extension.CppExtension:
         macros["CUDA_ARCH_LIST"] = os.environ["TORCH_CUDA_ARCH_LIST"] = find_arch_list()
     host = ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-g0"]
     # A ReLU mask recomputed by the backward pass must round as in the forward pass: no fma behind
-    # our back. Traps and errno would block vectorisation without changing a result.
+    # our back, here or below on the device. Traps and errno would block vectorisation without changing a result.
     host += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
     # TORCH_CHECK stores file names: keep this machine's folders out of the binary.
     host += [f"-ffile-prefix-map={path}/=" for path in (ROOT, TORCH_INCLUDE)]
@@ -81,7 +81,7 @@ def extension() -> cpp_extension.CppExtension:
     # then find torch's own runtime; a second one would keep a second pool of spinning threads.
     cxx = [*host, "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", f"-isystem{TORCH_INCLUDE}"]
     cxx += [f'-DFASTDENSE_{name}="{value}"' for name, value in macros.items()]
-    nvcc = [host[0], f"-Xcompiler={','.join(host)}", *os.environ.get("NVCC_FLAGS", "").split()]
+    nvcc = [host[0], "-fmad=false", f"-Xcompiler={','.join(host)}", *os.environ.get("NVCC_FLAGS", "").split()]
     target = "CUDA {CUDA_VERSION} for {CUDA_ARCH_LIST}".format(**macros) if cuda else "CPU only"
     print(f"fastdense: torch {torch.__version__}, {target}, {len(sources)} sources", file=sys.stderr)
     return (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(

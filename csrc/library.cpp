@@ -17,6 +17,8 @@ TORCH_LIBRARY(fastdense, m) {
       "_dual_path_stage_backward(Tensor grad_output, Tensor input, Tensor out, Tensor residuals, Tensor a, Tensor b, "
       "Tensor mean, Tensor var, Tensor[] weights, float[] eps, int num_blocks, bool projection, "
       "int residual_channels, int stride, bool[] needs_grad) -> Tensor[]");
+  m.def("dual_path_merge(Tensor input, Tensor features, int residual_channels) -> Tensor");
+  m.def("dual_path_split(Tensor input, SymInt channels, int residual_channels) -> (Tensor, Tensor)");
   m.def(
       "update_running_stats_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] num_batches_tracked, "
       "Tensor mean, Tensor var, int[] offsets, float[] momentum, SymInt count) -> ()");

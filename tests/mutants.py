@@ -2,8 +2,9 @@
 # ruff: noqa: E501
 """Plants mistakes in the native code, one at a time, and checks that the tests notice each.
 
-Run ``make mutants`` (a few minutes): every mistake is built in a copy of the tree and must make
-``tests/test_dense_block.py`` fail.
+Run ``make mutants`` (a quarter of an hour): every mistake is built in a copy of the tree and must make
+``tests/test_dense_block.py`` fail; those in CUDA code with the emulated kernels. Arguments choose mistakes by a part
+of the file's name.
 """
 
 import os
@@ -23,12 +24,12 @@ MUTANTS = [
     ("common/batch_norm_math.h", "return {scale, bias - mean * scale, mean, rstd}", "return {scale, bias, mean, rstd}"),
     ("common/batch_norm_math.h", "delta * delta * p.count * share", "delta * delta * share"),
     ("common/batch_norm_math.h", "count / (count - 1)", "1.0"),
-    ("common/row_sweeps.h", "relu_passes(mul_add(value, scale[i], shift[i])) ? dy[i] * share : A(0)", "true ? dy[i] * share : A(0)"),
+    ("common/batch_norm_math.h", "relu_passes(mul_add(x, scale, shift)) ? dy : A(0)", "dy"),
     ("common/row_sweeps.h", "mul_add(scale[i], gradient, A(load(g[i])))", "mul_add(A(1), gradient, A(load(g[i])))"),
     ("common/row_sweeps.h", "weighted[i] += gradient * (value - mean[i])", "weighted[i] += gradient * value"),
     ("dense_block/dense_block_kernels_impl.h", "g, p, begin, end,", "g, p, begin + 1, end,"),
     ("dense_block/dense_block_kernels_impl.h", "g, p, 0, g.size[0],", "g, p, 0, g.size[0] - 1,"),
-    ("common/row_sweeps.h", "? dy[i] * share : A(0)", "? dy[i] : A(0)"),
+    ("common/row_sweeps.h", "A gradient = dy[i] * share;", "A gradient = dy[i];"),
     ("dense_block/dense_block_kernels_impl.h", "apply_dropout(dropout, row, rows, n, d);", ""),
     ("common/row_gradients.h", "if (norm.frozen()) return;", ""),
     ("common/row_gradients.h", "norm.frozen() ? A(0) : A(1.0 / double(count))", "A(1.0 / double(count))"),
@@ -39,24 +40,62 @@ MUTANTS = [
     ("common/gemm.h", "i < columns ? value(r, i) : A(0)", "value(r, 0)"),
 ]  # fmt: skip
 
+CUDA_MUTANTS = [
+    ("common/column_sweep.h", "__syncthreads();\n    if (threadIdx.y < half)", "if (threadIdx.y < half)"),
+    ("common/column_sweep.h", "__syncthreads();  // all have read before anybody writes anew", ""),
+    ("common/column_sweep.h", "begin + rows_per_block < rows ? begin + rows_per_block : rows", "begin + rows_per_block"),
+    ("common/column_sweep.h", "row + (kTileRows - 1) * step < end", "row + (kTileRows - 2) * step < end"),
+    ("common/column_sweep.h", "columns - first < V ? int(columns - first) : V", "V"),
+    ("common/column_sweep.h", "2 * blockIdx.y * columns + first;", "2 * blockIdx.y * columns + first + 1;"),
+    ("common/column_sweep.h", "bits % (V * sizeof(T)) != 0 || columns < V", "columns < V"),
+    ("common/column_sweep.h", "add(i, {A(kRows), mean, m2});", "add(i, {A(1), mean, m2});"),
+    ("dense_block/dense_block_columns.h", "norm(first + i)", "norm(first)"),
+    ("dense_block/dense_block_columns.h", "if (i == 0 || at % 4 == 0)", "if (i == 0)"),
+    ("dense_block/dense_block_columns.h", "at & 2 ? high : low", "low"),
+    ("dense_block/dense_block_kernels.cu", "+ count * (mean - centre) * (mean - centre)", ""),
+    ("dense_block/dense_block_kernels.cu", "double(load(p.x[column])) + centre", "centre"),
+    ("dense_block/dense_block_kernels.cu", "(left > 0 ? left : 0) : rows_per_split", "rows_per_split : rows_per_split"),
+    ("dense_block/dense_block_kernels.cu", "__syncthreads();\n  const double centre = *total;", "const double centre = *total;"),
+    ("dense_block/dense_block_kernels.cu", "__syncthreads();\n  sums = {};", "sums = {};"),
+    ("dense_block/dense_block_kernels.cu", "p_.first + row", "row"),
+    ("dense_block/dense_block_backward_kernels.cu", "state_.second(i) += dv * (value - mean_[i])", "state_.second(i) += dv * value"),
+    ("dense_block/dense_block_backward_kernels.cu", "share * s2 * double(norm.rstd)", "share * s2"),
+    ("dense_block/dense_block_backward_kernels.cu", "A gradient = load(dy) * share_;", "A gradient = load(dy);"),
+    ("dense_block/dense_block_backward_kernels.cu", "return -1;", "return pooled_begin_;"),
+    ("dense_block/dense_block_backward_kernels.cu", "dy = store<T>(norm_relu(x, norm_.scale[i], norm_.shift[i]));", ""),
+    ("dense_block/dense_block_backward_cuda.cpp", "2 * chunk * splits * c)", "0)"),
+    ("dense_block/dense_block_backward_cuda.cpp", "layer.norm2.frozen() ? A(0) : A(1.0 / double(pixels))", "A(1.0 / double(pixels))"),
+    ("dense_block/dense_block_backward_cuda.cpp", "deferred && !args_of.frozen()", "deferred"),
+    ("dense_block/dense_block_cuda.h", "source.stride(0), source.stride(1)", "source.stride(1), source.stride(0)"),
+    ("running_stats/running_stats_kernels.cu", "__syncthreads();  // all have read before one writes", ""),
+    ("running_stats/running_stats_kernels.cu", "p.unbias", "1.0"),
+]  # fmt: skip
 
-def survives(folder: Path, name: str, before: str, after: str) -> bool:
-    """Whether the tests pass with the mistake in place."""
+
+def build(folder: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=folder, env=os.environ | {"FORCE_CPU": "1"}, check=True, capture_output=True)
+
+
+def survives(folder: Path, name: str, before: str, after: str, tests: str) -> bool:
+    """Whether the tests of that name pass with the mistake in place."""
     path = folder / "csrc" / name
     text = path.read_text()
     assert before in text, f"{name} no longer contains {before!r}"
     path.write_text(text.replace(before, after))
     try:
-        environment = os.environ | {"FORCE_CPU": "1", "PYTHONPATH": str(folder)}
-        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(build, cwd=folder, env=environment, check=True, capture_output=True)
-        test = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_dense_block.py"]
+        if (name, before, after) not in CUDA_MUTANTS:  # which the tests compile themselves
+            build(folder)
+        environment = os.environ | {"PYTHONPATH": str(folder)}
+        test = [sys.executable, "-m", "pytest", "-q", "-x", "-k", tests, "tests/test_dense_block.py"]
         return subprocess.run(test, cwd=folder, env=environment, capture_output=True).returncode == 0
     finally:
         path.write_text(text)
 
 
 def main() -> int:
+    parts = sys.argv[1:] or [""]
+    chosen = [mutant for mutant in CUDA_MUTANTS + MUTANTS if any(part in mutant[0] for part in parts)]
     survivors = 0
     with tempfile.TemporaryDirectory(prefix="fastdense-mutants-") as temporary:
         folder = Path(temporary)
@@ -64,11 +103,12 @@ def main() -> int:
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / part, folder)
-        for name, before, after in MUTANTS:
-            alive = survives(folder, name, before, after)
+        build(folder)
+        for name, before, after in chosen:
+            alive = survives(folder, name, before, after, "emulated" if (name, before, after) in CUDA_MUTANTS else "")
             survivors += alive
             print(f"{'SURVIVED' if alive else 'caught  '} {name}: {before}  ->  {after or '(removed)'}", flush=True)
-    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mistakes were caught")
+    print(f"{len(chosen) - survivors} of {len(chosen)} mistakes were caught")
     return 1 if survivors else 0
 
 

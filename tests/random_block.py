@@ -14,14 +14,16 @@ from fastdense.ops import NormWeights
 class RandomBlock:
     """Base of the operators' test blocks: named parameters, made from a case.
 
-    A case has the fields ``dtype``, ``affine`` and ``frozen``, parts of the names of norms that use running statistics.
-    Subclasses make ``input``, and run the operator and the reference by ``run`` and ``expected``.
+    A case has the fields ``dtype``, ``affine`` and ``frozen``, parts of the names of norms that use running statistics;
+    it may have a ``device``. Subclasses make ``input``, and run the operator and the reference by ``run`` and
+    ``expected``.
     """
 
     input: Tensor
 
     def __init__(self, case: Any, seed: int = 0) -> None:
         self.case = case
+        self.device: str = getattr(case, "device", "cpu")
         self.random = torch.Generator().manual_seed(seed)
         self.names: list[str] = []
         self.parameters: list[Tensor] = []
@@ -33,7 +35,7 @@ class RandomBlock:
         raise NotImplementedError
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.random, dtype=torch.float64).to(self.case.dtype)
+        return torch.randn(*shape, generator=self.random, dtype=torch.float64).to(self.device, self.case.dtype)
 
     def add(self, name: str, value: Tensor) -> Tensor:
         self.names.append(name)
@@ -75,8 +77,9 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def check(block: RandomBlock, tolerance: float = 1e-12) -> None:
+def check(block: RandomBlock, tolerance: float | None = None) -> None:
     """Output, batch statistics and all gradients against the reference."""
+    tolerance = tolerance or (1e-12 if block.device == "cpu" else 1e-10)
     out, statistics = block.run()
     expected, expected_statistics = block.expected()
     grad = block.normal(*expected.shape)

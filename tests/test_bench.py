@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark: workers, believed and disbelieved times, derived numbers, JSON and pictures."""
 
+import copy
 import dataclasses
 import json
 
@@ -8,11 +9,14 @@ import pytest
 
 from fastdense._support import InputError, write_json
 from fastdense.bench import BenchConfig, BenchResult, Net, Row, SweepConfig, run_bench, run_sweep
+from fastdense.bench.floor import Ceilings, training_floor
 from fastdense.bench.memory import mib_per_image
 from fastdense.bench.nets import VARIANTS, build, cifar_densenet, plain_model
 from fastdense.bench.plots import save_bench, save_sweep
 from fastdense.bench.results import disagreement, median_ratio
 from fastdense.bench.run import count_ticks
+from fastdense.bench.tables import bench_table
+from fastdense.bench.worker import restored
 
 TINY = BenchConfig(
     net=Net("densenet_cifar", depth=10, growth_rate=4),
@@ -110,6 +114,8 @@ def test_variants_share_weights_and_only_fastdense_is_converted(net):
 
     states = []
     for name, variant in VARIANTS.items():
+        if variant.timm:  # which knows the published networks only
+            continue
         torch.manual_seed(0)
         if name == "reversible" and net.is_cifar:
             with pytest.raises(InputError, match="a memory mode of DenseNet-BC"):
@@ -120,6 +126,74 @@ def test_variants_share_weights_and_only_fastdense_is_converted(net):
         assert any(isinstance(m, FusedModule) for m in model.modules()) == (variant.memory is not None), name
     for state in states[1:]:
         assert all(torch.equal(state[key], states[0][key]) for key in states[0])
+
+
+def test_timm_model_has_the_weights_of_torchvision():
+    import torch
+
+    net = Net("densenet121", num_classes=5)
+    torch.manual_seed(0)
+    expected = plain_model(net).eval()
+    torch.manual_seed(0)
+    model = build(net, VARIANTS["timm"]).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert type(model) is not type(expected)
+    torch.testing.assert_close(model(x), expected(x))
+    with pytest.raises(InputError, match="of torchvision to compare timm's with, got DenseNet-BC"):
+        build(TINY.net, VARIANTS["timm"])
+
+
+def test_floors_agree_with_sums_by_hand():
+    """One layer of a network with one layer a block, and what the modes add."""
+    ceilings = Ceilings(1e12, 1e30)
+    net = Net("densenet_cifar", depth=10, growth_rate=4)
+    floors = {name: training_floor(net, VARIANTS[name], 2, 16, 2, ceilings) for name in ("plain", "balanced", "min")}
+    assert all(floor.seconds == pytest.approx(floor.bytes / 1e12) for floor in floors.values())
+    # min: one more product a layer, from c to 16 channels, at 16, 8 and 4 pixels a side with c = 8, 6, 5
+    more = sum(2 * side * side * (c + 16) for side, c in ((16, 8), (8, 6), (4, 5)))
+    assert floors["min"].bytes - floors["balanced"].bytes == 2 * more
+    assert floors["plain"].bytes > 1.5 * floors["balanced"].bytes
+    assert training_floor(net, VARIANTS["compile"], 2, 16, 2, ceilings) is None
+    # The arithmetic is that of the network: three products for every multiply-add of the forward pass.
+    densenet121 = training_floor(Net("densenet121"), VARIANTS["plain"], 1, 224, 4, ceilings)
+    assert densenet121.flops == pytest.approx(6 * 2.83e9, rel=0.05)
+
+
+def test_table_shows_the_share_of_the_floor():
+    rows = [Row("plain", seconds=[2e-6]), Row("compile", seconds=[2e-6]), Row("min", time_error="failed")]
+    config = dataclasses.replace(TINY, variants=("plain", "compile", "min"))
+    result = BenchResult(config, {}, "", [], rows, Ceilings(1e12, 1e15))
+    floor = training_floor(config.net, VARIANTS["plain"], config.batch, config.size, 4, result.ceilings)
+    assert result.summary(rows[0])["floor_share"] == pytest.approx(floor.seconds / 2e-6)
+    assert result.summary(rows[0])["gb_per_second"] == pytest.approx(floor.bytes / 2e-6 / 1e9)
+    assert result.summary(rows[1])["floor_share"] is None
+    assert [column.header for column in bench_table(result).columns][-2:] == ["GB/s", "of floor"]
+    assert bench_table(result).row_count == 3
+
+
+def test_steps_are_undone_before_a_graph_is_replayed():
+    import torch
+
+    def losses(model, optimizer, steps):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+        found = []
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            loss = model(x).square().sum()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    twin = copy.deepcopy(model)
+    with restored(model, optimizer):
+        losses(model, optimizer, 3)
+    other = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    assert losses(model, optimizer, 3) == losses(twin, other, 3)
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_unknown_model_lists_the_known_ones():

@@ -89,6 +89,7 @@ def test_module_and_command_are_the_same():
         (["--growth-rate", "0"], "--growth-rate to be at least 1, got 0"),
         (["--memory-batches", "4,4"], "--memory-batches to be two batch sizes"),
         (["--variants", "plain,balanced", "--memory", "min"], "--memory to include balanced of --variants"),
+        (["--variants", "plain,min-graph"], "expected min-graph of --variants to run with --device cuda"),
     ],
 )
 def test_bench_refuses_bad_options_before_it_measures(options, message, capsys):

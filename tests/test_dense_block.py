@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dense block operator against the concatenating reference."""
+"""The dense block operator against the concatenating reference: CPU, CUDA, and the CUDA code with emulated kernels."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,8 +10,25 @@ from torch import Tensor
 
 from fastdense import reference
 from fastdense.ops import LayerWeights, TailWeights, dense_block, update_running_stats_
+from tests.emulation.dense_block import emulated_kernels
 from tests.random_block import RandomBlock, check, low_precision_errors, relative
 from tests.simd import LEVELS, available_levels, simd_level
+
+# Small enough for several chunks of pixels in most cases.
+EMULATED_SCRATCH = 12 << 10
+# By the order of threads: the rows of a sweep among many blocks, and among few with many rows a thread.
+EMULATED_BLOCKS = {False: 1000, True: 3}
+
+
+@pytest.fixture(params=["cpu", "emulated", "emulated-backwards", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a test's tensors live."""
+    if not request.param.startswith("emulated"):
+        yield request.param
+        return
+    backwards = request.param == "emulated-backwards"
+    with emulated_kernels(backwards, EMULATED_SCRATCH, EMULATED_BLOCKS[backwards]):
+        yield "cpu"
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     drop_rate: float = 0.0
     memory: str = "balanced"
+    device: str = "cpu"
 
 
 class Block(RandomBlock):
@@ -58,7 +77,7 @@ class Block(RandomBlock):
             self.tail = TailWeights(norm, conv, case.tail == "norm_relu")
         shape = (case.batch, case.in_channels, *case.size)
         self.input = (self.normal(*shape) + 0.5).requires_grad_()
-        self.seed = torch.tensor(1234)
+        self.seed = torch.tensor(1234, device=case.device)
 
     def run(self, memory: str | None = None):
         return dense_block(
@@ -79,12 +98,26 @@ class Block(RandomBlock):
 ALL = ("norm1", "norm2", "tail")
 
 
+@pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
+def test_the_emulated_kernels_are_what_runs(backwards):
+    """And their results do not depend on the order of threads."""
+    block = Block(Case(dtype=torch.float32, tail="transition", memory="min"))
+    results = []
+    for order in (False, backwards):
+        with emulated_kernels(order, EMULATED_SCRATCH, 8) as library:
+            before = library.launches()
+            out, _ = block.run()
+            results.append({"out": out} | block.gradients(out, torch.ones_like(out)))
+            assert library.launches() > before
+    assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
+
+
 @pytest.mark.parametrize("memory", ["balanced", "min"])
 @pytest.mark.parametrize("tail", ["none", "transition", "norm", "norm_relu"])
 @pytest.mark.parametrize("width", [20, 0], ids=["bottleneck", "plain"])
 @pytest.mark.parametrize("size", [(9,), (7, 5), (5, 4, 3)], ids=["1d", "2d", "3d"])
-def test_parity(size, width, tail, memory):
-    check(Block(Case(size=size, width=width, tail=tail, memory=memory)))
+def test_parity(device, size, width, tail, memory):
+    check(Block(Case(size=size, width=width, tail=tail, memory=memory, device=device)))
 
 
 @pytest.mark.parametrize(
@@ -109,8 +142,8 @@ def test_parity(size, width, tail, memory):
     ],
     ids=repr,
 )
-def test_parity_of_special_cases(case):
-    check(Block(case))
+def test_parity_of_special_cases(device, case):
+    check(Block(replace(case, device=device)))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -142,8 +175,8 @@ def test_every_simd_level_of_this_machine(level):
     ],
     ids=repr,
 )
-def test_gradcheck_of_a_whole_block(case):
-    block = Block(case)
+def test_gradcheck_of_a_whole_block(device, case):
+    block = Block(replace(case, device=device))
 
     def run(*_):
         return block.run()[0]
@@ -152,16 +185,24 @@ def test_gradcheck_of_a_whole_block(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_is_no_worse_than_torch(dtype):
+def test_low_precision_is_no_worse_than_torch(device, dtype):
     shape = Case(batch=4, in_channels=24, growth_rate=12, width=48, num_layers=4, size=(12, 12), tail="transition")
-    ours, theirs = low_precision_errors(Block, replace(shape, dtype=dtype))
+    ours, theirs = low_precision_errors(Block, replace(shape, dtype=dtype, device=device))
     # A factor of 2: the order of torch's own sums depends on the processor.
     assert all(mine <= 2 * other + 1e-6 for mine, other in zip(ours, theirs, strict=True))
     assert sum(ours) <= 1.5 * sum(theirs)
 
 
-def test_memory_modes_are_bit_identical():
-    block = Block(Case(dtype=torch.float32, tail="transition", size=(24, 24), drop_rate=0.2))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dropout_in_low_precision(device, dtype):
+    """New features of 16 bytes, whose mask takes two random blocks; single gradients differ by flipped ReLUs."""
+    shape = Case(batch=4, in_channels=24, growth_rate=8, width=48, num_layers=4, size=(12, 12), drop_rate=0.3)
+    ours, theirs = low_precision_errors(Block, replace(shape, dtype=dtype, device=device))
+    assert sum(ours) <= 1.5 * sum(theirs)
+
+
+def test_memory_modes_are_bit_identical(device):
+    block = Block(Case(dtype=torch.float32, tail="transition", size=(24, 24), drop_rate=0.2, device=device))
     results = [block.run(memory) for memory in ("balanced", "min", "balanced")]
     grad = torch.ones_like(results[0][0])
     gradients = [block.gradients(out, grad) for out, _ in results]
@@ -171,17 +212,17 @@ def test_memory_modes_are_bit_identical():
         assert all(torch.equal(grads[name], gradients[0][name]) for name in grads)
 
 
-def test_saved_bytes_match_the_closed_form():
+def test_saved_bytes_match_the_closed_form(device):
     for memory, per_pixel in (("balanced", 28 + 3 * 20), ("min", 28)):
-        block = Block(Case(dtype=torch.float32, memory=memory))
+        block = Block(Case(dtype=torch.float32, memory=memory, device=device))
         statistics = 2 * (28 + 3 * 20)
         pixels = 3 * 7 * 5
         assert block.saved_numbers() == pixels * per_pixel + statistics + 1  # the seed
 
 
 @pytest.mark.parametrize("part", ["input", "0.conv2", "2.norm1.weight", "1.conv1", "tail.conv", "tail.norm.bias"])
-def test_only_what_needs_a_gradient_gets_one(part):
-    block = Block(Case(tail="transition"))
+def test_only_what_needs_a_gradient_gets_one(device, part):
+    block = Block(Case(tail="transition", device=device))
     expected, _ = block.expected()
     grad = block.normal(*expected.shape)
     wanted = block.gradients(expected, grad)[part]
@@ -193,8 +234,8 @@ def test_only_what_needs_a_gradient_gets_one(part):
     assert relative(actual, wanted) < 1e-12
 
 
-def test_gradient_that_is_expanded_strided_or_reused():
-    block = Block(Case(tail="none"))
+def test_gradient_that_is_expanded_strided_or_reused(device):
+    block = Block(Case(tail="none", device=device))
     out, _ = block.run()
     expected, _ = block.expected()
     for grad in (torch.ones((), dtype=out.dtype).expand_as(out), block.normal(*out.shape, 2)[..., 0]):
@@ -208,9 +249,9 @@ def test_gradient_that_is_expanded_strided_or_reused():
             assert torch.equal(actual[name], again[name])
 
 
-def test_non_finite_values_propagate_as_in_torch():
+def test_non_finite_values_propagate_as_in_torch(device):
     for value in (float("nan"), float("inf")):
-        block = Block(Case(tail="norm_relu", frozen=ALL))
+        block = Block(Case(tail="norm_relu", frozen=ALL, device=device))
         with torch.no_grad():
             block.input[1, 2, 3, 3] = value
         out, _ = block.run()
@@ -219,23 +260,23 @@ def test_non_finite_values_propagate_as_in_torch():
         assert out.isnan().any()
 
 
-def test_in_place_edit_of_the_output_raises_in_backward():
-    out, _ = Block(Case()).run()
+def test_in_place_edit_of_the_output_raises_in_backward(device):
+    out, _ = Block(Case(device=device)).run()
     out.detach().add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 
 
-def test_double_backward_raises():
-    block = Block(Case())
+def test_double_backward_raises(device):
+    block = Block(Case(device=device))
     out, _ = block.run()
     (grad,) = torch.autograd.grad(out.square().sum(), block.input, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         grad.sum().backward()
 
 
-def test_large_mean_keeps_the_variance():
-    block = Block(Case(dtype=torch.float32, batch=8, size=(32, 32), num_layers=1))
+def test_large_mean_keeps_the_variance(device):
+    block = Block(Case(dtype=torch.float32, batch=8, size=(32, 32), num_layers=1, device=device))
     with torch.no_grad():
         block.input.add_(1000)
     _, statistics = block.run()
@@ -243,8 +284,8 @@ def test_large_mean_keeps_the_variance():
     assert relative(statistics.var[:10].double(), exact) < 1e-6
 
 
-def test_inputs_of_any_strides():
-    block = Block(Case())
+def test_inputs_of_any_strides(device):
+    block = Block(Case(device=device))
     base = block.normal(6, 20, 14, 10)
     expected = None
     for view in (base[::2, :10, ::2, ::2], base[::2, :10, ::2, ::2].contiguous()):
@@ -255,14 +296,14 @@ def test_inputs_of_any_strides():
     assert torch.equal(dense_block(channels_last, block.layers)[0], dense_block(base[:3, :10, :7, :5], block.layers)[0])
 
 
-def test_output_is_channels_last():
+def test_output_is_channels_last(device):
     for tail in ("none", "transition", "norm"):
-        out, _ = Block(Case(tail=tail)).run()
+        out, _ = Block(Case(tail=tail, device=device)).run()
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_empty_batch():
-    block = Block(Case(batch=0, frozen=ALL, tail="transition"))
+def test_empty_batch(device):
+    block = Block(Case(batch=0, frozen=ALL, tail="transition", device=device))
     out, _ = block.run()
     assert out.shape == (0, 7, 3, 2)
     grads = block.gradients(out, torch.zeros_like(out))
@@ -306,15 +347,15 @@ def test_errors_of_options():
         dense_block(block.input[..., :1], block.layers, tail=tail)
 
 
-def running(*sizes: int):
-    means = [torch.zeros(n) for n in sizes]
-    return means, [torch.ones(n) for n in sizes], [torch.tensor(0) for _ in sizes]
+def running(device: str, *sizes: int):
+    means, variances = [torch.zeros(n, device=device) for n in sizes], [torch.ones(n, device=device) for n in sizes]
+    return means, variances, [torch.tensor(0, device=device) for _ in sizes]
 
 
-def test_running_statistics_follow_batch_norm():
-    x = torch.randn(4, 6, 5, 5)
-    norms = [torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(6, momentum=None)]
-    means, variances, tracked = running(4, 6)
+def test_running_statistics_follow_batch_norm(device):
+    x = torch.randn(4, 6, 5, 5).to(device)
+    norms = [torch.nn.BatchNorm2d(4).to(device), torch.nn.BatchNorm2d(6, momentum=None).to(device)]
+    means, variances, tracked = running(device, 4, 6)
     for _ in range(3):
         x = x * 1.5 + 1
         for norm in norms:
@@ -327,9 +368,9 @@ def test_running_statistics_follow_batch_norm():
         assert tracked[i] == norm.num_batches_tracked
 
 
-def test_running_statistics_are_untouched_after_an_error():
-    means, variances, tracked = running(4, 6)
-    arguments = (means, variances, tracked, torch.ones(8), torch.ones(8))
+def test_running_statistics_are_untouched_after_an_error(device):
+    means, variances, tracked = running(device, 4, 6)
+    arguments = (means, variances, tracked, torch.ones(8, device=device), torch.ones(8, device=device))
     for offsets, count, message in (([0, 3], 100, "offsets"), ([0, 0], 1, "count"), ([0], 100, "2 entries")):
         with pytest.raises(ValueError, match=message):
             update_running_stats_(*arguments, offsets, [0.1] * len(offsets), count)
@@ -337,13 +378,28 @@ def test_running_statistics_are_untouched_after_an_error():
     assert all(t == 0 for t in tracked)
 
 
-def test_update_of_strided_statistics():
-    base = torch.full((6,), 7.0)
+def test_update_of_strided_statistics(device):
+    base = torch.full((6,), 7.0, device=device)
     base[::2] = 0
-    mean, var = torch.arange(6.0)[::2], torch.ones(6)[::2]
-    tracked = torch.tensor(0)
-    update_running_stats_([base[::2]], [torch.ones(3)], [tracked], mean, var, [0], [0.5], 10)
+    mean, var = torch.arange(6.0, device=device)[::2], torch.ones(6, device=device)[::2]
+    variance, tracked = torch.ones(3, device=device), torch.tensor(0, device=device)
+    update_running_stats_([base[::2]], [variance], [tracked], mean, var, [0], [0.5], 10)
     assert base.tolist() == [0.0, 7.0, 1.0, 7.0, 2.0, 7.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_many_norms_of_any_type_are_updated(device, dtype):
+    """More than one launch takes, some with a type of their own."""
+    means, variances, tracked = running(device, *range(1, 61))
+    for i in range(0, 60, 2):
+        means[i], variances[i] = means[i].to(dtype), variances[i].to(dtype)
+    mean, var = torch.randn(70, device=device), torch.rand(70, device=device)
+    update_running_stats_(means, variances, tracked, mean, var, list(range(10)) * 6, [0.5, None] * 30, 10)
+    for i, (m, v, t) in enumerate(zip(means, variances, tracked, strict=True)):
+        part, factor = slice(i % 10, i % 10 + i + 1), (0.5, 1.0)[i % 2]
+        torch.testing.assert_close(m, (factor * mean[part]).to(m.dtype), rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(v, (1 + factor * (var[part] / 0.9 - 1)).to(v.dtype), rtol=1e-2, atol=1e-6)
+        assert t == 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastdense  # noqa: F401  (registers the operators)
+from tests.emulation.dense_block import OPERATORS, emulated_kernels
 from tests.test_dense_block import ALL, Block, Case
 from tests.test_dual_path import Stage, StageCase
 from tests.test_residual_dense_block import Block as ResidualBlock
@@ -107,6 +108,13 @@ def samples(name: str):
                 yield torch.randn(2, 3, 5, 4), x.detach(), projection.detach(), "identity"
     elif name in ("residual_dense_block", "_residual_dense_block_backward"):
         yield from residual_dense_block_samples(name)
+    elif name in ("dual_path_merge", "dual_path_split"):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 7, 5, 4).to(memory_format=layout).requires_grad_()
+            if name == "dual_path_merge":
+                yield x, torch.randn(2, 6, 5, 4, requires_grad=True), 4
+            else:
+                yield x, 6, 4
     elif name == "dropout_mask":
         yield torch.tensor(5), 1, 6, 7, 0.3
 
@@ -124,6 +132,12 @@ def test_opcheck(name):
         torch.library.opcheck(getattr(torch.ops.fastdense, name).default, sample)
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck_with_the_cuda_code(name):
+    with emulated_kernels(False, scratch_bytes=12 << 10, blocks=8):
+        test_opcheck(name)
+
+
 def test_the_library_is_what_is_documented():
     assert operators() == [
         "_bicubic_backward",
@@ -135,6 +149,8 @@ def test_the_library_is_what_is_documented():
         "bicubic_uint8",
         "dense_block",
         "dropout_mask",
+        "dual_path_merge",
+        "dual_path_split",
         "dual_path_stage",
         "highway_gate",
         "residual_dense_block",

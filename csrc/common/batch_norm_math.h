@@ -34,6 +34,12 @@ FASTDENSE_HD A norm_relu(A x, A scale, A shift) {
   return relu(mul_add(x, scale, shift));
 }
 
+// The gradient dy of norm_relu(x, scale, shift) in front of the ReLU.
+template <typename A>
+FASTDENSE_HD A norm_relu_gradient(A dy, A x, A scale, A shift) {
+  return relu_passes(mul_add(x, scale, shift)) ? dy : A(0);
+}
+
 // Gradient of a channel once all its consumers have added scale * dy to g: shift_sum = sum_l scale_l s1_l / M and
 // slope_sum = sum_l scale_l rstd_l s2_l / M.  Where nothing was added, as by frozen norms, the gradient is g, even if x
 // is not finite.
@@ -70,6 +76,11 @@ FASTDENSE_HD Moments<A> combine_moments(Moments<A> p, Moments<A> q) {
 template <typename A>
 FASTDENSE_HD A update_running(A running, A batch, A factor) {
   return running + factor * (batch - running);
+}
+
+// A negative momentum means the cumulative average over the batches so far.
+FASTDENSE_HD double running_factor(double momentum, int64_t batches) {
+  return momentum < 0 ? 1.0 / double(batches) : momentum;
 }
 
 FASTDENSE_HD double unbiased_factor(double count) { return count / (count - 1); }

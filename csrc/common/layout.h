@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
 #include <vector>
@@ -24,5 +25,18 @@ inline at::Tensor to_channels_last(const at::Tensor& t) { return t.movedim(1, -1
 
 // Whether the channels are innermost and could be nowhere else.
 inline bool is_channels_last(const at::Tensor& t) { return !t.is_contiguous() && t.movedim(1, -1).is_contiguous(); }
+
+// How the tensors of an elementwise op lie in memory: with channels innermost if those of `like` are, else contiguous.
+struct Layout {
+  bool channels_last;
+
+  explicit Layout(const at::Tensor& like) : channels_last(is_channels_last(like)) {}
+
+  at::Tensor arrange(const at::Tensor& t) const { return channels_last ? to_channels_last(t) : t.contiguous(); }
+
+  at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) const {
+    return channels_last ? empty_channels_last(sizes, options) : at::empty(sizes, options);
+  }
+};
 
 }  // namespace fastdense

@@ -57,10 +57,27 @@ struct PoolGeometry {
   int64_t size[3];  // of the image
   int64_t window[3];
   int64_t stride[3];
-  int64_t pooled(int d) const { return size[d] < window[d] ? 0 : (size[d] - window[d]) / stride[d] + 1; }
-  int64_t pixels() const { return pooled(0) * pooled(1) * pooled(2); }
-  int64_t volume() const { return window[0] * window[1] * window[2]; }
+  FASTDENSE_HD int64_t pooled(int d) const { return size[d] < window[d] ? 0 : (size[d] - window[d]) / stride[d] + 1; }
+  FASTDENSE_HD int64_t pixels() const { return pooled(0) * pooled(1) * pooled(2); }
+  FASTDENSE_HD int64_t volume() const { return window[0] * window[1] * window[2]; }
 };
+
+// First pixel of the window of pooled pixel `p`, counted over all images; Index holds an image's pixels.
+template <typename Index = int64_t>
+FASTDENSE_HD int64_t window_origin(const PoolGeometry& g, int64_t p) {
+  const int64_t image = p / g.pixels();
+  const auto in = Index(p - image * g.pixels()), size1 = Index(g.pooled(1)), size2 = Index(g.pooled(2));
+  const Index line = in / size2, i2 = in - line * size2, i0 = line / size1, i1 = line - i0 * size1;
+  return ((image * g.size[0] + i0 * g.stride[0]) * g.size[1] + i1 * g.stride[1]) * g.size[2] + i2 * g.stride[2];
+}
+
+// Pixel of a window relative to its origin.
+template <typename Index = int64_t>
+FASTDENSE_HD int64_t window_offset(const PoolGeometry& g, int64_t w) {
+  const auto in = Index(w), size1 = Index(g.window[1]), size2 = Index(g.window[2]);
+  const Index line = in / size2, w2 = in - line * size2, w0 = line / size1, w1 = line - w0 * size1;
+  return (w0 * g.size[1] + w1) * g.size[2] + w2;
+}
 
 // The gradient of columns that a product once stored in x, with their deferred correction if `x`.
 template <typename T>

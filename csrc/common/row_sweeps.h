@@ -50,19 +50,6 @@ inline void activate(const Source<T>& s, int64_t row, int64_t rows, const Rows<T
   }
 }
 
-// First pixel of the pooling window of pooled pixel `p`, counted over all images.
-inline int64_t window_origin(const PoolGeometry& g, int64_t p) {
-  const int64_t image = p / g.pixels(), in = p % g.pixels();
-  const int64_t i2 = in % g.pooled(2), i1 = in / g.pooled(2) % g.pooled(1), i0 = in / g.pooled(2) / g.pooled(1);
-  return ((image * g.size[0] + i0 * g.stride[0]) * g.size[1] + i1 * g.stride[1]) * g.size[2] + i2 * g.stride[2];
-}
-
-// Pixel of a window relative to its origin.
-inline int64_t window_offset(const PoolGeometry& g, int64_t w) {
-  const int64_t w2 = w % g.window[2], w1 = w / g.window[2] % g.window[1], w0 = w / g.window[2] / g.window[1];
-  return (w0 * g.size[1] + w1) * g.size[2] + w2;
-}
-
 // y[0 ... end - begin) = mean of act(source) over the window of a pooled pixel; columns [begin, end).
 template <typename T>
 inline void activate_pooled_row(const Source<T>& s, const PoolGeometry& g, int64_t pooled_row, int64_t begin,
@@ -186,7 +173,8 @@ inline void sink_row(const Source<T>& s, const BackwardSink<T>& sink, int64_t pi
   const A* __restrict mean = sink.mean + begin;
   for (int64_t i = 0; i < n; ++i) {
     const A value = load(x[i]);
-    A gradient = !kRelu || relu_passes(mul_add(value, scale[i], shift[i])) ? dy[i] * share : A(0);
+    A gradient = dy[i] * share;
+    if constexpr (kRelu) gradient = norm_relu_gradient(gradient, value, scale[i], shift[i]);
     if constexpr (kAccumulate) {
       g[i] = store<T>(mul_add(scale[i], gradient, A(load(g[i]))));
     } else {

@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+
 #include "common/checks.h"
 
 namespace fastdense {
@@ -85,6 +87,12 @@ bool DenseBlockArgs::any_batch_statistics() const {
   for (const LayerArgs& layer : layers)
     if (!layer.norm1.frozen() || (bottleneck && !layer.norm2.frozen())) return true;
   return tail != Tail::kNone && !tail_norm.frozen();
+}
+
+int64_t DenseBlockArgs::lowest_layer(const std::vector<bool>& needs) const {
+  const auto first = std::find(needs.begin(), needs.end(), true) - needs.begin();
+  const int64_t per_layer = bottleneck ? 10 : 5;
+  return first == 0 ? 0 : std::min<int64_t>((first - 1) / per_layer, int64_t(layers.size()));
 }
 
 std::vector<int64_t> DenseBlockArgs::sizes(int64_t channels, bool pooled) const {

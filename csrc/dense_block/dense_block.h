@@ -54,6 +54,9 @@ struct DenseBlockArgs {
   // Where the statistics of layer l's norm2 start; those of prefixes start at 0.
   int64_t norm2_statistics(int64_t l) const { return channels() + l * width; }
   bool any_batch_statistics() const;
+  // Backward leaves out the layers below the lowest one with a parameter or input that needs a gradient; `needs` is
+  // that of the input and of every weight.
+  int64_t lowest_layer(const std::vector<bool>& needs) const;
   std::vector<int64_t> sizes(int64_t channels, bool pooled = false) const;
 };
 

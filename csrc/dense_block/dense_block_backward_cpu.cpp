@@ -1,15 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of the dense block on the CPU.  Layers in reverse; `gradient_` collects scale * dy of all consumers, and
 // corrections_ the norm corrections, until a slice is finalised.
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include "common/checks.h"
 #include "common/row_gradients.h"
 #include "dense_block/dense_block_driver.h"
+#include "dense_block/dense_block_ops.h"
 
 namespace fastdense {
 namespace {
@@ -23,18 +20,19 @@ class Backward : RowGradients<T> {
   using typename Base::Sums;
 
  public:
-  Backward(const DenseBlockArgs& args, const at::Tensor& buffer, const at::Tensor& mean, const at::Tensor& var,
-           const at::Tensor& z, uint64_t seed, const std::vector<bool>& needs, at::TensorList weights)
-      : Base(needs, weights, buffer.options(), std::max(args.channels(), args.width)),
+  Backward(const DenseBlockArgs& args, const DenseBlockSaved& saved, uint64_t seed, const std::vector<bool>& needs,
+           at::TensorList weights)
+      : Base(needs, weights, saved.buffer.options(), std::max(args.channels(), args.width)),
         args_(args),
         conv_(args, *this),
         seed_(seed),
         pixels_(args.pixels()),
         ld_(args.channels()),
-        x_(static_cast<const T*>(buffer.const_data_ptr())),
-        mean_(mean.const_data_ptr<A>()),
-        var_(var.const_data_ptr<A>()),
-        z_(z),
+        x_(static_cast<const T*>(saved.buffer.const_data_ptr())),
+        mean_(saved.mean.const_data_ptr<A>()),
+        var_(saved.var.const_data_ptr<A>()),
+        z_(saved.z),
+        lowest_layer_(args.lowest_layer(needs)),
         corrections_(ld_) {}
 
   std::vector<at::Tensor> run(const at::Tensor& grad_output) {
@@ -46,21 +44,12 @@ class Backward : RowGradients<T> {
       gradient_.zero_();
     if (args_.tail == Tail::kTransition) transition(to_channels_last(grad_output));
     if (args_.tail == Tail::kNorm || args_.tail == Tail::kNormRelu) norm(to_channels_last(grad_output));
-    for (int64_t l = int64_t(args_.layers.size()) - 1; l >= lowest_layer(); --l) layer(l);
+    for (int64_t l = int64_t(args_.layers.size()) - 1; l >= lowest_layer_; --l) layer(l);
     if (this->needs_input()) input();
     return this->grads();
   }
 
  private:
-  // Layers below the lowest one with a parameter or input that needs a gradient are left out.
-  int64_t lowest_layer() const {
-    if (this->needs_input()) return 0;
-    int64_t l = 0;
-    const int64_t count = int64_t(args_.layers.size()), stride = args_.bottleneck ? 10 : 5;
-    while (l < count && !this->needs_any(l * stride, (l + 1) * stride)) ++l;
-    return l;
-  }
-
   // The consumer of a prefix is done: its parameter gradients, and the deferred correction of its channels.
   void consumed(const NormArgs& norm, const Coefficients& c) {
     const Sums s = this->norm_gradients(norm, c);
@@ -188,44 +177,26 @@ class Backward : RowGradients<T> {
   const T* const x_;
   const A *const mean_, *const var_;
   const at::Tensor z_;
+  const int64_t lowest_layer_;
   at::Tensor d_, dv_, z_again_;  // of one layer at a time: [pixels, k], [pixels, b], [pixels, b]
   at::Tensor gradient_;          // [N, C, spatial], channels innermost
   T* g_ = nullptr;
   Corrections corrections_;
 };
 
-// Gradients of the input and of every weight, empty where `needs_grad` says that none is wanted.
-std::vector<at::Tensor> dense_block_backward_cpu(const at::Tensor& grad_output,  // shape of the block's output
-                                                 const at::Tensor& buffer,       // [N, C, spatial], channels innermost
-                                                 const at::Tensor& mean, const at::Tensor& var, const at::Tensor& z,
-                                                 at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers,
-                                                 bool bottleneck, std::string_view tail, double drop_rate,
-                                                 const std::optional<at::Tensor>& seed, int64_t in_channels,
-                                                 c10::List<bool> needs_grad) {
-  check_at_most("_dense_block_backward", "in_channels", in_channels, buffer.size(1));
-  std::vector<int64_t> sizes = buffer.sizes().vec();
-  sizes[1] = in_channels;
-  const DenseBlockArgs args =
-      parse_dense_block(sizes, buffer.options(), weights, eps, num_layers, bottleneck, tail, drop_rate, seed);
-  check_at_least("_dense_block_backward", "needs_grad", int64_t(needs_grad.size()), int64_t(weights.size()) + 1);
-  const std::vector<bool> needs(needs_grad.begin(), needs_grad.end());
-  if (args.pixels() == 0) {
-    std::vector<at::Tensor> zeros{empty_channels_last(sizes, buffer.options())};
-    for (size_t i = 0; i < weights.size(); ++i)
-      zeros.push_back(needs[i + 1] ? at::zeros_like(weights[i]) : at::empty({0}, buffer.options()));
-    return zeros;
+struct BackwardEngine {
+  using Guard = c10::Device;  // nothing to guard
+  template <typename T>
+  static std::vector<at::Tensor> backward(const DenseBlockArgs& args, const DenseBlockSaved& saved,
+                                          const at::Tensor& grad_output, const std::optional<at::Tensor>& seed,
+                                          const std::vector<bool>& needs, at::TensorList weights) {
+    const uint64_t value = args.drop_rate > 0 ? uint64_t(seed->item<int64_t>()) : 0;
+    return Backward<T>(args, saved, value, needs, weights).run(grad_output);
   }
-  const uint64_t seed_value = drop_rate > 0 ? uint64_t(seed->item<int64_t>()) : 0;
-  std::vector<at::Tensor> grads;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, buffer.scalar_type(), "_dense_block_backward", [&] {
-    using T = typename Storage<scalar_t>::type;
-    grads = Backward<T>(args, buffer, mean, var, z, seed_value, needs, weights).run(grad_output);
-  });
-  return grads;
-}
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("_dense_block_backward", &dense_block_backward_cpu); }
+TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("_dense_block_backward", &dense_block_backward<BackwardEngine>); }
 
 }  // namespace fastdense

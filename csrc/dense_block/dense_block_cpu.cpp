@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the dense block on the CPU: the loop over layers, chunk by chunk.
-#include <ATen/Dispatch.h>
 #include <torch/library.h>
 
-#include "common/checks.h"
 #include "dense_block/dense_block_driver.h"
+#include "dense_block/dense_block_ops.h"
 
 namespace fastdense {
 namespace {
@@ -113,26 +112,18 @@ class Forward : RowDriver<T> {
   at::Tensor one_z_;
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_block_cpu(
-    const at::Tensor& input,  // [N, C0, spatial]
-    at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
-    double drop_rate, const std::optional<at::Tensor>& seed, bool keep_bottleneck) {
-  check_floating("dense_block", "input", input);
-  const DenseBlockArgs args =
-      parse_dense_block(input.sizes(), input.options(), weights, eps, num_layers, bottleneck, tail, drop_rate, seed);
-  const DenseBlockOutputs o = allocate_dense_block(args, input.options(), keep_bottleneck);
-  if (args.pixels() > 0) {
-    const uint64_t seed_value = drop_rate > 0 ? uint64_t(seed->item<int64_t>()) : 0;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "dense_block", [&] {
-      Forward<typename Storage<scalar_t>::type>(args, o, seed_value).run(input, o);
-    });
+struct ForwardEngine {
+  using Guard = c10::Device;  // nothing to guard
+  template <typename T>
+  static void forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
+                      const DenseBlockOutputs& o) {
+    const uint64_t value = args.drop_rate > 0 ? uint64_t(seed->item<int64_t>()) : 0;
+    Forward<T>(args, o, value).run(input, o);
   }
-  const bool has_tail = args.tail != Tail::kNone;
-  return {has_tail ? o.out : o.buffer, has_tail ? o.buffer : at::empty({0}, input.options()), o.mean, o.var, o.z};
-}
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("dense_block", &dense_block_cpu); }
+TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("dense_block", &dense_block<ForwardEngine>); }
 
 }  // namespace fastdense

@@ -6,7 +6,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <string_view>
 #include <vector>
@@ -49,21 +48,13 @@ inline void check_highway_gate(const char* op, const at::Tensor& input, const at
   check_shape(op, "projection", projection, sizes);
 }
 
-// How the tensors of one call lie in memory.
-struct HighwayLayout {
-  bool channels_last;
-  int64_t block;
+struct HighwayLayout : Layout {
+  int64_t block = 1;
 
-  explicit HighwayLayout(const at::Tensor& projection) : channels_last(is_channels_last(projection)), block(1) {
+  explicit HighwayLayout(const at::Tensor& projection) : Layout(projection) {
     const int64_t dims = channels_last ? 2 : projection.dim();
     for (int64_t d = 1; d < dims; ++d) block *= projection.size(d);
     block /= 2;
-  }
-
-  at::Tensor arrange(const at::Tensor& t) const { return channels_last ? to_channels_last(t) : t.contiguous(); }
-
-  at::Tensor empty_like(const at::Tensor& t) const {
-    return channels_last ? empty_channels_last(t.sizes(), t.options()) : at::empty(t.sizes(), t.options());
   }
 };
 
@@ -74,7 +65,7 @@ struct HighwayForwardCall {
 
   HighwayForwardCall(const char* op, const at::Tensor& x, const at::Tensor& projected, std::string_view activation)
       : layout((check_highway_gate(op, x, projected, activation), projected)) {
-    output = layout.empty_like(x);
+    output = layout.empty(x.sizes(), x.options());
     input = layout.arrange(x);
     projection = layout.arrange(projected);
   }
@@ -97,8 +88,8 @@ struct HighwayBackwardCall {
     check_same_dtype(op, "grad_output", grad, "input", x);
     check_same_device(op, "grad_output", grad, "input", x);
     check_shape(op, "grad_output", grad, x.sizes());
-    grad_input = layout.empty_like(x);
-    grad_projection = layout.empty_like(projected);
+    grad_input = layout.empty(x.sizes(), x.options());
+    grad_projection = layout.empty(projected.sizes(), projected.options());
     grad_output = layout.arrange(grad);
     input = layout.arrange(x);
     projection = layout.arrange(projected);

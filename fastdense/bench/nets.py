@@ -80,14 +80,18 @@ class Variant:
     Attributes:
         channels_last: memory format of weights and images.
         memory_efficient: the baseline library's own activation checkpointing.
-        compile: through torch.compile.
+        compile: the mode of torch.compile, or None without it.
         memory: fastdense's memory mode, or None for plain PyTorch.
+        timm: timm's model of the network in the place of torchvision's.
+        graph: the whole step is captured in a CUDA graph once, and replayed.
     """
 
     channels_last: bool
     memory_efficient: bool = False
-    compile: bool = False
+    compile: str | None = None
     memory: str | None = None
+    timm: bool = False
+    graph: bool = False
 
 
 VARIANTS = {
@@ -95,9 +99,14 @@ VARIANTS = {
     "plain-channels-last": Variant(channels_last=True),
     "memory-efficient": Variant(channels_last=False, memory_efficient=True),
     "memory-efficient-channels-last": Variant(channels_last=True, memory_efficient=True),
-    "compile": Variant(channels_last=True, compile=True),
+    "timm": Variant(channels_last=True, timm=True),
+    "compile": Variant(channels_last=True, compile="default"),
+    "compile-max-autotune": Variant(channels_last=True, compile="max-autotune"),
+    "plain-channels-last-graph": Variant(channels_last=True, graph=True),
     "balanced": Variant(channels_last=True, memory="balanced"),
     "min": Variant(channels_last=True, memory="min"),
+    "balanced-graph": Variant(channels_last=True, memory="balanced", graph=True),
+    "min-graph": Variant(channels_last=True, memory="min", graph=True),
     "reversible": Variant(channels_last=True, memory="reversible"),
 }
 
@@ -193,9 +202,26 @@ def _restored_model(net: Net, memory_efficient: bool) -> nn.Module:
     return fastdense.restore(fastdense.models.create(net.name, **net.create_kwargs()))
 
 
+def _moved_to_timm(net: Net, like: nn.Module) -> nn.Module:
+    """timm's model of one of torchvision's networks, with its weights, whose names they share.
+
+    Raises:
+        InputError: the network is none of torchvision's.
+    """
+    with extra("train"):
+        import timm
+    if net.name not in _TORCHVISION:
+        raise InputError(f"bench: expected a network of torchvision to compare timm's with, got {net.label}")
+    model = timm.create_model(net.name, pretrained=False, num_classes=net.classes)
+    model.load_state_dict(like.state_dict())
+    return model
+
+
 def build(net: Net, variant: Variant) -> nn.Module:
     """Builds a network as a variant wants it, except for torch.compile."""
     model = plain_model(net, memory_efficient=variant.memory_efficient)
+    if variant.timm:
+        model = _moved_to_timm(net, model)
     if variant.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if variant.memory is not None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from fastdense.bench.floor import Ceilings, training_floor
 from fastdense.bench.memory import mib_per_image
-from fastdense.bench.nets import PLAIN_LAYOUTS, Net
+from fastdense.bench.nets import PLAIN_LAYOUTS, VARIANTS, Net
 
 SCHEMA = 1
 
@@ -116,6 +117,7 @@ class BenchResult:
     images: str
     skipped: list[str]
     rows: list[Row]
+    ceilings: Ceilings | None = None
 
     @property
     def ok(self) -> bool:
@@ -147,8 +149,21 @@ class BenchResult:
             "time_ratio": median_ratio(row.seconds, fast.seconds if fast else []),
             "memory_ratio": row.slope / small.slope if row.slope is not None and small and small.slope else None,
             "max_loss_difference": row.loss_difference,
+            **self.against_floor(row),
             "time_error": row.time_error,
             "memory_error": row.memory_error,
+        }
+
+    def against_floor(self, row: Row) -> dict[str, float | None]:
+        """Compulsory traffic over time, and the share of the time that the model of `floor` calls the least."""
+        config, variant = self.config, VARIANTS[row.variant]
+        floor = None
+        if self.ceilings and config.mode == "train" and row.seconds:
+            element_size = 4 if config.dtype == "float32" else 2
+            floor = training_floor(config.net, variant, config.batch, config.size, element_size, self.ceilings)
+        return {
+            "gb_per_second": floor.bytes / row.median / 1e9 if floor else None,
+            "floor_share": floor.seconds / row.median if floor else None,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -163,6 +178,7 @@ class BenchResult:
             "kind": "bench",
             "arguments": config,
             "environment": self.environment,
+            "ceilings": self.ceilings and dataclasses.asdict(self.ceilings),
             "images": {"source": self.images, "skipped": self.skipped},
             "labels": "arbitrary but fixed",
             "baseline": {

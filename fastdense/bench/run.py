@@ -17,8 +17,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastdense.bench.environment import describe
+from fastdense.bench.floor import measure_ceilings
 from fastdense.bench.job import Job
 from fastdense.bench.photographs import PhotoBatch, load_batch
 from fastdense.bench.process import Worker, WorkerError
@@ -56,7 +58,8 @@ def run_bench(config: BenchConfig, tick: Tick = lambda _: None) -> BenchResult:
         for row in rows:
             if not row.time_error:
                 measure_memory(row, config, path, tick)
-    return BenchResult(config, describe(config.threads), photos.source, photos.skipped, rows)
+    ceilings = measure_ceilings(getattr(torch, config.dtype)) if config.device == "cuda" else None
+    return BenchResult(config, describe(config.threads), photos.source, photos.skipped, rows, ceilings)
 
 
 def count_ticks(config: BenchConfig) -> int:

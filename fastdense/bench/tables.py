@@ -62,6 +62,9 @@ def bench_table(result: BenchResult) -> Table:
         "loss diff",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
+    if result.ceilings:
+        for heading in ("GB/s", "of floor"):
+            table.add_column(heading, justify="right", no_wrap=True)
     for row in result.rows:
         style = "red" if row.time_error else "bold" if row.variant in ("balanced", "min") else ""
         table.add_row(*(Text(cell) for cell in _cells(result, row)), style=style)
@@ -73,8 +76,9 @@ def _cells(result: BenchResult, row: Row) -> list[str]:
     numbers = result.summary(row)
     difference = row.loss_difference
     loss = _DASH if difference is None else f"{difference:.1e}"
+    floor = [_number(numbers["gb_per_second"], 0), _number(numbers["floor_share"], 2)] if result.ceilings else []
     if row.time_error:
-        return [row.variant, _short_reason(row), *[_DASH] * 5, loss]
+        return [row.variant, _short_reason(row), *[_DASH] * 5, loss, *floor]
     ms = numbers["ms_per_step"]
     return [
         row.variant,
@@ -86,6 +90,7 @@ def _cells(result: BenchResult, row: Row) -> list[str]:
         "failed" if row.memory_error else _number(row.slope, 1),
         _number(numbers["memory_ratio"], 2),
         loss,
+        *floor,
     ]
 
 
@@ -117,6 +122,12 @@ def _notes(result: BenchResult) -> list[str]:
         batches = " and ".join(map(str, config.memory_batches))
         what = "allocator peak" if config.device == "cuda" else "peak resident memory"
         notes.append(f"MiB/image: slope of {what} between batch {batches}; ratio to {result.memory_baseline.variant}.")
+    if result.ceilings:
+        notes.append(
+            "of floor: the least time of the variant's kernels over its time, at the"
+            f" {result.ceilings.bytes_per_second / 1e12:.2f} TB/s and {result.ceilings.flops_per_second / 1e12:.0f}"
+            " TFLOP/s that a copy and a product reach here; GB/s: its compulsory traffic over its time."
+        )
     differences = [row.loss_difference for row in result.rows if row.loss_difference is not None]
     if differences:
         notes.append(

@@ -11,13 +11,14 @@ whatever else is printed goes to standard error.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 import numpy as np
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastdense._support import InputError
 from fastdense.bench.job import Job
 from fastdense.bench.memory import MIB, peak_resident_mib, resident_mib
 from fastdense.bench.nets import VARIANTS, build
@@ -49,7 +51,10 @@ class Steps:
         self.scaler = torch.amp.GradScaler(job.device, init_scale=1024.0, enabled=job.dtype == "float16")
         self.images, self.labels = self._load_batch()
         self.steps_done = 0
-        self.forward = torch.compile(self.model) if self.variant.compile else self.model
+        self.forward = torch.compile(self.model, mode=self.variant.compile) if self.variant.compile else self.model
+        self.step = self._train_step if job.mode == "train" else self._eval_step
+        if self.variant.graph:
+            self.step = self._capture(self.step)
 
     def _load_batch(self) -> tuple[Tensor, Tensor]:
         """The first `batch` images of the file, and labels that are arbitrary but fixed."""
@@ -68,11 +73,10 @@ class Steps:
         Returns:
             The step's loss, before the update, and its duration in seconds.
         """
-        train = self.job.mode == "train"
-        step = self._train_step if train else self._eval_step
-        loss, seconds = self._time_cuda(step) if self.device.type == "cuda" else _time(step)
+        loss, seconds = self._time_cuda(self.step) if self.device.type == "cuda" else _time(self.step)
         self.steps_done += 1
-        if self.steps_done == self.job.settle_steps and self.device.type == "cuda":
+        settled = self.steps_done == self.job.settle_steps and not self.variant.graph
+        if settled and self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return {"loss": float(loss), "seconds": seconds}
 
@@ -94,6 +98,28 @@ class Steps:
     @torch.no_grad()
     def _eval_step(self) -> Tensor:
         return self._loss()
+
+    def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Captures a step in a CUDA graph; what replays it starts from the model as it is now."""
+        if self.device.type != "cuda" or self.scaler.is_enabled():
+            raise InputError("bench: expected a variant with a CUDA graph to run on cuda in float32 or bfloat16")
+        with restored(self.model, self.optimizer):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # libraries choose algorithms, the optimizer makes its buffers
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.reset_peak_memory_stats()  # a replay allocates nothing: the capture's peak is the step's
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss
+
+        return replay
 
     def _time_cuda(self, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
         """Times a step on the device's own clock."""
@@ -123,6 +149,19 @@ def _time(step: Callable[[], Tensor]) -> tuple[Tensor, float]:
     start = time.perf_counter()
     loss = step()
     return loss, time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module, optimizer: torch.optim.SGD) -> Iterator[None]:
+    """Undoes in place what steps inside do to parameters, buffers and momentum."""
+    before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+    yield
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(before[name])
+        for state in optimizer.state.values():  # zeros are what a first step finds
+            if state.get("momentum_buffer") is not None:
+                state["momentum_buffer"].zero_()
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdense._support import InputError, check_output, extra, write_json
 from fastdense.bench import BenchConfig, Net, SweepConfig, run_bench, run_sweep
-from fastdense.bench.nets import MEMORY_MODES, known_nets
+from fastdense.bench.nets import MEMORY_MODES, VARIANTS, known_nets
 from fastdense.bench.run import count_ticks
 from fastdense.bench.sweep import SWEEP_VARIANTS
 
@@ -66,6 +66,12 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
         check_output("bench: expected --plot", options.plot, (".png", ".svg", ".pdf"))
     if config.threads < 0:
         raise InputError(f"bench: expected --threads to be at least 0, got {config.threads}")
+    graphs = [name for name in config.variants if VARIANTS[name].graph]
+    if graphs and (config.device != "cuda" or config.dtype == "float16"):
+        raise InputError(
+            f"bench: expected {graphs[0]} of --variants to run with --device cuda and without float16, which scales its"
+            f" losses on the host, got --device {config.device} --dtype {config.dtype}"
+        )
     if config.device == "cuda":
         import torch
 

@@ -29,7 +29,7 @@ from fastdense.nn.structure import (
     tail_weights,
 )
 from fastdense.ops import BatchStatistics, dense_block, update_running_stats_
-from fastdense.ops.arguments import has_kernels
+from fastdense.ops.arguments import devices
 from fastdense.ops.dense_block import MEMORY_MODES
 
 
@@ -105,17 +105,17 @@ def is_traced(input: Any) -> bool:
     return isinstance(input, fx.Proxy)
 
 
-def check_runs_here(input: Tensor) -> None:
-    """Raises NotFusible where only plain modules can go."""
+def check_runs_here(op: str, input: Tensor) -> None:
+    """Raises NotFusible where only plain modules can go in place of an operator."""
     if forward_ad._current_level >= 0:
         raise NotFusible("forward-mode derivatives go through plain modules only")
-    if not has_kernels(input.device.type):
+    if input.device.type not in devices(op):
         raise NotFusible(f"this build has no kernels for {input.device.type} tensors")
 
 
 def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str) -> Tensor:
     """One operator call for a block and its tail, then the running statistics of all its norms."""
-    check_runs_here(input)
+    check_runs_here("dense_block", input)
     drop_rate = layers[0].drop_rate if layers else 0.0
     seed = None
     if drop_rate > 0:

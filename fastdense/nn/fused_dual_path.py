@@ -54,7 +54,7 @@ class FusedDualPathBlock(FusedModule):
 
 def run_stage(x: Tensor, blocks: list[DualPath], memory: str) -> Tensor:
     """One operator call for all blocks, then the running statistics of all their norms."""
-    check_runs_here(x)
+    check_runs_here("dual_path_stage", x)
     if memory == "reversible" and _computes_in(x) not in (torch.float32, torch.float64):
         raise NotFusible(f'memory="reversible" is for float32 and float64, not for {_computes_in(x)}')
     projection = blocks[0].projection

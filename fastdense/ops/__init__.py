@@ -6,6 +6,7 @@ from fastdense.ops.bicubic import bicubic_resize
 from fastdense.ops.dense_block import LayerWeights, TailWeights, dense_block
 from fastdense.ops.dropout_mask import dropout_mask
 from fastdense.ops.dual_path import DualPathWeights, ProjectionWeights, dual_path_stage
+from fastdense.ops.dual_path_merge import dual_path_merge, dual_path_split
 from fastdense.ops.highway_gate import highway_gate
 from fastdense.ops.residual_dense_block import ConvWeights, residual_dense_block
 from fastdense.ops.running_stats import update_running_stats_
@@ -21,6 +22,8 @@ __all__ = [
     "bicubic_resize",
     "dense_block",
     "dropout_mask",
+    "dual_path_merge",
+    "dual_path_split",
     "dual_path_stage",
     "highway_gate",
     "residual_dense_block",

@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdense import _C
+
 _DEVICES = ("cpu", "meta")
+_CUDA_OPERATORS = ("dense_block",) if _C.build_info()["cuda"] else ()
 
 
-def has_kernels(device: str) -> bool:
-    """Whether this build runs the block operators on tensors of a device type."""
-    return device in _DEVICES
+def devices(op: str) -> tuple[str, ...]:
+    """The device types on whose tensors this build runs a block operator."""
+    return (*_DEVICES, "cuda") if op in _CUDA_OPERATORS else _DEVICES
 
 
 class NormWeights(NamedTuple):
@@ -67,9 +70,9 @@ def check_memory(op: str, memory: str, modes: Sequence[str]) -> str:
 def check_input(op: str, input: Tensor) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"{op}: expected input to be a tensor, got {type(input).__name__}")
-    if not has_kernels(input.device.type):
+    if input.device.type not in devices(op):
         raise NotImplementedError(
-            f"{op}: expected input to be on one of {_DEVICES}, for which this build has kernels, "
+            f"{op}: expected input to be on one of {devices(op)}, for which this build has kernels, "
             f"got {input.device.type}"
         )
 
@@ -107,6 +110,14 @@ def empty_channels_last(like: Tensor, sizes: Sequence[int]) -> Tensor:
         stride = stride * sizes[d]
     strides[0] = stride
     return like.new_empty_strided(sizes, strides)
+
+
+def empty_like_layout(like: Tensor, channels: int) -> Tensor:
+    """Channels innermost in memory if those of ``like`` are, else contiguous: `Layout` of csrc/common/layout.h."""
+    batch, _, *spatial = like.shape
+    if like.is_contiguous() or not like.movedim(1, -1).is_contiguous():
+        return like.new_empty([batch, channels, *spatial])
+    return empty_channels_last(like, [batch, channels, *spatial])
 
 
 def count_pixels(x: Tensor) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdense.ops.arguments import empty_like_layout
+
 ACTIVATIONS = ("relu", "tanh", "identity")
 
 
@@ -45,22 +47,14 @@ def highway_gate(input: Tensor, projection: Tensor, activation: str = "relu") ->
     return torch.ops.fastdense.highway_gate(input, projection, activation)
 
 
-def _like(projection: Tensor, channels: int) -> Tensor:
-    """Empty, as the projection lies in memory."""
-    batch, _, *spatial = projection.shape
-    if projection.is_contiguous() or not projection.movedim(1, -1).is_contiguous():
-        return projection.new_empty([batch, channels, *spatial])
-    return projection.new_empty([batch, *spatial, channels]).movedim(-1, 1)
-
-
 @torch.library.register_fake("fastdense::highway_gate")
 def _(input: Tensor, projection: Tensor, activation: str) -> Tensor:
-    return _like(projection, input.shape[1])
+    return empty_like_layout(projection, input.shape[1])
 
 
 @torch.library.register_fake("fastdense::_highway_gate_backward")
 def _(grad_output: Tensor, input: Tensor, projection: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    return _like(projection, input.shape[1]), _like(projection, projection.shape[1])
+    return empty_like_layout(projection, input.shape[1]), empty_like_layout(projection, projection.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

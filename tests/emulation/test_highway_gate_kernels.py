@@ -16,13 +16,8 @@ POISON = 77
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulation")
-
-
-@pytest.fixture(scope="module")
-def kernels(folder):
-    return build("highway_gate", folder)
+def kernels():
+    return build("highway_gate")
 
 
 def pointers(*tensors):
@@ -54,7 +49,7 @@ def test_kernels(kernels, backwards):
 
 
 @pytest.mark.parametrize("plant", [("for_each(count, gate", "for_each(count - 1, gate")])
-def test_planted_mistakes_are_noticed(folder, plant):
-    broken = build("highway_gate", folder, plant)
+def test_planted_mistakes_are_noticed(plant):
+    broken = build("highway_gate", plant)
     with pytest.raises(AssertionError):
         check(broken)

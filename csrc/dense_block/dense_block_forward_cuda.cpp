@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of the dense block on a CUDA device.
+#include <ATen/ops/convolution.h>
+
+#include "dense_block/dense_block_cuda.h"
+
+namespace fastdense {
+namespace {
+
+template <typename T>
+class Forward : CudaBlock<T> {
+  using Base = CudaBlock<T>;
+  using Base::args, Base::cuda, Base::ld, Base::pixels;
+  using typename Base::A;
+
+ public:
+  Forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
+          const DenseBlockOutputs& o, const CudaContext& cuda)
+      : Base(args, input.options(), seed, cuda),
+        x_(this->data(o.buffer)),
+        mean_(this->sums(o.mean)),
+        var_(this->sums(o.var)),
+        z_(o.z) {}
+
+  void run(const at::Tensor& input, const DenseBlockOutputs& o) {
+    this->pack_weights(0);
+    o.buffer.narrow(1, 0, args.in_channels).copy_(input);
+    if (args.any_batch_statistics()) statistics(x_, ld, args.in_channels, 0);
+    if (args.bottleneck && z_.size(0) == 0 && !args.layers.empty())
+      one_z_ = at::empty({pixels, args.width}, this->options);
+    for (size_t l = 0; l < args.layers.size(); ++l) layer(int64_t(l));
+    if (args.tail == Tail::kTransition) transition(o.out);
+    if (args.tail == Tail::kNorm || args.tail == Tail::kNormRelu) last_norm(o.out);
+  }
+
+ private:
+  // Statistics of a matrix, to mean_[first ...] and var_[first ...].
+  void statistics(const T* x, int64_t ldx, int64_t columns, int64_t first) {
+    const at::Tensor partial = partials(columns);
+    this->sweep(launch_moments<T>, {{x, ldx}, this->sums(partial)}, pixels, columns);
+    finalise(partial, x, columns, first);
+  }
+  at::Tensor partials(int64_t columns) const { return this->numbers({this->splits(pixels, columns), 2, columns}); }
+  void finalise(const at::Tensor& partial, const T* x, int64_t columns, int64_t first) {
+    this->sweep(launch_finalise_moments<T>, {this->sums(partial), x, mean_ + first, var_ + first}, pixels, columns);
+  }
+
+  void layer(int64_t l) {
+    const LayerArgs& layer = args.layers[size_t(l)];
+    const NormParams<A> norm1 = this->norm_params(layer.norm1, mean_, var_);
+    if (!args.bottleneck) return convolution(l, this->activated_image(x_, ld, norm1, layer.channels));
+    const at::Tensor z = one_z_.defined() ? one_z_ : z_[l];
+    this->make_bottleneck(l, x_, norm1, z);
+    const int64_t at = args.norm2_statistics(l), b = args.width;
+    if (!layer.norm2.frozen()) statistics(this->const_data(z), b, b, at);
+    convolution(
+        l, this->activated_image(this->const_data(z), b, this->norm_params(layer.norm2, mean_ + at, var_ + at), b));
+  }
+
+  // The slice of layer l = dropout(conv2(u)), with its statistics.
+  void convolution(int64_t l, const at::Tensor& u) {
+    const std::vector<int64_t> padding = this->half_kernel(), ones(padding.size(), 1), zeros(padding.size(), 0);
+    const at::Tensor features =
+        to_channels_last(at::convolution(u, this->conv2(l), {}, ones, padding, ones, false, zeros, 1));
+    const int64_t c = args.layers[size_t(l)].channels, k = args.growth;
+    const bool wanted = args.any_batch_statistics();
+    const at::Tensor partial = wanted ? partials(k) : at::Tensor();
+    this->sweep(
+        launch_slice_in<T>,
+        {{this->const_data(features), k}, {x_ + c, ld}, this->dropout(l), wanted ? this->sums(partial) : nullptr},
+        pixels, k);
+    if (wanted) finalise(partial, x_ + c, k, c);
+  }
+
+  void transition(const at::Tensor& out) {
+    const int64_t rows = args.batch * args.pool.pixels(), step = this->chunk_rows(rows, ld);
+    const NormParams<A> norm = this->norm_params(args.tail_norm, mean_, var_);
+    const at::Tensor y = this->scratch(std::min(step, rows), ld);
+    const at::Tensor to = out.movedim(1, -1).reshape({rows, out.size(1)});
+    this->for_each_chunk(rows, step, [&](int64_t row, int64_t count, int64_t) {
+      this->sweep(launch_activate_pooled<T>, {{x_, ld}, this->matrix(y), norm, args.pool, row}, count, ld);
+      at::Tensor chunk = to.narrow(0, row, count);
+      at::mm_out(chunk, y.narrow(0, 0, count), this->tail_conv().t());
+    });
+  }
+
+  void last_norm(const at::Tensor& out) {
+    this->sweep(
+        launch_activate<T>,
+        {{x_, ld}, {this->data(out), ld}, this->norm_params(args.tail_norm, mean_, var_), args.tail == Tail::kNormRelu},
+        pixels, ld);
+  }
+
+  T* const x_;
+  A *const mean_, *const var_;
+  const at::Tensor z_;
+  at::Tensor one_z_;
+};
+
+}  // namespace
+
+template <typename T>
+void dense_block_forward_cuda(const DenseBlockArgs& args, const at::Tensor& input,
+                              const std::optional<at::Tensor>& seed, const DenseBlockOutputs& o,
+                              const CudaContext& cuda) {
+  Forward<T>(args, input, seed, o, cuda).run(input, o);
+}
+
+#define FASTDENSE_FORWARD(T)                                                                            \
+  template void dense_block_forward_cuda<T>(const DenseBlockArgs&, const at::Tensor&,                   \
+                                            const std::optional<at::Tensor>&, const DenseBlockOutputs&, \
+                                            const CudaContext&);
+FASTDENSE_FORWARD(float)
+FASTDENSE_FORWARD(double)
+FASTDENSE_FORWARD(bfloat16)
+FASTDENSE_FORWARD(half)
+#undef FASTDENSE_FORWARD
+
+}  // namespace fastdense

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "common/launch.h"
+#include "common/scalar.h"
+
+namespace fastdense {
+
+// Running statistics of one norm; strides in elements.
+template <typename T>
+struct RunningNorm {
+  T *mean, *var;
+  int64_t mean_stride, var_stride;
+  int64_t* batches;
+  int64_t channels, offset;
+  double momentum;
+};
+
+// One launch moves so many norms: the parameters of a kernel have 4 KiB.
+constexpr int kMostRunningNorms = 48;
+template <typename T, typename A>
+struct RunningStatsParams {
+  RunningNorm<T> norms[kMostRunningNorms];
+  int count;
+  const A *mean, *var;  // of the batch
+  double unbias;        // what the variance is multiplied by
+};
+template <typename T, typename A>
+cudaError_t launch_running_stats(const RunningStatsParams<T, A>&, cudaStream_t);
+
+}  // namespace fastdense

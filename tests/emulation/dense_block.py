@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the dense block operators on CPU tensors by the CUDA code, its kernels emulated."""
+
+import contextlib
+import ctypes
+import functools
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from tests.emulation.build import build_with_torch
+
+OPERATORS = ("dense_block", "_dense_block_backward", "update_running_stats_")
+FOLDER = "csrc/dense_block"
+SOURCES = [f"{FOLDER}/dense_block{part}" for part in (".cpp", "_forward_cuda.cpp", "_backward_cuda.cpp")]
+SOURCES += [f"{FOLDER}/dense_block{part}" for part in ("_kernels.cu", "_backward_kernels.cu")]
+SOURCES += ["csrc/running_stats/running_stats_kernels.cu", "tests/emulation/dense_block_entry.cpp"]
+
+
+@functools.cache
+def _library() -> tuple[torch.library.Library, ctypes.CDLL]:
+    """Builds the operators as those of another namespace."""
+    namespace = torch.library.Library("fastdense_emulated", "DEF")
+    for name in OPERATORS:
+        schema = str(getattr(torch.ops.fastdense, name).default._schema)
+        namespace.define(schema.replace("fastdense::", ""))
+    path = str(build_with_torch(SOURCES))
+    torch.ops.load_library(path)
+    return namespace, ctypes.CDLL(path)
+
+
+@contextlib.contextmanager
+def emulated_kernels(backwards: bool, scratch_bytes: int, blocks: int) -> Iterator[ctypes.CDLL]:
+    """Puts the CUDA code in the place of the CPU code.
+
+    Args:
+        backwards: the order of threads and blocks.
+        scratch_bytes: what the activated prefix may take; little makes many chunks.
+        blocks: what fills the device; few give every thread many rows, many a lot of partial sums.
+    """
+    _, library = _library()
+    library.set_backwards(backwards)
+    library.set_device(ctypes.c_int64(scratch_bytes), ctypes.c_int64(blocks))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors, and the emulation has one thread anyway
+    torch.use_deterministic_algorithms(True)  # fills what at::empty gives with NaN
+    replacement = torch.library.Library("fastdense", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")
+            for name in OPERATORS:
+                emulated = getattr(torch.ops.fastdense_emulated, name)
+                replacement.impl(name, emulated, "CPU", allow_override=True)
+        yield library
+    finally:
+        replacement._destroy()
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA dense block with its kernels emulated, as ops of another namespace on CPU tensors.
+#include <torch/library.h>
+
+#include "dense_block/dense_block_cuda.h"
+#include "emulation.h"
+#include "running_stats/running_stats_cuda.h"
+
+namespace fastdense {
+namespace {
+
+CudaContext context{nullptr, 0, 0};
+
+struct EmulatedEngine {
+  using Guard = c10::Device;  // nothing to guard
+  template <typename T>
+  static void forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
+                      const DenseBlockOutputs& o) {
+    dense_block_forward_cuda<T>(args, input, seed, o, context);
+  }
+  template <typename T>
+  static std::vector<at::Tensor> backward(const DenseBlockArgs& args, const DenseBlockSaved& saved,
+                                          const at::Tensor& grad_output, const std::optional<at::Tensor>& seed,
+                                          const std::vector<bool>& needs, at::TensorList weights) {
+    return dense_block_backward_cuda<T>(args, saved, grad_output, seed, needs, weights, context);
+  }
+};
+
+void update_running_stats(at::TensorList running_mean, at::TensorList running_var, at::TensorList batches,
+                          const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef offsets,
+                          at::ArrayRef<double> momentum, int64_t count) {
+  update_running_stats_on({running_mean, running_var, batches, mean, var, offsets, momentum, count}, context.stream);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdense_emulated, CPU, m) {
+  m.impl("dense_block", &dense_block<EmulatedEngine>);
+  m.impl("_dense_block_backward", &dense_block_backward<EmulatedEngine>);
+  m.impl("update_running_stats_", &update_running_stats);
+}
+
+}  // namespace fastdense
+
+extern "C" {
+void set_backwards(bool value) { fastdense::emulation::backwards = value; }
+void set_device(int64_t scratch_bytes, int64_t blocks) {
+  fastdense::context.scratch_bytes = scratch_bytes;
+  fastdense::context.blocks = blocks;
+}
+int64_t launches() { return fastdense::emulation::launches; }
+}

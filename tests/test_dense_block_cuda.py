@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU can show of the dense block: streams, graphs, synchronisation, agreement with the CPU."""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdense
+from tests.test_dense_block import Block, Case, relative
+
+pytestmark = pytest.mark.gpu
+
+CASE = Case(batch=4, in_channels=24, growth_rate=12, width=48, size=(14, 14), tail="transition", device="cuda")
+
+
+@pytest.fixture(autouse=True)
+def reproducible_convolutions() -> Iterator[None]:
+    """Same bits on every run, and float32 products in float32."""
+    flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with flags:
+        yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def results(block: Block) -> dict[str, Tensor]:
+    out, statistics = block.run()
+    grads = block.gradients(out, torch.ones_like(out))
+    return {"out": out.detach(), "mean": statistics.mean, "var": statistics.var} | grads
+
+
+def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
+def test_cpu_and_gpu_agree(dtype, drop_rate):
+    case = replace(CASE, dtype=dtype, drop_rate=drop_rate)
+    actual, expected = results(Block(case)), results(Block(replace(case, device="cpu")))
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    for name in expected:
+        assert relative(actual[name].cpu(), expected[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("memory", ["balanced", "min"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_reruns_are_bit_identical(dtype, memory):
+    block = Block(replace(CASE, dtype=dtype, memory=memory, drop_rate=0.2))
+    first = results(block)
+    assert all(same_bits(results(block), first) for _ in range(3))
+
+
+def test_nothing_waits_for_the_device():
+    block = Block(replace(CASE, dtype=torch.float32, drop_rate=0.2))
+    results(block)
+    with no_synchronisation():
+        results(block)
+
+
+def test_any_stream_of_any_device():
+    last = f"cuda:{torch.cuda.device_count() - 1}"
+    block = Block(replace(CASE, dtype=torch.float32, device=last))
+    expected = results(block)
+    stream = torch.cuda.Stream(last)
+    stream.wait_stream(torch.cuda.current_stream(last))
+    with torch.cuda.stream(stream):
+        actual = results(block)
+    stream.synchronize()
+    assert same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_graph_replays_the_same_bits(dtype):
+    block = Block(replace(CASE, dtype=dtype, drop_rate=0.2))
+    expected = results(block)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results(block)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(block)
+    for _ in range(2):
+        for tensor in captured.values():
+            tensor.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(captured, expected)
+
+
+def model_and_images() -> tuple[torch.nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = fastdense.models.create("densenet_cifar", depth=22, growth_rate=12, num_classes=10).cuda()
+    return model, torch.randn(8, 3, 32, 32, device="cuda")
+
+
+def test_a_model_runs_fused_and_trains_like_the_plain_one():
+    model, images = model_and_images()
+    plain = fastdense.restore(copy.deepcopy(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none may say that a block runs as plain modules
+        out = model(images)
+    expected = plain(images)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    for each in (out, expected):
+        each.square().sum().backward()
+    for (name, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert relative(mine.grad, other.grad) < 1e-2, name
+    for (name, mine), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_graphed_and_compiled_models_give_the_same():
+    model, images = model_and_images()
+    expected = copy.deepcopy(model)(images)
+    compiled = torch.compile(copy.deepcopy(model), mode="reduce-overhead", fullgraph=True)
+    torch.testing.assert_close(compiled(images), expected, rtol=1e-3, atol=1e-3)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (images,))
+    out = graphed(images)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    out.sum().backward()

@@ -25,7 +25,7 @@ class FusedResidualDenseBlock(FusedModule):
             return self.fall_back(input, reason, *others)
 
     def run(self, input: Tensor, outer: Tensor | None) -> Tensor:
-        check_runs_here(input)
+        check_runs_here("residual_dense_block", input)
         block = read_residual_block(self)
         return residual_dense_block(
             input,

@@ -52,6 +52,7 @@ class RRDBNet(SuperResolutionNet):
         section 3.1; X. Wang et al. Real-ESRGAN. ICCVW 2021, arXiv:2107.10833, section 3.3 (unshuffle).
 
     Example:
+        >>> import torch
         >>> RRDBNet(scale=4, blocks=1)(torch.zeros(1, 3, 8, 8)).shape
         torch.Size([1, 3, 32, 32])
     """

@@ -35,5 +35,11 @@ TORCH_LIBRARY(fastdense, m) {
   m.def(
       "_highway_gate_backward(Tensor grad_output, Tensor input, Tensor projection, str activation) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "residual_dense_block(Tensor input, Tensor[] weights, float negative_slope, float scale, Tensor? outer, "
+      "float outer_scale) -> (Tensor, Tensor)");
+  m.def(
+      "_residual_dense_block_backward(Tensor grad_output, Tensor buffer, Tensor[] weights, float negative_slope, "
+      "float scale, float outer_scale, SymInt in_channels, bool[] needs_grad) -> Tensor[]");
   m.def("dropout_mask(Tensor seed, int layer, int rows, int channels, float drop_rate) -> Tensor");
 }

@@ -7,9 +7,10 @@ from fastdense import _C, models, nn, ops
 from fastdense.convert import convert, restore
 from fastdense.model_report import report
 from fastdense.ops import bicubic_resize
+from fastdense.upscaling import upscale
 
 __version__: str = _C.build_info()["version"]
 
 build_info = _C.build_info
 
-__all__ = ["bicubic_resize", "build_info", "convert", "models", "nn", "ops", "report", "restore"]
+__all__ = ["bicubic_resize", "build_info", "convert", "models", "nn", "ops", "report", "restore", "upscale"]

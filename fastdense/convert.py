@@ -20,6 +20,8 @@ from fastdense.nn.fused import (
     plain_class,
 )
 from fastdense.nn.fused_dual_path import FusedDualPathBlock
+from fastdense.nn.fused_residual import FusedResidualDenseBlock
+from fastdense.nn.residual_structure import looks_like_residual_block, read_residual_block
 from fastdense.nn.structure import (
     BLOCKS,
     NotFusible,
@@ -37,8 +39,9 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
     """Lets every dense block of ``model`` run on one shared buffer, and every dual path stage on its output.
 
     Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, the blocks of timm's DPNs, and
-    those of models that contain them. A module only changes its class: parameters, buffers, hooks, ``state_dict`` keys
-    and outputs stay what they are, an existing optimizer keeps working.
+    those of models that contain them; and the residual dense blocks of any super-resolution network, by the shapes of
+    their convolutions and a trial on random numbers. A module only changes its class: parameters, buffers, hooks,
+    ``state_dict`` keys and outputs stay what they are, an existing optimizer keeps working.
 
     Args:
         model: any module; changed in place.
@@ -65,7 +68,8 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
     if not any(kind.is_block for _, _, kind in found):
         looked_for = ", ".join(".".join(known) for known in BLOCKS + DUAL_PATH_BLOCKS)
         raise ValueError(
-            f"convert: expected model to contain dense or dual path blocks (looked for {looked_for}), "
+            f"convert: expected model to contain dense or dual path blocks (looked for {looked_for}) "
+            f"or residual dense blocks, "
             f"got {type(model).__name__}"
         )
     for _, _, kind in found:
@@ -92,7 +96,7 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, FusedModule):
             module.__class__ = plain_class(type(module))
-            for name in ("_fallback_reason", "_fused_name"):
+            for name in ("_fallback_reason", "_fused_name", "_residual_factors"):
                 module.__dict__.pop(name, None)
             if not isinstance(module, PlainDenseBlock | PlainDualPathBlock):
                 module.__dict__.pop("memory", None)
@@ -125,10 +129,15 @@ def _is_transition_like(module: nn.Module) -> bool:
     return is_sequence and is_transition(module)
 
 
+def _is_residual_dense_block(module: nn.Module) -> bool:
+    return isinstance(module, FusedResidualDenseBlock) or looks_like_residual_block(module)
+
+
 KINDS = (
     Kind("block", FusedDenseBlock, _is_dense_block, read_block, True),
     Kind("transition", FusedTransition, _is_transition_like, read_transition, False),
     Kind("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True),
+    Kind("residual dense", FusedResidualDenseBlock, _is_residual_dense_block, read_residual_block, True),
 )
 # A sequence that holds one of these looks for what runs together.
 _IN_SEQUENCES = (FusedDenseBlock, FusedDualPathBlock)

@@ -11,6 +11,7 @@ from fastdense.ops.arguments import BatchStatistics, NormWeights
 from fastdense.ops.dense_block import LayerWeights, TailWeights
 from fastdense.ops.dropout_mask import dropout_mask
 from fastdense.ops.dual_path import DualPathWeights, ProjectionWeights
+from fastdense.ops.residual_dense_block import ConvWeights
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
@@ -78,6 +79,26 @@ def dense_block(
         if tail.conv is not None:
             out = _AVG_POOL[out.dim() - 3](_conv(out, tail.conv), 2)
     return out, statistics
+
+
+def residual_dense_block(
+    input: Tensor,
+    layers: Sequence[ConvWeights],
+    fusion: ConvWeights,
+    *,
+    negative_slope: float = 0.2,
+    scale: float = 1.0,
+    outer: Tensor | None = None,
+    outer_scale: float = 1.0,
+) -> Tensor:
+    """:func:`fastdense.ops.residual_dense_block` by concatenation."""
+    features = [input]
+    for layer in layers:
+        new = F.conv2d(torch.cat(features, 1), layer.weight, layer.bias, padding=1)
+        features.append(F.leaky_relu(new, negative_slope))
+    out = F.conv2d(torch.cat(features, 1), fusion.weight, fusion.bias, padding=fusion.weight.shape[-1] // 2)
+    out = out * scale + input
+    return out if outer is None else out * outer_scale + outer
 
 
 def dual_path_stage(

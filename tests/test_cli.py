@@ -13,7 +13,7 @@ from fastdense.cli import main
 from fastdense.cli.parser import make_parser
 
 
-@pytest.mark.parametrize("command", ["info", "models", "bench", "train", "resize", "demo"])
+@pytest.mark.parametrize("command", ["info", "models", "bench", "train", "resize", "upscale", "evaluate", "demo"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -10,6 +10,8 @@ import fastdense  # noqa: F401  (registers the operators)
 from tests.emulation.dense_block import OPERATORS, emulated_kernels
 from tests.test_dense_block import ALL, Block, Case
 from tests.test_dual_path import Stage, StageCase
+from tests.test_residual_dense_block import Block as ResidualBlock
+from tests.test_residual_dense_block import Case as ResidualCase
 
 
 def dense_block_samples():
@@ -39,6 +41,21 @@ def dual_path_samples():
         stage = Stage(case)
         weights, eps = _flatten(stage.blocks, stage.projection, torch.empty(0, dtype=case.dtype))
         yield stage, weights, eps, (case.num_blocks, case.projection, case.residual_channels, case.stride)
+
+
+def residual_dense_block_samples(name: str):
+    for case in (ResidualCase(outer=True), ResidualCase(kernel=1, slope=0.0, bias=False)):
+        block = ResidualBlock(case)
+        absent = torch.empty(0, dtype=torch.float64)
+        weights = [absent if w is None else w for conv in [*block.layers, block.fusion] for w in conv]
+        if name == "residual_dense_block":
+            yield block.input, weights, case.slope, 0.3, block.outer, 0.7
+            continue
+        with torch.no_grad():
+            out, buffer = torch.ops.fastdense.residual_dense_block(block.input, weights, case.slope, 0.3, None, 1.0)
+            needs = [True] + [w.requires_grad for w in weights]
+            parameters = [w.detach() for w in weights]
+            yield torch.randn_like(out), buffer, parameters, case.slope, 0.3, 1.0, case.channels, needs
 
 
 def samples(name: str):
@@ -89,6 +106,8 @@ def samples(name: str):
                 yield x.detach(), projection, "tanh"
             else:
                 yield torch.randn(2, 3, 5, 4), x.detach(), projection.detach(), "identity"
+    elif name in ("residual_dense_block", "_residual_dense_block_backward"):
+        yield from residual_dense_block_samples(name)
     elif name in ("dual_path_merge", "dual_path_split"):
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, 7, 5, 4).to(memory_format=layout).requires_grad_()
@@ -125,6 +144,7 @@ def test_the_library_is_what_is_documented():
         "_dense_block_backward",
         "_dual_path_stage_backward",
         "_highway_gate_backward",
+        "_residual_dense_block_backward",
         "bicubic",
         "bicubic_uint8",
         "dense_block",
@@ -133,5 +153,6 @@ def test_the_library_is_what_is_documented():
         "dual_path_split",
         "dual_path_stage",
         "highway_gate",
+        "residual_dense_block",
         "update_running_stats_",
     ]

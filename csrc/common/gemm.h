@@ -34,13 +34,13 @@ struct Gemm {
     }
   }
 
-  // C[rows, n] = L[rows, depth] * B[depth, n]
+  // C[rows, n] = L[rows, depth] * B[depth, n], or += with `accumulate`
   static void multiply(int64_t rows, int64_t depth, int64_t n, const Operand* left, int64_t ldl, const Operand* panels,
-                       A* c, int64_t ldc) {
+                       A* c, int64_t ldc, bool accumulate = false) {
     for (int64_t k = 0; k < depth; k += kGemmBlock) {
       const int64_t block = depth - k < kGemmBlock ? depth - k : kGemmBlock;
       for (int64_t j = 0; j < n; j += kPanel)
-        column(rows, block, left + k, ldl, 1, panels + j * depth + k * kPanel, c + j, ldc, k > 0);
+        column(rows, block, left + k, ldl, 1, panels + j * depth + k * kPanel, c + j, ldc, accumulate || k > 0);
     }
   }
 

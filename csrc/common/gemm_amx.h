@@ -42,12 +42,12 @@ struct Gemm<bfloat16> {
   }
 
   static void multiply(int64_t rows, int64_t depth, int64_t n, const Operand* left, int64_t ldl, const Operand* panels,
-                       A* c, int64_t ldc) {
+                       A* c, int64_t ldc, bool accumulate = false) {
     const TileScope scope;
     const int64_t deep = round_up(depth, kAlign);
     for (int64_t j = 0; j < n; j += kPanel)
       for (int64_t i = 0; i < rows; i += 32)
-        block(rows - i > 16, deep, left + i * ldl, ldl, panels + j * deep, c + i * ldc + j, ldc, false);
+        block(rows - i > 16, deep, left + i * ldl, ldl, panels + j * deep, c + i * ldc + j, ldc, accumulate);
   }
 
   static constexpr int64_t transposed_size(int64_t rows, int64_t m) {

@@ -99,6 +99,12 @@ class RowDriver {
 
   static at::Tensor accumulate_type(const at::Tensor& t) { return t.to(kAccumulate).contiguous(); }
 
+  // conv [k, in, kernel...] as rows [taps * k, in].
+  static at::Tensor tap_rows(const at::Tensor& conv) {
+    const at::Tensor w = accumulate_type(conv);
+    return w.reshape({w.size(0), w.size(1), -1}).permute({2, 0, 1}).reshape({-1, w.size(1)}).contiguous();
+  }
+
   struct Coefficients {
     at::Tensor tensor;  // [4, n]: scale, shift, mean, rstd
     int64_t n;

@@ -74,6 +74,11 @@ class RowGradients : public RowDriver<T> {
     return at::zeros({needed ? this->workers : 0, this->padded_depth(depth), this->padded(n)},
                      at::TensorOptions().dtype(Base::kAccumulate));
   }
+  // Of worker_gradients(), those of one worker, or nullptr.
+  static A* of_worker(const at::Tensor& gradients, int64_t worker) {
+    return gradients.size(0) == 0 ? nullptr
+                                  : gradients.mutable_data_ptr<A>() + worker * gradients.size(1) * gradients.size(2);
+  }
   static at::Tensor total(const at::Tensor& gradients, int64_t depth, int64_t n) {
     return gradients.sum(0).narrow(0, 0, depth).narrow(1, 0, n);
   }
@@ -150,11 +155,6 @@ class RowGradients : public RowDriver<T> {
     }
     return total;
   }
-  static A* of_worker(const at::Tensor& gradients, int64_t worker) {
-    return gradients.size(0) == 0 ? nullptr
-                                  : gradients.mutable_data_ptr<A>() + worker * gradients.size(1) * gradients.size(2);
-  }
-
   const int64_t widest_;
   const std::vector<bool>& needs_;
   const at::TensorList weights_;

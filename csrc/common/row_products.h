@@ -67,42 +67,57 @@ void product(const Sources<T>& sources, const PoolGeometry* pool, int64_t row, i
   store_rows(c + targets.first.columns, ldc, row, rows, targets.second);
 }
 
-// dy = left * weight behind an activation: ReLU mask, sums, gradient, and dweight += left^T * activation; block by
-// block of columns, so that everything stays in cache.
-template <typename T, typename A = accumulate_t<T>>
-void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const Rows<T>& left,
-              int64_t depth, const void* panels, const BackwardSink<T>& sink, Scratch scratch) {
+// What a product's backward does block by block of columns, so that everything stays in cache:
+// dweight += left^T * source with `fill(begin, end, room, panels)` for the source's columns as panels, unless dweight
+// is nullptr, and dy = left * weight, handed to `sink(begin, n, dy, row stride)`, if `gradient`.
+template <typename T, typename Fill, typename Sink>
+void backward_blocks(int64_t rows, int64_t channels, const Rows<T>& left, int64_t depth, const void* panels,
+                     accumulate_t<T>* dweight, bool gradient, Scratch scratch, const Fill& fill, const Sink& sink) {
   using G = Gemm<T>;
+  using A = accumulate_t<T>;
   using Operand = typename G::Operand;
   const int64_t padded_rows = round_up(rows, G::kAlign), padded_depth = round_up(depth, G::kAlign);
   Operand* act = scratch.take<Operand>(padded_rows * kColumnBlock);
   A* dy = scratch.take<A>(padded_rows * kColumnBlock);
   Operand* room = scratch.take<Operand>(G::transposed_size(rows, depth));
-  const Operand* transposed = sink.dweight ? G::transpose(rows, depth, left.data, left.ld, room) : nullptr;
-  const int64_t volume = pool ? pool->volume() : 1;
-  for (int64_t begin = 0; begin < s.channels; begin += kColumnBlock) {
-    const int64_t end = s.channels - begin < kColumnBlock ? s.channels : begin + kColumnBlock;
+  const Operand* transposed = dweight ? G::transpose(rows, depth, left.data, left.ld, room) : nullptr;
+  for (int64_t begin = 0; begin < channels; begin += kColumnBlock) {
+    const int64_t end = channels - begin < kColumnBlock ? channels : begin + kColumnBlock;
     const int64_t n = end - begin, ldd = round_up(n, G::kPanel);
-    if (sink.dweight) {
-      if (pool)
-        activate_pooled_panels(s, *pool, row, rows, begin, end, dy, act);
-      else
-        activate_panels(s, row, rows, begin, end, act);
-      G::multiply_transposed(rows, depth, n, transposed, left.ld, act, sink.dweight + begin,
-                             round_up(s.channels, G::kPanel));
+    if (dweight) {
+      fill(begin, end, dy, act);
+      G::multiply_transposed(rows, depth, n, transposed, left.ld, act, dweight + begin, round_up(channels, G::kPanel));
     }
-    if (!sink.gradient) continue;
+    if (!gradient) continue;
     G::multiply(rows, depth, n, left.data, left.ld, unpacked<T>(panels) + begin * padded_depth, dy, ldd);
-    A sum[kColumnBlock] = {}, weighted[kColumnBlock] = {};
-    const auto sink_pixel = sink.accumulate ? sink_row<true, true, T> : sink_row<true, false, T>;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t first = pool ? window_origin(*pool, row + r) : row + r;
-      for (int64_t w = 0; w < volume; ++w)
-        sink_pixel(s, sink, first + (pool ? window_offset(*pool, w) : 0), begin, n, dy + r * ldd, A(1) / A(volume), sum,
-                   weighted);
-    }
-    add_chunk_sums(n, sum, weighted, sink.sum + begin, sink.weighted + begin);
+    sink(begin, n, dy, ldd);
   }
+}
+
+// The same behind an activation: ReLU mask, sums, gradient.
+template <typename T, typename A = accumulate_t<T>>
+void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const Rows<T>& left,
+              int64_t depth, const void* panels, const BackwardSink<T>& sink, Scratch scratch) {
+  const int64_t volume = pool ? pool->volume() : 1;
+  const auto sink_pixel = sink.accumulate ? sink_row<true, true, T> : sink_row<true, false, T>;
+  backward_blocks<T>(
+      rows, s.channels, left, depth, panels, sink.dweight, sink.gradient != nullptr, scratch,
+      [&](int64_t begin, int64_t end, A* room, typename Gemm<T>::Operand* act) {
+        if (pool)
+          activate_pooled_panels(s, *pool, row, rows, begin, end, room, act);
+        else
+          activate_panels(s, row, rows, begin, end, act);
+      },
+      [&](int64_t begin, int64_t n, const A* dy, int64_t ldd) {
+        A sum[kColumnBlock] = {}, weighted[kColumnBlock] = {};
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t first = pool ? window_origin(*pool, row + r) : row + r;
+          for (int64_t w = 0; w < volume; ++w)
+            sink_pixel(s, sink, first + (pool ? window_offset(*pool, w) : 0), begin, n, dy + r * ldd, A(1) / A(volume),
+                       sum, weighted);
+        }
+        add_chunk_sums(n, sum, weighted, sink.sum + begin, sink.weighted + begin);
+      });
 }
 
 }  // namespace fastdense::FASTDENSE_TARGET

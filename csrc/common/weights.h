@@ -20,7 +20,7 @@ struct NormArgs {
   bool frozen() const { return running_mean.defined(); }
 };
 
-// A convolution's weight and its position in the list.
+// A convolution's weight, or its bias, and its position in the list.
 struct ConvArgs {
   at::Tensor weight;
   int64_t at = 0;
@@ -55,6 +55,12 @@ class WeightReader {
   ConvArgs conv(const std::string& name, at::IntArrayRef shape) {
     const int64_t at = next_;
     return {take(name + ".weight", shape, false), at};
+  }
+
+  // Undefined where there is none.
+  ConvArgs bias(const std::string& name, int64_t channels) {
+    const int64_t at = next_;
+    return {take(name + ".bias", {channels}, true), at};
   }
 
   // The tensor `ahead` places behind the current one, to learn a shape from.

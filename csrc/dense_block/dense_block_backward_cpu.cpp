@@ -145,7 +145,7 @@ class Backward : RowGradients<T> {
   void conv(const LayerArgs& layer, const Source<T>& source, const at::Tensor& d, T* gradient, int64_t ld,
             bool accumulate, const A* mean) {
     const int64_t k = args_.growth, depth = args_.conv.taps() * k, n = source.channels;
-    const at::Tensor weight = conv_.tap_rows(layer.conv2.weight);
+    const at::Tensor weight = RowDriver<T>::tap_rows(layer.conv2.weight);
     const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), depth, n, n, 1);
     const at::Tensor dweight = this->worker_gradients(this->needs(layer.conv2.at), depth, n);
     const void* dp = d.const_data_ptr();

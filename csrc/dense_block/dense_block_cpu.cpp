@@ -63,7 +63,7 @@ class Forward : RowDriver<T> {
     const int64_t k = args_.growth, outer = args_.conv.size[0], planes = conv_.slab_planes();
     const int64_t slabs = conv_.slabs_per_image(), units = args_.batch * slabs;
     const bool statistics = args_.any_batch_statistics();
-    const at::Tensor weight = conv_.tap_rows(layer.conv2.weight);
+    const at::Tensor weight = RowDriver<T>::tap_rows(layer.conv2.weight);
     const at::Tensor panels =
         this->pack(weight.template const_data_ptr<A>(), in.channels, args_.conv.taps() * k, 1, in.channels);
     at::Tensor partial = this->template temporary<double>({statistics ? units : 0, 2, k});

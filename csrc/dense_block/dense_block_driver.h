@@ -21,12 +21,6 @@ class DenseBlockConvolution {
                          slab_planes_ * args.conv.plane() * args.growth * int64_t(sizeof(A)));
   }
 
-  // conv2 [k, in, kernel...] as rows [taps * k, in].
-  static at::Tensor tap_rows(const at::Tensor& conv2) {
-    const at::Tensor w = RowDriver<T>::accumulate_type(conv2);
-    return w.reshape({w.size(0), w.size(1), -1}).permute({2, 0, 1}).reshape({-1, w.size(1)}).contiguous();
-  }
-
   Dropout dropout(uint64_t seed, int64_t layer) const { return {args_.drop_rate, seed, uint32_t(layer)}; }
 
   int64_t slabs_per_image() const { return (args_.conv.size[0] + slab_planes_ - 1) / slab_planes_; }

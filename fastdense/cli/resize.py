@@ -4,81 +4,75 @@
 from __future__ import annotations
 
 import argparse
-import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import torch
 
-from fastdense._pictures import SUFFIXES, CorruptPictureError, find_pictures, open_picture
-from fastdense._support import InputError, extra, write_atomically
+from fastdense._pictures import (
+    CorruptPictureError,
+    check_suffix,
+    picture_pairs,
+    read_samples,
+    write_samples,
+)
+from fastdense._support import InputError, check_output
 from fastdense.cli.bench import progress
 from fastdense.ops.bicubic import bicubic_resize
 
-_KEPT_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "F")
+Change = Callable[[numpy.ndarray], numpy.ndarray]
 
 
 def run(options: argparse.Namespace) -> int:
     """Resizes one picture or all pictures of a folder."""
     if (options.scale is None) == (options.size is None):
         raise InputError("resize: expected either --scale or --size to be given")
-    jobs = pairs(options.input, options.output)
+    size = (options.size[1], options.size[0]) if options.size else None
+
+    def change(samples: numpy.ndarray) -> numpy.ndarray:
+        return resize_samples(samples, size, options.scale, options.preset, options.antialias)
+
+    return change_pictures("resize", options.input, options.output, change)
+
+
+def change_pictures(command: str, source: Path, target: Path, change: Change) -> int:
+    """Reads, changes and writes one picture or all pictures of a folder; what the command then returns."""
+    jobs = picture_pairs(command, source, target)
     failed = []
-    with progress("resize", len(jobs)) as tick:
-        for source, target in jobs:
+    with progress(command, len(jobs)) as tick:
+        for read, write in jobs:
+            check_suffix(command, write)
+            check_output(f"{command}: expected OUT", write)
             try:
-                resize_file(source, target, options)
+                samples = read_samples(read)
             except CorruptPictureError as error:
-                if options.input.is_file():
-                    raise InputError(f"resize: expected IN to be a picture, got {error}") from error
+                if source.is_file():
+                    raise InputError(f"{command}: expected IN to be a picture, got {error}") from error
                 failed.append(str(error))
-            tick(source.name)
+            else:
+                try:
+                    write_samples(command, write, change(samples))
+                except ValueError as error:
+                    raise InputError(f"{command}: {read}: {error}") from error
+            tick(read.name)
     for line in failed:
         print(f"skipped {line}")
-    print(f"resized {len(jobs) - len(failed)} of {len(jobs)} pictures into {options.output}")
+    print(f"{command}d {len(jobs) - len(failed)} of {len(jobs)} pictures into {target}")
     return 1 if failed else 0
 
 
-def pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """Which picture goes where: one file, or every picture below a folder."""
-    if source.is_file():
-        return [(source, target / source.name if target.is_dir() else target)]
-    if not source.is_dir():
-        raise InputError(f"resize: expected IN to be a picture or a folder, got {source}")
-    if target.is_file():
-        raise InputError(f"resize: expected OUT to be a folder like IN, got the file {target}")
-    found = find_pictures(source)
-    if not found:
-        raise InputError(f"resize: expected IN to hold pictures ({', '.join(sorted(SUFFIXES))}), got none in {source}")
-    return [(path, target / path.relative_to(source)) for path in found]
-
-
-def resize_file(source: Path, target: Path, options: argparse.Namespace) -> None:
-    """Resizes one picture; alpha and 16 bits a sample are kept, a file is written whole or not at all."""
-    with extra("cli"):
-        from PIL import Image
-    if target.suffix.lower() not in SUFFIXES:
-        raise InputError(f"resize: expected OUT to end in {', '.join(sorted(SUFFIXES))}, got {target}")
-    picture = open_picture(source)
-    if picture.mode not in _KEPT_MODES:
-        transparent = "transparency" in picture.info or picture.mode == "PA"
-        picture = picture.convert("RGBA" if transparent else "RGB")
-    try:
-        samples = resize_samples(numpy.asarray(picture), options)
-    except ValueError as error:
-        raise InputError(f"resize: {source}: {error}") from error
-    out = Image.fromarray(samples)
-    buffer = io.BytesIO()
-    out.save(buffer, format=Image.registered_extensions()[target.suffix.lower()])
-    write_atomically(target, lambda file: file.write(buffer.getvalue()))
-
-
-def resize_samples(samples: numpy.ndarray, options: argparse.Namespace) -> numpy.ndarray:
-    """``[H, W]`` or ``[H, W, C]`` of uint8, uint16 or float32."""
+def resize_samples(
+    samples: numpy.ndarray,
+    size: tuple[int, int] | None,
+    scale: float | None,
+    preset: str,
+    antialias: bool | None = None,
+) -> numpy.ndarray:
+    """``[H, W]`` or ``[H, W, C]`` of uint8, uint16 or float32; alpha and 16 bits a sample are kept."""
     batch = torch.from_numpy(samples.astype(numpy.float64) if samples.dtype == numpy.uint16 else samples.copy())
     batch = (batch if batch.dim() == 3 else batch[..., None]).movedim(-1, 0)[None]
-    size = (options.size[1], options.size[0]) if options.size else None
-    out = bicubic_resize(batch, size, options.scale, preset=options.preset, antialias=options.antialias)
+    out = bicubic_resize(batch, size, scale, preset=preset, antialias=antialias)
     if samples.dtype == numpy.uint16:
         out = (out.clamp(0, 65535) + 0.5).floor().to(torch.int32)
     image = out[0].movedim(0, -1).contiguous().numpy().astype(samples.dtype)

@@ -4,15 +4,22 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from fastdense._support import InputError
 
 
 def run(options: argparse.Namespace) -> int:
-    """Trains and prints the final accuracy."""
+    """Trains and prints the final accuracy, or how much better than bicubic enlargement the network is."""
+    return _super_resolution(options) if options.task == "sr" else _classify(options)
+
+
+def _classify(options: argparse.Namespace) -> int:
+    options.model = options.model or "densenet_cifar"
     import fastdense
     from fastdense.train import TrainConfig, train
+    from fastdense.train.data import DIGITS
 
     if options.model not in fastdense.models.list():
         known = ", ".join(fastdense.models.list())
@@ -20,11 +27,11 @@ def run(options: argparse.Namespace) -> int:
     config = TrainConfig(
         model=options.model,
         model_kwargs=model_kwargs(options),
-        data=options.data,
+        data=options.data or DIGITS,
         size=options.size,
         epochs=options.epochs,
-        batch=options.batch,
-        lr=options.lr,
+        batch=options.batch or 64,
+        lr=options.lr if options.lr is not None else 0.1,
         weight_decay=options.weight_decay,
         momentum=options.momentum,
         memory=options.memory,
@@ -32,13 +39,44 @@ def run(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         seed=options.seed,
         threads=options.threads,
-        out=options.out,
+        out=options.out or Path("runs/train"),
         resume=options.resume,
         fresh=options.fresh,
         checkpoint_seconds=options.checkpoint_seconds,
     )
     result = train(config)
     print(f"test accuracy {100 * result.test_accuracy:.2f} %")
+    for path in result.paths:
+        print(f"wrote {path}")
+    return 0
+
+
+def _super_resolution(options: argparse.Namespace) -> int:
+    from fastdense.train.super_resolution import SuperResolutionConfig, train_super_resolution
+
+    names = ("data", "batch", "lr", "out", "model")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.size is not None:
+        given["patch"] = options.size
+    config = SuperResolutionConfig(
+        model_kwargs=dict(options.set),
+        scale=options.scale,
+        steps=options.steps,
+        seed=options.seed,
+        threads=options.threads,
+        resume=options.resume,
+        fresh=options.fresh,
+        checkpoint_seconds=options.checkpoint_seconds,
+        **given,
+    )
+    try:
+        result = train_super_resolution(config)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(str(error)) from error
+    gain = result.psnr - result.bicubic_psnr
+    print(f"held-out pictures: {result.psnr:.3f} dB, bicubic {result.bicubic_psnr:.3f} dB, gain {gain:+.3f} dB")
     for path in result.paths:
         print(f"wrote {path}")
     return 0

@@ -21,21 +21,46 @@ from fastdense.models.dpn import DPN, dpn48b, dpn68, dpn68b, dpn92, dpn98, dpn10
 from fastdense.models.fc_densenet import FCDenseNet, fc_densenet56, fc_densenet67, fc_densenet103
 from fastdense.models.fractalnet import FractalNet, fractalnet
 from fastdense.models.highway import HighwayCifar, HighwayMlp, HighwayMnist, highway_cifar, highway_mlp, highway_mnist
+from fastdense.models.rdn import RDN, rdn
 from fastdense.models.resnet import ResNet, preresnet_cifar, resnet_cifar, stochastic_depth_cifar
 from fastdense.models.resnet_in_resnet import ResNetInResNet, resnet_in_resnet
+from fastdense.models.rrdbnet import RRDBNet, rrdbnet
+from fastdense.models.sr_checkpoints import load_super_resolution, save_super_resolution
+from fastdense.models.super_resolution import (
+    DRCN,
+    EDSR,
+    SRCNN,
+    VDSR,
+    SRDenseNet,
+    SuperResolutionNet,
+    drcn,
+    edsr,
+    edsr_baseline,
+    srcnn,
+    srdensenet,
+    vdsr,
+)
 from fastdense.ops.dense_block import MEMORY_MODES
 from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 
 __all__ = [
     "DPN",
+    "DRCN",
+    "EDSR",
+    "RDN",
+    "SRCNN",
+    "VDSR",
     "DenseNet",
     "FCDenseNet",
     "FractalNet",
     "HighwayCifar",
     "HighwayMlp",
     "HighwayMnist",
+    "RRDBNet",
     "ResNet",
     "ResNetInResNet",
+    "SRDenseNet",
+    "SuperResolutionNet",
     "create",
     "densenet121",
     "densenet161",
@@ -50,6 +75,9 @@ __all__ = [
     "dpn98",
     "dpn107",
     "dpn131",
+    "drcn",
+    "edsr",
+    "edsr_baseline",
     "fc_densenet56",
     "fc_densenet67",
     "fc_densenet103",
@@ -59,12 +87,19 @@ __all__ = [
     "highway_mnist",
     "list",
     "load_densenet",
+    "load_super_resolution",
     "memory_modes",
     "preresnet_cifar",
+    "rdn",
     "resnet_cifar",
     "resnet_in_resnet",
+    "rrdbnet",
+    "save_super_resolution",
+    "srcnn",
+    "srdensenet",
     "stochastic_depth_cifar",
     "torchvision_keys",
+    "vdsr",
 ]
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -76,6 +111,9 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         densenet201,
         densenet264,
         densenet_cifar,
+        drcn,
+        edsr,
+        edsr_baseline,
         dpn48b,
         dpn68,
         dpn68b,
@@ -91,9 +129,14 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         highway_mlp,
         highway_mnist,
         preresnet_cifar,
+        rdn,
         resnet_cifar,
         resnet_in_resnet,
+        rrdbnet,
+        srcnn,
+        srdensenet,
         stochastic_depth_cifar,
+        vdsr,
     )
 }
 

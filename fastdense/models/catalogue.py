@@ -18,7 +18,7 @@ from fastdense.convert import restore
 class ModelInfo(NamedTuple):
     """Where a model comes from, and what it is usually fed.
 
-    ``shape`` is that of one image, ``[channels, spatial]``; ``paper`` an arXiv identifier.
+    ``shape`` is that of one image, ``[channels, spatial]``; ``paper`` an arXiv identifier, empty if there is none.
     """
 
     paper: str
@@ -28,6 +28,7 @@ class ModelInfo(NamedTuple):
 
 
 _IMAGENET, _CIFAR, _MNIST = (3, 224, 224), (3, 32, 32), (1, 28, 28)
+_PATCH, _GREY_PATCH = (3, 48, 48), (1, 48, 48)  # of super-resolution, before it is enlarged
 
 CATALOGUE: dict[str, ModelInfo] = {
     "densenet121": ModelInfo("1608.06993", 2017, _IMAGENET, {}),
@@ -36,6 +37,9 @@ CATALOGUE: dict[str, ModelInfo] = {
     "densenet201": ModelInfo("1608.06993", 2017, _IMAGENET, {}),
     "densenet264": ModelInfo("1707.06990", 2017, _IMAGENET, {}),
     "densenet_cifar": ModelInfo("1608.06993", 2017, _CIFAR, {}),
+    "drcn": ModelInfo("1511.04491", 2016, _GREY_PATCH, {}),
+    "edsr": ModelInfo("1707.02921", 2017, _PATCH, {}),
+    "edsr_baseline": ModelInfo("1707.02921", 2017, _PATCH, {}),
     "dpn48b": ModelInfo("1707.01629", 2017, _IMAGENET, {}),
     "dpn68": ModelInfo("1707.01629", 2017, _IMAGENET, {}),
     "dpn68b": ModelInfo("1707.01629", 2017, _IMAGENET, {}),
@@ -51,9 +55,14 @@ CATALOGUE: dict[str, ModelInfo] = {
     "highway_mlp": ModelInfo("1505.00387", 2015, _MNIST, {}),
     "highway_mnist": ModelInfo("1505.00387", 2015, _MNIST, {}),
     "preresnet_cifar": ModelInfo("1603.05027", 2016, _CIFAR, {}),
+    "rdn": ModelInfo("1802.08797", 2018, _PATCH, {}),
     "resnet_cifar": ModelInfo("1512.03385", 2016, _CIFAR, {}),
     "resnet_in_resnet": ModelInfo("1603.08029", 2016, _CIFAR, {}),
+    "rrdbnet": ModelInfo("1809.00219", 2018, _PATCH, {}),
+    "srcnn": ModelInfo("1501.00092", 2016, _GREY_PATCH, {}),
+    "srdensenet": ModelInfo("", 2017, _GREY_PATCH, {}),
     "stochastic_depth_cifar": ModelInfo("1603.09382", 2016, _CIFAR, {"survival": 1.0}),  # all blocks
+    "vdsr": ModelInfo("1511.04587", 2016, _GREY_PATCH, {}),
 }
 
 

@@ -58,18 +58,27 @@ def load_densenet(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         ValueError: if an entry is missing, unknown or of another shape; the message names it.
     """
     renamed = torchvision_keys(state_dict)
+    for key, value in model.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            renamed.setdefault(key, value)
+    load_exactly("load_densenet", model, renamed)
+
+
+def load_exactly(op: str, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Loads entries that must be those of ``model``, no more and no less, and of the same shapes.
+
+    Raises:
+        ValueError: if an entry is missing, unknown or of another shape; the message names it, nothing was changed.
+    """
     wanted = model.state_dict()
     for key, value in wanted.items():
-        if key not in renamed:
-            if key.endswith("num_batches_tracked"):
-                renamed[key] = value
-                continue
-            raise ValueError(f"load_densenet: expected state_dict to have {key}, got none")
-        if renamed[key].shape != value.shape:
+        if key not in state_dict:
+            raise ValueError(f"{op}: expected state_dict to have {key}, got none")
+        if state_dict[key].shape != value.shape:
             raise ValueError(
-                f"load_densenet: expected {key} to have shape {tuple(value.shape)}, got {tuple(renamed[key].shape)}"
+                f"{op}: expected {key} to have shape {tuple(value.shape)}, got {tuple(state_dict[key].shape)}"
             )
-    unknown = [key for key in renamed if key not in wanted]
+    unknown = [key for key in state_dict if key not in wanted]
     if unknown:
-        raise ValueError(f"load_densenet: expected state_dict to have the model's entries only, got {unknown[0]}")
-    model.load_state_dict(renamed)
+        raise ValueError(f"{op}: expected state_dict to have the model's entries only, got {unknown[0]}")
+    model.load_state_dict(state_dict)

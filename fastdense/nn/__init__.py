@@ -6,6 +6,7 @@ from fastdense.nn.dual_path import DualPathBlock, DualPathStage
 from fastdense.nn.higher_order import HigherOrderNet
 from fastdense.nn.highway import HighwayConv2d, HighwayLinear
 from fastdense.nn.resample import BicubicResize, BicubicUpsample
+from fastdense.nn.residual_dense_block import ResidualDenseBlock
 from fastdense.nn.stochastic_depth import StochasticDepth, linear_decay
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "HigherOrderNet",
     "HighwayConv2d",
     "HighwayLinear",
+    "ResidualDenseBlock",
     "StochasticDepth",
     "Transition",
     "linear_decay",

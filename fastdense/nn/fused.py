@@ -43,16 +43,16 @@ class FusedModule(nn.Module):
         """The operator call that runs this module and some of those behind it, if there is one."""
         return None
 
-    def plain_forward(self, input: Tensor) -> Tensor:
+    def plain_forward(self, input: Tensor, *others: Any) -> Tensor:
         """Runs the plain modules."""
-        return plain_class(type(self)).forward(self, input)
+        return plain_class(type(self)).forward(self, input, *others)
 
-    def fall_back(self, input: Tensor, reason: NotFusible) -> Tensor:
+    def fall_back(self, input: Tensor, reason: NotFusible, *others: Any) -> Tensor:
         if self.__dict__.get("_fallback_reason") != str(reason):
             self.__dict__["_fallback_reason"] = str(reason)
             name = self.__dict__.get("_fused_name") or type(self).__name__
             warnings.warn(f"fastdense: {name} runs as plain modules: {reason}", stacklevel=4)
-        return self.plain_forward(input)
+        return self.plain_forward(input, *others)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if "_made_by_fuse" not in type(self).__dict__:

@@ -108,13 +108,15 @@ def child(module: nn.Module, name: str) -> nn.Module | None:
     return module.__dict__["_modules"].get(name)
 
 
-def check_conv(conv: Any, name: str, kernel: int | None, *, stride: int = 1, grouped: bool = False) -> nn.Conv2d:
-    """A convolution without bias, padded by half its kernel; ``kernel`` None: any odd one."""
+def check_conv(
+    conv: Any, name: str, kernel: int | None, *, stride: int = 1, grouped: bool = False, bias: bool = False
+) -> nn.Conv2d:
+    """A convolution, padded by half its kernel; ``kernel`` None: any odd one; ``bias``: whether it may have one."""
     if type(conv) not in _CONVS:
         raise NotFusible(f"{name} is a {type(conv).__name__}, not a Conv1d, Conv2d or Conv3d")
     check_quiet(conv, name)
     plain = (
-        conv.bias is None
+        (conv.bias is None or bias)
         and (conv.groups == 1 or grouped)
         and all(s == stride for s in conv.stride)
         and all(d == 1 for d in conv.dilation)
@@ -127,8 +129,8 @@ def check_conv(conv: Any, name: str, kernel: int | None, *, stride: int = 1, gro
         )
     )
     if not plain:
-        groups = "" if grouped else " groups 1,"
-        raise NotFusible(f"{name} is {conv}: expected no bias, stride {stride},{groups} 'same' zero padding")
+        wanted = ("" if bias else "no bias, ") + f"stride {stride}, " + ("" if grouped else "groups 1, ")
+        raise NotFusible(f"{name} is {conv}: expected {wanted}'same' zero padding")
     return conv
 
 

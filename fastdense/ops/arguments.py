@@ -57,6 +57,9 @@ class Parameters:
     def conv(self, weight: Tensor) -> None:
         self.weights.append(weight)
 
+    def biased_conv(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weights += [weight, self._absent if bias is None else bias]
+
 
 def check_memory(op: str, memory: str, modes: Sequence[str]) -> str:
     if memory not in modes:

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of the residual dense block on the CPU: the loop over layers, tile by tile.
+#include <ATen/Dispatch.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "common/checks.h"
+#include "common/huge_pages.h"
+#include "common/row_driver.h"
+#include "residual_dense_block/residual_dense_block.h"
+
+namespace fastdense {
+namespace {
+
+template <typename T>
+class Forward : RowDriver<T> {
+  using A = typename RowDriver<T>::A;
+
+ public:
+  Forward(const ResidualDenseBlockArgs& args, const at::Tensor& buffer)
+      : args_(args),
+        kernels_(residual_dense_block_kernels<T>(simd_level())),
+        x_(static_cast<T*>(buffer.mutable_data_ptr())),
+        ld_(args.channels()) {
+    int64_t most = 0;
+    for (const ResidualLayerArgs& layer : args.layers)
+      most = std::max(most, kernels_.conv_bytes(layer.channels, layer.geometry, tiles(layer).first, layer.out));
+    this->reserve_scratch(1, 1, most);
+  }
+
+  void run(const at::Tensor& outer, const at::Tensor& out) {
+    for (const ResidualLayerArgs& layer : args_.layers) {
+      const bool last = &layer == &args_.fusion();
+      const at::Tensor bias = layer.bias.weight.defined()
+                                  ? this->accumulate_type(layer.bias.weight)
+                                  : at::zeros({layer.out}, at::TensorOptions().dtype(this->kAccumulate));
+      Finish<T> finish{x_ + layer.channels,     ld_, layer.out, bias.template const_data_ptr<A>(),
+                       A(args_.negative_slope), {},  {}};
+      if (last) {
+        finish.out = static_cast<T*>(out.mutable_data_ptr());
+        finish.ld = layer.out;
+        finish.inner = {x_, ld_, A(args_.scale)};
+        if (outer.defined())
+          finish.outer = {static_cast<const T*>(outer.const_data_ptr()), layer.out, A(args_.outer_scale)};
+      }
+      conv(layer, finish);
+    }
+  }
+
+ private:
+  struct Tiles {
+    Tile first;
+    int64_t down, across;
+  };
+
+  // Equal tiles that stay in L2 with their halo; enough of them for all workers.
+  Tiles tiles(const ResidualLayerArgs& layer) const {
+    constexpr int64_t kColumns = 48, kBytes = 256 * 1024;
+    const int64_t height = args_.height, width = args_.width;
+    const int64_t across = std::max<int64_t>(1, (width + kColumns - 1) / kColumns),
+                  columns = (width + across - 1) / across;
+    const int64_t row_bytes = (columns + 2) * this->padded_depth(layer.channels) * this->kernels.operand_bytes;
+    const int64_t fit = std::max<int64_t>(2, kBytes / std::max<int64_t>(1, row_bytes) - 2);
+    int64_t down = std::max<int64_t>(1, (height + fit - 1) / fit);
+    while (down < height && down * across * args_.batch < 4 * this->workers) ++down;
+    return {{0, 0, std::max<int64_t>(1, (height + down - 1) / down), 0, std::max<int64_t>(1, columns)}, down, across};
+  }
+
+  void conv(const ResidualLayerArgs& layer, const Finish<T>& finish) {
+    const at::Tensor panels = pack_taps(layer);
+    const Tiles t = tiles(layer);
+    this->for_each_worker(args_.batch * t.down * t.across, [&](int64_t worker, int64_t unit) {
+      Tile tile{unit / (t.down * t.across), unit / t.across % t.down * t.first.rows, t.first.rows,
+                unit % t.across * t.first.columns, t.first.columns};
+      tile.rows = std::min(tile.rows, args_.height - tile.row);
+      tile.columns = std::min(tile.columns, args_.width - tile.column);
+      if (tile.rows > 0 && tile.columns > 0)
+        kernels_.conv({x_, ld_, layer.channels}, layer.geometry, tile, this->panels_of(panels), finish,
+                      this->scratch(worker));
+    });
+  }
+
+  // The weight of every tap in panels.
+  at::Tensor pack_taps(const ResidualLayerArgs& layer) const {
+    const at::Tensor weight = this->tap_rows(layer.conv.weight);
+    const int64_t taps = layer.geometry.taps(), c = layer.channels, n = layer.out;
+    const int64_t bytes = this->padded(n) * this->padded_depth(c) * this->kernels.operand_bytes;
+    at::Tensor packed = this->bytes(taps * bytes);
+    uint8_t* out = packed.mutable_data_ptr<uint8_t>();
+    const A* w = weight.template const_data_ptr<A>();
+    for (int64_t tap = 0; tap < taps; ++tap)
+      this->kernels.pack(w + tap * n * c, c, n, 1, c, 0, this->padded(n) / this->kernels.panel, out + tap * bytes);
+    return packed;
+  }
+
+  const ResidualDenseBlockArgs& args_;
+  const ResidualDenseBlockKernels<T>& kernels_;
+  T* const x_;
+  const int64_t ld_;
+};
+
+std::tuple<at::Tensor, at::Tensor> residual_dense_block_cpu(const at::Tensor& input,  // [N, C0, H, W]
+                                                            at::TensorList weights, double negative_slope, double scale,
+                                                            const std::optional<at::Tensor>& outer,  // [N, C0, H, W]
+                                                            double outer_scale) {
+  check_floating("residual_dense_block", "input", input);
+  const ResidualDenseBlockArgs args =
+      parse_residual_dense_block(input.sizes(), input.options(), weights, negative_slope, scale, outer_scale);
+  check_outer(input, outer);
+  at::Tensor buffer = with_huge_pages(empty_channels_last(args.sizes(args.channels()), input.options()));
+  at::Tensor out = with_huge_pages(empty_channels_last(input.sizes(), input.options()));
+  if (args.pixels() == 0) return {out, buffer};
+  buffer.narrow(1, 0, args.in_channels).copy_(input);
+  const at::Tensor outer_rows = outer.has_value() ? to_channels_last(*outer) : at::Tensor();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "residual_dense_block", [&] {
+    Forward<typename Storage<scalar_t>::type>(args, buffer).run(outer_rows, out);
+  });
+  return {out, buffer};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("residual_dense_block", &residual_dense_block_cpu); }
+
+}  // namespace fastdense

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/batch_norm_math.h"
+#include "residual_dense_block/residual_dense_block_kernels.h"
+#include "residual_dense_block/residual_dense_block_math.h"
+
+#ifdef FASTDENSE_HAS_AMX
+#define FASTDENSE_TARGET amx
+#define FASTDENSE_TARGET_AMX
+#define FASTDENSE_TARGET_AVX512
+#include "common/target.h"
+
+#include "common/vec.h"
+
+#include "residual_dense_block/residual_dense_block_kernels_impl.h"
+
+#include "common/target_end.h"
+#endif

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/batch_norm_math.h"
+#include "residual_dense_block/residual_dense_block_kernels.h"
+#include "residual_dense_block/residual_dense_block_math.h"
+
+#define FASTDENSE_TARGET baseline
+#define FASTDENSE_TARGET_BASELINE
+#include "common/target.h"
+
+#include "common/vec.h"
+
+#include "residual_dense_block/residual_dense_block_kernels_impl.h"
+
+#include "common/target_end.h"

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The residual dense block of super-resolution networks on one shared buffer, as a single differentiable operator."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdense.ops.arguments import (
+    Parameters,
+    cast_input,
+    check_input,
+    empty_channels_last,
+    fake_gradients,
+    refuse_double_backward,
+)
+
+_OP = "residual_dense_block"
+
+
+class ConvWeights(NamedTuple):
+    """A convolution's ``weight`` ``[out, in, kernel, kernel]`` and ``bias`` ``[out]`` or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def residual_dense_block(
+    input: Tensor,
+    layers: Sequence[ConvWeights],
+    fusion: ConvWeights,
+    *,
+    negative_slope: float = 0.2,
+    scale: float = 1.0,
+    outer: Tensor | None = None,
+    outer_scale: float = 1.0,
+) -> Tensor:
+    """Runs a dense block without norms, its local fusion and residual sums on one shared channels-last buffer.
+
+    Layer ``l`` reads the channels ``x_l = [x_0, y_0, ..., y_{l-1}]`` written so far and appends
+    ``y_l = lrelu(conv3x3(x_l))``. With the fusion ``f`` of all channels ``r = scale * f + x_0``; the result is ``r``,
+    or ``outer_scale * r + outer``.
+
+    Args:
+        input: ``[N, C0, H, W]``; float64, float32, bfloat16 or float16; any strides. Under autocast it is cast to the
+            autocast type.
+        layers: parameters of ``L >= 1`` layers, ``[k, C0 + l * k, 3, 3]``.
+        fusion: ``[C0, C0 + L * k, 1, 1]`` or ``[C0, C0 + L * k, 3, 3]``.
+        negative_slope: of LeakyReLU, at least 0; 0 makes it ReLU.
+        scale: factor of the fusion.
+        outer: ``[N, C0, H, W]`` of the input's dtype, or None: what a chain of blocks began with.
+        outer_scale: factor of the block where ``outer`` is given.
+
+    Returns:
+        ``[N, C0, H, W]`` with the channels innermost in memory.
+
+    Raises:
+        ValueError: shapes that do not fit, mixed devices, a negative slope, factors that are not finite.
+        TypeError: a dtype that is not floating point, or weights of another dtype than the input's.
+
+    Note:
+        Kept for backward: the buffer of ``C0 + L * k`` numbers per pixel and nothing else; LeakyReLU's gradient reads
+        the sign of its output. Reruns on one machine with one thread count are bit-identical. Double backward raises.
+
+    Reference:
+        Y. Zhang et al. Residual Dense Network for Image Super-Resolution. CVPR 2018, arXiv:1802.08797, equations 4 to
+        7; X. Wang et al. ESRGAN. ECCVW 2018, arXiv:1809.00219, section 3.1.
+    """
+    check_input(_OP, input)
+    parameters = Parameters(absent=input.detach().new_empty(0))
+    convs = [*layers, fusion]
+    for conv in convs:
+        parameters.biased_conv(*conv)
+    kernels = [conv.weight for conv in convs]
+    if outer is not None:
+        outer = cast_input(_OP, outer, [], kernels)
+    input = cast_input(_OP, input, parameters.weights, kernels)
+    if outer is None:
+        outer_scale = 1.0
+    out, _ = torch.ops.fastdense.residual_dense_block(
+        input, parameters.weights, negative_slope, scale, outer, outer_scale
+    )
+    return out
+
+
+@torch.library.register_fake("fastdense::residual_dense_block")
+def _(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    negative_slope: float,
+    scale: float,
+    outer: Tensor | None,
+    outer_scale: float,
+) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = input.shape
+    buffer = empty_channels_last(input, [batch, weights[-2].shape[1], height, width])
+    return empty_channels_last(input, [batch, channels, height, width]), buffer
+
+
+@torch.library.register_fake("fastdense::_residual_dense_block_backward")
+def _(
+    grad_output: Tensor,
+    buffer: Tensor,
+    weights: Sequence[Tensor],
+    negative_slope: float,
+    scale: float,
+    outer_scale: float,
+    in_channels: int,
+    needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    return fake_gradients(buffer.narrow(1, 0, in_channels), weights, needs_grad)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, weights, negative_slope, scale, _, outer_scale = inputs
+    _, buffer = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(buffer)
+    ctx.save_for_backward(buffer, *weights)
+    ctx.arguments = (negative_slope, scale, outer_scale, input.shape[1])
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    needs_input, needs_weights, _, _, needs_outer, _ = ctx.needs_input_grad
+    if grad_output is None:
+        return (None, [None] * len(needs_weights), None, None, None, None)
+    buffer, *weights = ctx.saved_tensors
+    needs_grad = [needs_input, *needs_weights]
+    grads: list[Tensor | None] = [None] * len(needs_grad)
+    if any(needs_grad):
+        made = torch.ops.fastdense._residual_dense_block_backward(
+            grad_output, buffer, weights, *ctx.arguments, needs_grad
+        )
+        grads = [g if needed else None for g, needed in zip(made, needs_grad, strict=True)]
+    return (grads[0], grads[1:], None, None, grad_output if needs_outer else None, None)
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    refuse_double_backward(_OP)
+
+
+torch.library.register_autograd("fastdense::residual_dense_block", _backward, setup_context=_setup_context)
+torch.library.register_autograd("fastdense::_residual_dense_block_backward", _no_double_backward)

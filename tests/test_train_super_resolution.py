@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training for super-resolution: data, resuming, errors, and that it learns."""
+
+import json
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from fastdense import models
+from fastdense.cli import main
+from fastdense.models import load_super_resolution
+from fastdense.ops import bicubic_resize
+from fastdense.train.super_resolution import Patches, SuperResolutionConfig, train_super_resolution
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of six stripy pictures, whose edges bicubic enlargement blurs."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    random = numpy.random.default_rng(0)
+    for number in range(6):
+        small = random.integers(0, 2, (9, 9, 3)) * 200 + 20
+        Image.fromarray(small.repeat(8, 0).repeat(8, 1).astype(numpy.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def config(pictures, **options):
+    small = {"steps": 20, "batch": 4, "patch": 12, "threads": 1, "checkpoint_seconds": 0.0}
+    return SuperResolutionConfig(data=str(pictures), out=pictures.parent / "out", **{**small, **options})
+
+
+def test_patches_belong_together():
+    random = numpy.random.default_rng(0)
+    sizes = [(40, 31, 3), (25, 60)]
+    patches = Patches([random.integers(0, 256, size, dtype=numpy.uint8) for size in sizes], 1, 2, 12)
+    small, large = patches.draw(seed=1, step=5, count=40)
+    assert small.shape == (40, 1, 12, 12) and large.shape == (40, 1, 24, 24)
+    remade = bicubic_resize(large, scale_factor=0.5, preset="matlab")
+    assert (remade - small)[..., 3:-3, 3:-3].abs().max() < 2 / 255
+    again = patches.draw(seed=1, step=5, count=40)
+    assert torch.equal(again[0], small) and torch.equal(again[1], large)
+    assert not torch.equal(patches.draw(seed=1, step=6, count=40)[0], small)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [("srcnn", {}), ("rrdbnet", {"blocks": 1, "width": 4}), ("edsr_baseline", {"blocks": 1, "width": 4})],
+)
+def test_a_stopped_run_ends_with_the_same_weights(model, arguments, pictures):
+    def weights(**options):
+        train_super_resolution(config(pictures, model=model, model_kwargs=arguments, **options), progress=False)
+        return load_super_resolution(pictures.parent / "out" / "model.pt").state_dict()
+
+    whole = weights(fresh=True, steps=6)
+    state = torch.load(pictures.parent / "out" / "checkpoint.pt", weights_only=True)
+    assert state["progress"]["step"] == 6
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    original = Patches.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Patches, "draw", lambda self, *given: stop() if given[1] == 3 else original(self, *given))
+        with pytest.raises(Stopped):
+            weights(fresh=True, steps=6)
+    resumed = weights(resume=True, steps=6)
+    for key, value in whole.items():
+        assert torch.equal(resumed[key], value), key
+
+
+def test_it_learns_what_bicubic_cannot(pictures, capsys):
+    options = ["--data", str(pictures), "--steps", "200", "--batch", "4", "--size", "16", "--lr", "5e-3"]
+    options += ["--threads", "1", "--set", "kernels=(5, 1, 5)"]
+    out = pictures.parent / "out"
+    assert main(["train", "--task", "sr", *options, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "held-out pictures: " in text and f"wrote {out / 'model.pt'}" in text
+    numbers = json.loads((out / "metrics.json").read_text())
+    assert numbers["psnr"] > numbers["bicubic_psnr"] + 0.5
+    assert load_super_resolution(out / "model.pt").scale == 2
+
+
+def test_a_new_srcnn_is_nearly_bicubic():
+    x = torch.rand(1, 1, 12, 12)
+    expected = bicubic_resize(x, scale_factor=2, preset="matlab").clamp(0)
+    assert (models.SRCNN(2)(x).clamp(0) - expected)[..., 6:-6, 6:-6].abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "densenet121"], "train: expected --set to name arguments of densenet121"),
+        (["--set", "depht=3"], "train: expected --set to name arguments of srcnn"),
+        (["--scale", "7"], "SRCNN: expected scale to be one of 2, 3, 4, got 7"),
+        (["--data", "missing"], "train: expected --data to be 'photographs' or a folder, got missing"),
+        (["--steps", "0"], "train: expected steps, batch and patch to be positive"),
+        (["--size", "999"], "train: expected a picture of 1998 pixels or more to train on, got none"),
+    ],
+)
+def test_errors(options, message, pictures, capsys):
+    import re
+
+    given = ["--data", str(pictures), "--steps", "1", "--out", str(pictures.parent / "out"), *options]
+    assert main(["train", "--task", "sr", *given]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_checkpoint_is_not_overwritten(pictures):
+    train_super_resolution(config(pictures, steps=1), progress=False)
+    with pytest.raises(ValueError, match=r"train: expected --out without a checkpoint, got .*checkpoint.pt"):
+        train_super_resolution(config(pictures, steps=1), progress=False)
+    with pytest.raises(ValueError, match=r"expected .* to be of the same configuration, got a difference: lr was"):
+        train_super_resolution(config(pictures, steps=1, lr=1.0, resume=True), progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops(pictures):
+    with pytest.raises(ValueError, match=r"train: the loss became (nan|inf) at step \d+; try a smaller --lr"):
+        train_super_resolution(config(pictures, lr=1e20), progress=False)

@@ -68,9 +68,8 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
     if not any(kind.is_block for _, _, kind in found):
         looked_for = ", ".join(".".join(known) for known in BLOCKS + DUAL_PATH_BLOCKS)
         raise ValueError(
-            f"convert: expected model to contain dense or dual path blocks (looked for {looked_for}) "
-            f"or residual dense blocks, "
-            f"got {type(model).__name__}"
+            f"convert: expected model to contain residual dense blocks, dense or dual path blocks "
+            f"(looked for {looked_for}), got {type(model).__name__}"
         )
     for _, _, kind in found:
         check_memory(memory, kind.mixin.memory_modes)

@@ -140,7 +140,7 @@ struct RowKernels {
   // targets[row] = act(sources)[row] * weight, pooled rows if `pool`
   void (*product)(const Sources<T>&, const PoolGeometry* pool, int64_t row, int64_t rows, const void* panels,
                   const Targets<T>&, void* scratch);
-  // dx[row, :columns] = corrected gradient
+  // dx[row, :columns] = corrected gradient; dx may be g of the same row stride
   void (*finalise)(const Gradient<T>&, int64_t row, int64_t rows, T* dx);
   // backward of a 1x1 whose output gradient is behind another norm: left = input gradient of that norm
   void (*norm_product_backward)(const Source<T>&, int64_t row, int64_t rows, const NormBackward<T>&, const void* panels,

@@ -59,7 +59,7 @@ void norm_product_backward(const Source<T>& s, int64_t row, int64_t rows, const 
 
 // The gradient of a segment at one row, with its correction.
 template <typename Out, typename T>
-inline void gradient_row(const Gradient<T>& segment, int64_t row, Out* __restrict out) {
+inline void gradient_row(const Gradient<T>& segment, int64_t row, Out* out) {
   using A = accumulate_t<T>;
   const T* g = segment.g + row * segment.ld;
   if (!segment.x) {

@@ -43,10 +43,8 @@ class Backward : RowGradients<T> {
         var_(saved.var.const_data_ptr<A>()),
         corrections_(ld_),
         input_corrections_(args.in_channels) {
-    const int64_t most = std::max(args.in_pixels(), pixels_);
-    dv_ = at::empty({pixels_, args.width_b}, this->options());
-    u_ = at::empty({most, args.width_a}, this->options());
-    if (saved.a.size(0) == 0) a_again_ = at::empty({most, args.width_a}, this->options());
+    if (saved.a.size(0) == 0)
+      a_again_ = at::empty({std::max(args.in_pixels(), pixels_), args.width_a}, this->options());
     if (is_reversible())
       residual_ = saved.out.narrow(1, 0, args.residual).movedim(1, -1).clone(at::MemoryFormat::Contiguous);
   }
@@ -56,10 +54,6 @@ class Backward : RowGradients<T> {
     gradient_.copy_(grad_output);
     g_ = static_cast<T*>(gradient_.mutable_data_ptr());
     const int64_t lowest = lowest_block();
-    if (lowest == 0 && args_.projection) {
-      input_gradient_ = empty_channels_last(args_.sizes(args_.in_channels, true), this->options()).zero_();
-      gi_ = static_cast<T*>(input_gradient_.mutable_data_ptr());
-    }
     for (int64_t i = args_.num_blocks() - 1; i >= lowest; --i) block(i);
     if (lowest > 0) return this->grads();
     if (args_.projection) projection();
@@ -112,41 +106,53 @@ class Backward : RowGradients<T> {
     const DualPathBlockArgs& block = args_.blocks[size_t(i)];
     const Coefficients ca = coefficients_of(block.norm_a, block.stats_a, block.channels);
     const Coefficients cb = coefficients_of(block.norm_b, block.stats_b, args_.width_a);
-    const Coefficients cc = coefficients_of(block.norm_c, block.stats_c, args_.width_b);
-    const at::Tensor u = u_.narrow(0, 0, args_.a_pixels(i));
-    if (saved_.a.size(0) == 0) {
-      const Sources<T> sources = blocks_.sources(i, ca, residual_before(i), {out_ + args_.residual, ld_});
-      blocks_.make_a(i, sources, static_cast<T*>(a_again_.mutable_data_ptr()), nullptr, nullptr);
-    }
-    const T* a = static_cast<const T*>(saved_.a.size(0) == 0 ? a_again_.const_data_ptr() : saved_.a.const_data_ptr()) +
-                 (saved_.a.size(0) == 0 ? 0 : args_.a_row(i) * args_.width_a);
-    blocks_.activate_a(i, a, cb, static_cast<T*>(u.mutable_data_ptr()));
-    const at::Tensor b = saved_.b.size(0) == 0 ? to_channels_last(blocks_.conv.forward(i, u).to(u.scalar_type()))
-                                               : saved_.b.narrow(0, i * pixels_, pixels_);
-    const T* bp = static_cast<const T*>(b.const_data_ptr());
-    merge(i, bp, cc);
-    const Sums sums_c = this->norm_gradients(block.norm_c, cc);
-    T* dv = static_cast<T*>(dv_.mutable_data_ptr());
-    at::Tensor room;
-    const NormBackward<T> norm_c = this->norm_backward(block.norm_c, cc, sums_c, dv, bp, pixels_, room);
-    this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
-      kernels.norm_input_gradient(norm_c, row, rows, dv);
-    });
-    if (is_reversible() && i > 0) reverse(i, bp, cc);
-    const auto [du, dweight] = blocks_.conv.backward(i, dv_, u, this->needs(block.conv_b.at));
-    if (this->needs(block.conv_b.at)) this->set(block.conv_b.at, dweight);
+    const T* a = bottleneck_a(i, ca);
+    const at::Tensor du = conv_b(i, a, cb);
     T* dup = static_cast<T*>(du.mutable_data_ptr());
     mask(i, a, cb, dup);
-    const Sums sums_b = this->norm_gradients(block.norm_b, cb);
-    conv_a(i, ca, this->norm_backward(block.norm_b, cb, sums_b, dup, a, args_.a_pixels(i), room));
+    const Sums sums = this->norm_gradients(block.norm_b, cb);
+    at::Tensor room;
+    conv_a(i, ca, this->norm_backward(block.norm_b, cb, sums, dup, a, args_.a_pixels(i), room));
+  }
+
+  // The kept output of conv_a, or the same made again.
+  const T* bottleneck_a(int64_t i, const Coefficients& c) {
+    if (saved_.a.size(0) > 0) return static_cast<const T*>(saved_.a.const_data_ptr()) + args_.a_row(i) * args_.width_a;
+    T* a = static_cast<T*>(a_again_.mutable_data_ptr());
+    const Sources<T> sources = blocks_.sources(i, c, residual_before(i), {out_ + args_.residual, ld_});
+    blocks_.make_a(i, sources, a, nullptr, nullptr);
+    return a;
+  }
+
+  // conv_c, norm_c and conv_b; returns the gradient of conv_b's input [N, ra, spatial].
+  at::Tensor conv_b(int64_t i, const T* a, const Coefficients& cb) {
+    const DualPathBlockArgs& block = args_.blocks[size_t(i)];
+    const Coefficients cc = coefficients_of(block.norm_c, block.stats_c, args_.width_b);
+    const at::Tensor u = at::empty({args_.a_pixels(i), args_.width_a}, this->options());
+    const at::Tensor dv = at::empty({pixels_, args_.width_b}, this->options());
+    blocks_.activate_a(i, a, cb, static_cast<T*>(u.mutable_data_ptr()));
+    const at::Tensor b = saved_.b.size(0) > 0 ? saved_.b.narrow(0, i * pixels_, pixels_)
+                                              : to_channels_last(blocks_.conv.forward(i, u).to(u.scalar_type()));
+    const T* bp = static_cast<const T*>(b.const_data_ptr());
+    T* dvp = static_cast<T*>(dv.mutable_data_ptr());
+    merge(i, bp, cc, dvp);
+    const Sums sums = this->norm_gradients(block.norm_c, cc);
+    at::Tensor room;
+    const NormBackward<T> norm_c = this->norm_backward(block.norm_c, cc, sums, dvp, bp, pixels_, room);
+    this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
+      kernels.norm_input_gradient(norm_c, row, rows, dvp);
+    });
+    if (is_reversible() && i > 0) reverse(i, bp, cc);
+    const auto [du, dweight] = blocks_.conv.backward(i, dv, u, this->needs(block.conv_b.at));
+    if (this->needs(block.conv_b.at)) this->set(block.conv_b.at, dweight);
+    return du;
   }
 
   // conv_c: dv = masked gradient behind norm_c.
-  void merge(int64_t i, const T* b, const Coefficients& c) {
+  void merge(int64_t i, const T* b, const Coefficients& c, T* dv) {
     const DualPathBlockArgs& block = args_.blocks[size_t(i)];
     at::Tensor room[2];
     const Gradients<T> dy = merge_gradients(i, room);
-    T* dv = static_cast<T*>(dv_.mutable_data_ptr());
     product_backward(block.conv_c, this->source(b, args_.width_b, c), nullptr, dy, dv, args_.width_b, false, c.mean());
   }
 
@@ -193,8 +199,11 @@ class Backward : RowGradients<T> {
 
   std::vector<Segment> segments(int64_t i) {
     const int64_t r = args_.residual, c = args_.blocks[size_t(i)].channels;
-    if (i == 0 && args_.projection)
+    if (i == 0 && args_.projection) {
+      input_gradient_ = empty_channels_last(args_.sizes(args_.in_channels, true), this->options()).zero_();
+      gi_ = static_cast<T*>(input_gradient_.mutable_data_ptr());
       return {{residual_before(0), 0, c, {gi_, args_.in_channels}, &input_corrections_, 0}};
+    }
     if (i == 0) return {{residual_before(0), 0, c, {g_, ld_}, &corrections_, 0}};
     return {{residual_before(i), 0, r, {g_, ld_}, &corrections_, 0},
             {{out_ + r, ld_}, r, c - r, {g_ + r, ld_}, &corrections_, r}};
@@ -249,7 +258,8 @@ class Backward : RowGradients<T> {
     const Columns<T> g = args_.projection ? Columns<T>{gi_, n} : Columns<T>{g_, ld_};
     const Gradient<T> gradient{g.data,    g.ld,          n,      x_, n, mean_ + args_.blocks[0].stats_a,
                                shift_sum, shift_sum + n, nullptr};
-    this->grads()[0] = empty_channels_last(args_.sizes(n, true), this->options());
+    // In place where the gradient has a tensor of its own.
+    this->grads()[0] = args_.projection ? input_gradient_ : empty_channels_last(args_.sizes(n, true), this->options());
     T* dx = static_cast<T*>(this->grads()[0].mutable_data_ptr());
     this->for_each_chunk(
         args_.in_pixels(), 4 * kernels.backward_rows,
@@ -263,8 +273,8 @@ class Backward : RowGradients<T> {
   const at::Tensor input_;
   const T *const x_, *const out_;
   const A *const mean_, *const var_;
-  at::Tensor gradient_, input_gradient_;    // [N, C, spatial], [N, C_in, spatial], channels innermost
-  at::Tensor dv_, u_, a_again_, residual_;  // of one block at a time: [pixels, rb], [rows, ra] twice, [pixels, R]
+  at::Tensor gradient_, input_gradient_;  // [N, C, spatial], [N, C_in, spatial], channels innermost
+  at::Tensor a_again_, residual_;         // of one block at a time: [rows, ra], [pixels, R]
   T *g_ = nullptr, *gi_ = nullptr;
   Corrections corrections_, input_corrections_;
 };

@@ -30,9 +30,7 @@ class Forward : RowDriver<T> {
         dense_mean_(size_t(args.dense(args.num_blocks()))),
         dense_var_(dense_mean_.size()),
         statistics_(args.any_batch_statistics()) {
-    const auto options = o.out.options();
-    if (!keep.bottlenecks) one_a_ = at::empty({std::max(args.in_pixels(), pixels_), args.width_a}, options);
-    u_ = at::empty({std::max(args.in_pixels(), pixels_), args.width_a}, options);
+    if (!keep.bottlenecks) one_a_ = at::empty({std::max(args.in_pixels(), pixels_), args.width_a}, o.out.options());
   }
 
   void run(const at::Tensor& input) {
@@ -112,7 +110,7 @@ class Forward : RowDriver<T> {
   at::Tensor bottleneck_b(int64_t i, const T* a) {
     const DualPathBlockArgs& block = args_.blocks[size_t(i)];
     const Coefficients c = this->coefficients(block.norm_b, mean_ + block.stats_b, var_ + block.stats_b, args_.width_a);
-    const at::Tensor u = u_.narrow(0, 0, args_.a_pixels(i));
+    const at::Tensor u = at::empty({args_.a_pixels(i), args_.width_a}, o_.out.options());
     blocks_.activate_a(i, a, c, static_cast<T*>(u.mutable_data_ptr()));
     const at::Tensor y = blocks_.conv.forward(i, u);
     if (!keep_.bottlenecks) return to_channels_last(y.to(u.scalar_type()));
@@ -146,7 +144,7 @@ class Forward : RowDriver<T> {
   std::vector<A> dense_mean_, dense_var_;
   const bool statistics_;
   at::Tensor input_;
-  at::Tensor one_a_, u_;  // of one block at a time: [rows, ra]
+  at::Tensor one_a_;  // of one block at a time: [rows, ra]
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dual_path_stage_cpu(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastdense  # noqa: F401  (registers the operators)
+from tests.emulation.dense_block import OPERATORS, emulated_kernels
 from tests.test_dense_block import ALL, Block, Case
 from tests.test_dual_path import Stage, StageCase
 
@@ -103,6 +104,12 @@ def test_opcheck(name):
     assert arguments, f"{name} has no samples in this file"
     for sample in arguments:
         torch.library.opcheck(getattr(torch.ops.fastdense, name).default, sample)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck_with_the_cuda_code(name):
+    with emulated_kernels(False, scratch_bytes=12 << 10, blocks=8):
+        test_opcheck(name)
 
 
 def test_the_library_is_what_is_documented():

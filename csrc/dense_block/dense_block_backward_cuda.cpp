@@ -50,7 +50,7 @@ class Backward : CudaBlock<T> {
   void set(int64_t weight, const at::Tensor& value) {
     if (!needs(weight)) return;
     const at::Tensor& like = weights_[size_t(weight)];
-    grads_[size_t(weight) + 1] = value.reshape(like.sizes()).to(like.scalar_type());
+    grads_[size_t(weight) + 1] = value.reshape(like.sizes()).to(like.scalar_type()).contiguous();
   }
 
   struct Sums {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdense import reference
 from fastdense.ops import LayerWeights, TailWeights, dense_block, update_running_stats_
-from tests.emulation.dense_block import emulated_kernels
+from tests.emulation.blocks import emulated_kernels
 from tests.random_block import RandomBlock, check, low_precision_errors, relative
 from tests.simd import LEVELS, available_levels, simd_level
 

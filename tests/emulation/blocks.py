@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the dense block operators on CPU tensors by the CUDA code, its kernels emulated."""
+"""Runs the block operators on CPU tensors by the CUDA code, its kernels emulated."""
 
 import contextlib
 import ctypes
@@ -11,11 +11,15 @@ import torch
 
 from tests.emulation.build import build_with_torch
 
-OPERATORS = ("dense_block", "_dense_block_backward", "update_running_stats_")
-FOLDER = "csrc/dense_block"
-SOURCES = [f"{FOLDER}/dense_block{part}" for part in (".cpp", "_forward_cuda.cpp", "_backward_cuda.cpp")]
-SOURCES += [f"{FOLDER}/dense_block{part}" for part in ("_kernels.cu", "_backward_kernels.cu")]
-SOURCES += ["csrc/running_stats/running_stats_kernels.cu", "tests/emulation/dense_block_entry.cpp"]
+OPERATORS = ("dense_block", "_dense_block_backward", "dual_path_stage", "_dual_path_stage_backward")
+OPERATORS += ("update_running_stats_",)
+SOURCES = [
+    f"csrc/{op}/{op}{part}"
+    for op in ("dense_block", "dual_path")
+    for part in (".cpp", "_forward_cuda.cpp", "_backward_cuda.cpp")
+]
+SOURCES += ["csrc/common/row_forward_kernels.cu", "csrc/common/row_backward_kernels.cu"]
+SOURCES += ["csrc/running_stats/running_stats_kernels.cu", "tests/emulation/blocks_entry.cpp"]
 
 
 @functools.cache

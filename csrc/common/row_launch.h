@@ -24,9 +24,9 @@ template <typename T>
 struct Matrix {
   T* data;
   int64_t ld;  // elements from row to row
-  operator Matrix<const T>() const
-    requires(!std::is_const_v<T>)
-  {
+  template <typename C>
+    requires(!std::is_same_v<C, T> && std::is_same_v<C, const T>)
+  operator Matrix<C>() const {
     return {data, ld};
   }
   Matrix from_row(int64_t row) const { return {data + row * ld, ld}; }

@@ -7,6 +7,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 
+import pytest
 import torch
 
 from tests.emulation.build import build_with_torch
@@ -20,6 +21,9 @@ SOURCES = [
 ]
 SOURCES += ["csrc/common/row_forward_kernels.cu", "csrc/common/row_backward_kernels.cu"]
 SOURCES += ["csrc/running_stats/running_stats_kernels.cu", "tests/emulation/blocks_entry.cpp"]
+
+# Of a fixture that says where a test's tensors live, entered by on_device().
+DEVICES = ["cpu", "emulated", "emulated-backwards", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @functools.cache
@@ -61,3 +65,15 @@ def emulated_kernels(backwards: bool, scratch_bytes: int, blocks: int) -> Iterat
         replacement._destroy()
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def on_device(name: str, scratch_bytes: int) -> Iterator[str]:
+    """The device of one of DEVICES; by the order of threads, the rows of a sweep are shared among many blocks, or among
+    few with many rows a thread."""
+    if not name.startswith("emulated"):
+        yield name
+        return
+    backwards = name == "emulated-backwards"
+    with emulated_kernels(backwards, scratch_bytes, 3 if backwards else 1000):
+        yield "cpu"

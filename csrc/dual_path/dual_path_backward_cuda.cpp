@@ -80,6 +80,7 @@ class Backward : CudaStage<T> {
                  const CudaCorrections& c, int64_t rows, int64_t columns) const {
     this->sweep(launch_slice_gradient<T>, {gradient, x, to, mean, c.shift_sum, c.slope_sum, {}}, rows, columns);
   }
+
   void block(int64_t i) {
     const DualPathBlockArgs& block = args.blocks[size_t(i)];
     const NormParams<A> norm_a = norm_of(block.norm_a, block.stats_a), norm_b = norm_of(block.norm_b, block.stats_b);

@@ -109,9 +109,8 @@ class Forward : CudaStage<T> {
     const at::Tensor z = this->scratch(std::min(step, pixels), r + k);
     const at::Tensor pivot = at::empty({r + k}, this->options);
     const Partials added = this->partials(pixels, step, r), appended = this->partials(pixels, step, k);
-    const Matrix<T> from = this->matrix(z), source = this->matrix(b), to = this->matrix(after(i)),
-                    dense{out_ + first, ld};
-    const Matrix<T> add = this->matrix(residual);
+    const Matrix<T> source = this->matrix(b), from = this->matrix(z), add = this->matrix(residual);
+    const Matrix<T> to = this->matrix(after(i)), dense{out_ + first, ld};
     this->for_each_chunk(pixels, step, [&](int64_t row, int64_t count, int64_t chunk) {
       this->sweep(launch_activate<T>, {source.from_row(row), this->matrix(y), norm, true}, count, args.width_b);
       at::Tensor product = z.narrow(0, 0, count);
@@ -121,20 +120,11 @@ class Forward : CudaStage<T> {
         pivot.copy_(z[0]);
         pivot.narrow(0, 0, r).add_(residual[0]);
       }
-      store({from,
-             to.from_row(row),
-             {},
-             wanted ? added.of_chunk(chunk) : nullptr,
-             add.from_row(row),
-             this->const_data(pivot)},
-            count, r, added.splits);
-      store({from.from_column(r),
-             dense.from_row(row),
-             {},
-             wanted ? appended.of_chunk(chunk) : nullptr,
-             {},
-             this->const_data(pivot) + r},
-            count, k, appended.splits);
+      A* const of_added = wanted ? added.of_chunk(chunk) : nullptr;
+      A* const of_appended = wanted ? appended.of_chunk(chunk) : nullptr;
+      store({from, to.from_row(row), {}, of_added, add.from_row(row), this->const_data(pivot)}, count, r, added.splits);
+      store({from.from_column(r), dense.from_row(row), {}, of_appended, {}, this->const_data(pivot) + r}, count, k,
+            appended.splits);
     });
     if (!wanted) return;
     const int64_t next = args.blocks[size_t(i) + 1].stats_a;

@@ -42,6 +42,7 @@ SANITIZERS = {
     "initcheck": [],
 }
 # Small blocks of every kind; each launch takes many times as long under a sanitizer.
+SANITIZED_FILES = ["tests/test_dense_block.py", "tests/test_dual_path.py"]
 SANITIZED_TESTS = "cuda and (test_parity_of_special_cases or test_low_precision or test_many_norms)"
 
 
@@ -86,7 +87,7 @@ def sanitize(report: Report) -> None:
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SANITIZED_TESTS]
     for name, filters in SANITIZERS.items():
         command = [tool, "--tool", name, "--error-exitcode", "9", *filters]
-        report.run(name, [*command, *tests, "tests/test_dense_block.py"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        report.run(name, [*command, *tests, *SANITIZED_FILES], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def kernels(report: Report) -> None:

@@ -3,7 +3,7 @@
 """Plants mistakes in the native code, one at a time, and checks that the tests notice each.
 
 Run ``make mutants`` (a quarter of an hour): every mistake is built in a copy of the tree and must make
-``tests/test_dense_block.py`` fail; those in CUDA code with the emulated kernels. Arguments choose mistakes by a part
+``tests/test_dense_block.py`` or ``tests/test_dual_path.py`` fail; those in CUDA code with the emulated kernels. Arguments choose mistakes by a part
 of the file's name.
 """
 
@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+FILES = ["tests/test_dual_path.py", "tests/test_dense_block.py"]
 
 # (file below csrc, what stands there, what is planted)
 MUTANTS = [
@@ -49,24 +51,38 @@ CUDA_MUTANTS = [
     ("common/column_sweep.h", "2 * blockIdx.y * columns + first;", "2 * blockIdx.y * columns + first + 1;"),
     ("common/column_sweep.h", "bits % (V * sizeof(T)) != 0 || columns < V", "columns < V"),
     ("common/column_sweep.h", "add(i, {A(kRows), mean, m2});", "add(i, {A(1), mean, m2});"),
-    ("dense_block/dense_block_columns.h", "norm(first + i)", "norm(first)"),
-    ("dense_block/dense_block_columns.h", "if (i == 0 || at % 4 == 0)", "if (i == 0)"),
-    ("dense_block/dense_block_columns.h", "at & 2 ? high : low", "low"),
-    ("dense_block/dense_block_kernels.cu", "+ count * (mean - centre) * (mean - centre)", ""),
-    ("dense_block/dense_block_kernels.cu", "double(load(p.x[column])) + centre", "centre"),
-    ("dense_block/dense_block_kernels.cu", "(left > 0 ? left : 0) : rows_per_split", "rows_per_split : rows_per_split"),
-    ("dense_block/dense_block_kernels.cu", "__syncthreads();\n  const double centre = *total;", "const double centre = *total;"),
-    ("dense_block/dense_block_kernels.cu", "__syncthreads();\n  sums = {};", "sums = {};"),
-    ("dense_block/dense_block_kernels.cu", "p_.first + row", "row"),
-    ("dense_block/dense_block_backward_kernels.cu", "state_.second(i) += dv * (value - mean_[i])", "state_.second(i) += dv * value"),
-    ("dense_block/dense_block_backward_kernels.cu", "share * s2 * double(norm.rstd)", "share * s2"),
-    ("dense_block/dense_block_backward_kernels.cu", "A gradient = load(dy) * share_;", "A gradient = load(dy);"),
-    ("dense_block/dense_block_backward_kernels.cu", "return -1;", "return pooled_begin_;"),
-    ("dense_block/dense_block_backward_kernels.cu", "dy = store<T>(norm_relu(x, norm_.scale[i], norm_.shift[i]));", ""),
+    ("common/row_columns.h", "norm(first + i)", "norm(first)"),
+    ("common/row_columns.h", "if (i == 0 || at % 4 == 0)", "if (i == 0)"),
+    ("common/row_columns.h", "at & 2 ? high : low", "low"),
+    ("common/row_forward_kernels.cu", "+ count * (mean - centre) * (mean - centre)", ""),
+    ("common/row_forward_kernels.cu", "double(load(p.x[column])) + centre", "centre"),
+    ("common/row_forward_kernels.cu", "(left > 0 ? left : 0) : rows_per_split", "rows_per_split : rows_per_split"),
+    ("common/row_forward_kernels.cu", "__syncthreads();\n  const double centre = *total;", "const double centre = *total;"),
+    ("common/row_forward_kernels.cu", "__syncthreads();\n  sums = {};", "sums = {};"),
+    ("common/row_forward_kernels.cu", "p_.first + row", "row"),
+    ("common/row_backward_kernels.cu", "state_.second(i) += dv * (value - mean_[i])", "state_.second(i) += dv * value"),
+    ("common/row_backward_kernels.cu", "share * s2 * double(norm.rstd)", "share * s2"),
+    ("common/row_backward_kernels.cu", "A gradient = load(dy) * share_;", "A gradient = load(dy);"),
+    ("common/row_backward_kernels.cu", "return -1;", "return pooled_begin_;"),
+    ("common/row_backward_kernels.cu", "dy = store<T>(norm_relu(x, norm_.scale[i], norm_.shift[i]));", ""),
     ("dense_block/dense_block_backward_cuda.cpp", "2 * chunk * splits * c)", "0)"),
     ("dense_block/dense_block_backward_cuda.cpp", "layer.norm2.frozen() ? A(0) : A(1.0 / double(pixels))", "A(1.0 / double(pixels))"),
     ("dense_block/dense_block_backward_cuda.cpp", "deferred && !args_of.frozen()", "deferred"),
     ("dense_block/dense_block_cuda.h", "source.stride(0), source.stride(1)", "source.stride(1), source.stride(0)"),
+    ("common/row_backward_kernels.cu", "at - i * stride < g_.window[d]", "true"),
+    ("common/row_forward_kernels.cu", "if (!p_.add.data) return x;", "return x;"),
+    ("common/row_forward_kernels.cu", "p_.pivot ? read", "false ? read"),
+    ("common/row_forward_kernels.cu", "s / splits * p.chunk", "0"),
+    ("common/row_cuda_gradients.h", "norm.from_channel(s.first), partial[i]", "norm, partial[i]"),
+    ("common/row_cuda_gradients.h", "dy.from_column(s.first)", "dy"),
+    ("dual_path/dual_path_cuda.h", "i == 0 ? first_stride_ : ones_", "ones_"),
+    ("dual_path/dual_path_cuda.h", "this->matrix(y).from_column(s.first)", "this->matrix(y)"),
+    ("dual_path/dual_path_forward_cuda.cpp", "if (i > 0 || !args.projection) copy", "if (i > 0) copy"),
+    ("dual_path/dual_path_forward_cuda.cpp", "wanted ? appended.of_chunk(chunk)", "wanted ? appended.of_chunk(0)"),
+    ("dual_path/dual_path_backward_cuda.cpp", "corrections((args.num_blocks() - 1 - i) * r)", "corrections((args.num_blocks() - 1) * r)"),
+    ("dual_path/dual_path_backward_cuda.cpp", "t(), 1, -1);", "t(), 1, 1);"),
+    ("dual_path/dual_path_backward_cuda.cpp", "return {input_segment(false)};", "return {input_segment(true)};"),
+    ("dual_path/dual_path_backward_cuda.cpp", "dense_corrections(dense), rows", "dense_corrections(0), rows"),
     ("running_stats/running_stats_kernels.cu", "__syncthreads();  // all have read before one writes", ""),
     ("running_stats/running_stats_kernels.cu", "p.unbias", "1.0"),
 ]  # fmt: skip
@@ -87,7 +103,7 @@ def survives(folder: Path, name: str, before: str, after: str, tests: str) -> bo
         if (name, before, after) not in CUDA_MUTANTS:  # which the tests compile themselves
             build(folder)
         environment = os.environ | {"PYTHONPATH": str(folder)}
-        test = [sys.executable, "-m", "pytest", "-q", "-x", "-k", tests, "tests/test_dense_block.py"]
+        test = [sys.executable, "-m", "pytest", "-q", "-x", "-k", tests, *FILES]
         return subprocess.run(test, cwd=folder, env=environment, capture_output=True).returncode == 0
     finally:
         path.write_text(text)

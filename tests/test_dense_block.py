@@ -10,25 +10,19 @@ from torch import Tensor
 
 from fastdense import reference
 from fastdense.ops import LayerWeights, TailWeights, dense_block, update_running_stats_
-from tests.emulation.dense_block import emulated_kernels
+from tests.emulation.blocks import DEVICES, emulated_kernels, on_device
 from tests.random_block import RandomBlock, check, low_precision_errors, relative
 from tests.simd import LEVELS, available_levels, simd_level
 
 # Small enough for several chunks of pixels in most cases.
 EMULATED_SCRATCH = 12 << 10
-# By the order of threads: the rows of a sweep among many blocks, and among few with many rows a thread.
-EMULATED_BLOCKS = {False: 1000, True: 3}
 
 
-@pytest.fixture(params=["cpu", "emulated", "emulated-backwards", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where a test's tensors live."""
-    if not request.param.startswith("emulated"):
-        yield request.param
-        return
-    backwards = request.param == "emulated-backwards"
-    with emulated_kernels(backwards, EMULATED_SCRATCH, EMULATED_BLOCKS[backwards]):
-        yield "cpu"
+    with on_device(request.param, EMULATED_SCRATCH) as device:
+        yield device
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastdense  # noqa: F401  (registers the operators)
-from tests.emulation.dense_block import OPERATORS, emulated_kernels
+from tests.emulation.blocks import OPERATORS, emulated_kernels
 from tests.test_dense_block import ALL, Block, Case
 from tests.test_dual_path import Stage, StageCase
 from tests.test_residual_dense_block import Block as ResidualBlock

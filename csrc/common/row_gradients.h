@@ -56,10 +56,6 @@ class RowGradients : public RowDriver<T> {
 
   bool needs(int64_t weight) const { return needs_[size_t(weight) + 1]; }
   bool needs_input() const { return needs_[0]; }
-  // Whether a weight in [first, last) needs a gradient.
-  bool needs_any(int64_t first, int64_t last) const {
-    return std::any_of(needs_.begin() + 1 + first, needs_.begin() + 1 + last, [](bool n) { return n; });
-  }
   void set(int64_t weight, const at::Tensor& value) {
     if (needs(weight)) grads_[size_t(weight) + 1] = value.to(weights_[size_t(weight)].scalar_type()).contiguous();
   }

@@ -25,7 +25,7 @@ class Forward : CudaBlock<T> {
   void run(const at::Tensor& input, const DenseBlockOutputs& o) {
     this->pack_weights(0);
     o.buffer.narrow(1, 0, args.in_channels).copy_(input);
-    if (args.any_batch_statistics()) statistics(x_, ld, args.in_channels, 0);
+    if (args.any_batch_statistics()) this->statistics({x_, ld}, pixels, args.in_channels, mean_, var_);
     if (args.bottleneck && z_.size(0) == 0 && !args.layers.empty())
       one_z_ = at::empty({pixels, args.width}, this->options);
     for (size_t l = 0; l < args.layers.size(); ++l) layer(int64_t(l));
@@ -34,17 +34,6 @@ class Forward : CudaBlock<T> {
   }
 
  private:
-  // Statistics of a matrix, to mean_[first ...] and var_[first ...].
-  void statistics(const T* x, int64_t ldx, int64_t columns, int64_t first) {
-    const at::Tensor partial = partials(columns);
-    this->sweep(launch_moments<T>, {{x, ldx}, this->sums(partial)}, pixels, columns);
-    finalise(partial, x, columns, first);
-  }
-  at::Tensor partials(int64_t columns) const { return this->numbers({this->splits(pixels, columns), 2, columns}); }
-  void finalise(const at::Tensor& partial, const T* x, int64_t columns, int64_t first) {
-    this->sweep(launch_finalise_moments<T>, {this->sums(partial), x, mean_ + first, var_ + first}, pixels, columns);
-  }
-
   void layer(int64_t l) {
     const LayerArgs& layer = args.layers[size_t(l)];
     const NormParams<A> norm1 = this->norm_params(layer.norm1, mean_, var_);
@@ -52,7 +41,7 @@ class Forward : CudaBlock<T> {
     const at::Tensor z = one_z_.defined() ? one_z_ : z_[l];
     this->make_bottleneck(l, x_, norm1, z);
     const int64_t at = args.norm2_statistics(l), b = args.width;
-    if (!layer.norm2.frozen()) statistics(this->const_data(z), b, b, at);
+    if (!layer.norm2.frozen()) this->statistics({this->const_data(z), b}, pixels, b, mean_ + at, var_ + at);
     convolution(
         l, this->activated_image(this->const_data(z), b, this->norm_params(layer.norm2, mean_ + at, var_ + at), b));
   }
@@ -64,12 +53,16 @@ class Forward : CudaBlock<T> {
         to_channels_last(at::convolution(u, this->conv2(l), {}, ones, padding, ones, false, zeros, 1));
     const int64_t c = args.layers[size_t(l)].channels, k = args.growth;
     const bool wanted = args.any_batch_statistics();
-    const at::Tensor partial = wanted ? partials(k) : at::Tensor();
-    this->sweep(
-        launch_slice_in<T>,
-        {{this->const_data(features), k}, {x_ + c, ld}, this->dropout(l), wanted ? this->sums(partial) : nullptr},
-        pixels, k);
-    if (wanted) finalise(partial, x_ + c, k, c);
+    const typename Base::Partials partial = this->partials(pixels, k);
+    this->sweep(launch_slice_in<T>,
+                {{this->const_data(features), k},
+                 {x_ + c, ld},
+                 this->dropout(l),
+                 wanted ? partial.of_chunk(0) : nullptr,
+                 {},
+                 nullptr},
+                pixels, k);
+    if (wanted) this->finalise_moments(partial, x_ + c, pixels, mean_ + c, var_ + c);
   }
 
   void transition(const at::Tensor& out) {

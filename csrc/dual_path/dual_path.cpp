@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+
 #include "common/checks.h"
 
 namespace fastdense {
@@ -90,6 +92,12 @@ bool DualPathArgs::any_batch_statistics() const {
   for (const DualPathBlockArgs& block : blocks)
     if (!block.norm_a.frozen() || !block.norm_b.frozen() || !block.norm_c.frozen()) return true;
   return projection && !norm_w.frozen();
+}
+
+int64_t DualPathArgs::lowest_block(const std::vector<bool>& needs) const {
+  const int64_t first = std::find(needs.begin(), needs.end(), true) - needs.begin();
+  const int64_t before = 1 + 5 * projection;  // the input, and the projection
+  return first < before ? 0 : std::min((first - before) / 15, num_blocks());
 }
 
 std::vector<int64_t> DualPathArgs::sizes(int64_t channels, bool of_input) const {

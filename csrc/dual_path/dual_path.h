@@ -66,6 +66,9 @@ struct DualPathArgs {
   int64_t a_pixels(int64_t i) const { return i == 0 ? in_pixels() : pixels(); }
   int64_t a_row(int64_t i) const { return i == 0 ? 0 : in_pixels() + (i - 1) * pixels(); }
   bool any_batch_statistics() const;
+  // Backward leaves out the blocks below the lowest one with a parameter or input that needs a gradient; `needs` is
+  // that of the input and of every weight.
+  int64_t lowest_block(const std::vector<bool>& needs) const;
   std::vector<int64_t> sizes(int64_t channels, bool of_input = false) const;
 };
 

@@ -2,22 +2,16 @@
 // Backward of the dual path stage on the CPU.  Blocks in reverse; `gradient_`, laid out as the output, holds the
 // gradient of the residual path, which every block corrects and adds to in place, and collects those of the dense
 // channels until their block takes them.
-#include <ATen/Dispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "common/row_gradients.h"
 #include "dual_path/dual_path_driver.h"
+#include "dual_path/dual_path_ops.h"
 
 namespace fastdense {
 namespace {
-
-// What the forward op returned.
-struct Saved {
-  const at::Tensor &input, &out, &residuals, &a, &b, &mean, &var;
-};
 
 template <typename T>
 class Backward : RowGradients<T> {
@@ -28,12 +22,13 @@ class Backward : RowGradients<T> {
   using typename Base::Sums;
 
  public:
-  Backward(const DualPathArgs& args, const Saved& saved, const std::vector<bool>& needs, at::TensorList weights)
+  Backward(const DualPathArgs& args, const DualPathSaved& saved, const std::vector<bool>& needs, at::TensorList weights)
       : Base(needs, weights, saved.out.options(),
              std::max({args.channels(), args.in_channels, args.width_a, args.width_b})),
         args_(args),
         saved_(saved),
         blocks_(args, *this, saved.out.scalar_type()),
+        lowest_block_(args.lowest_block(needs)),
         pixels_(args.pixels()),
         ld_(args.channels()),
         input_(to_channels_last(saved.input)),
@@ -53,9 +48,8 @@ class Backward : RowGradients<T> {
     gradient_ = empty_channels_last(args_.sizes(ld_), this->options());
     gradient_.copy_(grad_output);
     g_ = static_cast<T*>(gradient_.mutable_data_ptr());
-    const int64_t lowest = lowest_block();
-    for (int64_t i = args_.num_blocks() - 1; i >= lowest; --i) block(i);
-    if (lowest > 0) return this->grads();
+    for (int64_t i = args_.num_blocks() - 1; i >= lowest_block_; --i) block(i);
+    if (lowest_block_ > 0) return this->grads();
     if (args_.projection) projection();
     if (this->needs_input()) input();
     return this->grads();
@@ -63,15 +57,6 @@ class Backward : RowGradients<T> {
 
  private:
   bool is_reversible() const { return saved_.residuals.size(0) == 0 && args_.num_blocks() > 1; }
-
-  // Blocks below the lowest one with a parameter or input that needs a gradient are left out.
-  int64_t lowest_block() const {
-    const int64_t first = args_.projection ? 5 : 0;
-    if (this->needs_input() || this->needs_any(0, first)) return 0;
-    int64_t i = 0;
-    while (i < args_.num_blocks() && !this->needs_any(first + 15 * i, first + 15 * (i + 1))) ++i;
-    return i;
-  }
 
   // The residual path in front of block i; made again block by block in reversible mode.
   Columns<const T> residual_before(int64_t i) const {
@@ -267,8 +252,9 @@ class Backward : RowGradients<T> {
   }
 
   const DualPathArgs& args_;
-  const Saved& saved_;
+  const DualPathSaved& saved_;
   const DualPathBlocks<T> blocks_;
+  const int64_t lowest_block_;
   const int64_t pixels_, ld_;
   const at::Tensor input_;
   const T *const x_, *const out_;
@@ -279,34 +265,20 @@ class Backward : RowGradients<T> {
   Corrections corrections_, input_corrections_;
 };
 
-// Gradients of the input and of every weight, empty where `needs_grad` says that none is wanted.
-std::vector<at::Tensor> dual_path_stage_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
-                                                     const at::Tensor& out, const at::Tensor& residuals,
-                                                     const at::Tensor& a, const at::Tensor& b, const at::Tensor& mean,
-                                                     const at::Tensor& var, at::TensorList weights,
-                                                     at::ArrayRef<double> eps, int64_t num_blocks, bool projection,
-                                                     int64_t residual_channels, int64_t stride,
-                                                     c10::List<bool> needs_grad) {
-  const DualPathArgs args =
-      parse_dual_path(input.sizes(), input.options(), weights, eps, num_blocks, projection, residual_channels, stride);
-  check_at_least("_dual_path_stage_backward", "needs_grad", int64_t(needs_grad.size()), int64_t(weights.size()) + 1);
-  const std::vector<bool> needs(needs_grad.begin(), needs_grad.end());
-  if (args.pixels() == 0) {
-    std::vector<at::Tensor> zeros{empty_channels_last(input.sizes(), input.options()).zero_()};
-    for (size_t i = 0; i < weights.size(); ++i)
-      zeros.push_back(needs[i + 1] ? at::zeros_like(weights[i]) : at::empty({0}, input.options()));
-    return zeros;
+struct BackwardEngine {
+  using Guard = c10::Device;  // nothing to guard
+  template <typename T>
+  static std::vector<at::Tensor> backward(const DualPathArgs& args, const DualPathSaved& saved,
+                                          const at::Tensor& grad_output, const std::vector<bool>& needs,
+                                          at::TensorList weights) {
+    return Backward<T>(args, saved, needs, weights).run(grad_output);
   }
-  std::vector<at::Tensor> grads;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "_dual_path_stage_backward", [&] {
-    using T = typename Storage<scalar_t>::type;
-    grads = Backward<T>(args, {input, out, residuals, a, b, mean, var}, needs, weights).run(grad_output);
-  });
-  return grads;
-}
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("_dual_path_stage_backward", &dual_path_stage_backward_cpu); }
+TORCH_LIBRARY_IMPL(fastdense, CPU, m) {
+  m.impl("_dual_path_stage_backward", &dual_path_stage_backward<BackwardEngine>);
+}
 
 }  // namespace fastdense

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the dual path stage on the CPU.
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "dual_path/dual_path_driver.h"
+#include "dual_path/dual_path_ops.h"
 
 namespace fastdense {
 namespace {
@@ -147,24 +147,16 @@ class Forward : RowDriver<T> {
   at::Tensor one_a_;  // of one block at a time: [rows, ra]
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dual_path_stage_cpu(
-    const at::Tensor& input,  // [N, C_in, spatial]
-    at::TensorList weights, at::ArrayRef<double> eps, int64_t num_blocks, bool projection, int64_t residual_channels,
-    int64_t stride, std::string_view memory) {
-  check_floating("dual_path_stage", "input", input);
-  const DualPathArgs args =
-      parse_dual_path(input.sizes(), input.options(), weights, eps, num_blocks, projection, residual_channels, stride);
-  const DualPathKeep keep = parse_dual_path_memory(memory);
-  const DualPathOutputs o = allocate_dual_path(args, input.options(), keep);
-  if (args.pixels() > 0)
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "dual_path_stage", [&] {
-      Forward<typename Storage<scalar_t>::type>(args, keep, o, input.scalar_type()).run(input);
-    });
-  return {o.out, o.residuals, o.a, o.b, o.mean, o.var};
-}
+struct ForwardEngine {
+  using Guard = c10::Device;  // nothing to guard
+  template <typename T>
+  static void forward(const DualPathArgs& args, DualPathKeep keep, const at::Tensor& input, const DualPathOutputs& o) {
+    Forward<T>(args, keep, o, input.scalar_type()).run(input);
+  }
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("dual_path_stage", &dual_path_stage_cpu); }
+TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("dual_path_stage", &dual_path_stage<ForwardEngine>); }
 
 }  // namespace fastdense

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdense import _C
 
 _DEVICES = ("cpu", "meta")
-_CUDA_OPERATORS = ("dense_block",) if _C.build_info()["cuda"] else ()
+_CUDA_OPERATORS = ("dense_block", "dual_path_stage") if _C.build_info()["cuda"] else ()
 
 
 def devices(op: str) -> tuple[str, ...]:

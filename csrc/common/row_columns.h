@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the forward and backward kernels of the dense block share on the device; included by .cu files only.
+// What the forward and backward kernels of row_launch.h share on the device; included by .cu files only.
 #pragma once
 
 #include <type_traits>
 
 #include "common/column_sweep.h"
-#include "dense_block/dense_block_launch.h"
+#include "common/row_launch.h"
 
 namespace fastdense {
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward kernels of dense_block_launch.h.
+// Backward kernels of row_launch.h.
 #include "common/column_sweep.h"
-#include "dense_block/dense_block_columns.h"
-#include "dense_block/dense_block_launch.h"
+#include "common/row_columns.h"
+#include "common/row_launch.h"
 
 namespace fastdense {
 namespace {
@@ -140,11 +140,11 @@ class PooledRow {
     }
     const auto in = uint32_t(row - image_begin_);
     const auto size1 = uint32_t(g_.size[1]), size2 = uint32_t(g_.size[2]);
-    const uint32_t line = in / size2, i2 = (in - line * size2) / uint32_t(g_.window[2]);
-    const uint32_t plane = line / size1, i1 = (line - plane * size1) / uint32_t(g_.window[1]);
-    const uint32_t i0 = plane / uint32_t(g_.window[0]);
-    if (i0 >= g_.pooled(0) || i1 >= g_.pooled(1) || i2 >= g_.pooled(2)) return -1;
-    return pooled_begin_ + (int64_t(i0) * g_.pooled(1) + i1) * g_.pooled(2) + i2;
+    const uint32_t line = in / size2, plane = line / size1;
+    const int64_t i0 = window_of(0, plane), i1 = window_of(1, line - plane * size1),
+                  i2 = window_of(2, in - line * size2);
+    if (i0 < 0 || i1 < 0 || i2 < 0) return -1;
+    return pooled_begin_ + (i0 * g_.pooled(1) + i1) * g_.pooled(2) + i2;
   }
   template <typename A>
   __device__ A share() const {
@@ -152,6 +152,13 @@ class PooledRow {
   }
 
  private:
+  // Windows may be narrower than the strides between them, but do not overlap.
+  __device__ int64_t window_of(int d, uint32_t at) const {
+    const auto stride = uint32_t(g_.stride[d]);
+    const uint32_t i = at / stride;
+    return i < g_.pooled(d) && at - i * stride < g_.window[d] ? int64_t(i) : -1;
+  }
+
   const PoolGeometry& g_;
   const int64_t pixels_;
   int64_t image_begin_ = 0, image_end_ = 0, pooled_begin_ = 0;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA dense block with its kernels emulated, as ops of another namespace on CPU tensors.
+// The CUDA block ops with their kernels emulated, as ops of another namespace on CPU tensors.
 #include <torch/library.h>
 
 #include "dense_block/dense_block_cuda.h"
+#include "dual_path/dual_path_cuda.h"
 #include "emulation.h"
 #include "running_stats/running_stats_cuda.h"
 
@@ -11,7 +12,7 @@ namespace {
 
 CudaContext context{nullptr, 0, 0};
 
-struct EmulatedEngine {
+struct EmulatedDenseBlock {
   using Guard = c10::Device;  // nothing to guard
   template <typename T>
   static void forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
@@ -26,6 +27,20 @@ struct EmulatedEngine {
   }
 };
 
+struct EmulatedDualPath {
+  using Guard = c10::Device;  // nothing to guard
+  template <typename T>
+  static void forward(const DualPathArgs& args, DualPathKeep keep, const at::Tensor& input, const DualPathOutputs& o) {
+    dual_path_forward_cuda<T>(args, keep, input, o, context);
+  }
+  template <typename T>
+  static std::vector<at::Tensor> backward(const DualPathArgs& args, const DualPathSaved& saved,
+                                          const at::Tensor& grad_output, const std::vector<bool>& needs,
+                                          at::TensorList weights) {
+    return dual_path_backward_cuda<T>(args, saved, grad_output, needs, weights, context);
+  }
+};
+
 void update_running_stats(at::TensorList running_mean, at::TensorList running_var, at::TensorList batches,
                           const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef offsets,
                           at::ArrayRef<double> momentum, int64_t count) {
@@ -35,8 +50,10 @@ void update_running_stats(at::TensorList running_mean, at::TensorList running_va
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense_emulated, CPU, m) {
-  m.impl("dense_block", &dense_block<EmulatedEngine>);
-  m.impl("_dense_block_backward", &dense_block_backward<EmulatedEngine>);
+  m.impl("dense_block", &dense_block<EmulatedDenseBlock>);
+  m.impl("_dense_block_backward", &dense_block_backward<EmulatedDenseBlock>);
+  m.impl("dual_path_stage", &dual_path_stage<EmulatedDualPath>);
+  m.impl("_dual_path_stage_backward", &dual_path_stage_backward<EmulatedDualPath>);
   m.impl("update_running_stats_", &update_running_stats);
 }
 

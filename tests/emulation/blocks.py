@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the dense block operators on CPU tensors by the CUDA code, its kernels emulated."""
+"""Runs the block operators on CPU tensors by the CUDA code, its kernels emulated."""
 
 import contextlib
 import ctypes
@@ -7,15 +7,23 @@ import functools
 import warnings
 from collections.abc import Iterator
 
+import pytest
 import torch
 
 from tests.emulation.build import build_with_torch
 
-OPERATORS = ("dense_block", "_dense_block_backward", "update_running_stats_")
-FOLDER = "csrc/dense_block"
-SOURCES = [f"{FOLDER}/dense_block{part}" for part in (".cpp", "_forward_cuda.cpp", "_backward_cuda.cpp")]
-SOURCES += [f"{FOLDER}/dense_block{part}" for part in ("_kernels.cu", "_backward_kernels.cu")]
-SOURCES += ["csrc/running_stats/running_stats_kernels.cu", "tests/emulation/dense_block_entry.cpp"]
+OPERATORS = ("dense_block", "_dense_block_backward", "dual_path_stage", "_dual_path_stage_backward")
+OPERATORS += ("update_running_stats_",)
+SOURCES = [
+    f"csrc/{op}/{op}{part}"
+    for op in ("dense_block", "dual_path")
+    for part in (".cpp", "_forward_cuda.cpp", "_backward_cuda.cpp")
+]
+SOURCES += ["csrc/common/row_forward_kernels.cu", "csrc/common/row_backward_kernels.cu"]
+SOURCES += ["csrc/running_stats/running_stats_kernels.cu", "tests/emulation/blocks_entry.cpp"]
+
+# Of a fixture that says where a test's tensors live, entered by on_device().
+DEVICES = ["cpu", "emulated", "emulated-backwards", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @functools.cache
@@ -57,3 +65,15 @@ def emulated_kernels(backwards: bool, scratch_bytes: int, blocks: int) -> Iterat
         replacement._destroy()
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def on_device(name: str, scratch_bytes: int) -> Iterator[str]:
+    """The device of one of DEVICES; by the order of threads, the rows of a sweep are shared among many blocks, or among
+    few with many rows a thread."""
+    if not name.startswith("emulated"):
+        yield name
+        return
+    backwards = name == "emulated-backwards"
+    with emulated_kernels(backwards, scratch_bytes, 3 if backwards else 1000):
+        yield "cpu"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernels of the dense block: everything but the products and the convolutions, which are the library's.  No torch
-// header.  Rows are pixels, channels are innermost; T is the storage type, A = accumulate_t<T> that of arithmetic.
+// CUDA kernels over pixel rows that several ops are built of: everything but the products and the convolutions, which
+// are the library's.  No torch header.  Rows are pixels, channels are innermost; T is the storage type,
+// A = accumulate_t<T> that of arithmetic.
 //
 // All but the smallest are sweeps over a matrix: a thread owns a few neighbouring channels, keeps what belongs to them
 // in registers, and walks down rows; lanes of a block beside each other in the rows join their sums in shared memory,
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/batch_norm_math.h"
 #include "common/launch.h"
@@ -22,6 +24,13 @@ template <typename T>
 struct Matrix {
   T* data;
   int64_t ld;  // elements from row to row
+  template <typename C>
+    requires(!std::is_same_v<C, T> && std::is_same_v<C, const T>)
+  operator Matrix<C>() const {
+    return {data, ld};
+  }
+  Matrix from_row(int64_t row) const { return {data + row * ld, ld}; }
+  Matrix from_column(int64_t column) const { return {data + column, ld}; }
 };
 
 // A batch norm with the statistics that it normalises with.
@@ -30,6 +39,9 @@ struct NormParams {
   const A *weight, *bias;  // or nullptr: 1 and 0
   const A *mean, *var;
   A eps;
+  NormParams from_channel(int64_t channel) const {
+    return {weight ? weight + channel : nullptr, bias ? bias + channel : nullptr, mean + channel, var + channel, eps};
+  }
   FASTDENSE_HD NormCoefficients<A> operator()(int64_t channel) const {
     return norm_coefficients(weight ? weight[channel] : A(1), bias ? bias[channel] : A(0), mean[channel], var[channel],
                              eps);
@@ -40,7 +52,7 @@ struct NormParams {
 // are to be added up.
 inline int64_t sweep_splits(int64_t rows, int64_t columns, int64_t blocks) {
   constexpr int64_t kBlockColumns = 256, kLeastRows = 32;
-  const int64_t across = (columns + kBlockColumns - 1) / kBlockColumns;
+  const int64_t across = std::max<int64_t>(1, (columns + kBlockColumns - 1) / kBlockColumns);
   const int64_t most = std::max<int64_t>(1, blocks / across);
   return std::max<int64_t>(1, std::min(most, (rows + kLeastRows - 1) / kLeastRows));
 }
@@ -87,24 +99,28 @@ struct MomentsParams {
 template <typename T>
 cudaError_t launch_moments(const MomentsParams<T>&, int64_t rows, int64_t columns, int64_t splits, cudaStream_t);
 
-// The new features of a layer become a slice of the buffer: x = dropout(features), and x's moments unless `partial` is
-// nullptr.
+// New features become a slice of a buffer, or are added to what stands in `add`: x = dropout(features) (+ add), and x's
+// moments relative to `pivot` unless `partial` is nullptr.  `add` may be x.
 template <typename T>
 struct SliceInParams {
   Matrix<const T> features;
   Matrix<T> x;
   DropoutParams dropout;
   accumulate_t<T>* partial;
+  Matrix<const T> add;  // data is nullptr where there is nothing to add
+  const T* pivot;       // [columns], or nullptr: x's first row, where `add` is not x
 };
 template <typename T>
 cudaError_t launch_slice_in(const SliceInParams<T>&, int64_t rows, int64_t columns, int64_t splits, cudaStream_t);
 
-// mean, var [columns] of x from what launch_moments or launch_slice_in made of it.
+// mean, var [columns] of x from what launch_moments or launch_slice_in made of it in chunks of rows, each shared among
+// `splits` blocks.
 template <typename T>
 struct FinaliseMomentsParams {
-  const accumulate_t<T>* partial;
-  const T* x;  // its first row
+  const accumulate_t<T>* partial;  // [chunks * splits][2][columns]
+  const T* pivot;                  // what the moments are relative to, as x's first row
   accumulate_t<T>*mean, *var;
+  int64_t chunk;  // rows of a chunk
 };
 template <typename T>
 cudaError_t launch_finalise_moments(const FinaliseMomentsParams<T>&, int64_t rows, int64_t columns, int64_t splits,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a GPU can show of the dense block: streams, graphs, synchronisation, agreement with the CPU."""
+"""What only a GPU can show of the block operators: streams, graphs, synchronisation, agreement with the CPU."""
 
 import contextlib
 import copy
@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 import fastdense
-from tests.test_dense_block import Block, Case, relative
+from tests.random_block import RandomBlock, relative
+from tests.test_dense_block import Block, Case
+from tests.test_dual_path import Stage, StageCase
 
 pytestmark = pytest.mark.gpu
 
-CASE = Case(batch=4, in_channels=24, growth_rate=12, width=48, size=(14, 14), tail="transition", device="cuda")
+DENSE = Case(batch=4, in_channels=24, growth_rate=12, width=48, size=(14, 14), tail="transition", device="cuda")
+DROPPING = replace(DENSE, drop_rate=0.2)
+DUAL = StageCase(
+    batch=4, residual_channels=32, growth_rate=8, first_dense=16, in_channels=24, width=32, width_behind=32, groups=8,
+    size=(14, 14), stride=2, device="cuda",
+)  # fmt: skip
+CASES = pytest.mark.parametrize("case", [DROPPING, DUAL], ids=["dense_block", "dual_path_stage"])
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +48,11 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def results(block: Block) -> dict[str, Tensor]:
+def make(case: Case | StageCase, **changes: object) -> RandomBlock:
+    return (Block if isinstance(case, Case) else Stage)(replace(case, **changes))
+
+
+def results(block: RandomBlock) -> dict[str, Tensor]:
     out, statistics = block.run()
     grads = block.gradients(out, torch.ones_like(out))
     return {"out": out.detach(), "mean": statistics.mean, "var": statistics.var} | grads
@@ -51,10 +63,9 @@ def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
-def test_cpu_and_gpu_agree(dtype, drop_rate):
-    case = replace(CASE, dtype=dtype, drop_rate=drop_rate)
-    actual, expected = results(Block(case)), results(Block(replace(case, device="cpu")))
+@pytest.mark.parametrize("case", [DENSE, DROPPING, DUAL], ids=["dense_block", "dropout", "dual_path_stage"])
+def test_cpu_and_gpu_agree(case, dtype):
+    actual, expected = results(make(case, dtype=dtype)), results(make(case, dtype=dtype, device="cpu"))
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     for name in expected:
         assert relative(actual[name].cpu(), expected[name]) < tolerance, name
@@ -62,22 +73,25 @@ def test_cpu_and_gpu_agree(dtype, drop_rate):
 
 @pytest.mark.parametrize("memory", ["balanced", "min"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_reruns_are_bit_identical(dtype, memory):
-    block = Block(replace(CASE, dtype=dtype, memory=memory, drop_rate=0.2))
+@CASES
+def test_reruns_are_bit_identical(case, dtype, memory):
+    block = make(case, dtype=dtype, memory=memory)
     first = results(block)
     assert all(same_bits(results(block), first) for _ in range(3))
 
 
-def test_nothing_waits_for_the_device():
-    block = Block(replace(CASE, dtype=torch.float32, drop_rate=0.2))
+@CASES
+def test_nothing_waits_for_the_device(case):
+    block = make(case, dtype=torch.float32)
     results(block)
     with no_synchronisation():
         results(block)
 
 
-def test_any_stream_of_any_device():
+@CASES
+def test_any_stream_of_any_device(case):
     last = f"cuda:{torch.cuda.device_count() - 1}"
-    block = Block(replace(CASE, dtype=torch.float32, device=last))
+    block = make(case, dtype=torch.float32, device=last)
     expected = results(block)
     stream = torch.cuda.Stream(last)
     stream.wait_stream(torch.cuda.current_stream(last))
@@ -88,8 +102,9 @@ def test_any_stream_of_any_device():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_captured_graph_replays_the_same_bits(dtype):
-    block = Block(replace(CASE, dtype=dtype, drop_rate=0.2))
+@CASES
+def test_a_captured_graph_replays_the_same_bits(case, dtype):
+    block = make(case, dtype=dtype)
     expected = results(block)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

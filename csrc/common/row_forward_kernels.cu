@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward kernels of dense_block_launch.h: activations, statistics, slices, packed weights.
+// Forward kernels of row_launch.h: activations, statistics, slices, packed weights.
 #include <type_traits>
 
 #include "common/column_sweep.h"
-#include "dense_block/dense_block_columns.h"
-#include "dense_block/dense_block_launch.h"
+#include "common/row_columns.h"
+#include "common/row_launch.h"
 
 namespace fastdense {
 namespace {
@@ -140,7 +140,7 @@ class SliceIn : public Columns<SliceInParams<T>, V> {
   using typename Base::Params;
   static constexpr int kTileRows = 2;
   using State = ColumnMoments<A, V>;
-  __device__ SliceIn(const Params& p, int64_t first, int count) : Base(p, first, count), moments_(stored(0)) {}
+  __device__ SliceIn(const Params& p, int64_t first, int count) : Base(p, first, count), moments_(pivot()) {}
 
   template <int kRows>
   __device__ void tile(int64_t row, int64_t step) {
@@ -158,8 +158,13 @@ class SliceIn : public Columns<SliceInParams<T>, V> {
   __device__ Vector<T, V> stored(int64_t row) const {
     Vector<T, V> x = this->read_row(p_.features, row);
     apply_dropout(p_.dropout, row * p_.features.ld + first_, x);
+    if (!p_.add.data) return x;
+    const Vector<T, V> add = this->read_row(p_.add, row);
+#pragma unroll
+    for (int i = 0; i < V; ++i) x.v[i] = store<T>(A(load(add.v[i])) + A(load(x.v[i])));
     return x;
   }
+  __device__ Vector<T, V> pivot() const { return p_.pivot ? read<V>(p_.pivot + first_, this->count_) : stored(0); }
 
   ShiftedMoments<T, V> moments_;
 };
@@ -171,10 +176,11 @@ __global__ void __launch_bounds__(FinaliseShape::kMostThreads)
   using A = accumulate_t<T>;
   FASTDENSE_SHARED(shared);
   const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t rows_per_split = (rows + splits - 1) / splits;
+  const int64_t all_splits = (rows + p.chunk - 1) / p.chunk * splits;
   const auto each_split = [&](const auto& body) {
-    for (int64_t s = threadIdx.y; s < splits && column < columns; s += blockDim.y) {
-      const int64_t left = rows - s * rows_per_split;
+    for (int64_t s = threadIdx.y; s < all_splits && column < columns; s += blockDim.y) {
+      const int64_t begin = s / splits * p.chunk, chunk = rows - begin < p.chunk ? rows - begin : p.chunk;
+      const int64_t rows_per_split = (chunk + splits - 1) / splits, left = chunk - s % splits * rows_per_split;
       const double count = double(left < rows_per_split ? (left > 0 ? left : 0) : rows_per_split);
       body(count, double(p.partial[2 * s * columns + column]), double(p.partial[(2 * s + 1) * columns + column]));
     }
@@ -193,7 +199,7 @@ __global__ void __launch_bounds__(FinaliseShape::kMostThreads)
   });
   join_lanes<double>(sums, shared);
   if (threadIdx.y > 0 || column >= columns) return;
-  p.mean[column] = A(double(load(p.x[column])) + centre);
+  p.mean[column] = A(double(load(p.pivot[column])) + centre);
   p.var[column] = A(sums.second(0) / double(rows));
 }
 
@@ -231,14 +237,15 @@ cudaError_t launch_moments(const MomentsParams<T>& p, int64_t rows, int64_t colu
 template <typename T>
 cudaError_t launch_slice_in(const SliceInParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
                             cudaStream_t stream) {
-  return launch_sweep<SliceIn, T>(p, address_bits(p.features) | address_bits(p.x), rows, columns, splits, stream);
+  const uintptr_t bits = address_bits(p.features) | address_bits(p.x) | address_bits(p.add) | address_bits(p.pivot, 0);
+  return launch_sweep<SliceIn, T>(p, bits, rows, columns, splits, stream);
 }
 
 template <typename T>
 cudaError_t launch_finalise_moments(const FinaliseMomentsParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
                                     cudaStream_t stream) {
   if (rows == 0 || columns == 0) return cudaSuccess;
-  const FinaliseShape shape(columns, splits);
+  const FinaliseShape shape(columns, (rows + p.chunk - 1) / p.chunk * splits);
   FASTDENSE_LAUNCH(finalise_moments_kernel, shape.grid, shape.block, shape.shared_bytes, stream, p, rows, columns,
                    splits);
   return cudaGetLastError();

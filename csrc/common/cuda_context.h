@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// The current stream and device as CudaRows wants to know them.
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "common/row_cuda.h"
+
+namespace fastdense {
+
+// A third of the L2 cache; a small cache is not worth the many launches of small chunks.  Eight blocks an SM fill it.
+inline CudaContext current_context() {
+  constexpr int64_t kLeastScratch = int64_t(16) << 20;
+  int device = 0, l2 = 0, multiprocessors = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return {c10::cuda::getCurrentCUDAStream(), std::max(kLeastScratch, int64_t(l2) / 3), 8 * int64_t(multiprocessors)};
+}
+
+}  // namespace fastdense

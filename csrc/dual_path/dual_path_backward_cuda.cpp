@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of the dual path stage on a CUDA device.  Blocks in reverse; `gradient_`, laid out as the output, holds the
+// gradient of the residual path, which every block corrects and adds to in place, and collects those of the dense
+// channels until their block takes them.
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/zeros.h>
+
+#include "common/row_cuda_gradients.h"
+#include "dual_path/dual_path_cuda.h"
+
+namespace fastdense {
+namespace {
+
+template <typename T>
+class Backward : CudaStage<T> {
+  using Base = CudaStage<T>;
+  using Base::args, Base::cuda, Base::ld, Base::pixels, Base::r;
+  using typename Base::A;
+  using Gradients = CudaRowGradients<T>;
+  using Segment = typename Gradients::Segment;
+
+ public:
+  Backward(const DualPathArgs& args, const DualPathSaved& saved, const std::vector<bool>& needs, at::TensorList weights,
+           const CudaContext& cuda)
+      : Base(args, saved.out.options(), cuda),
+        saved_(saved),
+        lowest_block_(args.lowest_block(needs)),
+        grads_(*this, needs, weights),
+        input_(to_channels_last(saved.input)),
+        x_(this->const_data(input_)),
+        out_(this->const_data(saved.out)),
+        mean_(saved.mean.const_data_ptr<A>()),
+        var_(saved.var.const_data_ptr<A>()),
+        channels_(args.num_blocks() * r + args.dense(args.num_blocks())) {
+    if (saved.a.size(0) == 0) a_again_ = at::empty({std::max(args.in_pixels(), pixels), args.width_a}, this->options);
+    if (is_reversible()) residual_ = this->rows_of(saved.out).narrow(1, 0, r).clone(at::MemoryFormat::Contiguous);
+  }
+
+  std::vector<at::Tensor> run(const at::Tensor& grad_output) {
+    this->pack_weights(lowest_block_);
+    const at::Tensor gradient = empty_channels_last(args.sizes(ld), this->options);
+    gradient.copy_(grad_output);
+    gradient_ = this->rows_of(gradient);
+    g_ = this->data(gradient);
+    corrections_ = at::zeros({2, channels_ + args.in_channels}, this->options.dtype(at::kDouble));
+    for (int64_t i = args.num_blocks() - 1; i >= lowest_block_; --i) block(i);
+    if (lowest_block_ > 0) return grads_.all();
+    if (args.projection) projection();
+    if (grads_.needs_input()) input();
+    return grads_.all();
+  }
+
+ private:
+  bool is_reversible() const { return saved_.residuals.size(0) == 0 && args.num_blocks() > 1; }
+
+  // Every block's corrections of the residual path have a place of their own, so that none is to be cleared; those of
+  // the first block and of the dense channels lie as they do in an input without a projection.
+  CudaCorrections corrections(int64_t at) const {
+    double* shift_sum = corrections_.template mutable_data_ptr<double>() + at;
+    return {shift_sum, shift_sum + corrections_.size(1)};
+  }
+  CudaCorrections residual_corrections(int64_t i) const { return corrections((args.num_blocks() - 1 - i) * r); }
+  CudaCorrections dense_corrections(int64_t channel) const { return corrections(args.num_blocks() * r + channel); }
+  CudaCorrections input_corrections() const {
+    return args.projection ? corrections(channels_) : residual_corrections(0);
+  }
+
+  // The residual path in front of block i; made again block by block in reversible mode.
+  Matrix<const T> residual_before(int64_t i) const {
+    if (i == 0) return {x_, args.in_channels};
+    return {this->const_data(is_reversible() ? residual_ : saved_.residuals[i - 1]), r};
+  }
+
+  NormParams<A> norm_of(const NormArgs& norm, int64_t at) { return this->norm_params(norm, mean_ + at, var_ + at); }
+
+  // to = `columns` columns of the gradient with their corrections; the same matrix, or another.
+  void corrected(const Matrix<const T>& gradient, const Matrix<const T>& x, const Matrix<T>& to, const A* mean,
+                 const CudaCorrections& c, int64_t rows, int64_t columns) const {
+    this->sweep(launch_slice_gradient<T>, {gradient, x, to, mean, c.shift_sum, c.slope_sum, {}}, rows, columns);
+  }
+
+  void block(int64_t i) {
+    const DualPathBlockArgs& block = args.blocks[size_t(i)];
+    const NormParams<A> norm_a = norm_of(block.norm_a, block.stats_a), norm_b = norm_of(block.norm_b, block.stats_b);
+    const at::Tensor a = bottleneck_a(i, norm_a), da = this->rows_of(conv_b_backward(i, a, norm_b));
+    grads_.norm_backward(block.norm_b, norm_b, {this->data(da), args.width_a}, {this->const_data(a), args.width_a},
+                         args.a_pixels(i), args.width_a);
+    grads_.product_backward(block.conv_a, this->conv_a(i), block.norm_a, norm_a, da, segments(i));
+  }
+
+  // The kept output of conv_a, or the same made again.
+  at::Tensor bottleneck_a(int64_t i, const NormParams<A>& norm) const {
+    if (saved_.a.size(0) > 0) return saved_.a.narrow(0, args.a_row(i), args.a_pixels(i));
+    const at::Tensor a = a_again_.narrow(0, 0, args.a_pixels(i));
+    this->make_a(i, this->sources(i, residual_before(i), out_), norm, a);
+    return a;
+  }
+
+  // conv_c, norm_c and conv_b; returns the gradient of conv_b's input [N, ra, spatial].
+  at::Tensor conv_b_backward(int64_t i, const at::Tensor& a, const NormParams<A>& norm_b) {
+    const DualPathBlockArgs& block = args.blocks[size_t(i)];
+    const NormParams<A> norm_c = norm_of(block.norm_c, block.stats_c);
+    const at::Tensor u = this->activated_image(i, a, norm_b);
+    const at::Tensor b = saved_.b.size(0) > 0 ? saved_.b.narrow(0, i * pixels, pixels)
+                                              : this->rows_of(to_channels_last(this->convolution(i, u)));
+    const at::Tensor dv = empty_channels_last(this->image_sizes(args.width_b, false), this->options);
+    const Matrix<const T> from{this->const_data(b), args.width_b};
+    merge_backward(i, from, norm_c, this->rows_of(dv));
+    grads_.norm_backward(block.norm_c, norm_c, {this->data(dv), args.width_b}, from, pixels, args.width_b);
+    const bool needed = grads_.needs(block.conv_b.at);
+    const auto [du, dweight, none] = at::convolution_backward(dv, u, this->conv_b(i), at::OptionalIntArrayRef(),
+                                                              this->stride(i), this->half_kernel(), this->ones(), false,
+                                                              this->zeros(), args.groups, {true, needed, false});
+    if (needed) grads_.set(block.conv_b.at, dweight);
+    return to_channels_last(du);
+  }
+
+  // conv_c, chunk by chunk: dv = gradient of relu(norm_c(b)).  In reversible mode the residual path steps back.
+  void merge_backward(int64_t i, const Matrix<const T>& b, const NormParams<A>& norm, const at::Tensor& dv) {
+    const ConvArgs& conv = args.blocks[size_t(i)].conv_c;
+    const int64_t n = args.width_b, step = this->chunk_rows(pixels, n + r + args.growth);
+    const bool needed = grads_.needs(conv.at), reverses = is_reversible() && i > 0;
+    const at::Tensor y = this->scratch(std::min(step, pixels), n);
+    at::Tensor dweight;
+    this->for_each_chunk(pixels, step, [&](int64_t row, int64_t count, int64_t) {
+      const at::Tensor dz = merge_gradient(i, row, count), right = y.narrow(0, 0, count);
+      at::Tensor to = dv.narrow(0, row, count);
+      at::mm_out(to, dz, this->conv_c(i));
+      if (needed || reverses) this->sweep(launch_activate<T>, {b.from_row(row), this->matrix(y), norm, true}, count, n);
+      if (needed) grads_.add(dweight, grads_.over_pixels(dz, right));
+      if (!reverses) return;
+      at::Tensor residual = residual_.narrow(0, row, count);
+      at::addmm_out(residual, residual, right, this->conv_c(i).narrow(0, 0, r).t(), 1, -1);
+    });
+    if (needed) grads_.set(conv.at, dweight);
+  }
+
+  // Gradient [rows, R + K] of what block i merges: of the residual path behind it, and of its dense channels.  Behind
+  // the last block nothing in this stage has read them.
+  at::Tensor merge_gradient(int64_t i, int64_t row, int64_t rows) const {
+    const int64_t dense = args.dense(i), first = r + dense;
+    if (i < args.num_blocks() - 1) {
+      const A* mean = mean_ + args.blocks[size_t(i) + 1].stats_a;
+      const Matrix<T> g = Matrix<T>{g_, ld}.from_row(row);
+      corrected(g, residual_before(i + 1).from_row(row), g, mean, residual_corrections(i + 1), rows, r);
+      const Matrix<T> slot = g.from_column(first);
+      corrected(slot, {out_ + row * ld + first, ld}, slot, mean + first, dense_corrections(dense), rows, args.growth);
+    }
+    const at::Tensor g = gradient_.narrow(0, row, rows);
+    return at::cat({g.narrow(1, 0, r), g.narrow(1, first, args.growth)}, 1);
+  }
+
+  // What conv_a reads, and where its gradient goes.
+  std::vector<Segment> segments(int64_t i) {
+    if (i == 0 && args.projection) {
+      input_gradient_ = empty_channels_last(args.sizes(args.in_channels, true), this->options);
+      return {input_segment(false)};
+    }
+    std::vector<Segment> segments;
+    for (const typename Base::Source& s : this->sources(i, residual_before(i), out_))
+      segments.push_back(
+          {s.x, {g_ + s.first, ld}, s.first, s.columns, s.first == 0 ? residual_corrections(i) : dense_corrections(0)});
+    return segments;
+  }
+  Segment input_segment(bool add) const {
+    return {{x_, args.in_channels},
+            {this->data(input_gradient_), args.in_channels},
+            0,
+            args.in_channels,
+            input_corrections(),
+            add};
+  }
+
+  // The split.
+  void projection() {
+    // The dense channels were read by all blocks but the first.
+    const Matrix<T> dense{g_ + r, ld};
+    if (args.num_blocks() > 1)
+      corrected(dense, {out_ + r, ld}, dense, mean_ + args.blocks.back().stats_a + r, dense_corrections(0), pixels,
+                args.first_dense);
+    grads_.pooled_product_backward(args.conv_w, this->conv_w(), args.norm_w, norm_of(args.norm_w, args.stats_w),
+                                   args.sampled, args.batch, gradient_.narrow(1, 0, r + args.first_dense),
+                                   input_segment(true));
+  }
+
+  void input() {
+    const int64_t n = args.in_channels;
+    // In place where the gradient has a tensor of its own.
+    const at::Tensor to = args.projection ? input_gradient_ : empty_channels_last(args.sizes(n, true), this->options);
+    const Matrix<T> to_rows{this->data(to), n}, from = args.projection ? to_rows : Matrix<T>{g_, ld};
+    corrected(from, {x_, n}, to_rows, mean_ + args.blocks[0].stats_a, input_corrections(), args.in_pixels(), n);
+    grads_.set_input(to);
+  }
+
+  const DualPathSaved& saved_;
+  const int64_t lowest_block_;
+  Gradients grads_;
+  const at::Tensor input_;
+  const T *const x_, *const out_;
+  const A *const mean_, *const var_;
+  const int64_t channels_;                // with corrections, those of a projection's input apart
+  at::Tensor gradient_, input_gradient_;  // [pixels, C], [N, C_in, spatial]
+  at::Tensor corrections_;
+  at::Tensor a_again_, residual_;  // of one block at a time: [rows, ra], [pixels, R]
+  T* g_ = nullptr;
+};
+
+}  // namespace
+
+template <typename T>
+std::vector<at::Tensor> dual_path_backward_cuda(const DualPathArgs& args, const DualPathSaved& saved,
+                                                const at::Tensor& grad_output, const std::vector<bool>& needs,
+                                                at::TensorList weights, const CudaContext& cuda) {
+  return Backward<T>(args, saved, needs, weights, cuda).run(grad_output);
+}
+
+#define FASTDENSE_BACKWARD(T)                                                                              \
+  template std::vector<at::Tensor> dual_path_backward_cuda<T>(const DualPathArgs&, const DualPathSaved&,   \
+                                                              const at::Tensor&, const std::vector<bool>&, \
+                                                              at::TensorList, const CudaContext&);
+FASTDENSE_BACKWARD(float)
+FASTDENSE_BACKWARD(double)
+FASTDENSE_BACKWARD(bfloat16)
+FASTDENSE_BACKWARD(half)
+#undef FASTDENSE_BACKWARD
+
+}  // namespace fastdense

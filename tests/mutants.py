@@ -3,8 +3,8 @@
 """Plants mistakes in the native code, one at a time, and checks that the tests notice each.
 
 Run ``make mutants`` (a quarter of an hour): every mistake is built in a copy of the tree and must make
-``tests/test_dense_block.py`` or ``tests/test_dual_path.py`` fail; those in CUDA code with the emulated kernels. Arguments choose mistakes by a part
-of the file's name.
+``tests/test_dense_block.py`` or ``tests/test_dual_path.py`` fail; those in CUDA code with the emulated kernels.
+Arguments choose mistakes by a part of the file's name.
 """
 
 import os
@@ -30,7 +30,7 @@ MUTANTS = [
     ("common/row_sweeps.h", "mul_add(scale[i], gradient, A(load(g[i])))", "mul_add(A(1), gradient, A(load(g[i])))"),
     ("common/row_sweeps.h", "weighted[i] += gradient * (value - mean[i])", "weighted[i] += gradient * value"),
     ("dense_block/dense_block_kernels_impl.h", "g, p, begin, end,", "g, p, begin + 1, end,"),
-    ("dense_block/dense_block_kernels_impl.h", "g, p, 0, g.size[0],", "g, p, 0, g.size[0] - 1,"),
+    ("common/conv_taps.h", "g, p, 0, g.size[0],", "g, p, 0, g.size[0] - 1,"),
     ("common/row_sweeps.h", "A gradient = dy[i] * share;", "A gradient = dy[i];"),
     ("dense_block/dense_block_kernels_impl.h", "apply_dropout(dropout, row, rows, n, d);", ""),
     ("common/row_gradients.h", "if (norm.frozen()) return;", ""),
@@ -40,6 +40,12 @@ MUTANTS = [
     ("common/gemm_amx.h", "w[p + 1] = _mm512_unpackhi_epi32(v[p], v[p + 1]);", "w[p + 1] = _mm512_unpackhi_epi32(v[p + 1], v[p]);"),
     ("common/gemm_amx.h", "i < round_up(depth, kAlign) / 2 * kPanel", "i < 0"),
     ("common/gemm.h", "i < columns ? value(r, i) : A(0)", "value(r, 0)"),
+    ("dual_path/dual_path_cpu.cpp", "mean_ + block.stats_c, var_ + block.stats_c, args_.width_b", "mean_ + block.stats_b, var_ + block.stats_b, args_.width_b"),
+    ("dual_path/dual_path_backward_cpu.cpp", "args_.residual, residual_before(i + 1), mean, true, room[0]", "args_.residual, residual_before(i + 1), mean, false, room[0]"),
+    ("dual_path/dual_path_backward_cpu.cpp", "this->pack_backward(block.conv_a.weight, s.first, s.n)", "this->pack_backward(block.conv_a.weight, 0, s.n)"),
+    ("dual_path/dual_path_backward_cpu.cpp", "args_.residual).neg();", "args_.residual);"),
+    ("common/row_sweeps.h", "store<T>(A(load(add[j])) + from[j])", "store<T>(from[j])"),
+    ("common/row_kernels.h", "i1 * g.stride[1]", "i1"),
 ]  # fmt: skip
 
 CUDA_MUTANTS = [
@@ -55,7 +61,7 @@ CUDA_MUTANTS = [
     ("common/row_columns.h", "if (i == 0 || at % 4 == 0)", "if (i == 0)"),
     ("common/row_columns.h", "at & 2 ? high : low", "low"),
     ("common/row_forward_kernels.cu", "+ count * (mean - centre) * (mean - centre)", ""),
-    ("common/row_forward_kernels.cu", "double(load(p.x[column])) + centre", "centre"),
+    ("common/row_forward_kernels.cu", "double(load(p.pivot[column])) + centre", "centre"),
     ("common/row_forward_kernels.cu", "(left > 0 ? left : 0) : rows_per_split", "rows_per_split : rows_per_split"),
     ("common/row_forward_kernels.cu", "__syncthreads();\n  const double centre = *total;", "const double centre = *total;"),
     ("common/row_forward_kernels.cu", "__syncthreads();\n  sums = {};", "sums = {};"),
@@ -65,10 +71,10 @@ CUDA_MUTANTS = [
     ("common/row_backward_kernels.cu", "A gradient = load(dy) * share_;", "A gradient = load(dy);"),
     ("common/row_backward_kernels.cu", "return -1;", "return pooled_begin_;"),
     ("common/row_backward_kernels.cu", "dy = store<T>(norm_relu(x, norm_.scale[i], norm_.shift[i]));", ""),
-    ("dense_block/dense_block_backward_cuda.cpp", "2 * chunk * splits * c)", "0)"),
-    ("dense_block/dense_block_backward_cuda.cpp", "layer.norm2.frozen() ? A(0) : A(1.0 / double(pixels))", "A(1.0 / double(pixels))"),
-    ("dense_block/dense_block_backward_cuda.cpp", "deferred && !args_of.frozen()", "deferred"),
-    ("dense_block/dense_block_cuda.h", "source.stride(0), source.stride(1)", "source.stride(1), source.stride(0)"),
+    ("common/row_cuda_gradients.h", "partial.of_chunk(chunk)", "partial.of_chunk(0)"),
+    ("common/row_cuda_gradients.h", "args.frozen() ? A(0) : A(1.0 / double(rows))", "A(1.0 / double(rows))"),
+    ("common/row_cuda_gradients.h", "args.frozen() ? CudaCorrections{} : corrections", "corrections"),
+    ("common/row_cuda.h", "source.stride(0), source.stride(1)", "source.stride(1), source.stride(0)"),
     ("common/row_backward_kernels.cu", "at - i * stride < g_.window[d]", "true"),
     ("common/row_forward_kernels.cu", "if (!p_.add.data) return x;", "return x;"),
     ("common/row_forward_kernels.cu", "p_.pivot ? read", "false ? read"),

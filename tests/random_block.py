@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random parameters of a block operator, and its comparison with the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -110,3 +110,45 @@ def low_precision_errors(make: Callable[[Any], RandomBlock], case: Any) -> tuple
         return [relative(out.double(), truth)] + [relative(got[n].double(), wanted[n]) for n in wanted]
 
     return errors(low.run), errors(low.expected)
+
+
+def check_bit_identical(block: RandomBlock, modes: Sequence[str]) -> None:
+    """Every memory mode, and every rerun, gives the same bits."""
+    results = [block.run(memory) for memory in modes]
+    grad = torch.ones_like(results[0][0])
+    gradients = [block.gradients(out, grad) for out, _ in results]
+    for (out, statistics), grads in zip(results[1:], gradients[1:], strict=True):
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(statistics.var, results[0][1].var)
+        assert all(torch.equal(grads[name], gradients[0][name]) for name in grads)
+
+
+def check_one_gradient(block: RandomBlock, part: str, memory: str = "balanced") -> None:
+    """Where the input or one parameter alone needs a gradient, that one is right."""
+    expected, _ = block.expected()
+    grad = block.normal(*expected.shape)
+    wanted = block.gradients(expected, grad)[part]
+    for name, tensor in zip(["input", *block.names], [block.input, *block.parameters], strict=True):
+        tensor.requires_grad_(name == part)
+    leaf = block.input if part == "input" else block.parameters[block.names.index(part)]
+    out, _ = block.run(memory)
+    (actual,) = torch.autograd.grad(out, [leaf], grad)
+    assert relative(actual, wanted) < 1e-12
+
+
+def check_any_output_gradient(block: RandomBlock) -> None:
+    """Expanded and strided output gradients are left alone, and a graph may be gone through twice."""
+    out, _ = block.run()
+    expected, _ = block.expected()
+    for grad in (
+        torch.ones((), dtype=out.dtype, device=out.device).expand_as(out),
+        block.normal(*out.shape, 2)[..., 0],
+    ):
+        before = grad.clone()
+        actual = block.gradients(out, grad, retain_graph=True)
+        wanted = block.gradients(expected, grad, retain_graph=True)
+        again = block.gradients(out, grad, retain_graph=True)
+        assert torch.equal(grad, before)
+        for name in wanted:
+            assert relative(actual[name], wanted[name]) < 1e-12
+            assert torch.equal(actual[name], again[name])

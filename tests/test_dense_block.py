@@ -11,7 +11,15 @@ from torch import Tensor
 from fastdense import reference
 from fastdense.ops import LayerWeights, TailWeights, dense_block, update_running_stats_
 from tests.emulation.blocks import DEVICES, emulated_kernels, on_device
-from tests.random_block import RandomBlock, check, low_precision_errors, relative
+from tests.random_block import (
+    RandomBlock,
+    check,
+    check_any_output_gradient,
+    check_bit_identical,
+    check_one_gradient,
+    low_precision_errors,
+    relative,
+)
 from tests.simd import LEVELS, available_levels, simd_level
 
 # Small enough for several chunks of pixels in most cases.
@@ -197,13 +205,7 @@ def test_dropout_in_low_precision(device, dtype):
 
 def test_memory_modes_are_bit_identical(device):
     block = Block(Case(dtype=torch.float32, tail="transition", size=(24, 24), drop_rate=0.2, device=device))
-    results = [block.run(memory) for memory in ("balanced", "min", "balanced")]
-    grad = torch.ones_like(results[0][0])
-    gradients = [block.gradients(out, grad) for out, _ in results]
-    for (out, statistics), grads in zip(results[1:], gradients[1:], strict=True):
-        assert torch.equal(out, results[0][0])
-        assert torch.equal(statistics.var, results[0][1].var)
-        assert all(torch.equal(grads[name], gradients[0][name]) for name in grads)
+    check_bit_identical(block, ["balanced", "min", "balanced"])
 
 
 def test_saved_bytes_match_the_closed_form(device):
@@ -216,31 +218,11 @@ def test_saved_bytes_match_the_closed_form(device):
 
 @pytest.mark.parametrize("part", ["input", "0.conv2", "2.norm1.weight", "1.conv1", "tail.conv", "tail.norm.bias"])
 def test_only_what_needs_a_gradient_gets_one(device, part):
-    block = Block(Case(tail="transition", device=device))
-    expected, _ = block.expected()
-    grad = block.normal(*expected.shape)
-    wanted = block.gradients(expected, grad)[part]
-    for name, tensor in zip(["input", *block.names], [block.input, *block.parameters], strict=True):
-        tensor.requires_grad_(name == part)
-    leaf = block.input if part == "input" else block.parameters[block.names.index(part)]
-    out, _ = block.run()
-    (actual,) = torch.autograd.grad(out, [leaf], grad)
-    assert relative(actual, wanted) < 1e-12
+    check_one_gradient(Block(Case(tail="transition", device=device)), part)
 
 
 def test_gradient_that_is_expanded_strided_or_reused(device):
-    block = Block(Case(tail="none", device=device))
-    out, _ = block.run()
-    expected, _ = block.expected()
-    for grad in (torch.ones((), dtype=out.dtype).expand_as(out), block.normal(*out.shape, 2)[..., 0]):
-        before = grad.clone()
-        actual = block.gradients(out, grad, retain_graph=True)
-        wanted = block.gradients(expected, grad, retain_graph=True)
-        again = block.gradients(out, grad, retain_graph=True)
-        assert torch.equal(grad, before)
-        for name in wanted:
-            assert relative(actual[name], wanted[name]) < 1e-12
-            assert torch.equal(actual[name], again[name])
+    check_any_output_gradient(Block(Case(tail="none", device=device)))
 
 
 def test_non_finite_values_propagate_as_in_torch(device):

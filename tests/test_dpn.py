@@ -17,6 +17,7 @@ from fastdense.models.catalogue import CATALOGUE, count_model
 from fastdense.nn import DualPathBlock, DualPathStage
 from fastdense.nn.fused_dual_path import FusedDualPathBlock
 from tests.random_block import relative
+from tests.random_norms import random_norms
 
 # name, parameters, multiply-adds at 224 in 1e9, size of the authors' file in MB, channels behind the stages
 PUBLISHED = [
@@ -29,17 +30,6 @@ PUBLISHED = [
 ]
 # Kept for the backward pass of one image by all blocks, in MiB, from the closed forms of the memory modes.
 BLOCKS_KEEP = {"dpn68": 38.0, "dpn92": 60.7, "dpn98": 85.8, "dpn107": 115.8, "dpn131": 113.9}
-
-
-def random_norms(model: nn.Module) -> nn.Module:
-    """With weight 1 and bias 0 some gradients would vanish but for rounding."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
 
 
 def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,15 @@ from fastdense.ops import (
 )
 from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES as MODES
 from tests.emulation.blocks import DEVICES, emulated_kernels, on_device
-from tests.random_block import RandomBlock, check, low_precision_errors, relative
+from tests.random_block import (
+    RandomBlock,
+    check,
+    check_any_output_gradient,
+    check_bit_identical,
+    check_one_gradient,
+    low_precision_errors,
+    relative,
+)
 from tests.simd import LEVELS, available_levels, simd_level
 
 # Small enough for several chunks of pixels in most cases.
@@ -212,13 +220,7 @@ def test_low_precision_is_no_worse_than_torch(device, dtype):
 
 def test_memory_modes_and_reruns_are_bit_identical(device):
     stage = Stage(StageCase(dtype=torch.float32, stride=2, size=(14, 14), device=device))
-    results = [stage.run(memory) for memory in ("balanced", "min", "balanced")]
-    grad = torch.ones_like(results[0][0])
-    gradients = [stage.gradients(out, grad) for out, _ in results]
-    for (out, statistics), grads in zip(results[1:], gradients[1:], strict=True):
-        assert torch.equal(out, results[0][0])
-        assert torch.equal(statistics.var, results[0][1].var)
-        assert all(torch.equal(grads[name], gradients[0][name]) for name in grads)
+    check_bit_identical(stage, ["balanced", "min", "balanced"])
 
 
 def test_reversible_float32_is_close():
@@ -254,31 +256,11 @@ def test_inference_is_the_same_and_keeps_nothing(device):
 )
 def test_only_what_needs_a_gradient_gets_one(device, part):
     for memory in MODES:
-        stage = Stage(StageCase(stride=2, device=device))
-        expected, _ = stage.expected()
-        grad = stage.normal(*expected.shape)
-        wanted = stage.gradients(expected, grad)[part]
-        for name, tensor in zip(["input", *stage.names], [stage.input, *stage.parameters], strict=True):
-            tensor.requires_grad_(name == part)
-        leaf = stage.input if part == "input" else stage.parameters[stage.names.index(part)]
-        out, _ = stage.run(memory)
-        (actual,) = torch.autograd.grad(out, [leaf], grad)
-        assert relative(actual, wanted) < 1e-12
+        check_one_gradient(Stage(StageCase(stride=2, device=device)), part, memory)
 
 
 def test_gradient_that_is_expanded_strided_or_reused(device):
-    stage = Stage(StageCase(stride=2, device=device))
-    out, _ = stage.run()
-    expected, _ = stage.expected()
-    for grad in (torch.ones((), dtype=out.dtype).expand_as(out), stage.normal(*out.shape, 2)[..., 0]):
-        before = grad.clone()
-        actual = stage.gradients(out, grad, retain_graph=True)
-        wanted = stage.gradients(expected, grad, retain_graph=True)
-        again = stage.gradients(out, grad, retain_graph=True)
-        assert torch.equal(grad, before)
-        for name in wanted:
-            assert relative(actual[name], wanted[name]) < 1e-12
-            assert torch.equal(actual[name], again[name])
+    check_any_output_gradient(Stage(StageCase(stride=2, device=device)))
 
 
 def test_two_forwards_before_one_backward(device):

@@ -11,20 +11,11 @@ from torch import nn
 from fastdense import models
 from fastdense.models.resnet import ResidualBlock, Shortcut
 from fastdense.nn import StochasticDepth
+from tests.random_norms import random_norms
 
 
 def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
 
 
 @pytest.mark.parametrize("name", ["resnet_cifar", "preresnet_cifar"])
@@ -77,7 +68,7 @@ def test_images_are_halved_by_the_first_blocks_of_later_stages():
 @pytest.mark.parametrize("pre_activation", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_block_is_its_equation(pre_activation, stride):
-    block = randomise(ResidualBlock(4, 6, stride, pre_activation=pre_activation).double()).eval()
+    block = random_norms(ResidualBlock(4, 6, stride, pre_activation=pre_activation).double()).eval()
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
 
     def norm(bn, x):
@@ -98,7 +89,7 @@ def test_block_is_its_equation(pre_activation, stride):
 
 
 def test_pre_activation_chain_is_its_first_input_plus_all_branches():
-    blocks = [randomise(ResidualBlock(4, 4, pre_activation=True).double()).eval() for _ in range(4)]
+    blocks = [random_norms(ResidualBlock(4, 4, pre_activation=True).double()).eval() for _ in range(4)]
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     states = [x]
     for block in blocks:

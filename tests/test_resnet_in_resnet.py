@@ -10,16 +10,7 @@ from torch import nn
 
 from fastdense import models
 from fastdense.models.resnet_in_resnet import GeneralizedResidualBlock, RiRBlock
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model.double()
+from tests.random_norms import random_norms
 
 
 def image(channels: int) -> torch.Tensor:
@@ -93,7 +84,7 @@ def test_images_are_halved_twice_by_second_layers():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels", [(3, 3), (3, 5), (3, 8)])
 def test_one_convolution_is_the_two_streams(channels, stride):
-    block = randomise(GeneralizedResidualBlock(*channels, stride)).eval()
+    block = random_norms(GeneralizedResidualBlock(*channels, stride)).double().eval()
     x = image(2 * channels[0])
     expected = two_streams(block, *x.chunk(2, 1), option_a(stride, channels[1] - channels[0]))
     torch.testing.assert_close(block(x), torch.cat(expected, 1), rtol=0, atol=1e-12)
@@ -101,7 +92,7 @@ def test_one_convolution_is_the_two_streams(channels, stride):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_projection(stride):
-    block = randomise(GeneralizedResidualBlock(3, 5, stride, "projection")).eval()
+    block = random_norms(GeneralizedResidualBlock(3, 5, stride, "projection")).double().eval()
     x = image(6)
     expected = two_streams(block, *x.chunk(2, 1), block.projection)
     torch.testing.assert_close(block(x), torch.cat(expected, 1), rtol=0, atol=1e-12)
@@ -128,7 +119,7 @@ def test_weight_decay_acts_on_the_weight_without_the_identity():
 
 
 def test_gradients_are_those_of_the_two_streams():
-    block = randomise(GeneralizedResidualBlock(3, 5, 2)).eval()
+    block = random_norms(GeneralizedResidualBlock(3, 5, 2)).double().eval()
     x = image(6).requires_grad_()
     expected = torch.cat(two_streams(block, *x.chunk(2, 1), option_a(2, 2)), 1)
     parameters = [x, *block.parameters()]
@@ -138,7 +129,7 @@ def test_gradients_are_those_of_the_two_streams():
 
 def test_without_transient_weights_it_is_a_residual_layer():
     """W_tr = 0: the residual stream is that of a residual network with one layer a block."""
-    block = randomise(GeneralizedResidualBlock(3, 3)).eval()
+    block = random_norms(GeneralizedResidualBlock(3, 3)).double().eval()
     with torch.no_grad():
         block.conv.weight[:3, 3:] = 0
     x = image(6)
@@ -148,7 +139,7 @@ def test_without_transient_weights_it_is_a_residual_layer():
 
 
 def test_without_residual_weights_and_shortcut_it_is_a_plain_layer():
-    block = randomise(GeneralizedResidualBlock(3, 3, 1, "none")).eval()
+    block = random_norms(GeneralizedResidualBlock(3, 3, 1, "none")).double().eval()
     with torch.no_grad():
         block.conv.weight[:, :3] = 0
     x = image(6)
@@ -159,7 +150,7 @@ def test_without_residual_weights_and_shortcut_it_is_a_plain_layer():
 @pytest.mark.parametrize("outer", [False, True])
 @pytest.mark.parametrize(("channels", "stride"), [((3, 3), 1), ((3, 6), 2)])
 def test_outer_shortcut_is_on_the_residual_stream_only(channels, stride, outer):
-    block = randomise(RiRBlock(*channels, stride, outer=outer)).eval()
+    block = random_norms(RiRBlock(*channels, stride, outer=outer)).double().eval()
     x = image(2 * channels[0])
     new = channels[1] - channels[0]
     r, t = two_streams(block.layer1, *x.chunk(2, 1), option_a(1, new))

@@ -50,7 +50,8 @@ class Backward : RowGradients<T> {
   // Layers below the lowest one with a parameter or input that needs a gradient are left out.
   int64_t lowest_layer() const {
     int64_t l = 0;
-    while (!this->needs_input() && l < int64_t(args_.layers.size()) && !this->needs(2 * l) && !this->needs(2 * l + 1)) ++l;
+    while (!this->needs_input() && l < int64_t(args_.layers.size()) && !this->needs(2 * l) && !this->needs(2 * l + 1))
+      ++l;
     return l;
   }
 

@@ -257,7 +257,7 @@ def test_report_names_dual_path_blocks():
         ("growth_rates to have one entry for each of 4 stages", lambda: models.DPN(growth_rates=(1, 2))),
         ("drop_rate to be a probability", lambda: models.DPN(drop_rate=2.0)),
         ("memory to be one of", lambda: fastdense.convert(models.densenet_cifar(10), memory="reversible")),
-        ("contain dense or dual path blocks", lambda: fastdense.convert(nn.Linear(2, 2))),
+        ("dense or dual path blocks", lambda: fastdense.convert(nn.Linear(2, 2))),
     ],
 )
 def test_errors(message, make):

@@ -29,6 +29,7 @@ BENCHES = {
     "densenet121-64": ["--batch", "64", "--variants", f"{VARIANTS},{FUSED}"],
     "densenet121-256": ["--batch", "256", "--variants", f"{VARIANTS},{FUSED}"],
     "densenet121-float32": ["--batch", "64", "--dtype", "float32", "--variants", "plain,plain-channels-last,balanced"],
+    "dpn92-128": ["--model", "dpn92", "--batch", "128", "--variants", "plain,plain-channels-last,balanced,min"],
     "cifar-bc100-64": ["--model", "densenet_cifar", "--batch", "64", "--variants", f"{VARIANTS},{FUSED}"],
 }
 COMPILED = {

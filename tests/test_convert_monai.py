@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.test_convert import FUSED, MEMORY, assert_same, fastdense_warnings, fused_calls, pair, randomise, step
+from tests.converted import FUSED, MEMORY, assert_same, fastdense_warnings, fused_calls, pair, randomise, step
 
 pytestmark = pytest.mark.filterwarnings("error:fastdense")
 

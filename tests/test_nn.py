@@ -20,18 +20,17 @@ import fastdense.models
 import fastdense.nn
 import fastdense.ops
 from fastdense.nn import DenseBlock, DenseFeatures, DenseLayer, Transition
-from tests.test_convert import (
+from tests.converted import (
     MEMORY,
     assert_bit_equal,
     assert_same,
     fused_calls,
-    one_thread,  # noqa: F401  (a fixture)
     one_warning,
     randomise,
     step,
 )
 
-pytestmark = pytest.mark.filterwarnings("error:fastdense")
+pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]
 
 SIZES = {1: (24,), 2: (9, 8), 3: (6, 5, 4)}
 

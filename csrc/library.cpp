@@ -5,23 +5,25 @@
 TORCH_LIBRARY(fastdense, m) {
   m.def(
       "dense_block(Tensor input, Tensor[] weights, float[] eps, int num_layers, bool bottleneck, str tail, "
-      "float drop_rate, Tensor? seed, bool keep_bottleneck) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float drop_rate, Tensor? seed, bool keep_bottleneck, str process_group) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "_dense_block_backward(Tensor grad_output, Tensor buffer, Tensor mean, Tensor var, Tensor z, Tensor[] weights, "
       "float[] eps, int num_layers, bool bottleneck, str tail, float drop_rate, Tensor? seed, SymInt in_channels, "
-      "bool[] needs_grad) -> Tensor[]");
+      "bool[] needs_grad, str process_group) -> Tensor[]");
   m.def(
       "dual_path_stage(Tensor input, Tensor[] weights, float[] eps, int num_blocks, bool projection, "
-      "int residual_channels, int stride, str memory) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int residual_channels, int stride, str memory, str process_group) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "_dual_path_stage_backward(Tensor grad_output, Tensor input, Tensor out, Tensor residuals, Tensor a, Tensor b, "
       "Tensor mean, Tensor var, Tensor[] weights, float[] eps, int num_blocks, bool projection, "
-      "int residual_channels, int stride, bool[] needs_grad) -> Tensor[]");
+      "int residual_channels, int stride, bool[] needs_grad, str process_group) -> Tensor[]");
   m.def("dual_path_merge(Tensor input, Tensor features, int residual_channels) -> Tensor");
   m.def("dual_path_split(Tensor input, SymInt channels, int residual_channels) -> (Tensor, Tensor)");
   m.def(
       "update_running_stats_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] num_batches_tracked, "
-      "Tensor mean, Tensor var, int[] offsets, float[] momentum, SymInt count) -> ()");
+      "Tensor mean, Tensor var, int[] offsets, float[] momentum, SymInt count, Tensor? total_count) -> ()");
   m.def(
       "bicubic(Tensor input, SymInt[] size, float[] step, float a, bool antialias, str border, bool align_corners, "
       "Tensor? residual, float low, float high) -> Tensor");

@@ -2,10 +2,13 @@
 """Fixtures shared by all tests: fixed seeds and the device axis."""
 
 import random
+from collections.abc import Iterator
 
 import numpy
 import pytest
 import torch
+
+from tests.processes import Processes
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -35,3 +38,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Two processes, for as long as any test asks for them."""
+    pair = Processes()
+    yield pair
+    pair.stop()

@@ -90,7 +90,7 @@ CUDA_MUTANTS = [
     ("dual_path/dual_path_backward_cuda.cpp", "return {input_segment(false)};", "return {input_segment(true)};"),
     ("dual_path/dual_path_backward_cuda.cpp", "dense_corrections(dense), rows", "dense_corrections(0), rows"),
     ("running_stats/running_stats_kernels.cu", "__syncthreads();  // all have read before one writes", ""),
-    ("running_stats/running_stats_kernels.cu", "p.unbias", "1.0"),
+    ("running_stats/running_stats_kernels.cu", "n.offset + j], unbias", "n.offset + j], 1.0"),
 ]  # fmt: skip
 
 

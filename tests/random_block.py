@@ -20,6 +20,7 @@ class RandomBlock:
     """
 
     input: Tensor
+    process_group = ""
 
     def __init__(self, case: Any, seed: int = 0) -> None:
         self.case = case

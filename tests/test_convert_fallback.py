@@ -236,7 +236,6 @@ CHANGES = {
     "grouped conv": (lambda n: set_conv2(n, groups=2), BLOCK, "groups 1"),
     "dilated conv": (lambda n: set_conv2(n, dilation=2, padding="same"), BLOCK, "denselayer1.conv2 is Conv2d"),
     "reflected padding": (lambda n: set_conv2(n, padding_mode="reflect"), BLOCK, "'same' zero padding"),
-    "sync batch norm": (lambda n: set_norm(n, nn.SyncBatchNorm), BLOCK, "denselayer1.norm2 is a SyncBatchNorm"),
     "group norm": (lambda n: set_norm(n, partial(nn.GroupNorm, 2)), BLOCK, "denselayer1.norm2 is a GroupNorm"),
     "no norm": (lambda n: set_norm(n, nn.Identity), BLOCK, "denselayer1.norm2 is a Identity"),
     "leaky relu": (lambda n: setattr(first_layer(n), "relu1", nn.LeakyReLU()), BLOCK, "relu1 is a LeakyReLU"),
@@ -332,17 +331,6 @@ def test_pruning_made_permanent_is_fused_again():
     x = images()
     assert_same(step(fast, x), step(plain, x))
     assert fused_calls(fast, x) == FUSED
-
-
-def test_sync_batch_norm_of_the_whole_net():
-    plain, fast = pair()
-    plain, fast = map(nn.SyncBatchNorm.convert_sync_batchnorm, (plain, fast))
-    x = images()
-    with fastdense_warnings() as messages:
-        actual = step(fast, x)
-    assert_same(actual, step(plain, x))
-    assert [message.split()[1] for message in messages] == [BLOCK, TRANSITION, "features.denseblock2"]
-    assert all("is a SyncBatchNorm" in message for message in messages)
 
 
 @pytest.mark.parametrize("options", [{"act_layer": "silu"}, {"norm_layer": "groupnorm1"}, {"act_layer": "leaky_relu"}])

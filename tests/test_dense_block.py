@@ -89,6 +89,7 @@ class Block(RandomBlock):
             drop_rate=self.case.drop_rate,
             seed=self.seed,
             memory=memory or self.case.memory,
+            process_group=self.process_group,
         )
 
     def expected(self):

@@ -97,7 +97,10 @@ class Stage(RandomBlock):
         return {"residual_channels": case.residual_channels, "projection": self.projection, "stride": case.stride}
 
     def run(self, memory: str | None = None):
-        return dual_path_stage(self.input, self.blocks, memory=memory or self.case.memory, **self.arguments())
+        memory = memory or self.case.memory
+        return dual_path_stage(
+            self.input, self.blocks, memory=memory, process_group=self.process_group, **self.arguments()
+        )
 
     def expected(self):
         return reference.dual_path_stage(self.input, self.blocks, **self.arguments())

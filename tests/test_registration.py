@@ -61,30 +61,32 @@ def residual_dense_block_samples(name: str):
 def samples(name: str):
     if name == "dense_block":
         for block, weights, eps, options in dense_block_samples():
-            yield block.input, weights, eps, *options, block.case.memory == "balanced"
+            yield block.input, weights, eps, *options, block.case.memory == "balanced", ""
     elif name == "_dense_block_backward":
         for block, weights, eps, options in dense_block_samples():
             with torch.no_grad():
                 keep = block.case.memory == "balanced"
-                out, buffer, *saved = torch.ops.fastdense.dense_block(block.input, weights, eps, *options, keep)
+                out, buffer, *saved = torch.ops.fastdense.dense_block(block.input, weights, eps, *options, keep, "")
                 grad = torch.randn_like(out)
                 buffer = out if block.case.tail == "none" else buffer
                 needs = [True] + [w.requires_grad for w in weights]
                 parameters = [w.detach() for w in weights]
-                yield grad, buffer, *saved, parameters, eps, *options, block.input.shape[1], needs
+                yield grad, buffer, *saved, parameters, eps, *options, block.input.shape[1], needs, ""
     elif name == "dual_path_stage":
         for stage, weights, eps, options in dual_path_samples():
-            yield stage.input, weights, eps, *options, stage.case.memory
+            yield stage.input, weights, eps, *options, stage.case.memory, ""
     elif name == "_dual_path_stage_backward":
         for stage, weights, eps, options in dual_path_samples():
             with torch.no_grad():
-                saved = torch.ops.fastdense.dual_path_stage(stage.input, weights, eps, *options, stage.case.memory)
+                saved = torch.ops.fastdense.dual_path_stage(stage.input, weights, eps, *options, stage.case.memory, "")
                 grad = torch.randn_like(saved[0])
                 needs = [True] + [w.requires_grad for w in weights]
-                yield grad, stage.input.detach(), *saved, [w.detach() for w in weights], eps, *options, needs
+                yield grad, stage.input.detach(), *saved, [w.detach() for w in weights], eps, *options, needs, ""
     elif name == "update_running_stats_":
         lists = [torch.zeros(3), torch.zeros(5)], [torch.ones(3), torch.ones(5)], [torch.tensor(0), torch.tensor(4)]
-        yield *lists, torch.randn(8), torch.rand(8), [0, 3], [0.1, -1.0], 10
+        arguments = *lists, torch.randn(8), torch.rand(8), [0, 3], [0.1, -1.0]
+        yield *arguments, 10, None
+        yield *arguments, 0, torch.tensor([10.0], dtype=torch.float64)
     elif name in ("bicubic", "_bicubic_backward", "bicubic_uint8"):
         options = [0.9, 2.0], -0.5, True, "symmetric", False
         for layout in (torch.contiguous_format, torch.channels_last):

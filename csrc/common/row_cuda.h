@@ -18,6 +18,7 @@
 
 #include "common/layout.h"
 #include "common/row_launch.h"
+#include "common/shared_statistics.h"
 #include "common/weights.h"
 
 namespace fastdense {
@@ -43,7 +44,9 @@ class CudaRows {
  public:
   using A = accumulate_t<T>;
 
-  CudaRows(const at::TensorOptions& options, const CudaContext& cuda) : options(options), cuda(cuda) {}
+  // process_group: with which batch statistics are shared; see SharedStatistics.
+  CudaRows(const at::TensorOptions& options, const CudaContext& cuda, const std::string& process_group)
+      : options(options), cuda(cuda), shared(process_group) {}
 
   static at::ScalarType accumulate() { return std::is_same_v<A, double> ? at::kDouble : at::kFloat; }
   at::Tensor numbers(at::IntArrayRef sizes) const { return at::empty(sizes, options.dtype(accumulate())); }
@@ -98,6 +101,7 @@ class CudaRows {
     const int64_t columns = partial.tensor.size(2);
     check_launch(launch_finalise_moments<T>({sums(partial.tensor), pivot, mean, var, partial.step}, rows, columns,
                                             partial.splits, cuda.stream));
+    shared.moments(mean, var, columns, rows, options);
   }
 
   void statistics(const Matrix<const T>& x, int64_t rows, int64_t columns, A* mean, A* var) const {
@@ -152,6 +156,7 @@ class CudaRows {
 
   const at::TensorOptions options;
   const CudaContext cuda;
+  const SharedStatistics shared;
 
  private:
   // A norm's vector in the type of arithmetic, kept alive.

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/stack.h>
 
 #include <vector>
 
@@ -66,8 +67,13 @@ class CudaRowGradients {
     finalise(args, norm, partial.tensor, rows, {}, s);
     set_norm(args, s);
     const A inv_count = args.frozen() ? A(0) : A(1.0 / double(rows));
-    rows_.sweep(launch_input_gradient<T>, {du, z, norm, rows_.sums(s.dbias), rows_.sums(s.dweight), inv_count}, rows,
-                columns);
+    const bool shared = rows_.shared.shared() && !args.frozen();
+    const at::Tensor terms = shared ? at::stack({s.dbias, s.dweight}) : at::Tensor();
+    if (shared) rows_.shared.sums(terms, rows);
+    rows_.sweep(
+        launch_input_gradient<T>,
+        {du, z, norm, rows_.sums(shared ? terms[0] : s.dbias), rows_.sums(shared ? terms[1] : s.dweight), inv_count},
+        rows, columns);
   }
 
   // left^T * right over pixels, in the type of sums: the library may add partial sums of 16-bit results in 16 bits.

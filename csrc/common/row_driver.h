@@ -11,6 +11,7 @@
 
 #include "common/batch_norm_math.h"
 #include "common/row_kernels.h"
+#include "common/shared_statistics.h"
 #include "common/storage.h"
 #include "common/weights.h"
 
@@ -22,7 +23,9 @@ class RowDriver {
   using A = accumulate_t<T>;
   static constexpr at::ScalarType kAccumulate = std::is_same_v<A, double> ? at::kDouble : at::kFloat;
 
-  RowDriver() : kernels(row_kernels<T>(simd_level())), workers(std::max(1, at::get_num_threads())) {}
+  // process_group: with which batch statistics are shared; see SharedStatistics.
+  explicit RowDriver(const std::string& process_group = {})
+      : kernels(row_kernels<T>(simd_level())), workers(std::max(1, at::get_num_threads())), shared(process_group) {}
 
   // Scratch for every worker: what RowKernels need, and `extra` bytes.
   void reserve_scratch(int64_t widest_source, int64_t widest_product, int64_t extra = 0) {
@@ -144,9 +147,11 @@ class RowDriver {
   static Source<T> source(const T* x, int64_t ld, const Coefficients& c) { return source(x, ld, c, 0, c.n); }
 
   // Moments [units, 2, n] of units of count(unit) rows each, combined in order.
-  static void combine(const at::Tensor& partial, int64_t n, const std::function<int64_t(int64_t)>& count, A* mean,
-                      A* var) {
+  void combine(const at::Tensor& partial, int64_t n, const std::function<int64_t(int64_t)>& count, A* mean,
+               A* var) const {
     const double* p = partial.const_data_ptr<double>();
+    int64_t rows = 0;
+    for (int64_t u = 0; u < partial.size(0); ++u) rows += count(u);
     for (int64_t j = 0; j < n; ++j) {
       Moments<double> total{0, 0, 0};
       for (int64_t u = 0; u < partial.size(0); ++u)
@@ -154,6 +159,7 @@ class RowDriver {
       mean[j] = A(total.mean);
       var[j] = A(total.m2 / total.count);
     }
+    shared.moments(mean, var, n, rows, at::TensorOptions());
   }
 
   // Batch statistics of n columns of x[rows, ld].
@@ -169,6 +175,7 @@ class RowDriver {
 
   const RowKernels<T>& kernels;
   const int64_t workers;
+  const SharedStatistics shared;
 
  private:
   // Enough chunks for all workers, equal in size, and rows a multiple of every tile where there are many.

@@ -48,8 +48,13 @@ class RowGradients : public RowDriver<T> {
 
   // needs: whether the gradients of the input and of each weight are wanted.
   RowGradients(const std::vector<bool>& needs, at::TensorList weights, const at::TensorOptions& options,
-               int64_t widest_norm)
-      : widest_(widest_norm), needs_(needs), weights_(weights), options_(options), grads_(needs.size()) {
+               int64_t widest_norm, const std::string& process_group = {})
+      : Base(process_group),
+        widest_(widest_norm),
+        needs_(needs),
+        weights_(weights),
+        options_(options),
+        grads_(needs.size()) {
     for (at::Tensor& grad : grads_) grad = at::empty({0}, options);
     sums_ = at::empty({this->workers, 2, widest_}, at::TensorOptions().dtype(at::kDouble));
   }
@@ -112,6 +117,13 @@ class RowGradients : public RowDriver<T> {
     }
   }
 
+  // [2, n] of the channels from `first` on, which `count` values have; these corrections start anew.
+  at::Tensor take(Corrections& corrections, int64_t first, int64_t n, int64_t count) const {
+    const at::Tensor t = corrections.take<A>(first, n);
+    this->shared.means(t, count);
+    return t;
+  }
+
   // The gradient dv behind a norm and ReLU on its way to z, from the sums of norm_gradients(); `room` keeps numbers.
   NormBackward<T> norm_backward(const NormArgs& norm, const Coefficients& c, const Sums& s, const T* dv, const T* z,
                                 int64_t count, at::Tensor& room) const {
@@ -121,6 +133,7 @@ class RowGradients : public RowDriver<T> {
       t[j] = A(s.sum[j]);
       t[c.n + j] = A(s.weighted[j]);
     }
+    if (!norm.frozen()) this->shared.sums(room, count);
     const A inv_count = norm.frozen() ? A(0) : A(1.0 / double(count));
     return {dv, z, c.n, c.scale(), c.mean(), c.rstd(), t, t + c.n, inv_count};
   }

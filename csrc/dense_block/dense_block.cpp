@@ -103,7 +103,8 @@ std::vector<int64_t> DenseBlockArgs::sizes(int64_t channels, bool pooled) const 
 
 DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
                                  at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
-                                 double drop_rate, const std::optional<at::Tensor>& seed) {
+                                 double drop_rate, const std::optional<at::Tensor>& seed,
+                                 std::string_view process_group) {
   TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, kOp,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
   check_at_least(kOp, "num_layers", num_layers, 0);
@@ -124,11 +125,12 @@ DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions&
   args.spatial.assign(sizes.begin() + 2, sizes.end());
   args.bottleneck = bottleneck;
   args.drop_rate = drop_rate;
+  args.process_group = process_group;
   fill_three(args.spatial, args.conv.size);
   WeightReader reader(kOp, weights, eps, options);
   read_layers(reader, args, num_layers);
   read_tail(reader, args);
-  TORCH_CHECK_VALUE(args.pixels() > 1 || !args.any_batch_statistics(), kOp,
+  TORCH_CHECK_VALUE(args.pixels() > 1 || !args.any_batch_statistics() || !process_group.empty(), kOp,
                     ": expected input to have more than 1 value per channel when training, got shape ", sizes);
   return args;
 }

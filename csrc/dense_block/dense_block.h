@@ -19,6 +19,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -47,6 +48,7 @@ struct DenseBlockArgs {
   ConvArgs tail_conv;  // [co, C, 1...]
   PoolGeometry pool{};
   double drop_rate = 0;
+  std::string process_group;  // see SharedStatistics
 
   int64_t channels() const { return in_channels + int64_t(layers.size()) * growth; }
   int64_t pixels() const { return batch * conv.pixels(); }
@@ -65,7 +67,8 @@ struct DenseBlockArgs {
 // conv. A tensor without elements stands for an absent one.
 DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
                                  at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
-                                 double drop_rate, const std::optional<at::Tensor>& seed);
+                                 double drop_rate, const std::optional<at::Tensor>& seed,
+                                 std::string_view process_group);
 
 struct DenseBlockOutputs {
   at::Tensor buffer, mean, var, z, out;

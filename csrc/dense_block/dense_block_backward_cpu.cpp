@@ -22,7 +22,7 @@ class Backward : RowGradients<T> {
  public:
   Backward(const DenseBlockArgs& args, const DenseBlockSaved& saved, uint64_t seed, const std::vector<bool>& needs,
            at::TensorList weights)
-      : Base(needs, weights, saved.buffer.options(), std::max(args.channels(), args.width)),
+      : Base(needs, weights, saved.buffer.options(), std::max(args.channels(), args.width), args.process_group),
         args_(args),
         conv_(args, *this),
         seed_(seed),
@@ -89,7 +89,7 @@ class Backward : RowGradients<T> {
   // Gradient [pixels, k] of the slice that layer l wrote; all its consumers are done.
   at::Tensor slice_gradient(int64_t l) {
     const int64_t c = args_.layers[l].channels, k = args_.growth;
-    const at::Tensor corrections = corrections_.take<A>(c, k);
+    const at::Tensor corrections = this->take(corrections_, c, k, pixels_);
     const A* shift_sum = corrections.const_data_ptr<A>();
     if (!d_.defined()) d_ = this->bytes(pixels_ * k * kernels.operand_bytes);
     void* out = d_.mutable_data_ptr();
@@ -102,7 +102,7 @@ class Backward : RowGradients<T> {
 
   void input() {
     const int64_t n = args_.in_channels;
-    const at::Tensor corrections = corrections_.take<A>(0, n);
+    const at::Tensor corrections = this->take(corrections_, 0, n, pixels_);
     const A* shift_sum = corrections.const_data_ptr<A>();
     const Gradient<T> gradient{g_, ld_, n, x_, ld_, mean_, shift_sum, shift_sum + n};
     this->grads()[0] = empty_channels_last(args_.sizes(n), this->options());

@@ -17,7 +17,8 @@ class Forward : RowDriver<T> {
 
  public:
   Forward(const DenseBlockArgs& args, const DenseBlockOutputs& o, uint64_t seed)
-      : args_(args),
+      : Base(args.process_group),
+        args_(args),
         conv_(args, *this),
         seed_(seed),
         pixels_(args.pixels()),

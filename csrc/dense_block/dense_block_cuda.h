@@ -31,7 +31,7 @@ class CudaBlock : public CudaRows<T> {
 
   CudaBlock(const DenseBlockArgs& args, const at::TensorOptions& options, const std::optional<at::Tensor>& seed,
             const CudaContext& cuda)
-      : CudaRows<T>(options, cuda),
+      : CudaRows<T>(options, cuda, args.process_group),
         args(args),
         pixels(args.pixels()),
         ld(args.channels()),

@@ -108,7 +108,7 @@ std::vector<int64_t> DualPathArgs::sizes(int64_t channels, bool of_input) const 
 
 DualPathArgs parse_dual_path(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
                              at::ArrayRef<double> eps, int64_t num_blocks, bool projection, int64_t residual_channels,
-                             int64_t stride) {
+                             int64_t stride, std::string_view process_group) {
   TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, kOp,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
   check_at_least(kOp, "num_blocks", num_blocks, 1);
@@ -122,6 +122,7 @@ DualPathArgs parse_dual_path(at::IntArrayRef sizes, const at::TensorOptions& opt
   args.in_channels = sizes[1];
   args.residual = residual_channels;
   args.projection = projection;
+  args.process_group = process_group;
   args.spatial.assign(sizes.begin() + 2, sizes.end());
   fill_three(args.spatial, args.sampled.size);
   for (size_t d = 0; d < 3; ++d) {
@@ -139,7 +140,7 @@ DualPathArgs parse_dual_path(at::IntArrayRef sizes, const at::TensorOptions& opt
   }
   read_widths(reader, args);
   for (int64_t i = 0; i < num_blocks; ++i) args.blocks.push_back(read_block(reader, args, i));
-  TORCH_CHECK_VALUE(args.pixels() != 1 || !args.any_batch_statistics(), kOp,
+  TORCH_CHECK_VALUE(args.pixels() != 1 || !args.any_batch_statistics() || !process_group.empty(), kOp,
                     ": expected input to have more than 1 value per channel when training, got shape ", sizes);
   return args;
 }

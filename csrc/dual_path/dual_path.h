@@ -23,6 +23,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -54,7 +55,8 @@ struct DualPathArgs {
   int64_t width_a = 0, width_b = 0, groups = 1;
   int64_t statistics = 0;
   std::vector<int64_t> spatial, kernel;
-  PoolGeometry sampled{};  // the pixels of the input that conv_w and conv_b are centred on
+  std::string process_group;  // see SharedStatistics
+  PoolGeometry sampled{};     // the pixels of the input that conv_w and conv_b are centred on
 
   int64_t num_blocks() const { return int64_t(blocks.size()); }
   int64_t dense(int64_t blocks_done) const { return first_dense + blocks_done * growth; }
@@ -77,7 +79,7 @@ struct DualPathArgs {
 // norm_b, conv_b, norm_c, conv_c of each block.
 DualPathArgs parse_dual_path(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
                              at::ArrayRef<double> eps, int64_t num_blocks, bool projection, int64_t residual_channels,
-                             int64_t stride);
+                             int64_t stride, std::string_view process_group);
 
 DualPathKeep parse_dual_path_memory(std::string_view memory);
 

@@ -24,7 +24,7 @@ class Backward : RowGradients<T> {
  public:
   Backward(const DualPathArgs& args, const DualPathSaved& saved, const std::vector<bool>& needs, at::TensorList weights)
       : Base(needs, weights, saved.out.options(),
-             std::max({args.channels(), args.in_channels, args.width_a, args.width_b})),
+             std::max({args.channels(), args.in_channels, args.width_a, args.width_b}), args.process_group),
         args_(args),
         saved_(saved),
         blocks_(args, *this, saved.out.scalar_type()),
@@ -71,7 +71,7 @@ class Backward : RowGradients<T> {
 
   // Columns [first, first + n) of the gradient buffer with their corrections, which `room` holds.
   Gradient<T> corrected(int64_t first, int64_t n, Columns<const T> x, const A* mean, bool write, at::Tensor& room) {
-    room = corrections_.take<A>(first, n);
+    room = this->take(corrections_, first, n, pixels_);
     const A* shift_sum = room.const_data_ptr<A>();
     T* g = g_ + first;
     return {g, ld_, n, x.data, x.ld, mean, shift_sum, shift_sum + n, write ? g : nullptr};
@@ -238,7 +238,7 @@ class Backward : RowGradients<T> {
   void input() {
     const int64_t n = args_.in_channels;
     Corrections& of_input = args_.projection ? input_corrections_ : corrections_;
-    const at::Tensor corrections = of_input.take<A>(0, n);
+    const at::Tensor corrections = this->take(of_input, 0, n, args_.in_pixels());
     const A* shift_sum = corrections.const_data_ptr<A>();
     const Columns<T> g = args_.projection ? Columns<T>{gi_, n} : Columns<T>{g_, ld_};
     const Gradient<T> gradient{g.data,    g.ld,          n,      x_, n, mean_ + args_.blocks[0].stats_a,

@@ -61,10 +61,13 @@ class Backward : CudaStage<T> {
     double* shift_sum = corrections_.template mutable_data_ptr<double>() + at;
     return {shift_sum, shift_sum + corrections_.size(1)};
   }
-  CudaCorrections residual_corrections(int64_t i) const { return corrections((args.num_blocks() - 1 - i) * r); }
-  CudaCorrections dense_corrections(int64_t channel) const { return corrections(args.num_blocks() * r + channel); }
-  CudaCorrections input_corrections() const {
-    return args.projection ? corrections(channels_) : residual_corrections(0);
+  int64_t of_residual(int64_t i) const { return (args.num_blocks() - 1 - i) * r; }
+  int64_t of_dense(int64_t channel) const { return args.num_blocks() * r + channel; }
+  int64_t of_input() const { return args.projection ? channels_ : of_residual(0); }
+
+  // The consumers of `n` channels are done: their corrections, which stand for `count` values of this process.
+  void share_corrections(int64_t at, int64_t n, int64_t count) const {
+    this->shared.means(corrections_.narrow(1, at, n), count);
   }
 
   // The residual path in front of block i; made again block by block in reversible mode.
@@ -121,6 +124,10 @@ class Backward : CudaStage<T> {
   void merge_backward(int64_t i, const Matrix<const T>& b, const NormParams<A>& norm, const at::Tensor& dv) {
     const ConvArgs& conv = args.blocks[size_t(i)].conv_c;
     const int64_t n = args.width_b, step = this->chunk_rows(pixels, n + r + args.growth);
+    if (i < args.num_blocks() - 1) {
+      share_corrections(of_residual(i + 1), r, pixels);
+      share_corrections(of_dense(args.dense(i)), args.growth, pixels);
+    }
     const bool needed = grads_.needs(conv.at), reverses = is_reversible() && i > 0;
     const at::Tensor y = this->scratch(std::min(step, pixels), n);
     at::Tensor dweight;
@@ -144,9 +151,10 @@ class Backward : CudaStage<T> {
     if (i < args.num_blocks() - 1) {
       const A* mean = mean_ + args.blocks[size_t(i) + 1].stats_a;
       const Matrix<T> g = Matrix<T>{g_, ld}.from_row(row);
-      corrected(g, residual_before(i + 1).from_row(row), g, mean, residual_corrections(i + 1), rows, r);
+      corrected(g, residual_before(i + 1).from_row(row), g, mean, corrections(of_residual(i + 1)), rows, r);
       const Matrix<T> slot = g.from_column(first);
-      corrected(slot, {out_ + row * ld + first, ld}, slot, mean + first, dense_corrections(dense), rows, args.growth);
+      corrected(slot, {out_ + row * ld + first, ld}, slot, mean + first, corrections(of_dense(dense)), rows,
+                args.growth);
     }
     const at::Tensor g = gradient_.narrow(0, row, rows);
     return at::cat({g.narrow(1, 0, r), g.narrow(1, first, args.growth)}, 1);
@@ -161,7 +169,7 @@ class Backward : CudaStage<T> {
     std::vector<Segment> segments;
     for (const typename Base::Source& s : this->sources(i, residual_before(i), out_))
       segments.push_back(
-          {s.x, {g_ + s.first, ld}, s.first, s.columns, s.first == 0 ? residual_corrections(i) : dense_corrections(0)});
+          {s.x, {g_ + s.first, ld}, s.first, s.columns, corrections(s.first == 0 ? of_residual(i) : of_dense(0))});
     return segments;
   }
   Segment input_segment(bool add) const {
@@ -169,7 +177,7 @@ class Backward : CudaStage<T> {
             {this->data(input_gradient_), args.in_channels},
             0,
             args.in_channels,
-            input_corrections(),
+            corrections(of_input()),
             add};
   }
 
@@ -177,9 +185,11 @@ class Backward : CudaStage<T> {
   void projection() {
     // The dense channels were read by all blocks but the first.
     const Matrix<T> dense{g_ + r, ld};
-    if (args.num_blocks() > 1)
-      corrected(dense, {out_ + r, ld}, dense, mean_ + args.blocks.back().stats_a + r, dense_corrections(0), pixels,
+    if (args.num_blocks() > 1) {
+      share_corrections(of_dense(0), args.first_dense, pixels);
+      corrected(dense, {out_ + r, ld}, dense, mean_ + args.blocks.back().stats_a + r, corrections(of_dense(0)), pixels,
                 args.first_dense);
+    }
     grads_.pooled_product_backward(args.conv_w, this->conv_w(), args.norm_w, norm_of(args.norm_w, args.stats_w),
                                    args.sampled, args.batch, gradient_.narrow(1, 0, r + args.first_dense),
                                    input_segment(true));
@@ -190,7 +200,8 @@ class Backward : CudaStage<T> {
     // In place where the gradient has a tensor of its own.
     const at::Tensor to = args.projection ? input_gradient_ : empty_channels_last(args.sizes(n, true), this->options);
     const Matrix<T> to_rows{this->data(to), n}, from = args.projection ? to_rows : Matrix<T>{g_, ld};
-    corrected(from, {x_, n}, to_rows, mean_ + args.blocks[0].stats_a, input_corrections(), args.in_pixels(), n);
+    share_corrections(of_input(), n, args.in_pixels());
+    corrected(from, {x_, n}, to_rows, mean_ + args.blocks[0].stats_a, corrections(of_input()), args.in_pixels(), n);
     grads_.set_input(to);
   }
 

@@ -18,7 +18,8 @@ class Forward : RowDriver<T> {
 
  public:
   Forward(const DualPathArgs& args, DualPathKeep keep, const DualPathOutputs& o, at::ScalarType dtype)
-      : args_(args),
+      : Base(args.process_group),
+        args_(args),
         keep_(keep),
         o_(o),
         blocks_(args, *this, dtype),

@@ -29,7 +29,7 @@ class CudaStage : public CudaRows<T> {
   using A = accumulate_t<T>;
 
   CudaStage(const DualPathArgs& args, const at::TensorOptions& options, const CudaContext& cuda)
-      : CudaRows<T>(options, cuda),
+      : CudaRows<T>(options, cuda, args.process_group),
         args(args),
         pixels(args.pixels()),
         ld(args.channels()),

@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <optional>
+
 #include "common/checks.h"
 
 namespace fastdense {
@@ -17,6 +19,7 @@ struct RunningStatsArgs {
   at::IntArrayRef offsets;
   at::ArrayRef<double> momentum;
   int64_t count;
+  std::optional<at::Tensor> total_count;  // [1], float64; instead of `count`
 };
 
 inline void check_running_vector(const at::Tensor& t, const char* arg) {
@@ -28,18 +31,23 @@ inline void check_running_vector(const at::Tensor& t, const char* arg) {
 
 inline void check_running_stats(const RunningStatsArgs& args) {
   constexpr const char* kOp = "update_running_stats_";
-  const auto& [running_mean, running_var, batches, mean, var, offsets, momentum, count] = args;
+  const auto& [running_mean, running_var, batches, mean, var, offsets, momentum, count, total_count] = args;
   const size_t norms = running_mean.size();
   TORCH_CHECK_VALUE(
       running_var.size() == norms && batches.size() == norms && offsets.size() == norms && momentum.size() == norms,
       kOp, ": expected all lists to have ", norms, " entries, got ", running_var.size(), ", ", batches.size(), ", ",
       offsets.size(), " and ", momentum.size());
-  TORCH_CHECK_VALUE(count > 1, kOp, ": expected count to be more than 1 value per channel, got ", count);
+  TORCH_CHECK_VALUE(count > 1 || total_count, kOp, ": expected count to be more than 1 value per channel, got ", count);
   check_rank(kOp, "mean", mean, 1);
   TORCH_CHECK_TYPE(mean.scalar_type() == at::kFloat || mean.scalar_type() == at::kDouble, kOp,
                    ": expected mean to be float32 or float64, got ", dtype_name(mean.scalar_type()));
   check_same_dtype(kOp, "var", var, "mean", mean);
   check_shape(kOp, "var", var, mean.sizes());
+  if (total_count) {
+    check_dtype(kOp, "total_count", *total_count, at::kDouble);
+    check_shape(kOp, "total_count", *total_count, {1});
+    check_same_device(kOp, "all tensors", *total_count, "mean", mean);
+  }
   for (size_t i = 0; i < norms; ++i) {
     check_floating(kOp, "running_mean", running_mean[i]);
     check_running_vector(running_mean[i], "running_mean");

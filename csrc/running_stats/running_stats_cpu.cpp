@@ -24,16 +24,19 @@ void update(const at::Tensor& running, const at::Tensor& batch, int64_t offset, 
 
 void update_running_stats_cpu(at::TensorList running_mean, at::TensorList running_var, at::TensorList batches,
                               const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef offsets,
-                              at::ArrayRef<double> momentum, int64_t count) {
+                              at::ArrayRef<double> momentum, int64_t count,
+                              const std::optional<at::Tensor>& total_count) {
   run_update_running_stats(
-      {running_mean, running_var, batches, mean, var, offsets, momentum, count}, [](const RunningStatsArgs& a) {
+      {running_mean, running_var, batches, mean, var, offsets, momentum, count, total_count},
+      [](const RunningStatsArgs& a) {
+        const double count = a.total_count ? a.total_count->item<double>() : double(a.count);
         for (size_t i = 0; i < a.running_mean.size(); ++i) {
           int64_t& tracked = *a.batches[i].mutable_data_ptr<int64_t>();
           ++tracked;
           const double factor = running_factor(a.momentum[i], tracked);
           AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, a.running_mean[i].scalar_type(), kOp, [&] {
             update<scalar_t>(a.running_mean[i], a.mean, a.offsets[i], factor, 1.0);
-            update<scalar_t>(a.running_var[i], a.var, a.offsets[i], factor, unbiased_factor(double(a.count)));
+            update<scalar_t>(a.running_var[i], a.var, a.offsets[i], factor, unbiased_factor(count));
           });
         }
       });

@@ -10,9 +10,10 @@ namespace {
 
 void update_running_stats_cuda(at::TensorList running_mean, at::TensorList running_var, at::TensorList batches,
                                const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef offsets,
-                               at::ArrayRef<double> momentum, int64_t count) {
+                               at::ArrayRef<double> momentum, int64_t count,
+                               const std::optional<at::Tensor>& total_count) {
   const c10::cuda::CUDAGuard guard(mean.device());
-  update_running_stats_on({running_mean, running_var, batches, mean, var, offsets, momentum, count},
+  update_running_stats_on({running_mean, running_var, batches, mean, var, offsets, momentum, count, total_count},
                           c10::cuda::getCurrentCUDAStream());
 }
 

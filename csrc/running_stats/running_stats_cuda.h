@@ -19,7 +19,8 @@ void launch_running_stats_of(const RunningStatsArgs& a, at::ScalarType type, cud
   RunningStatsParams<T, A> params{};
   params.mean = a.mean.const_data_ptr<A>();
   params.var = a.var.const_data_ptr<A>();
-  params.unbias = unbiased_factor(double(a.count));
+  params.batch_count = double(a.count);
+  params.total_count = a.total_count ? a.total_count->const_data_ptr<double>() : nullptr;
   const auto flush = [&] {
     const cudaError_t error = launch_running_stats(params, stream);
     TORCH_CHECK(error == cudaSuccess,

@@ -12,6 +12,7 @@ __global__ void running_stats_kernel(const __grid_constant__ RunningStatsParams<
   const int64_t batches = *n.batches + 1;
   __syncthreads();  // all have read before one writes
   if (threadIdx.x == 0) *n.batches = batches;
+  const double unbias = unbiased_factor(p.total_count ? *p.total_count : p.batch_count);
   const double factor = running_factor(n.momentum, batches);
   const auto move = [&](T& running, A batch, double scale) {
     const double moved = update_running<double>(double(load(running)), double(batch) * scale, factor);
@@ -19,7 +20,7 @@ __global__ void running_stats_kernel(const __grid_constant__ RunningStatsParams<
   };
   for (int64_t j = threadIdx.x; j < n.channels; j += blockDim.x) {
     move(n.mean[j * n.mean_stride], p.mean[n.offset + j], 1.0);
-    move(n.var[j * n.var_stride], p.var[n.offset + j], p.unbias);
+    move(n.var[j * n.var_stride], p.var[n.offset + j], unbias);
   }
 }
 

@@ -24,8 +24,9 @@ template <typename T, typename A>
 struct RunningStatsParams {
   RunningNorm<T> norms[kMostRunningNorms];
   int count;
-  const A *mean, *var;  // of the batch
-  double unbias;        // what the variance is multiplied by
+  const A *mean, *var;        // of the batch
+  double batch_count;         // values behind each mean
+  const double* total_count;  // instead of batch_count, or nullptr
 };
 template <typename T, typename A>
 cudaError_t launch_running_stats(const RunningStatsParams<T, A>&, cudaStream_t);

@@ -15,6 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx, nn
 
+from fastdense.nn.shared_statistics import group_name, process_group_of, total_count
 from fastdense.nn.structure import (
     Layer,
     NotFusible,
@@ -29,7 +30,7 @@ from fastdense.nn.structure import (
     tail_weights,
 )
 from fastdense.ops import BatchStatistics, dense_block, update_running_stats_
-from fastdense.ops.arguments import devices
+from fastdense.ops.arguments import count_pixels, devices
 from fastdense.ops.dense_block import MEMORY_MODES
 
 
@@ -120,6 +121,7 @@ def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str
     seed = None
     if drop_rate > 0:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=input.device)
+    group = process_group_of(norms_of(layers, tail))
     out, statistics = dense_block(
         input,
         [layer_weights(layer) for layer in layers],
@@ -127,6 +129,7 @@ def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str
         drop_rate=drop_rate,
         seed=seed,
         memory=memory,
+        process_group=group_name(group),
     )
     growth = layers[0].conv2.weight.shape[0] if layers else 0
     next_offset = input.shape[1] + len(layers) * growth
@@ -136,12 +139,17 @@ def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str
         is_bottleneck = id(norm) in bottlenecks
         norms.append((norm, next_offset if is_bottleneck else 0))
         next_offset += norm.num_features if is_bottleneck else 0
-    update_norms(norms, statistics, input.numel() // input.shape[1])
+    update_norms(norms, statistics, count_pixels(input), group)
     return out
 
 
-def update_norms(norms: Sequence[tuple[Any, int]], statistics: BatchStatistics, count: int) -> None:
-    """Moves the running statistics of the norms in training, whose batch statistics start at the given offsets."""
+def update_norms(norms: Sequence[tuple[Any, int]], statistics: BatchStatistics, count: int, group: Any) -> None:
+    """Moves the running statistics of the norms in training, whose batch statistics start at the given offsets.
+
+    Args:
+        count: values behind each mean in this process.
+        group: the processes that share the statistics, or None.
+    """
     norms = [
         (norm, offset)
         for norm, offset in norms
@@ -157,6 +165,7 @@ def update_norms(norms: Sequence[tuple[Any, int]], statistics: BatchStatistics, 
             [offset for _, offset in norms],
             [norm.momentum for norm, _ in norms],
             count,
+            total_count(count, group, statistics.mean.device),
         )
 
 

@@ -15,8 +15,10 @@ from fastdense.nn.dual_path_structure import (
     read_dual_path_block,
 )
 from fastdense.nn.fused import FusedModule, Run, check_runs_here, is_traced, update_norms
+from fastdense.nn.shared_statistics import group_name, process_group_of
 from fastdense.nn.structure import NotFusible, is_quiet
 from fastdense.ops import BatchStatistics, dual_path_stage
+from fastdense.ops.arguments import count_pixels
 from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 
 
@@ -58,6 +60,8 @@ def run_stage(x: Tensor, blocks: list[DualPath], memory: str) -> Tensor:
     if memory == "reversible" and _computes_in(x) not in (torch.float32, torch.float64):
         raise NotFusible(f'memory="reversible" is for float32 and float64, not for {_computes_in(x)}')
     projection = blocks[0].projection
+    norms = [part.norm for block in blocks for part in (block.projection, block.a, block.b, block.c) if part]
+    group = process_group_of(norms)
     out, statistics = dual_path_stage(
         x,
         [block_weights(block) for block in blocks],
@@ -65,8 +69,9 @@ def run_stage(x: Tensor, blocks: list[DualPath], memory: str) -> Tensor:
         projection=projection_weights(projection) if projection is not None else None,
         stride=blocks[0].stride,
         memory=memory,
+        process_group=group_name(group),
     )
-    _update_running_stats(x, out, blocks, statistics)
+    _update_running_stats(x, out, blocks, statistics, group)
     return out
 
 
@@ -77,7 +82,9 @@ def _computes_in(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _update_running_stats(x: Tensor, out: Tensor, blocks: list[DualPath], statistics: BatchStatistics) -> None:
+def _update_running_stats(
+    x: Tensor, out: Tensor, blocks: list[DualPath], statistics: BatchStatistics, group: Any
+) -> None:
     in_front: list[tuple[Any, int]] = []  # of the stride
     behind: list[tuple[Any, int]] = []
     offset = 0
@@ -86,8 +93,8 @@ def _update_running_stats(x: Tensor, out: Tensor, blocks: list[DualPath], statis
             if part is not None:
                 (norms if block is blocks[0] else behind).append((part.norm, offset))
                 offset += part.norm.num_features
-    in_pixels, pixels = x.numel() // x.shape[1], out.numel() // out.shape[1]
+    in_pixels, pixels = count_pixels(x), count_pixels(out)
     if in_pixels == pixels:
         in_front, behind = [], in_front + behind
-    update_norms(in_front, statistics, in_pixels)
-    update_norms(behind, statistics, pixels)
+    update_norms(in_front, statistics, in_pixels, group)
+    update_norms(behind, statistics, pixels, group)

@@ -15,7 +15,9 @@ from torch import nn
 
 from fastdense.ops import LayerWeights, NormWeights, TailWeights
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# timm's norms with an activation inside.
+_NORMS_WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct")
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -135,9 +137,9 @@ def check_conv(
 
 
 def _has_fused_relu(norm: nn.Module) -> bool:
-    """Whether ``norm`` is timm's BatchNormAct2d with a plain ReLU inside."""
+    """Whether ``norm`` is timm's norm with a plain ReLU inside."""
     return (
-        type(norm).__name__ == "BatchNormAct2d"
+        type(norm).__name__ in _NORMS_WITH_ACTIVATION
         and type(child(norm, "act")) is nn.ReLU
         and type(child(norm, "drop")) is nn.Identity
     )

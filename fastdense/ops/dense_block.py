@@ -57,6 +57,7 @@ def dense_block(
     drop_rate: float = 0.0,
     seed: Tensor | None = None,
     memory: str = "balanced",
+    process_group: str = "",
 ) -> tuple[Tensor, BatchStatistics]:
     """Runs a dense block, and optionally what follows it, on one shared channels-last buffer.
 
@@ -74,6 +75,8 @@ def dense_block(
         seed: ``[]``, int64, on the input's device; required if ``drop_rate > 0``. See :func:`dropout_mask`; the
             layer's number separates the masks.
         memory: "balanced" keeps the outputs of conv1 for the backward pass, "min" computes them again.
+        process_group: name of the torch.distributed group that shares batch statistics, as
+            :class:`torch.nn.SyncBatchNorm` does; "" for this process alone. All of its processes call the op together.
 
     Returns:
         The output with its channels innermost in memory: ``[N, C0 + L * k, spatial]`` without a tail or with a norm,
@@ -87,7 +90,9 @@ def dense_block(
     Note:
         Running statistics are not touched: see :func:`update_running_stats_`. Kept for backward: the buffer
         (``C0 + L * k`` numbers per pixel), in "balanced" mode ``L * b`` more, and the statistics. Reruns on one machine
-        with one thread count are bit-identical. Double backward raises.
+        with one thread count are bit-identical. Double backward raises. With a process group a layer exchanges the
+        statistics of its ``b`` and ``k`` new channels in forward, and as many corrections in backward, not those of the
+        whole prefix.
 
     Reference:
         G. Huang, Z. Liu, L. van der Maaten, K. Weinberger. Densely Connected Convolutional Networks. CVPR 2017,
@@ -112,6 +117,7 @@ def dense_block(
         drop_rate,
         seed,
         keep,
+        process_group,
     )
     return out, BatchStatistics(mean, var)
 
@@ -144,6 +150,7 @@ def _(
     drop_rate: float,
     seed: Tensor | None,
     keep_bottleneck: bool,
+    process_group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     stride = 10 if bottleneck else 5
     growth, width = 0, 0
@@ -182,18 +189,20 @@ def _(
     seed: Tensor | None,
     in_channels: int,
     needs_grad: Sequence[bool],
+    process_group: str,
 ) -> list[Tensor]:
     return fake_gradients(buffer.narrow(1, 0, in_channels), weights, needs_grad)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, _ = inputs
+    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, _, process_group = inputs
     out, buffer, mean, var, z = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, var)
     ctx.save_for_backward(out if tail == "none" else buffer, mean, var, z, seed, *weights)
     ctx.arguments = (eps, num_layers, bottleneck, tail, drop_rate)
     ctx.in_channels = input.shape[1]
+    ctx.process_group = process_group
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
@@ -216,6 +225,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[
         seed,
         ctx.in_channels,
         needs_grad,
+        ctx.process_group,
     )
     wanted = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
     return (wanted[0], wanted[1:], *none)

@@ -51,6 +51,7 @@ def dual_path_stage(
     projection: ProjectionWeights | None = None,
     stride: int = 1,
     memory: str = "balanced",
+    process_group: str = "",
 ) -> tuple[Tensor, BatchStatistics]:
     """Runs a stage of dual path blocks without concatenating.
 
@@ -73,6 +74,8 @@ def dual_path_stage(
         memory: "balanced" keeps the residual path behind every block and the outputs of conv_a and conv_b for the
             backward pass; "min" makes the latter again; "reversible" keeps them, and makes the residual path again
             from its end, block by block, by subtraction (float32 and float64 only: 16 bits would lose it).
+        process_group: name of the torch.distributed group that shares batch statistics, as
+            :class:`torch.nn.SyncBatchNorm` does; "" for this process alone. All of its processes call the op together.
 
     Returns:
         ``[r_n; d_n]``, ``[N, R + D0 + n * K, spatial / stride]`` with its channels innermost in memory, and the batch
@@ -116,6 +119,7 @@ def dual_path_stage(
         residual_channels,
         stride,
         memory if records else "nothing",
+        process_group,
     )
     return out, BatchStatistics(mean, var)
 
@@ -148,6 +152,7 @@ def _(
     residual_channels: int,
     stride: int,
     memory: str,
+    process_group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, in_channels, *spatial = input.shape
     first = 5 if projection else 0
@@ -188,17 +193,19 @@ def _(
     residual_channels: int,
     stride: int,
     needs_grad: Sequence[bool],
+    process_group: str,
 ) -> list[Tensor]:
     return fake_gradients(input, weights, needs_grad)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weights, *arguments, _ = inputs
+    input, weights, *arguments, _, process_group = inputs
     out, residuals, a, b, mean, var = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, var)
     ctx.save_for_backward(input, out, residuals, a, b, mean, var, *weights)
     ctx.arguments = arguments
+    ctx.process_group = process_group
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
@@ -209,7 +216,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[
     input, out, residuals, a, b, mean, var, *weights = ctx.saved_tensors
     needs_grad = [needs_input, *needs_weights]
     grads = torch.ops.fastdense._dual_path_stage_backward(
-        grad_output, input, out, residuals, a, b, mean, var, weights, *ctx.arguments, needs_grad
+        grad_output, input, out, residuals, a, b, mean, var, weights, *ctx.arguments, needs_grad, ctx.process_group
     )
     wanted = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
     return (wanted[0], wanted[1:], *none)

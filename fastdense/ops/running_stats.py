@@ -16,6 +16,7 @@ def update_running_stats_(
     offsets: Sequence[int],
     momentum: Sequence[float | None],
     count: int,
+    total_count: Tensor | None = None,
 ) -> None:
     """Moves running statistics towards those of the batch, in place.
 
@@ -31,6 +32,7 @@ def update_running_stats_(
         offsets: norm ``i`` reads ``mean[offsets[i] : offsets[i] + C_i]``.
         momentum: one per norm, None for the cumulative average.
         count: number of values ``M`` behind each mean, more than 1.
+        total_count: ``[1]``, float64: ``M`` instead of ``count``, where only the device knows it.
 
     Raises:
         ValueError: shapes or list lengths that do not fit; nothing is written then.
@@ -48,6 +50,7 @@ def update_running_stats_(
         offsets,
         [-1.0 if m is None else m for m in momentum],
         count,
+        total_count,
     )
 
 

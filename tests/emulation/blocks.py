@@ -20,7 +20,11 @@ SOURCES = [
     for part in (".cpp", "_forward_cuda.cpp", "_backward_cuda.cpp")
 ]
 SOURCES += ["csrc/common/row_forward_kernels.cu", "csrc/common/row_backward_kernels.cu"]
-SOURCES += ["csrc/running_stats/running_stats_kernels.cu", "tests/emulation/blocks_entry.cpp"]
+SOURCES += [
+    "csrc/common/shared_statistics.cpp",
+    "csrc/running_stats/running_stats_kernels.cu",
+    "tests/emulation/blocks_entry.cpp",
+]
 
 # Of a fixture that says where a test's tensors live, entered by on_device().
 DEVICES = ["cpu", "emulated", "emulated-backwards", pytest.param("cuda", marks=pytest.mark.gpu)]

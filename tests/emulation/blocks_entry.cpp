@@ -43,8 +43,9 @@ struct EmulatedDualPath {
 
 void update_running_stats(at::TensorList running_mean, at::TensorList running_var, at::TensorList batches,
                           const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef offsets,
-                          at::ArrayRef<double> momentum, int64_t count) {
-  update_running_stats_on({running_mean, running_var, batches, mean, var, offsets, momentum, count}, context.stream);
+                          at::ArrayRef<double> momentum, int64_t count, const std::optional<at::Tensor>& total_count) {
+  update_running_stats_on({running_mean, running_var, batches, mean, var, offsets, momentum, count, total_count},
+                          context.stream);
 }
 
 }  // namespace

@@ -398,3 +398,15 @@ def test_update_refuses_bad_tensors_before_it_writes(change, message):
             [a["running_mean"]], [a["running_var"]], [a["tracked"]], a["mean"], a["var"], [0], [0.1], 10
         )
     assert all(torch.equal(a[name], before[name]) for name in a)
+
+
+@pytest.mark.parametrize("tail", ["none", "transition"])
+def test_gradients_lie_as_their_parameters(device, tail):
+    """The engine copies others, and DDP warns of them."""
+    block = Block(Case(tail=tail, device=device))
+    for parameter in block.parameters:
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    out, _ = block.run()
+    gradients = torch.autograd.grad(out.sum(), block.parameters)
+    assert [g.stride() for g in gradients] == [p.stride() for p in block.parameters]

@@ -3,6 +3,7 @@
 
 import contextlib
 import importlib
+import warnings
 
 import pytest
 import torch
@@ -150,3 +151,20 @@ def test_data_parallel_replicas(monkeypatch):
     first, second = replicate_module.replicate(fast, [0, 1])
     assert fused_calls(second.eval(), x) == FUSED
     assert_same(step(fast, x, run=first.train()), wanted)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_ddp_finds_gradients_as_it_wants_them(processes, memory_format):
+    """In the layout of their parameters: else it warns, and copies."""
+    processes.run(check_layout, memory_format)
+
+
+def check_layout(rank, memory_format):
+    _, net = pair()
+    net.to(memory_format=memory_format)
+    ddp = DistributedDataParallel(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ddp(batches(1)[0]).sum().backward()
+    for name, parameter in net.features.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), name

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 
 #include <vector>
@@ -25,6 +26,15 @@ inline at::Tensor to_channels_last(const at::Tensor& t) { return t.movedim(1, -1
 
 // Whether the channels are innermost and could be nowhere else.
 inline bool is_channels_last(const at::Tensor& t) { return !t.is_contiguous() && t.movedim(1, -1).is_contiguous(); }
+
+// `value`, which the caller owns, in the shape, type and layout of a parameter: so the engine takes a gradient without
+// a copy of its own, and DDP without a complaint.
+inline at::Tensor laid_out_like(const at::Tensor& value, const at::Tensor& parameter) {
+  const at::Tensor shaped = value.reshape(parameter.sizes());
+  if (shaped.scalar_type() == parameter.scalar_type() && shaped.is_contiguous() && parameter.is_contiguous())
+    return shaped.as_strided(parameter.sizes(), parameter.strides());  // those of single elements may differ
+  return at::empty_like(parameter).copy_(shaped);
+}
 
 // How the tensors of an elementwise op lie in memory: with channels innermost if those of `like` are, else contiguous.
 struct Layout {

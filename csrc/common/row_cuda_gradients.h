@@ -34,9 +34,7 @@ class CudaRowGradients {
   bool needs_input() const { return needs_[0]; }
   void set_input(const at::Tensor& value) { grads_[0] = value; }
   void set(int64_t weight, const at::Tensor& value) {
-    if (!needs(weight)) return;
-    const at::Tensor& like = weights_[size_t(weight)];
-    grads_[size_t(weight) + 1] = value.reshape(like.sizes()).to(like.scalar_type()).contiguous();
+    if (needs(weight)) grads_[size_t(weight) + 1] = laid_out_like(value, weights_[size_t(weight)]);
   }
   const std::vector<at::Tensor>& all() const { return grads_; }
 

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/layout.h"
 #include "common/row_driver.h"
 
 namespace fastdense {
@@ -62,7 +63,7 @@ class RowGradients : public RowDriver<T> {
   bool needs(int64_t weight) const { return needs_[size_t(weight) + 1]; }
   bool needs_input() const { return needs_[0]; }
   void set(int64_t weight, const at::Tensor& value) {
-    if (needs(weight)) grads_[size_t(weight) + 1] = value.to(weights_[size_t(weight)].scalar_type()).contiguous();
+    if (needs(weight)) grads_[size_t(weight) + 1] = laid_out_like(value, weights_[size_t(weight)]);
   }
 
   struct Sums {

@@ -69,8 +69,7 @@ class Backward : RowGradients<T> {
                                                     this->sink(worker, g_, ld_, true, c.mean(), dweight),
                                                     this->scratch(worker));
                          });
-    if (this->needs(args_.tail_conv.at))
-      this->set(args_.tail_conv.at, this->total(dweight, co, ld_).reshape(args_.tail_conv.weight.sizes()));
+    if (this->needs(args_.tail_conv.at)) this->set(args_.tail_conv.at, this->total(dweight, co, ld_));
     consumed(args_.tail_norm, c);
   }
 
@@ -155,7 +154,7 @@ class Backward : RowGradients<T> {
     });
     if (!this->needs(layer.conv2.at)) return;
     const at::Tensor by_tap = this->total(dweight, depth, n).reshape({args_.conv.taps(), k, n});
-    this->set(layer.conv2.at, by_tap.permute({1, 2, 0}).reshape(layer.conv2.weight.sizes()).contiguous());
+    this->set(layer.conv2.at, by_tap.permute({1, 2, 0}));
   }
 
   void product(const LayerArgs& layer, const Source<T>& prefix, const Coefficients& c1, const NormBackward<T>& norm2) {
@@ -166,8 +165,7 @@ class Backward : RowGradients<T> {
       kernels.norm_product_backward(prefix, row, rows, norm2, this->panels_of(panels),
                                     this->sink(worker, g_, ld_, true, c1.mean(), dweight), this->scratch(worker));
     });
-    if (this->needs(layer.conv1.at))
-      this->set(layer.conv1.at, this->total(dweight, b, c).reshape(layer.conv1.weight.sizes()));
+    if (this->needs(layer.conv1.at)) this->set(layer.conv1.at, this->total(dweight, b, c));
   }
 
   const DenseBlockArgs& args_;

@@ -151,7 +151,7 @@ class Backward : RowGradients<T> {
       kernels.product_backward(source, pool, row, rows, dy, this->panels_of(panels),
                                this->sink(worker, gradient, ld, accumulate, mean, dweight), this->scratch(worker));
     });
-    if (this->needs(conv.at)) this->set(conv.at, this->total(dweight, depth, n).reshape(conv.weight.sizes()));
+    if (this->needs(conv.at)) this->set(conv.at, this->total(dweight, depth, n));
   }
 
   // residual_{i} = residual_{i+1} - conv_c(b_i).
@@ -215,7 +215,7 @@ class Backward : RowGradients<T> {
       dbiases.push_back(this->vector(sums.sum, s.n));
       this->defer(block.norm_a, c, sums, s.first, s.n, args_.a_pixels(i), *s.corrections, s.channel);
     }
-    if (needed) this->set(block.conv_a.at, at::cat(dweights, 1).reshape(block.conv_a.weight.sizes()));
+    if (needed) this->set(block.conv_a.at, at::cat(dweights, 1));
     this->set_norm(block.norm_a, at::cat(dnorms), at::cat(dbiases));
   }
 

@@ -90,7 +90,7 @@ class Backward : RowGradients<T> {
     if (needs_bias) this->set(layer.bias.at, dbias.sum(0));
     if (!this->needs(layer.conv.at)) return;
     const at::Tensor by_tap = this->total(dweight, depth, n).reshape({taps, layer.out, n});
-    this->set(layer.conv.at, by_tap.permute({1, 2, 0}).reshape(layer.conv.weight.sizes()));
+    this->set(layer.conv.at, by_tap.permute({1, 2, 0}));
   }
 
   void input(const T* grad_output) {

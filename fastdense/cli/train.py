@@ -45,6 +45,8 @@ def _classify(options: argparse.Namespace) -> int:
         checkpoint_seconds=options.checkpoint_seconds,
     )
     result = train(config)
+    if not result.paths:
+        return 0  # another process of the run wrote them, and reports
     print(f"test accuracy {100 * result.test_accuracy:.2f} %")
     for path in result.paths:
         print(f"wrote {path}")

@@ -132,7 +132,7 @@ def fake_gradients(input: Tensor, weights: Sequence[Tensor], needs_grad: Sequenc
     absent = input.new_empty([0])
     grads = [empty_channels_last(input, input.shape) if needs_grad[0] else absent]
     for weight, needed in zip(weights, needs_grad[1:], strict=True):
-        grads.append(weight.new_empty(weight.shape) if needed else input.new_empty([0]))
+        grads.append(torch.empty_like(weight) if needed else input.new_empty([0]))
     return grads
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fastdense._support import InputError, write_atomically
 
-FORMAT = "fastdense-checkpoint-1"
+FORMAT = "fastdense-checkpoint-2"
 
 _KEYS = frozenset(["format", "config", "model", "optimizer", "scaler", "progress", "rng"])
 

@@ -21,6 +21,7 @@ from fastdense import build_info, models
 from fastdense._support import InputError, extra, write_atomically, write_json
 from fastdense.convert import restore
 from fastdense.train import checkpoint
+from fastdense.train import processes as several
 from fastdense.train.data import DIGITS, Dataset, EpochPlan, Split, augment, load, pixels, plan_epoch
 
 MEMORY = ("balanced", "min", "plain")
@@ -47,7 +48,7 @@ class TrainConfig:
         data: ``"digits"``, or a folder with one sub-folder of pictures a class.
         size: side of an image in pixels; None takes 16 for digits and 32 for a folder.
         epochs: passes over the training images.
-        batch: images per step, at most; an epoch is cut into steps of equal size.
+        batch: images per step, at most, of all processes together; an epoch is cut into steps of equal size.
         lr: learning rate of the first step; it falls to 0 along a cosine.
         weight_decay: L2 penalty of all parameters.
         momentum: Nesterov momentum in [0, 1).
@@ -165,7 +166,8 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     """Trains a model and writes ``checkpoint.pt``, ``metrics.json`` and ``curves.png``.
 
     A run that ended at any moment and continues with ``resume`` ends with the same bits as one that ran through, with
-    the same machine, threads and memory mode.
+    the same machine, threads, memory mode and number of processes. Under ``torchrun`` the processes share every batch
+    and average their gradients; the first one writes the files.
 
     Args:
         config: what to do.
@@ -184,14 +186,15 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     device = _device(config.device)
     _make_folder(config.out)
     data = load(config.data, config.size)
-    with _surroundings(config, device):
-        run = _Run(config, data, device, path, progress)
-        if config.fresh:
+    with several.started(device) as processes, _surroundings(config, processes.device):
+        run = _Run(config, data, processes, path, progress)
+        processes.wait()  # all have seen whether there is a checkpoint
+        if config.fresh and processes.is_first:
             path.unlink(missing_ok=True)
-        if config.resume and path.exists():
+        if config.resume and processes.gather(path.exists())[0]:
             run.resume()
         run.train()
-    return _write_results(run)
+        return _write_results(run)
 
 
 def learning_rate(step: int, steps: int, start: float) -> float:
@@ -199,8 +202,8 @@ def learning_rate(step: int, steps: int, start: float) -> float:
     return 0.5 * start * (1 + math.cos(math.pi * step / steps))
 
 
-def make_model(config: TrainConfig, data: Dataset) -> nn.Module:
-    """The configured model with random weights, on the CPU.
+def make_model(config: TrainConfig, data: Dataset, processes: int = 1) -> nn.Module:
+    """The configured model with random weights, on the CPU, for batches shared by so many processes.
 
     Raises:
         InputError: the model does not exist, or does not take these arguments or images of this size.
@@ -223,7 +226,7 @@ def make_model(config: TrainConfig, data: Dataset) -> nn.Module:
         model = models.create(config.model, **arguments)
     except (ValueError, TypeError) as error:
         raise InputError(f"train: expected arguments that make a model, got {config.model!r}: {error}") from error
-    smallest = len(data.train) % config.batch or config.batch  # the last batch of an epoch
+    smallest = len(data.train) // math.ceil(len(data.train) / config.batch) // processes  # part of a batch
     try:
         with torch.no_grad():
             made = model.eval()(torch.zeros(1, 3, data.size, data.size))
@@ -242,14 +245,19 @@ def make_model(config: TrainConfig, data: Dataset) -> nn.Module:
 class _Run:
     """One training run with everything that changes while it goes on."""
 
-    def __init__(self, config: TrainConfig, data: Dataset, device: torch.device, path: Path, progress: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, data: Dataset, processes: several.Processes, path: Path, progress: bool
+    ) -> None:
         self.config = config
         self.data = data
-        self.device = device
+        self.processes = processes
+        self.device = device = processes.device
         self.path = path
-        self.show_progress = progress
+        self.show_progress = progress and processes.is_first
         torch.manual_seed(config.seed)
-        self.model = make_model(config, data).to(device)
+        self.model = make_model(config, data, processes.world).to(device)
+        self.network = processes.wrap(self.model)
+        torch.manual_seed(config.seed + processes.rank)  # dropout differs, weights do not
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -259,36 +267,42 @@ class _Run:
         )
         self.scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=config.dtype == "float16")
         self.progress = Progress()
-        self.fingerprint = config.fingerprint(data)
+        self.fingerprint = config.fingerprint(data) | {"processes": processes.world}
         self.epoch_steps = math.ceil(len(data.train) / config.batch)
         self.saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Goes back to the state of the checkpoint."""
-        state = checkpoint.load(self.path, self.fingerprint)
+        first = checkpoint.load(self.path, self.fingerprint) if self.processes.is_first else None
+        state = self.processes.gather(first)[0]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        rng = state["rng"][self.processes.rank]
+        torch.set_rng_state(rng["cpu"])
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def save(self) -> None:
         """Writes the checkpoint."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        states = self.processes.gather(rng)
+        self.processes.same_buffers(self.model)
+        self.saved_at = time.monotonic()
+        if not self.processes.is_first:
+            return
         state = {
             "config": self.fingerprint,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": dataclasses.asdict(self.progress),
-            "rng": rng,
+            "rng": states,
         }
         checkpoint.save(self.path, state)
-        self.saved_at = time.monotonic()
 
     def train(self) -> None:
         """Trains the epochs that are left."""
@@ -317,35 +331,37 @@ class _Run:
                 bar.set_postfix(loss=f"{now.loss_sum / now.seen:.4f}", accuracy=f"{now.correct / now.seen:.4f}")
                 bar.update(seen)
                 late = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
-                if late and now.position < self.epoch_steps:
+                if any(self.processes.total(late)) and now.position < self.epoch_steps:
                     self.save()
 
     def _train_step(self, plan: EpochPlan) -> int:
         """Trains on the next batch and returns its number of images."""
         now, count = self.progress, len(self.data.train)
         first, last = (count * (now.position + more) // self.epoch_steps for more in (0, 1))
-        images, labels = self._train_batch(plan, slice(first, last))
+        images, labels = self._train_batch(plan, self.processes.share(slice(first, last)))
+        share = self.processes.world * len(labels) / (last - first)  # gradients are averaged over the processes
         rate = learning_rate(now.step, self.epoch_steps * self.config.epochs, self.config.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self._forward(images)
+        logits = self._forward(self.network, images)
         loss = functional.cross_entropy(logits, labels)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss * share).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        value = float(loss.detach())
+        loss_sum, correct = self.processes.total(float(loss.detach()) * len(labels), _count_correct(logits, labels))
+        value = loss_sum / (last - first)
         if not math.isfinite(value):
             raise NonFiniteLossError(
                 f"train: expected a finite loss, got {value} in step {now.step + 1} (epoch {now.epoch + 1}, learning"
                 f" rate {rate:.3g}); choose a smaller lr. The last checkpoint is from before"
             )
-        now.loss_sum += value * len(labels)
-        now.correct += _count_correct(logits, labels)
-        now.seen += len(labels)
+        now.loss_sum += loss_sum
+        now.correct += int(correct)
+        now.seen += last - first
         now.position += 1
         now.step += 1
-        return len(labels)
+        return last - first
 
     def _train_batch(self, plan: EpochPlan, where: slice) -> tuple[Tensor, Tensor]:
         """The augmented, normalised images at these positions of the epoch, and their labels."""
@@ -353,15 +369,16 @@ class _Run:
         images = augment(pixels(self.data.train.images[chosen]), plan.shifts[where], plan.flips[where])
         return self.data.normalise(images.to(self.device)), self.data.train.labels[chosen].to(self.device)
 
-    def _forward(self, images: Tensor) -> Tensor:
+    def _forward(self, network: nn.Module, images: Tensor) -> Tensor:
         """Logits in float32, computed under autocast for the 16-bit types."""
         dtype = getattr(torch, self.config.dtype)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            return self.model(images).float()
+            return network(images).float()
 
     def _end_epoch(self) -> None:
         """Measures, adds to the history and writes the checkpoint."""
         now = self.progress
+        self.processes.same_buffers(self.model)
         test_loss, test_accuracy = self.evaluate(self.data.test)
         now.history.append(
             {
@@ -385,7 +402,7 @@ class _Run:
         for stored, labels in zip(
             split.images.split(self.config.batch), split.labels.split(self.config.batch), strict=True
         ):
-            logits = self._forward(self.data.normalise(pixels(stored).to(self.device)))
+            logits = self._forward(self.model, self.data.normalise(pixels(stored).to(self.device)))
             labels = labels.to(self.device)
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
             correct += _count_correct(logits, labels)
@@ -429,10 +446,12 @@ def _surroundings(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 
 def _write_results(run: _Run) -> TrainResult:
-    """Writes metrics and curves."""
+    """Writes metrics and curves, in the first process."""
     history = run.progress.history
     accuracy = history[-1]["test_accuracy"]
     metrics, curves = (run.config.out / name for name in ("metrics.json", "curves.png"))
+    if not run.processes.is_first:
+        return TrainResult(accuracy, history, [])
     write_json(
         metrics,
         {

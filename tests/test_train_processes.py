@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training in two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdense.train import TrainConfig, train
+from fastdense.train.processes import Processes
+from tests.test_train import tiny, weights
+
+# No batch statistics, no dropout: both processes together make the step of one.
+WITHOUT_NORMS = {"width": 8, "in_channels": 3, "drop_rate": 0.0}
+
+
+def test_torchrun_trains_as_one_process_does(tmp_path):
+    config = TrainConfig(
+        model="highway_mnist", model_kwargs=WITHOUT_NORMS, size=28, batch=64, lr=0.05, epochs=1, threads=1, out=tmp_path
+    )
+    alone = train(config, progress=False)
+    root = Path(__file__).parents[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastdense"]
+    network = [f"--set={name}={value}" for name, value in WITHOUT_NORMS.items()]
+    options = ["--size=28", "--batch=64", "--lr=0.05", "--epochs=1", "--threads=1", f"--out={tmp_path / 'two'}"]
+    together = subprocess.run(
+        [*launch, "train", "--model=highway_mnist", *network, *options],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("test accuracy") == 1
+    (entry,) = json.loads((tmp_path / "two" / "metrics.json").read_text())["history"]
+    (wanted,) = alone.history
+    for name in ("loss", "test_loss", "accuracy", "test_accuracy"):
+        assert entry[name] == pytest.approx(wanted[name], rel=1e-3), name
+
+
+def train_here(rank, config, stop_after):
+    """Trains in this process's group; ends behind the n-th checkpoint, as if interrupted."""
+    checkpoints = 0
+    gather = Processes.gather
+
+    def dying_gather(self, value):
+        nonlocal checkpoints
+        if stop_after is not None and isinstance(value, dict):  # of random states: a checkpoint is being made
+            checkpoints += 1
+            if checkpoints > stop_after:
+                raise KeyboardInterrupt
+        return gather(self, value)
+
+    Processes.gather = dying_gather
+    try:
+        result = train(config, progress=False)
+    except KeyboardInterrupt:
+        return None
+    finally:
+        Processes.gather = gather
+    return result.test_accuracy, [path.name for path in result.paths]
+
+
+def test_a_run_of_two_processes_resumes_bit_for_bit(processes, tmp_path):
+    fields = {"epochs": 2, "batch": 256, "checkpoint_seconds": 0.0}
+    fields["model_kwargs"] = {"depth": 10, "growth_rate": 4, "drop_rate": 0.3}
+    through = processes.run(train_here, tiny(tmp_path / "through", **fields), None)
+    assert [paths for _, paths in through] == [["checkpoint.pt", "metrics.json", "curves.png"], []]
+    assert through[0][0] == through[1][0]
+    killed = tiny(tmp_path / "killed", **fields)
+    assert processes.run(train_here, killed, 4) == [None, None]
+    resumed = tiny(tmp_path / "killed", **fields, resume=True)
+    assert processes.run(train_here, resumed, None) == through
+    one, two = weights(tmp_path / "through"), weights(tmp_path / "killed")
+    assert all(torch.equal(one[name], two[name]) for name in one)

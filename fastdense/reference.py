@@ -131,6 +131,11 @@ def dual_path_stage(
     return x, BatchStatistics(torch.cat(means).detach(), torch.cat(variances).detach())
 
 
+def mean_join(inputs: Sequence[Tensor]) -> Tensor:
+    """:func:`fastdense.ops.mean_join` by stacking."""
+    return torch.stack(list(inputs)).mean(0)
+
+
 def bicubic_matrix(n: int, m: int, step: float, a: float, antialias: bool, border: str, align_corners: bool) -> Tensor:
     """``[m, n]``, float64: what a resampled axis is multiplied by; see :func:`fastdense.bicubic_resize`."""
     out = torch.arange(m, dtype=torch.float64)

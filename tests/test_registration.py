@@ -115,6 +115,10 @@ def samples(name: str):
                 yield x, torch.randn(2, 6, 5, 4, requires_grad=True), 4
             else:
                 yield x, 6, 4
+    elif name == "mean_join":
+        for layout in (torch.contiguous_format, torch.channels_last):
+            first = torch.randn(2, 3, 5, 4).to(memory_format=layout).requires_grad_()
+            yield ([first, torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4, requires_grad=True)],)
     elif name == "dropout_mask":
         yield torch.tensor(5), 1, 6, 7, 0.3
 
@@ -153,6 +157,7 @@ def test_the_library_is_what_is_documented():
         "dual_path_split",
         "dual_path_stage",
         "highway_gate",
+        "mean_join",
         "residual_dense_block",
         "update_running_stats_",
     ]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense.nn.stochastic_depth import check_probability
+from fastdense.ops import mean_join
 
 # Which columns a join averages, by step.
 Paths = Mapping[int, Sequence[int]]
@@ -29,10 +30,7 @@ Paths = Mapping[int, Sequence[int]]
 
 def join(outputs: Sequence[Tensor]) -> Tensor:
     """The element-wise mean of the columns that take part."""
-    total = outputs[0]
-    for output in outputs[1:]:
-        total = total + output
-    return total / len(outputs) if len(outputs) > 1 else total
+    return mean_join(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def draw_survivors(columns: Sequence[int], rate: float) -> list[int]:

@@ -59,11 +59,16 @@ def dense_block(
     tail: TailWeights | None = None,
     drop_rate: float = 0.0,
     seed: Tensor | None = None,
+    active: Sequence[bool] | None = None,
 ) -> tuple[Tensor, BatchStatistics]:
     """:func:`fastdense.ops.dense_block` by concatenation; the transition convolves first, then pools."""
     features = [input]
     bottlenecks = []
     for index, layer in enumerate(layers):
+        if active is not None and not active[index]:
+            features.append(input.new_zeros(input.shape[0], layer.conv2.shape[0], *input.shape[2:]))
+            bottlenecks += [] if layer.conv1 is None else [input.new_zeros(2, layer.conv1.shape[0])]
+            continue
         new, z = dense_layer(torch.cat(features, 1), layer)
         if drop_rate > 0:
             assert seed is not None

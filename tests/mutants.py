@@ -46,6 +46,8 @@ MUTANTS = [
     ("dual_path/dual_path_backward_cpu.cpp", "args_.residual).neg();", "args_.residual);"),
     ("common/row_sweeps.h", "store<T>(A(load(add[j])) + from[j])", "store<T>(from[j])"),
     ("common/row_kernels.h", "i1 * g.stride[1]", "i1"),
+    ("dense_block/dense_block.cpp", "layer.kept = args.active_layers();", "layer.kept = l;"),
+    ("dense_block/dense_block.cpp", "o.buffer.narrow(1, layer.channels, args.growth).zero_()", "o.buffer.narrow(1, layer.channels, 1).zero_()"),
     ("mean_join/mean_join_math.h", "sum / A(joined)", "sum / A(2)"),
     ("mean_join/mean_join_kernels_impl.h", "int input = 1; input < join.joined", "int input = 2; input < join.joined"),
     ("mean_join/mean_join_kernels_impl.h", "at += kTile", "at += kTile + 1"),

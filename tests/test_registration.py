@@ -15,16 +15,19 @@ from tests.test_residual_dense_block import Case as ResidualCase
 
 
 def dense_block_samples():
-    from fastdense.ops.dense_block import _flatten
+    from fastdense.ops.dense_block import _flatten, _without_dropped
 
     for case in (
         Case(tail="transition", drop_rate=0.2),
         Case(tail="none", size=(6,)),
+        Case(tail="norm", active=(True, False, True)),
         Case(tail="norm_relu", width=0, size=(4, 3, 2), memory="min"),
         Case(tail="norm", frozen=ALL, dtype=torch.float32),
     ):
         block = Block(case)
-        weights, eps = _flatten(block.layers, block.tail, torch.empty(0, dtype=case.dtype))
+        weights, eps = _flatten(
+            _without_dropped(block.layers, case.active), block.tail, torch.empty(0, dtype=case.dtype)
+        )
         options = (case.num_layers, case.width > 0, case.tail, case.drop_rate, block.seed)
         yield block, weights, eps, options
 

@@ -89,8 +89,8 @@ def dense_block(
 
     Note:
         Running statistics are not touched: see :func:`update_running_stats_`. Kept for backward: the buffer
-        (``C0 + L * k`` numbers per pixel), in "balanced" mode ``b`` more for every active layer, and the statistics, which
-        are 0 where a layer is not active. Reruns on one machine with one thread count are bit-identical. Double
+        (``C0 + L * k`` numbers per pixel), in "balanced" mode ``b`` more for every active layer, and the statistics,
+        which are 0 where a layer is not active. Reruns on one machine with one thread count are bit-identical. Double
         backward raises.
 
     Reference:

@@ -2,6 +2,7 @@
 """Stochastic depth: residual branches that training leaves out at random."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -160,7 +161,7 @@ class StochasticDepth(nn.Module):
 
 def _norms_of(branch: Any) -> list[nn.Module]:
     """The norms with running statistics of a module, or of the module whose method a branch is."""
-    owner = branch if isinstance(branch, nn.Module) else getattr(branch, "__self__", None)
+    owner = branch.__self__ if inspect.ismethod(branch) else branch
     modules = owner.modules() if isinstance(owner, nn.Module) else ()
     return [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
@@ -168,9 +169,11 @@ def _norms_of(branch: Any) -> list[nn.Module]:
 @contextlib.contextmanager
 def statistics_move_if(moves: Tensor, norms: Iterable[nn.Module]) -> Iterator[None]:
     """Within it, the running statistics of norms change only where ``moves``, a bool tensor ``[]``, is true."""
-    buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-    before = [buffer.clone() for buffer in buffers]
+    held = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in held:
+        setattr(norm, name, buffer.clone())  # which the norm moves, and may save for backward
     yield
     with torch.no_grad():
-        for buffer, old in zip(buffers, before, strict=True):
-            buffer.copy_(torch.where(moves.to(buffer.device), buffer, old))
+        for norm, name, buffer in held:
+            buffer.copy_(torch.where(moves.to(buffer.device), getattr(norm, name), buffer))
+            setattr(norm, name, buffer)

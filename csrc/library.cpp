@@ -37,6 +37,7 @@ TORCH_LIBRARY(fastdense, m) {
   m.def(
       "_highway_gate_backward(Tensor grad_output, Tensor input, Tensor projection, str activation) "
       "-> (Tensor, Tensor)");
+  m.def("mean_join(Tensor[] inputs) -> Tensor");
   m.def(
       "residual_dense_block(Tensor input, Tensor[] weights, float negative_slope, float scale, Tensor? outer, "
       "float outer_scale) -> (Tensor, Tensor)");

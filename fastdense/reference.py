@@ -59,11 +59,16 @@ def dense_block(
     tail: TailWeights | None = None,
     drop_rate: float = 0.0,
     seed: Tensor | None = None,
+    active: Sequence[bool] | None = None,
 ) -> tuple[Tensor, BatchStatistics]:
     """:func:`fastdense.ops.dense_block` by concatenation; the transition convolves first, then pools."""
     features = [input]
     bottlenecks = []
     for index, layer in enumerate(layers):
+        if active is not None and not active[index]:
+            features.append(input.new_zeros(input.shape[0], layer.conv2.shape[0], *input.shape[2:]))
+            bottlenecks += [] if layer.conv1 is None else [input.new_zeros(2, layer.conv1.shape[0])]
+            continue
         new, z = dense_layer(torch.cat(features, 1), layer)
         if drop_rate > 0:
             assert seed is not None
@@ -129,6 +134,11 @@ def dual_path_stage(
         x = torch.cat([residual, dense], 1)
     means, variances = zip(*map(batch_statistics, read), strict=True)
     return x, BatchStatistics(torch.cat(means).detach(), torch.cat(variances).detach())
+
+
+def mean_join(inputs: Sequence[Tensor]) -> Tensor:
+    """:func:`fastdense.ops.mean_join` by stacking."""
+    return torch.stack(list(inputs)).mean(0)
 
 
 def bicubic_matrix(n: int, m: int, step: float, a: float, antialias: bool, border: str, align_corners: bool) -> Tensor:

@@ -3,7 +3,7 @@
 """Plants mistakes in the native code, one at a time, and checks that the tests notice each.
 
 Run ``make mutants`` (a quarter of an hour): every mistake is built in a copy of the tree and must make
-``tests/test_dense_block.py`` or ``tests/test_dual_path.py`` fail; those in CUDA code with the emulated kernels.
+a test of ``FILES`` fail; those in CUDA code with the emulated kernels.
 Arguments choose mistakes by a part of the file's name.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FILES = ["tests/test_dual_path.py", "tests/test_dense_block.py"]
+FILES = ["tests/test_mean_join.py", "tests/test_dual_path.py", "tests/test_dense_block.py"]
 
 # (file below csrc, what stands there, what is planted)
 MUTANTS = [
@@ -46,6 +46,12 @@ MUTANTS = [
     ("dual_path/dual_path_backward_cpu.cpp", "args_.residual).neg();", "args_.residual);"),
     ("common/row_sweeps.h", "store<T>(A(load(add[j])) + from[j])", "store<T>(from[j])"),
     ("common/row_kernels.h", "i1 * g.stride[1]", "i1"),
+    ("dense_block/dense_block.cpp", "layer.kept = args.active_layers();", "layer.kept = l;"),
+    ("dense_block/dense_block.cpp", "o.buffer.narrow(1, layer.channels, args.growth).zero_()", "o.buffer.narrow(1, layer.channels, 1).zero_()"),
+    ("mean_join/mean_join_math.h", "sum / A(joined)", "sum / A(2)"),
+    ("mean_join/mean_join_kernels_impl.h", "int input = 1; input < join.joined", "int input = 2; input < join.joined"),
+    ("mean_join/mean_join_kernels_impl.h", "at += kTile", "at += kTile + 1"),
+    ("mean_join/mean_join.h", "layout.arrange(input)", "input.contiguous()"),
 ]  # fmt: skip
 
 CUDA_MUTANTS = [

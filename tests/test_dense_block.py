@@ -49,6 +49,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     drop_rate: float = 0.0
     memory: str = "balanced"
+    active: tuple[bool, ...] | None = None
     device: str = "cpu"
 
 
@@ -90,11 +91,17 @@ class Block(RandomBlock):
             seed=self.seed,
             memory=memory or self.case.memory,
             process_group=self.process_group,
+            active=self.case.active,
         )
 
     def expected(self):
         return reference.dense_block(
-            self.input, self.layers, tail=self.tail, drop_rate=self.case.drop_rate, seed=self.seed
+            self.input,
+            self.layers,
+            tail=self.tail,
+            drop_rate=self.case.drop_rate,
+            seed=self.seed,
+            active=self.case.active,
         )
 
 
@@ -135,6 +142,13 @@ def test_parity(device, size, width, tail, memory):
         Case(drop_rate=0.3, tail="transition"),
         Case(drop_rate=0.3, tail="transition", memory="min"),
         Case(drop_rate=1.0, tail="none", frozen=ALL),
+        Case(active=(True, False, True), tail="transition"),
+        Case(active=(False, True, True), tail="norm", memory="min"),
+        Case(active=(True, True, False), width=0, size=(5, 4, 3), drop_rate=0.3),
+        Case(active=(False, False, True, False, True), num_layers=5, tail="transition"),
+        Case(active=(False, True, False), frozen=ALL, tail="norm_relu"),
+        Case(active=(False, False, False), tail="transition"),
+        Case(active=(True, False, True), width=0, size=(9,), tail="norm_relu"),
         Case(num_layers=0, tail="transition"),
         Case(num_layers=0, tail="norm_relu"),
         Case(batch=1, size=(1, 2), num_layers=1),
@@ -175,6 +189,7 @@ def test_every_simd_level_of_this_machine(level):
         Case(2, 3, 2, 2, 4, (3, 4), "transition"),
         Case(2, 3, 2, 2, 4, (4, 3), "norm_relu", frozen=ALL),
         Case(2, 3, 2, 2, 0, (5,), "none", memory="min", drop_rate=0.4),
+        Case(2, 3, 2, 3, 4, (3, 2), "transition", active=(True, False, True)),
     ],
     ids=repr,
 )
@@ -204,8 +219,10 @@ def test_dropout_in_low_precision(device, dtype):
     assert sum(ours) <= 1.5 * sum(theirs)
 
 
-def test_memory_modes_are_bit_identical(device):
-    block = Block(Case(dtype=torch.float32, tail="transition", size=(24, 24), drop_rate=0.2, device=device))
+@pytest.mark.parametrize("active", [None, (False, True, True)])
+def test_memory_modes_are_bit_identical(device, active):
+    case = Case(dtype=torch.float32, tail="transition", size=(24, 24), drop_rate=0.2, active=active, device=device)
+    block = Block(case)
     check_bit_identical(block, ["balanced", "min", "balanced"])
 
 
@@ -215,6 +232,24 @@ def test_saved_bytes_match_the_closed_form(device):
         statistics = 2 * (28 + 3 * 20)
         pixels = 3 * 7 * 5
         assert block.saved_numbers() == pixels * per_pixel + statistics + 1  # the seed
+
+
+def test_a_layer_that_is_not_active_leaves_zeros_and_nothing_else(device):
+    active = (True, False, True)
+    for memory, per_pixel in (("balanced", 28 + 2 * 20), ("min", 28)):
+        block = Block(Case(dtype=torch.float32, memory=memory, active=active, device=device))
+        assert block.saved_numbers() == 3 * 7 * 5 * per_pixel + 2 * (28 + 3 * 20) + 1  # the seed
+    out, statistics = block.run()
+    assert not out[:, 16:22].any()
+    assert all(out[:, at : at + 6].any() for at in (10, 22))
+    for values in statistics:
+        assert not values[16:22].any()
+        assert not values[28 + 20 : 28 + 40].any()
+    kept = {t.data_ptr() for t in block.parameters[6:12]}  # of layer 1
+    assert len(kept) == 6
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.discard(t.data_ptr()) or t, lambda t: t):
+        block.run()
+    assert len(kept) == 6
 
 
 @pytest.mark.parametrize("part", ["input", "0.conv2", "2.norm1.weight", "1.conv1", "tail.conv", "tail.norm.bias"])

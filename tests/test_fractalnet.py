@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """FractalNet: counts, the recursive definition, drop-path, columns that are plain networks."""
 
+import copy
 import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
@@ -268,6 +270,69 @@ def test_trains_and_reloads(doubling, dtype):
     copied = models.create("fractalnet", **options).to(dtype)
     copied.load_state_dict(net.state_dict())
     assert torch.equal(copied.eval()(x), net.eval()(x))
+
+
+def as_gates(block: FractalBlock, paths) -> torch.Tensor:
+    gates = torch.zeros_like(block.members())
+    for step, columns in paths.items():
+        gates[step - 1, list(columns)] = True
+    return gates
+
+
+@pytest.mark.parametrize("join_first", [False, True])
+def test_gates_are_paths(join_first):
+    """Outputs, gradients and running statistics of whatever training may draw."""
+    nets = [randomise(small(join_first=join_first))]
+    nets.append(copy.deepcopy(nets[0]))
+    x = image()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        paths = nets[0].draw_paths()
+        gates = [as_gates(block, p) for block, p in zip(nets[0].blocks, paths, strict=True)]
+        outputs = [net(x, p) for net, p in zip(nets, (paths, gates), strict=True)]
+        torch.testing.assert_close(outputs[1], outputs[0])
+        for net, output in zip(nets, outputs, strict=True):
+            net.zero_grad()
+            output.square().sum().backward()
+        for wanted, made in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            torch.testing.assert_close(made.grad, torch.zeros_like(made) if wanted.grad is None else wanted.grad)
+        for wanted, made in zip(nets[0].buffers(), nets[1].buffers(), strict=True):
+            torch.testing.assert_close(made, wanted)
+
+
+def test_gates_are_drawn_like_paths():
+    net = FractalNet(3, (2, 2), drop_rates=(0, 0), drop_path=0.3, global_ratio=0.4)
+    members, draws, alone, pairs = net.blocks[0].members(), 1500, 0, 0
+    for _ in range(draws):
+        gates = net.draw_gates()
+        assert not any((g & ~members).any() for g in gates)
+        alone += not gates[0].any(1).all()  # steps that a column of the whole net passes over
+    # Column 2 ends a convolution at every step and cannot be told from local paths.
+    assert abs(alone - draws * 0.4 * 2 / 3) < 5 * math.sqrt(draws * 0.27 * 0.73)
+    net.global_ratio = 1.0
+    for _ in range(50):
+        gates = net.draw_gates()
+        assert {int(g.any(0).sum()) for g in gates} == {1}
+        assert gates[0].equal(gates[1])
+    for _ in range(draws):
+        gates = net.blocks[0].draw_local_gates(0.3)
+        assert gates.any(1).all()
+        pairs += bool(gates[1].sum() == 2)
+    assert abs(pairs - draws * 0.49) < 5 * math.sqrt(draws * 0.49 * 0.51)
+    everyone = [net.blocks[0].draw_local_gates(1.0)[3].nonzero().flatten().tolist() for _ in range(300)]
+    for column in range(3):
+        assert abs(everyone.count([column]) - 100) < 5 * math.sqrt(300 * 2 / 9)
+
+
+def test_training_compiles_as_one_graph():
+    net, x = small(), image()
+    torch._dynamo.reset()  # shapes that other tests compiled for would count as changing ones
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    outputs = [compiled(x) for _ in range(8)]
+    outputs[-1].sum().backward()
+    assert counter.frame_count == 1
+    assert len({float(y.detach().sum()) for y in outputs}) > 1
 
 
 def test_compiles_as_one_graph():

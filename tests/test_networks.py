@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 import fastdense
@@ -96,6 +97,27 @@ def test_gradients_of_whole_networks(name, arguments, shape):
     step = 1e-8
     expected = (loss(step) - loss(-step)) / (2 * step)
     torch.testing.assert_close(made, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "arguments", "shape"), SMALL)
+def test_training_compiles_as_one_graph(name, arguments, shape):
+    """With the numbers and running statistics of eager training, but for FractalNet, which draws other paths."""
+    model, x = models.create(name, **arguments), torch.randn(shape)
+    eager = copy.deepcopy(model)
+    torch._dynamo.reset()  # shapes that other tests compiled for would count as changing ones
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        made = compiled(x)
+        made.sum().backward()
+        torch.manual_seed(seed)
+        if name != "fractalnet":
+            torch.testing.assert_close(made, eager(x))
+    assert counter.frame_count == 1
+    for buffer, wanted in zip(model.buffers(), eager.buffers(), strict=True):
+        if name != "fractalnet":
+            torch.testing.assert_close(buffer, wanted)
 
 
 @pytest.mark.parametrize("name", ["fractalnet", "stochastic_depth_cifar"])

@@ -15,16 +15,19 @@ from tests.test_residual_dense_block import Case as ResidualCase
 
 
 def dense_block_samples():
-    from fastdense.ops.dense_block import _flatten
+    from fastdense.ops.dense_block import _flatten, _without_dropped
 
     for case in (
         Case(tail="transition", drop_rate=0.2),
         Case(tail="none", size=(6,)),
+        Case(tail="norm", active=(True, False, True)),
         Case(tail="norm_relu", width=0, size=(4, 3, 2), memory="min"),
         Case(tail="norm", frozen=ALL, dtype=torch.float32),
     ):
         block = Block(case)
-        weights, eps = _flatten(block.layers, block.tail, torch.empty(0, dtype=case.dtype))
+        weights, eps = _flatten(
+            _without_dropped(block.layers, case.active), block.tail, torch.empty(0, dtype=case.dtype)
+        )
         options = (case.num_layers, case.width > 0, case.tail, case.drop_rate, block.seed)
         yield block, weights, eps, options
 
@@ -117,6 +120,10 @@ def samples(name: str):
                 yield x, torch.randn(2, 6, 5, 4, requires_grad=True), 4
             else:
                 yield x, 6, 4
+    elif name == "mean_join":
+        for layout in (torch.contiguous_format, torch.channels_last):
+            first = torch.randn(2, 3, 5, 4).to(memory_format=layout).requires_grad_()
+            yield ([first, torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4, requires_grad=True)],)
     elif name == "dropout_mask":
         yield torch.tensor(5), 1, 6, 7, 0.3
 
@@ -155,6 +162,7 @@ def test_the_library_is_what_is_documented():
         "dual_path_split",
         "dual_path_stage",
         "highway_gate",
+        "mean_join",
         "residual_dense_block",
         "update_running_stats_",
     ]

@@ -318,6 +318,12 @@ def test_plan_is_a_function_of_seed_and_epoch() -> None:
     assert first.shifts.abs().max() == 2 and not first.flips.any()
 
 
+def test_learning_rate_falls_by_steps() -> None:
+    """The published schedule of CIFAR: 300 epochs, a tenth from 150 on, a hundredth from 225 on."""
+    rates = [learning_rate(epoch, 300, 0.1, "steps") for epoch in range(300)]
+    assert rates == pytest.approx([0.1] * 150 + [0.01] * 75 + [0.001] * 75)
+
+
 def test_learning_rate_falls_to_zero() -> None:
     rates = [learning_rate(step, 10, 0.1) for step in range(11)]
     assert rates[0] == 0.1 and rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0)
@@ -328,6 +334,7 @@ def test_learning_rate_falls_to_zero() -> None:
     [
         {"epochs": 0},
         {"lr": float("nan")},
+        {"schedule": "linear"},
         {"momentum": 1.0},
         {"memory": "max"},
         {"dtype": "int8"},

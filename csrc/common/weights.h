@@ -63,9 +63,12 @@ class WeightReader {
     return {take(name + ".bias", {channels}, true), at};
   }
 
-  // The tensor `ahead` places behind the current one, to learn a shape from.
+  // The tensor `ahead` places behind the current one, given or not.
+  const at::Tensor& at(int64_t ahead) const { return weights_[size_t(next_ + ahead)]; }
+
+  // The same, to learn a shape from.
   const at::Tensor& peek(int64_t ahead, const std::string& name) const {
-    const at::Tensor& t = weights_[size_t(next_ + ahead)];
+    const at::Tensor& t = at(ahead);
     TORCH_CHECK_VALUE(t.numel() > 0, op_, ": expected ", name, ".weight to be given, got an empty tensor");
     return t;
   }

@@ -21,14 +21,17 @@ Tail parse_tail(std::string_view tail) {
   TORCH_CHECK_VALUE(false, kOp, ": expected tail to be none, transition, norm or norm_relu, got ", tail);
 }
 
+// Whether a convolution is that of a dropped layer.
+bool is_dropped(const at::Tensor& conv) { return conv.dim() > 2 && conv.size(1) == 0; }
+
 // The first weight that shows how many channels and dimensions the input is to have.
 void check_input(at::IntArrayRef sizes, at::TensorList weights, int64_t num_layers, Tail tail) {
   if (num_layers > 0 || tail == Tail::kTransition) {
     const at::Tensor& conv = weights[4];  // behind the four tensors of a norm
     TORCH_CHECK_VALUE(conv.dim() < 3 || size_t(conv.dim()) == sizes.size(), kOp, ": expected input to have ",
                       conv.dim(), " dimensions, got shape ", sizes);
-    TORCH_CHECK_VALUE(conv.dim() < 3 || conv.size(1) == sizes[1], kOp, ": expected input to have ", conv.size(1),
-                      " channels in dimension 1, got shape ", sizes);
+    TORCH_CHECK_VALUE(conv.dim() < 3 || conv.size(1) == sizes[1] || is_dropped(conv), kOp, ": expected input to have ",
+                      conv.size(1), " channels in dimension 1, got shape ", sizes);
   } else if (tail != Tail::kNone) {
     const int64_t channels = weights[0].numel();
     TORCH_CHECK_VALUE(channels == 0 || channels == sizes[1], kOp, ": expected input to have ", channels,
@@ -42,16 +45,21 @@ void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers)
     const std::string name = "layer " + std::to_string(l);
     LayerArgs layer;
     layer.channels = args.in_channels + l * args.growth;
+    layer.dropped = is_dropped(reader.at(args.bottleneck ? 9 : 4));
+    layer.kept = args.active_layers();
     int64_t in = layer.channels;
     layer.norm1 = reader.norm(name + ".norm1", in);
+    const auto first_of_all = [&](const std::string& conv) -> const at::Tensor& {
+      return layer.dropped ? reader.at(0) : reader.peek(0, name + conv);
+    };
     if (args.bottleneck) {
-      if (l == 0) args.width = reader.peek(0, name + ".conv1").size(0);
-      layer.conv1 = reader.conv(name + ".conv1", conv1x1_shape(args.width, in, dims));
+      if (l == 0) args.width = first_of_all(".conv1").size(0);
+      layer.conv1 = reader.conv(name + ".conv1", conv1x1_shape(args.width, layer.dropped ? 0 : in, dims));
       in = args.width;
       layer.norm2 = reader.norm(name + ".norm2", in);
     }
     if (l == 0) {
-      const at::Tensor& first = reader.peek(0, name + ".conv2");
+      const at::Tensor& first = first_of_all(".conv2");
       check_rank(kOp, (name + ".conv2.weight").c_str(), first, int64_t(dims) + 2);
       args.growth = first.size(0);
       fill_three(first.sizes().slice(2), args.conv.kernel);
@@ -59,7 +67,7 @@ void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers)
         TORCH_CHECK_VALUE(size % 2 == 1, kOp, ": expected the kernel of ", name, ".conv2 to be odd, got ",
                           first.sizes());
     }
-    std::vector<int64_t> shape{args.growth, in};
+    std::vector<int64_t> shape{args.growth, layer.dropped ? 0 : in};
     for (size_t d = 0; d < dims; ++d) shape.push_back(args.conv.kernel[d]);
     layer.conv2 = reader.conv(name + ".conv2", shape);
     args.layers.push_back(std::move(layer));
@@ -83,9 +91,13 @@ void read_tail(WeightReader& reader, DenseBlockArgs& args) {
 
 }  // namespace
 
+int64_t DenseBlockArgs::active_layers() const {
+  return std::count_if(layers.begin(), layers.end(), [](const LayerArgs& layer) { return !layer.dropped; });
+}
+
 bool DenseBlockArgs::any_batch_statistics() const {
   for (const LayerArgs& layer : layers)
-    if (!layer.norm1.frozen() || (bottleneck && !layer.norm2.frozen())) return true;
+    if (!layer.dropped && (!layer.norm1.frozen() || (bottleneck && !layer.norm2.frozen()))) return true;
   return tail != Tail::kNone && !tail_norm.frozen();
 }
 
@@ -138,9 +150,11 @@ DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions&
 DenseBlockOutputs allocate_dense_block(const DenseBlockArgs& args, const at::TensorOptions& options,
                                        bool keep_bottleneck) {
   const auto statistics = options.dtype(options.dtype() == at::kDouble ? at::kDouble : at::kFloat);
-  const int64_t kept = keep_bottleneck && args.bottleneck ? int64_t(args.layers.size()) : 0;
+  const int64_t kept = keep_bottleneck && args.bottleneck ? args.active_layers() : 0;
   DenseBlockOutputs o;
   o.buffer = empty_channels_last(args.sizes(args.channels()), options);
+  for (const LayerArgs& layer : args.layers)
+    if (layer.dropped) o.buffer.narrow(1, layer.channels, args.growth).zero_();
   o.mean = at::zeros({args.statistics()}, statistics);
   o.var = at::zeros({args.statistics()}, statistics);
   o.z = at::empty({kept, args.pixels(), args.width}, options);

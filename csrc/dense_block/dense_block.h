@@ -12,7 +12,11 @@
 //
 // The norm corrections of a channel's gradient are deferred (batch_norm_math.h) until its own layer takes it.
 //
-// Saved: the buffer, mean and variance [C + L*b], and in `keep_bottleneck` mode the 1x1 outputs z [L, pixels, b].
+// Stochastic depth drops layers: a dropped one writes zeros, which later layers read like any other values (mean and
+// variance 0), and neither pass computes or keeps anything else for it.
+//
+// Saved: the buffer, mean and variance [C + L*b], and in `keep_bottleneck` mode the 1x1 outputs z [layers that are not
+// dropped, pixels, b].
 // Recomputed: norm + ReLU of every prefix, norm2 + ReLU, dropout masks, and z when it was not kept.
 #pragma once
 
@@ -35,6 +39,8 @@ struct LayerArgs {
   NormArgs norm1, norm2;  // norm2 and conv1 only with a bottleneck
   ConvArgs conv1, conv2;  // [b, c, 1...], [k, b or c, kernel...]
   int64_t channels = 0;   // of the prefix that it reads
+  bool dropped = false;   // the slice is zeros, and nothing is computed
+  int64_t kept = 0;       // layers before it that are not dropped: its place in z
 };
 
 struct DenseBlockArgs {
@@ -55,6 +61,7 @@ struct DenseBlockArgs {
   int64_t statistics() const { return channels() + int64_t(layers.size()) * width; }
   // Where the statistics of layer l's norm2 start; those of prefixes start at 0.
   int64_t norm2_statistics(int64_t l) const { return channels() + l * width; }
+  int64_t active_layers() const;
   bool any_batch_statistics() const;
   // Backward leaves out the layers below the lowest one with a parameter or input that needs a gradient; `needs` is
   // that of the input and of every weight.
@@ -64,7 +71,8 @@ struct DenseBlockArgs {
 
 // Reads and checks the arguments.  `sizes` is the shape of the input; the lists are laid out as in ops/dense_block.py:
 // for each layer norm1 (weight, bias, running_mean, running_var), conv1, norm2 (4), conv2, then the tail's norm and
-// conv. A tensor without elements stands for an absent one.
+// conv. A tensor without elements stands for an absent one; convolutions of no channels, [b, 0, 1...] and
+// [k, 0, kernel...], for a dropped layer's.
 DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
                                  at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
                                  double drop_rate, const std::optional<at::Tensor>& seed,

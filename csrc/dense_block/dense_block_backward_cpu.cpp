@@ -44,7 +44,8 @@ class Backward : RowGradients<T> {
       gradient_.zero_();
     if (args_.tail == Tail::kTransition) transition(to_channels_last(grad_output));
     if (args_.tail == Tail::kNorm || args_.tail == Tail::kNormRelu) norm(to_channels_last(grad_output));
-    for (int64_t l = int64_t(args_.layers.size()) - 1; l >= lowest_layer_; --l) layer(l);
+    for (int64_t l = int64_t(args_.layers.size()) - 1; l >= lowest_layer_; --l)
+      if (!args_.layers[size_t(l)].dropped) layer(l);
     if (this->needs_input()) input();
     return this->grads();
   }
@@ -135,7 +136,7 @@ class Backward : RowGradients<T> {
 
   // The kept output of the 1x1, or the same made again.
   at::Tensor bottleneck(int64_t l, const Source<T>& prefix) {
-    if (z_.size(0) > 0) return z_[l];
+    if (z_.size(0) > 0) return z_[args_.layers[size_t(l)].kept];
     if (!z_again_.defined()) z_again_ = at::empty({pixels_, args_.width}, this->options());
     make_bottleneck(*this, args_.layers[l], pixels_, prefix, static_cast<T*>(z_again_.mutable_data_ptr()), nullptr);
     return z_again_;

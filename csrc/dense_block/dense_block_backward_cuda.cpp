@@ -39,7 +39,8 @@ class Backward : CudaBlock<T> {
     if (args.tail == Tail::kNone) gradient_.copy_(grad_output);
     if (args.tail == Tail::kTransition) transition(to_channels_last(grad_output));
     if (args.tail == Tail::kNorm || args.tail == Tail::kNormRelu) last_norm(to_channels_last(grad_output));
-    for (int64_t l = int64_t(args.layers.size()) - 1; l >= lowest; --l) layer(l);
+    for (int64_t l = int64_t(args.layers.size()) - 1; l >= lowest; --l)
+      if (!args.layers[size_t(l)].dropped) layer(l);
     if (grads_.needs_input()) input();
     return grads_.all();
   }
@@ -112,7 +113,7 @@ class Backward : CudaBlock<T> {
 
   // The kept output of the 1x1, or the same made again.
   at::Tensor bottleneck(int64_t l, const NormParams<A>& norm1) {
-    if (z_.size(0) > 0) return z_[l];
+    if (z_.size(0) > 0) return z_[args.layers[size_t(l)].kept];
     if (!z_again_.defined()) z_again_ = at::empty({pixels, args.width}, this->options);
     this->make_bottleneck(l, x_, norm1, z_again_);
     return z_again_;

@@ -31,9 +31,10 @@ class Forward : RowDriver<T> {
   void run(const at::Tensor& input, const DenseBlockOutputs& o) {
     o.buffer.narrow(1, 0, args_.in_channels).copy_(input);
     if (args_.any_batch_statistics()) this->statistics(x_, ld_, pixels_, args_.in_channels, mean_, var_);
-    if (args_.bottleneck && z_.size(0) == 0 && !args_.layers.empty())
+    if (args_.bottleneck && z_.size(0) == 0 && args_.active_layers() > 0)
       one_z_ = at::empty({pixels_, args_.width}, o.z.options());
-    for (size_t l = 0; l < args_.layers.size(); ++l) layer(int64_t(l));
+    for (size_t l = 0; l < args_.layers.size(); ++l)
+      if (!args_.layers[l].dropped) layer(int64_t(l));
     if (args_.tail == Tail::kTransition) transition(static_cast<T*>(o.out.mutable_data_ptr()));
     if (args_.tail == Tail::kNorm || args_.tail == Tail::kNormRelu) norm(static_cast<T*>(o.out.mutable_data_ptr()));
   }
@@ -44,7 +45,7 @@ class Forward : RowDriver<T> {
     const Coefficients c1 = this->coefficients(layer.norm1, mean_, var_, layer.channels);
     const Source<T> prefix = this->source(x_, ld_, c1);
     if (!args_.bottleneck) return conv(l, prefix);
-    T* z = static_cast<T*>((one_z_.defined() ? one_z_ : z_[l]).mutable_data_ptr());
+    T* z = static_cast<T*>((one_z_.defined() ? one_z_ : z_[layer.kept]).mutable_data_ptr());
     const int64_t at = args_.norm2_statistics(l);
     bottleneck(layer, prefix, z, !layer.norm2.frozen(), at);
     const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, args_.width);

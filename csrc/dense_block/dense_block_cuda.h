@@ -55,6 +55,7 @@ class CudaBlock : public CudaRows<T> {
     conv1_.resize(args.layers.size());
     conv2_.resize(args.layers.size());
     for (size_t l = size_t(first); l < args.layers.size(); ++l) {
+      if (args.layers[l].dropped) continue;
       if (args.bottleneck) conv1_[l] = this->pack1x1(args.layers[l].conv1.weight);
       conv2_[l] = this->pack(
           args.layers[l].conv2.weight,

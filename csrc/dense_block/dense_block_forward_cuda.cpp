@@ -26,9 +26,10 @@ class Forward : CudaBlock<T> {
     this->pack_weights(0);
     o.buffer.narrow(1, 0, args.in_channels).copy_(input);
     if (args.any_batch_statistics()) this->statistics({x_, ld}, pixels, args.in_channels, mean_, var_);
-    if (args.bottleneck && z_.size(0) == 0 && !args.layers.empty())
+    if (args.bottleneck && z_.size(0) == 0 && args.active_layers() > 0)
       one_z_ = at::empty({pixels, args.width}, this->options);
-    for (size_t l = 0; l < args.layers.size(); ++l) layer(int64_t(l));
+    for (size_t l = 0; l < args.layers.size(); ++l)
+      if (!args.layers[l].dropped) layer(int64_t(l));
     if (args.tail == Tail::kTransition) transition(o.out);
     if (args.tail == Tail::kNorm || args.tail == Tail::kNormRelu) last_norm(o.out);
   }
@@ -38,7 +39,7 @@ class Forward : CudaBlock<T> {
     const LayerArgs& layer = args.layers[size_t(l)];
     const NormParams<A> norm1 = this->norm_params(layer.norm1, mean_, var_);
     if (!args.bottleneck) return convolution(l, this->activated_image(x_, ld, norm1, layer.channels));
-    const at::Tensor z = one_z_.defined() ? one_z_ : z_[l];
+    const at::Tensor z = one_z_.defined() ? one_z_ : z_[layer.kept];
     this->make_bottleneck(l, x_, norm1, z);
     const int64_t at = args.norm2_statistics(l), b = args.width;
     if (!layer.norm2.frozen()) this->statistics({this->const_data(z), b}, pixels, b, mean_ + at, var_ + at);

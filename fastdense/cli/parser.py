@@ -215,6 +215,12 @@ def _add_train(commands: Commands, run: Run) -> None:
     parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--batch", type=int, help="images per step (default: 64, or 16 with sr)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: 0.1, or 0.001 with sr)")
+    parser.add_argument(
+        "--schedule",
+        choices=("cosine", "steps"),
+        default="cosine",
+        help="how the rate falls: to 0, or by 10 at 50 %% and 75 %% (default: cosine; not with sr)",
+    )
     parser.add_argument("--momentum", type=float, default=0.9, help="Nesterov momentum (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument("--memory", choices=("balanced", "min", "plain"), default="balanced", help="default: balanced")

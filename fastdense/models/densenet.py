@@ -8,12 +8,13 @@ Reference:
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense.nn import DenseBlock, DenseFeatures, Transition
+from fastdense.nn import DenseBlock, DenseFeatures, Transition, linear_decay
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -33,6 +34,9 @@ class DenseNet(nn.Module):
         bottleneck: False for layers of norm, ReLU, 3x3.
         compression: theta in (0, 1]; a transition maps ``C`` to ``floor(theta * C)`` channels.
         drop_rate: probability in [0, 1] that a new feature is dropped in training.
+        survival: stochastic depth, probability in [0, 1] that the last layer of the last block is computed in training;
+            it decays linearly over the layers of all blocks. See :class:`fastdense.nn.DenseBlock`.
+        survival_mode, survival_scale: see :class:`fastdense.nn.StochasticDepth`.
         num_classes: outputs of the classifier.
         spatial_dims: 1, 2 or 3, as the stem.
         memory: memory mode of the blocks, see :class:`fastdense.nn.DenseBlock`.
@@ -52,6 +56,9 @@ class DenseNet(nn.Module):
         bottleneck: bool = True,
         compression: float = 0.5,
         drop_rate: float = 0.0,
+        survival: float = 1.0,
+        survival_mode: str = "batch",
+        survival_scale: str = "test",
         num_classes: int = 1000,
         spatial_dims: int = 2,
         memory: str = "balanced",
@@ -61,6 +68,7 @@ class DenseNet(nn.Module):
             raise ValueError(f"DenseNet: expected compression to be in (0, 1], got {compression!r}")
         modules = list(stem)
         channels = in_channels
+        probabilities = iter(linear_decay(sum(block_config), survival))
         for index, num_layers in enumerate(block_config, start=1):
             block = DenseBlock(
                 num_layers,
@@ -69,6 +77,9 @@ class DenseNet(nn.Module):
                 bn_size=bn_size,
                 bottleneck=bottleneck,
                 drop_rate=drop_rate,
+                survival=list(islice(probabilities, num_layers)),
+                survival_mode=survival_mode,
+                survival_scale=survival_scale,
                 memory=memory,
                 spatial_dims=spatial_dims,
             )

@@ -8,12 +8,13 @@ Reference:
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense.nn import DenseFeatures, DualPathBlock
+from fastdense.nn import DenseFeatures, DualPathBlock, StochasticDepth, linear_decay
 from fastdense.nn.dual_path import NormRelu
 
 _EPS = 1e-3  # of every norm, as in the authors' framework
@@ -57,6 +58,9 @@ class DPN(nn.Module):
         image_channels: channels of the input.
         num_classes: outputs of the classifier.
         drop_rate: probability in [0, 1] that a feature in front of the classifier is dropped in training.
+        survival: stochastic depth, probability in [0, 1] that the last block is computed in training; it decays
+            linearly over the blocks of all stages. See :class:`fastdense.nn.DualPathStage`.
+        survival_mode, survival_scale: see :class:`fastdense.nn.StochasticDepth`.
         test_time_pooling: in eval mode, classify every 7x7 window of the last map and take the mean of their average
             and their maximum, for pictures larger than those of training.
         memory: memory mode of the stages, see :func:`fastdense.ops.dual_path_stage`.
@@ -80,6 +84,9 @@ class DPN(nn.Module):
         image_channels: int = 3,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
+        survival: float = 1.0,
+        survival_mode: str = "batch",
+        survival_scale: str = "test",
         test_time_pooling: bool = False,
         memory: str = "balanced",
     ) -> None:
@@ -95,8 +102,9 @@ class DPN(nn.Module):
         features["conv1_pool"] = nn.MaxPool2d(3, stride=2, padding=1)
         self._ends = [1]  # of the stem's convolution and the stages in `features`
         channels = stem_channels
+        probabilities = iter(linear_decay(sum(blocks), survival))
         for stage, (count, growth_rate) in enumerate(zip(blocks, growth_rates, strict=True)):
-            for index in range(count):
+            for index, p in enumerate(islice(probabilities, count)):
                 block = DualPathBlock(
                     channels,
                     width << stage,
@@ -106,6 +114,7 @@ class DPN(nn.Module):
                     projection=index == 0,
                     stride=2 if stage > 0 and index == 0 else 1,
                     split_last=split_last,
+                    stochastic_depth=StochasticDepth(p, survival_mode, survival_scale) if p < 1 else None,
                     eps=_EPS,
                     memory=memory,
                 )

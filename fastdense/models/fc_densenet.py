@@ -7,12 +7,13 @@ Reference:
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdense.nn import DenseBlock
+from fastdense.nn import DenseBlock, linear_decay
 
 
 class TransitionDown(nn.Sequential):
@@ -47,6 +48,9 @@ class FCDenseNet(nn.Module):
         init_features: channels of the first convolution.
         num_classes: of the result.
         drop_rate: probability in [0, 1] that a new feature is dropped in training.
+        survival: stochastic depth, probability in [0, 1] that the last layer of the last block is computed in training;
+            it decays linearly over the layers of all blocks. See :class:`fastdense.nn.DenseBlock`.
+        survival_mode, survival_scale: see :class:`fastdense.nn.StochasticDepth`.
         memory: memory mode of the blocks, see :class:`fastdense.nn.DenseBlock`.
 
     Shape:
@@ -71,6 +75,9 @@ class FCDenseNet(nn.Module):
         init_features: int = 48,
         num_classes: int = 11,
         drop_rate: float = 0.2,
+        survival: float = 1.0,
+        survival_mode: str = "batch",
+        survival_scale: str = "test",
         memory: str = "balanced",
     ) -> None:
         super().__init__()
@@ -79,8 +86,20 @@ class FCDenseNet(nn.Module):
                 f"FCDenseNet: expected up_layers to have {len(down_layers)} entries like down_layers, got {up_layers!r}"
             )
 
+        probabilities = iter(linear_decay(sum(down_layers) + bottleneck_layers + sum(up_layers), survival))
+
         def block(num_layers: int, channels: int) -> DenseBlock:
-            return DenseBlock(num_layers, channels, growth_rate, bottleneck=False, drop_rate=drop_rate, memory=memory)
+            return DenseBlock(
+                num_layers,
+                channels,
+                growth_rate,
+                bottleneck=False,
+                drop_rate=drop_rate,
+                survival=list(islice(probabilities, num_layers)),
+                survival_mode=survival_mode,
+                survival_scale=survival_scale,
+                memory=memory,
+            )
 
         self.conv0 = nn.Conv2d(in_channels, init_features, 3, padding=1, bias=False)
         self.down_blocks, self.transitions_down = nn.ModuleList(), nn.ModuleList()

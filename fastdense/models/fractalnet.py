@@ -15,24 +15,25 @@ Reference:
     arXiv:1605.07648, equations 1 and 2 (fractals), section 3 (drop-path).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense.nn.stochastic_depth import check_probability
+from fastdense.nn.stochastic_depth import check_probability, statistics_move_if
+from fastdense.ops import mean_join
 
 # Which columns a join averages, by step.
 Paths = Mapping[int, Sequence[int]]
+# The same as a bool tensor [steps, columns] on the CPU, for graphs that serve any choice.
+Gates = Tensor
 
 
 def join(outputs: Sequence[Tensor]) -> Tensor:
     """The element-wise mean of the columns that take part."""
-    total = outputs[0]
-    for output in outputs[1:]:
-        total = total + output
-    return total / len(outputs) if len(outputs) > 1 else total
+    return mean_join(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def draw_survivors(columns: Sequence[int], rate: float) -> list[int]:
@@ -116,12 +117,27 @@ class FractalBlock(nn.Module):
             for step, columns in self.joins().items()
         }
 
+    def members(self) -> Gates:
+        """:meth:`joins` as gates."""
+        columns = range(len(self.columns))
+        return torch.tensor([[c in meeting for c in columns] for meeting in self.joins().values()], device="cpu")
+
+    def draw_local_gates(self, rate: float) -> Gates:
+        """:meth:`draw_local` without a decision in Python."""
+        members = self.members()
+        kept = members & (torch.rand(members.shape, device="cpu") >= rate)
+        spare = (torch.rand(members.shape, device="cpu") * members).argmax(1, keepdim=True)
+        last = torch.arange(members.shape[1], device="cpu") == spare
+        return torch.where(kept.any(1, keepdim=True), kept, last)
+
     def only(self, column: int) -> dict[int, list[int]]:
         """The paths of one column alone."""
         return {step: [column] for step, columns in self.joins().items() if column in columns}
 
-    def forward(self, x: Tensor, paths: Paths | None = None) -> Tensor:
-        """The block along ``paths``, all by default; what no path needs is not computed."""
+    def forward(self, x: Tensor, paths: Paths | Gates | None = None) -> Tensor:
+        """The block along ``paths``, all by default; what no path needs is not computed, except along gates."""
+        if isinstance(paths, Tensor):
+            return self._gated(x, paths)
         paths = self.joins() if paths is None else paths
         needed = {self.steps}
         for step in range(self.steps, 0, -1):
@@ -134,16 +150,49 @@ class FractalBlock(nn.Module):
                 outputs = [self._convolve(column, step, values) for column in paths[step]]
                 if step < self.steps:
                     values[step] = join(outputs)
+        return self._end(outputs, join)
+
+    def _end(self, outputs: Sequence[Tensor], join: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
         if self.join_first:
             return F.max_pool2d(join(outputs), 2)
         return join([F.max_pool2d(output, 2) for output in outputs])
 
+    def _gated(self, x: Tensor, gates: Gates) -> Tensor:
+        """Computes everything; only what the gates need counts and moves its running statistics."""
+        needed = {step: torch.tensor(step == self.steps) for step in range(self.steps + 1)}
+        used = {}
+        for step, columns in reversed(self.joins().items()):
+            for column in columns:
+                used[column, step] = needed[step] & gates[step - 1, column]
+                before = step - self.length(column)
+                needed[before] = needed[before] | used[column, step]
+        values = {0: self.widen(x)}
+        for step, columns in self.joins().items():
+            outputs = []
+            for column in columns:
+                with statistics_move_if(used[column, step], [self._module(column, step).norm]):
+                    outputs.append(self._convolve(column, step, values))
+            alive = gates[step - 1, columns].to(outputs[0])
+            weights = alive / alive.sum().clamp(min=1)
+            gated = partial(_weighted_sum, weights)
+            if step < self.steps:
+                values[step] = gated(outputs)
+        return self._end(outputs, gated)
+
     def _convolve(self, column: int, step: int, values: Mapping[int, Tensor]) -> Tensor:
         """The convolution of ``column`` that ends at ``step``."""
-        length = self.length(column)
+        return self._module(column, step)(values[step - self.length(column)])
+
+    def _module(self, column: int, step: int) -> FractalConv:
         modules = self.columns[column]
         assert isinstance(modules, nn.ModuleList)
-        return modules[step // length - 1](values[step - length])
+        module = modules[step // self.length(column) - 1]
+        assert isinstance(module, FractalConv)
+        return module
+
+
+def _weighted_sum(weights: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    return sum((w * output for w, output in zip(weights, outputs, strict=True)), torch.zeros_like(outputs[0]))
 
 
 class FractalNet(nn.Module):
@@ -172,8 +221,9 @@ class FractalNet(nn.Module):
     Note:
         Drop-path averages the survivors and does not rescale them. Paths are drawn anew for every mini-batch, from
         torch's CPU generator; convolutions that no path needs are not called, so their norms keep their statistics.
-        Paths are chosen in Python, so ``torch.compile(fullgraph=True)`` takes training with ``drop_path`` and
-        ``global_ratio`` of 0 only, and evaluation always.
+        Under ``torch.compile`` one graph serves every choice of paths, so all convolutions are computed, and those that
+        no path needs are multiplied by 0: numbers and statistics are those of the paths drawn, time and memory those of
+        the whole network.
 
     Reference:
         G. Larsson, M. Maire, G. Shakhnarovich. FractalNet. ICLR 2017, arXiv:1605.07648, figure 1.
@@ -242,18 +292,28 @@ class FractalNet(nn.Module):
             return [block.only(column) for block in self._fractals()]
         return [block.draw_local(self.drop_path) for block in self._fractals()]
 
-    def forward(self, x: Tensor, paths: Sequence[Paths] | None = None) -> Tensor:
+    def draw_gates(self) -> list[Gates]:
+        """:meth:`draw_paths` without a decision in Python; the random numbers are others."""
+        alone = torch.rand((), device="cpu") < self.global_ratio
+        column = torch.arange(self.num_columns, device="cpu") == torch.randint(self.num_columns, (), device="cpu")
+        return [
+            torch.where(alone, block.members() & column, block.draw_local_gates(self.drop_path))
+            for block in self._fractals()
+        ]
+
+    def forward(self, x: Tensor, paths: Sequence[Paths | Gates] | None = None) -> Tensor:
         """Logits; along ``paths``, one mapping for each block, or along those that training draws.
 
         Args:
             x: ``[N, in_channels, H, W]``.
-            paths: as :meth:`draw_paths` returns them; None draws them in training and takes all in evaluation.
+            paths: as :meth:`draw_paths` or :meth:`draw_gates` returns them; None draws them in training and takes all
+                in evaluation.
         """
         smallest = 2 ** len(self.blocks)
         if min(x.shape[2:]) < smallest:
             raise ValueError(f"FractalNet: expected x to have at least {smallest} pixels a side, got {list(x.shape)}")
         if paths is None and self.training and (self.drop_path > 0 or self.global_ratio > 0):
-            paths = self.draw_paths()
+            paths = self.draw_gates() if torch.compiler.is_compiling() else self.draw_paths()
         for index, block in enumerate(self.blocks):
             x = block(x, None if paths is None else paths[index])
         return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))

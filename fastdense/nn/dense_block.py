@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense.nn.fused import FusedDenseBlock, FusedSequential, FusedTransition, check_memory
+from fastdense.nn.stochastic_depth import StochasticDepth, survivals
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -35,6 +36,7 @@ class DenseLayer(nn.Module):
         drop_rate: probability in [0, 1] that a new feature is dropped in training.
         bottleneck: False leaves conv1 and norm2 out.
         spatial_dims: 1, 2 or 3.
+        stochastic_depth: leaves the layer out at random: then the new channels are zeros, ``b * H(x)`` in general.
         eps, momentum, affine, track_running_stats: of the norms, as in :class:`torch.nn.BatchNorm2d`.
 
     Example:
@@ -51,6 +53,7 @@ class DenseLayer(nn.Module):
         drop_rate: float = 0.0,
         bottleneck: bool = True,
         spatial_dims: int = 2,
+        stochastic_depth: StochasticDepth | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -72,10 +75,19 @@ class DenseLayer(nn.Module):
             self.relu2 = nn.ReLU(inplace=True)
         self.conv2 = conv(width, growth_rate, 3, padding=1, bias=False)
         self.drop_rate = float(drop_rate)
+        if stochastic_depth is not None:
+            self.stochastic_depth = stochastic_depth
 
     def forward(self, input: Tensor | Sequence[Tensor]) -> Tensor:
         """New features ``[N, k, spatial]`` of ``[N, c, spatial]`` or of a list of tensors to concatenate."""
         x = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
+        if "stochastic_depth" not in self._modules:
+            return self.features(x)
+        zeros = x.new_zeros(x.shape[0], self.conv2.out_channels, *x.shape[2:])
+        return self.stochastic_depth(self.features, x, zeros)
+
+    def features(self, x: Tensor) -> Tensor:
+        """New features, whatever stochastic depth says."""
         x = self.relu1(self.norm1(x))
         if "conv1" in self._modules:
             x = self.relu2(self.norm2(self.conv1(x)))
@@ -96,6 +108,9 @@ class PlainDenseBlock(nn.Module):
         memory: str = "balanced",
         bottleneck: bool = True,
         spatial_dims: int = 2,
+        survival: float | Sequence[float] = 1.0,
+        survival_mode: str = "batch",
+        survival_scale: str = "test",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -103,7 +118,7 @@ class PlainDenseBlock(nn.Module):
     ) -> None:
         super().__init__()
         _check_positive("DenseBlock", num_layers=num_layers)
-        for index in range(num_layers):
+        for index, p in enumerate(survivals("DenseBlock", num_layers, survival)):
             layer = DenseLayer(
                 in_channels + index * growth_rate,
                 growth_rate,
@@ -111,6 +126,7 @@ class PlainDenseBlock(nn.Module):
                 drop_rate=drop_rate,
                 bottleneck=bottleneck,
                 spatial_dims=spatial_dims,
+                stochastic_depth=StochasticDepth(p, survival_mode, survival_scale) if p < 1 else None,
                 eps=eps,
                 momentum=momentum,
                 affine=affine,
@@ -143,12 +159,22 @@ class DenseBlock(FusedDenseBlock, PlainDenseBlock):
             ``C0 + L*k`` and computes one 1x1 product per layer again.
         bottleneck: False for layers of norm, ReLU, 3x3.
         spatial_dims: 1, 2 or 3.
+        survival: stochastic depth, probability in [0, 1] that the last layer is computed in training; those before it
+            decay linearly towards it, see :func:`linear_decay`. A sequence has one probability for each layer.
+        survival_mode: "batch" or "sample", see below.
+        survival_scale: "test" or "train", where the factor is, see :class:`StochasticDepth`.
         eps, momentum, affine, track_running_stats: of all norms.
 
     Shape:
         ``[N, C0, spatial]`` to ``[N, C0 + L*k, spatial]``.
 
     Note:
+        With stochastic depth layer ``l`` appends ``b_l * H_l(x)``. Left out, it appends zeros, which later layers read
+        like any other values: their norms see, and their running statistics take up, mean and variance 0 in those
+        channels. In "batch" mode a layer left out is not computed, the statistics of its own norms stay, its
+        parameters get no gradient (None), and nothing but the zeros is kept for it. "sample" mode computes all layers
+        and runs as plain modules in training, with a warning.
+
         Sub-modules may be replaced, frozen or hooked: where the fused operator cannot stand in for them, the block
         runs plainly and warns once.
 

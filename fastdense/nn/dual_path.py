@@ -2,12 +2,14 @@
 """Dual path blocks and stages, plain and fused, with timm's parameter names."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastdense.nn.fused import FusedSequential, check_memory
 from fastdense.nn.fused_dual_path import FusedDualPathBlock
+from fastdense.nn.stochastic_depth import StochasticDepth, survivals
 from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -70,6 +72,7 @@ class PlainDualPathBlock(nn.Module):
         stride: int = 1,
         split_last: bool = False,
         spatial_dims: int = 2,
+        stochastic_depth: StochasticDepth | None = None,
         eps: float = 1e-3,
         memory: str = "balanced",
     ) -> None:
@@ -93,6 +96,7 @@ class PlainDualPathBlock(nn.Module):
             return NormReluConv(channels, out, kernel, stride=stride, groups=groups, spatial_dims=spatial_dims, eps=eps)
 
         self.num_1x1_c = residual_channels
+        self.growth_rate = growth_rate
         if projection:  # timm's and the authors' names
             first = conv(in_channels, residual_channels + 2 * growth_rate, stride=stride)
             self.add_module(f"c1x1_w_s{stride}", first)
@@ -107,17 +111,26 @@ class PlainDualPathBlock(nn.Module):
             self.c1x1_c = conv(width, residual_channels + growth_rate)
         self.out_channels = (residual_channels + 2 * growth_rate if projection else in_channels) + growth_rate
         self.memory = check_memory(memory, DUAL_PATH_MEMORY_MODES)
+        if stochastic_depth is not None:
+            self.stochastic_depth = stochastic_depth
 
     def forward(self, x: Tensor) -> Tensor:
         start = x
         for name in ("c1x1_w_s1", "c1x1_w_s2"):
             if name in self._modules:
                 start = self._modules[name](x)  # type: ignore[misc]
-        z = self.c1x1_c(self.c3x3_b(self.c1x1_a(x)))
-        if "c1x1_c1" in self._modules:
-            z = torch.cat([self.c1x1_c1(z), self.c1x1_c2(z)], 1)
         r = self.num_1x1_c
+        if "stochastic_depth" in self._modules:
+            zeros = start.new_zeros(start.shape[0], r + self.growth_rate, *start.shape[2:])
+            z = self.stochastic_depth(self.branch, x, zeros)
+        else:
+            z = self.branch(x)
         return torch.cat([start[:, :r] + z[:, :r], start[:, r:], z[:, r:]], 1)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """``z``: what is added to the residual path and what is appended to the dense path."""
+        z = self.c1x1_c(self.c3x3_b(self.c1x1_a(x)))
+        return torch.cat([self.c1x1_c1(z), self.c1x1_c2(z)], 1) if "c1x1_c1" in self._modules else z
 
 
 class DualPathBlock(FusedDualPathBlock, PlainDualPathBlock):
@@ -136,6 +149,8 @@ class DualPathBlock(FusedDualPathBlock, PlainDualPathBlock):
         stride: of the projection and the 3x3 convolution, 1 or 2.
         split_last: whether the last 1x1 convolution is two, one a path: the "b" variants of the published networks.
         spatial_dims: 1, 2 or 3.
+        stochastic_depth: leaves ``z`` out at random: then the output is ``[r; d; 0]``, ``[r + b z[:R]; d; b z[R:]]`` in
+            general. A projection always runs.
         eps: of all norms.
         memory: what is kept for the backward pass, see :func:`fastdense.ops.dual_path_stage`.
 
@@ -165,6 +180,13 @@ class DualPathStage(FusedSequential, nn.Sequential):
         width, residual_channels, growth_rate, groups, split_last, spatial_dims, eps, memory: of every block, see
             :class:`DualPathBlock`.
         projection, stride: of the first block.
+        survival, survival_mode, survival_scale: stochastic depth, as of :class:`fastdense.nn.DenseBlock`, for blocks in
+            the place of layers.
+
+    Note:
+        A block that stochastic depth leaves out is not computed, its norms (but a projection's) keep their statistics,
+        its parameters get no gradient, and nothing is kept for it but the zeros that it appends. It ends the operator
+        call: every row of blocks between such blocks is a call of its own, which keeps its own copy of both paths.
 
     Shape:
         ``[N, in_channels, spatial]`` to ``[N, R + (n + 2) * K, spatial / stride]`` with a projection.
@@ -188,6 +210,9 @@ class DualPathStage(FusedSequential, nn.Sequential):
         stride: int = 1,
         split_last: bool = False,
         spatial_dims: int = 2,
+        survival: float | Sequence[float] = 1.0,
+        survival_mode: str = "batch",
+        survival_scale: str = "test",
         eps: float = 1e-3,
         memory: str = "balanced",
     ) -> None:
@@ -195,7 +220,7 @@ class DualPathStage(FusedSequential, nn.Sequential):
             raise ValueError(f"DualPathStage: expected num_blocks to be a positive integer, got {num_blocks!r}")
         blocks: OrderedDict[str, nn.Module] = OrderedDict()
         channels = in_channels
-        for index in range(num_blocks):
+        for index, p in enumerate(survivals("DualPathStage", num_blocks, survival)):
             block = DualPathBlock(
                 channels,
                 width,
@@ -206,6 +231,7 @@ class DualPathStage(FusedSequential, nn.Sequential):
                 stride=stride if index == 0 else 1,
                 split_last=split_last,
                 spatial_dims=spatial_dims,
+                stochastic_depth=StochasticDepth(p, survival_mode, survival_scale) if p < 1 else None,
                 eps=eps,
                 memory=memory,
             )

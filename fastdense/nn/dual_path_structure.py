@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastdense.nn.stochastic_depth import StochasticDepth
 from fastdense.nn.structure import (
     NotFusible,
     check_conv,
@@ -14,7 +15,9 @@ from fastdense.nn.structure import (
     check_quiet,
     child,
     norm_weights,
+    read_stochastic_depth,
     runs_as,
+    scaled,
 )
 from fastdense.ops import DualPathWeights, ProjectionWeights
 
@@ -48,6 +51,7 @@ class DualPath(NamedTuple):
     c: NormConv
     residual_channels: int
     stride: int
+    depth: StochasticDepth | None = None
 
     @property
     def growth(self) -> int:
@@ -58,6 +62,9 @@ def read_dual_path_block(module: Any) -> DualPath:
     """Reads c1x1_w_s1 or c1x1_w_s2 (at the head of a stage), c1x1_a, c3x3_b, c1x1_c or c1x1_c, c1x1_c1, c1x1_c2."""
     check_no_global_hooks()
     children = {name for name, inner in module.__dict__["_modules"].items() if inner is not None}
+    depth = read_stochastic_depth(module, "")
+    if depth is not None:
+        children.remove("stochastic_depth")
     stride = 1
     projection = None
     for name, wanted in (("c1x1_w_s1", 1), ("c1x1_w_s2", 2)):
@@ -76,7 +83,7 @@ def read_dual_path_block(module: Any) -> DualPath:
         c = NormConv(_read_norm(module, "c1x1_c", _NORMS, {"bn"}), tuple(halves))
     else:
         raise NotFusible(f"its sub-modules are {', '.join(sorted(children))}")
-    return DualPath(projection, a, b, c, int(module.num_1x1_c), stride)
+    return DualPath(projection, a, b, c, int(module.num_1x1_c), stride, depth)
 
 
 def _read_norm(module: Any, name: str, classes: tuple[tuple[str, str], ...], children: set[str]) -> Any:
@@ -94,14 +101,14 @@ def _read_norm_conv(module: Any, name: str, kernel: int | None, *, stride: int =
     return NormConv(norm, (conv,))
 
 
-def block_weights(block: DualPath) -> DualPathWeights:
+def block_weights(block: DualPath, factor: float | torch.Tensor = 1.0) -> DualPathWeights:
     return DualPathWeights(
         norm_weights(block.a.norm),
         block.a.weight,
         norm_weights(block.b.norm),
         block.b.weight,
         norm_weights(block.c.norm),
-        block.c.weight,
+        scaled(block.c.weight, factor),
     )
 
 

@@ -6,6 +6,7 @@ module becomes a fused one by a change of its class, and back. Where the operato
 mixin calls the plain forward and warns once.
 """
 
+import contextlib
 import copyreg
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,11 +17,13 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx, nn
 
 from fastdense.nn.shared_statistics import group_name, process_group_of, total_count
+from fastdense.nn.stochastic_depth import statistics_move_if
 from fastdense.nn.structure import (
     Layer,
     NotFusible,
     Tail,
     check_no_global_hooks,
+    draw_factors,
     is_quiet,
     layer_weights,
     norms_of,
@@ -122,24 +125,33 @@ def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str
     if drop_rate > 0:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=input.device)
     group = process_group_of(norms_of(layers, tail))
+    factors = draw_factors(layer.depth for layer in layers)
+    dropped = [not isinstance(factor, Tensor) and factor == 0 for factor in factors]
     out, statistics = dense_block(
         input,
-        [layer_weights(layer) for layer in layers],
+        [layer_weights(layer, factor) for layer, factor in zip(layers, factors, strict=True)],
         tail=tail_weights(tail) if tail is not None else None,
         drop_rate=drop_rate,
         seed=seed,
         memory=memory,
         process_group=group_name(group),
+        active=[not d for d in dropped] if any(dropped) else None,
     )
     growth = layers[0].conv2.weight.shape[0] if layers else 0
     next_offset = input.shape[1] + len(layers) * growth
     bottlenecks = {id(layer.norm2) for layer in layers}
+    left_out = {id(norm) for layer, d in zip(layers, dropped, strict=True) if d for norm in (layer.norm1, layer.norm2)}
     norms: list[tuple[Any, int]] = []
     for norm in norms_of(layers, tail):
         is_bottleneck = id(norm) in bottlenecks
-        norms.append((norm, next_offset if is_bottleneck else 0))
+        if id(norm) not in left_out:
+            norms.append((norm, next_offset if is_bottleneck else 0))
         next_offset += norm.num_features if is_bottleneck else 0
-    update_norms(norms, statistics, count_pixels(input), group)
+    with contextlib.ExitStack() as stack:
+        for layer, factor in zip(layers, factors, strict=True):
+            if isinstance(factor, Tensor):
+                stack.enter_context(statistics_move_if(factor != 0, norms_of([layer], None)))
+        update_norms(norms, statistics, count_pixels(input), group)
     return out
 
 

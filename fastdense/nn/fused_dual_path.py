@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mixin that runs dual path blocks as one operator a stage; see :mod:`fastdense.nn.fused`."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense.nn.dual_path_structure import (
@@ -16,7 +18,8 @@ from fastdense.nn.dual_path_structure import (
 )
 from fastdense.nn.fused import FusedModule, Run, check_runs_here, is_traced, update_norms
 from fastdense.nn.shared_statistics import group_name, process_group_of
-from fastdense.nn.structure import NotFusible, is_quiet
+from fastdense.nn.stochastic_depth import statistics_move_if
+from fastdense.nn.structure import NotFusible, draw_factors, is_quiet
 from fastdense.ops import BatchStatistics, dual_path_stage
 from fastdense.ops.arguments import count_pixels
 from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
@@ -54,24 +57,55 @@ class FusedDualPathBlock(FusedModule):
         return Run(len(blocks), lambda x: run_stage(x, blocks, self.memory))
 
 
+Factor = float | Tensor
+
+
 def run_stage(x: Tensor, blocks: list[DualPath], memory: str) -> Tensor:
-    """One operator call for all blocks, then the running statistics of all their norms."""
+    """One operator call for all blocks, or for each row of blocks between those that stochastic depth leaves out."""
     check_runs_here("dual_path_stage", x)
     if memory == "reversible" and _computes_in(x) not in (torch.float32, torch.float64):
         raise NotFusible(f'memory="reversible" is for float32 and float64, not for {_computes_in(x)}')
+    factors = draw_factors(block.depth for block in blocks)
+    begin = 0
+    for index, factor in enumerate([*factors, 0.0]):
+        if isinstance(factor, Tensor) or factor != 0:
+            continue
+        if index > begin:
+            x = _run_row(x, blocks[begin:index], factors[begin:index], memory)
+        if index < len(blocks):
+            x = _left_out(x, blocks[index])
+        begin = index + 1
+    return x
+
+
+def _left_out(x: Tensor, block: DualPath) -> Tensor:
+    """A block without what it computes: both paths, at the head of a stage projected, and zeros behind them."""
+    if block.projection is not None:
+        (conv,) = block.projection.convs
+        x = conv(F.relu(block.projection.norm(x)))
+    return torch.cat([x, x.new_zeros(x.shape[0], block.growth, *x.shape[2:])], 1)
+
+
+def _run_row(x: Tensor, blocks: list[DualPath], factors: list[Factor], memory: str) -> Tensor:
+    """One operator call, then the running statistics of all norms."""
     projection = blocks[0].projection
     norms = [part.norm for block in blocks for part in (block.projection, block.a, block.b, block.c) if part]
     group = process_group_of(norms)
     out, statistics = dual_path_stage(
         x,
-        [block_weights(block) for block in blocks],
+        [block_weights(block, factor) for block, factor in zip(blocks, factors, strict=True)],
         residual_channels=blocks[0].residual_channels,
         projection=projection_weights(projection) if projection is not None else None,
         stride=blocks[0].stride,
         memory=memory,
         process_group=group_name(group),
     )
-    _update_running_stats(x, out, blocks, statistics, group)
+    with contextlib.ExitStack() as stack:
+        for block, factor in zip(blocks, factors, strict=True):
+            if isinstance(factor, Tensor):
+                norms = [part.norm for part in (block.a, block.b, block.c)]
+                stack.enter_context(statistics_move_if(factor != 0, norms))
+        _update_running_stats(x, out, blocks, statistics, group)
     return out
 
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stochastic depth: residual branches that training leaves out at random."""
 
-from collections.abc import Callable
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +47,16 @@ def linear_decay(num_blocks: int, last: float = 0.5) -> list[float]:
     return [1 - block / num_blocks * (1 - last) for block in range(1, num_blocks + 1)]
 
 
+def survivals(op: str, num_layers: int, survival: float | Sequence[float]) -> list[float]:
+    """One survival probability for each layer: those given, or the linear decay to the one given."""
+    if not isinstance(survival, Sequence):
+        check_probability(op, "survival", survival)
+        return linear_decay(num_layers, survival)
+    if len(survival) != num_layers:
+        raise ValueError(f"{op}: expected survival to have {num_layers} entries, got {len(survival)}")
+    return [float(p) for p in survival]
+
+
 class StochasticDepth(nn.Module):
     """Adds a residual branch to its shortcut, or leaves it out: ``shortcut + b * branch(x)``.
 
@@ -74,11 +87,14 @@ class StochasticDepth(nn.Module):
         ValueError: if ``survival`` is no probability, or ``mode`` or ``scale`` is unknown.
 
     Note:
-        ``b`` comes from torch's CPU generator: a seed fixes it, and no device is waited for. "batch" mode decides in
-        Python, so ``torch.compile(fullgraph=True)`` takes it in evaluation only. The parameters of a branch left out
-        get no gradient at all (None), so optimisers leave them alone; the authors' code applied weight decay and
-        momentum to them as to zero gradients, which ``zero_grad(set_to_none=False)`` restores. This module has no
+        ``b`` comes from torch's CPU generator: a seed fixes it, and no device is waited for. The parameters of a branch
+        left out get no gradient at all (None), so optimisers leave them alone; the authors' code applied weight decay
+        and momentum to them as to zero gradients, which ``zero_grad(set_to_none=False)`` restores. This module has no
         parameters, so a network's ``state_dict`` is the same with and without it.
+
+        Under ``torch.compile`` one graph serves every draw, so in "batch" mode all branches are computed and those left
+        out are multiplied by 0: numbers and statistics are the same, the time and memory are those of the whole
+        network, and the gradients are zeros instead of None.
 
     Reference:
         G. Huang, Y. Sun, Z. Liu, D. Sedra, K. Weinberger. Deep Networks with Stochastic Depth. ECCV 2016,
@@ -103,17 +119,61 @@ class StochasticDepth(nn.Module):
         p = self.survival
         if p == 1:
             return shortcut + branch(x)
+        if self.draws_samples:
+            y = branch(x)
+            keep = torch.rand((x.shape[0],), device="cpu") < p
+            factors = (self._kept_factor() * keep).to(y).view(-1, *(1,) * (y.dim() - 1))
+            return shortcut + factors * y
+        factor = self.draw()
+        if isinstance(factor, Tensor):
+            with statistics_move_if(factor != 0, _norms_of(branch)):
+                return shortcut + factor.to(shortcut) * branch(x)
+        if factor == 0:
+            return shortcut
+        return shortcut + (branch(x) if factor == 1 else factor * branch(x))
+
+    @property
+    def draws_samples(self) -> bool:
+        """Whether every sample has a factor of its own now."""
+        return self.mode == "sample" and self.training and self.survival < 1
+
+    def draw(self) -> float | Tensor:
+        """The factor of the branch for one mini-batch, 0 where it is left out; drawn in training, in "batch" mode.
+
+        A number, or under ``torch.compile`` a float32 tensor ``[]`` on the CPU.
+        """
+        p = self.survival
+        if p == 1:
+            return 1.0
         if not self.training:
-            return shortcut + (branch(x) if self.scale == "train" else p * branch(x))
-        factor = 1 / p if self.scale == "train" and p > 0 else 1.0
-        if self.mode == "batch":
-            if torch.rand((), device="cpu").item() >= p:
-                return shortcut
-            return shortcut + (branch(x) if factor == 1 else factor * branch(x))
-        y = branch(x)
-        keep = torch.rand((x.shape[0],), device="cpu") < p
-        factors = (factor * keep).to(y).view(-1, *(1,) * (y.dim() - 1))
-        return shortcut + factors * y
+            return 1.0 if self.scale == "train" else p
+        draw = torch.rand((), device="cpu")
+        if torch.compiler.is_compiling():
+            return (draw < p) * self._kept_factor()
+        return self._kept_factor() if draw.item() < p else 0.0
+
+    def _kept_factor(self) -> float:
+        return 1 / self.survival if self.scale == "train" and self.survival > 0 else 1.0
 
     def extra_repr(self) -> str:
         return f"survival={self.survival:g}, mode={self.mode!r}, scale={self.scale!r}"
+
+
+def _norms_of(branch: Any) -> list[nn.Module]:
+    """The norms with running statistics of a module, or of the module whose method a branch is."""
+    owner = branch.__self__ if inspect.ismethod(branch) else branch
+    modules = owner.modules() if isinstance(owner, nn.Module) else ()
+    return [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+@contextlib.contextmanager
+def statistics_move_if(moves: Tensor, norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, the running statistics of norms change only where ``moves``, a bool tensor ``[]``, is true."""
+    held = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in held:
+        setattr(norm, name, buffer.clone())  # which the norm moves, and may save for backward
+    yield
+    with torch.no_grad():
+        for norm, name, buffer in held:
+            buffer.copy_(torch.where(moves.to(buffer.device), getattr(norm, name), buffer))
+            setattr(norm, name, buffer)

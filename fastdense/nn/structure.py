@@ -6,13 +6,14 @@ seen when they matter. A fused operator does not call the inner modules; what re
 :class:`NotFusible`, and the caller runs the plain modules instead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.modules.module as global_hooks
 from torch import nn
 
+from fastdense.nn.stochastic_depth import StochasticDepth
 from fastdense.ops import LayerWeights, NormWeights, TailWeights
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -36,7 +37,15 @@ _LAYERS = (
     ("fastdense.nn.dense_block", "DenseLayer"),
 )
 # Their methods that make the numbers.
-_METHODS = ("forward", "bn_function", "bottleneck_fn", "any_requires_grad", "call_checkpoint_bottleneck")
+_METHODS = (
+    "forward",
+    "features",
+    "branch",
+    "bn_function",
+    "bottleneck_fn",
+    "any_requires_grad",
+    "call_checkpoint_bottleneck",
+)
 _TRANSITIONS = (["norm", "relu", "conv", "pool"], ["norm", "conv", "pool"])
 
 
@@ -56,6 +65,7 @@ class Layer(NamedTuple):
     norm2: nn.BatchNorm2d | None
     conv2: nn.Conv2d
     drop_rate: float
+    depth: StochasticDepth | None = None
 
 
 class Tail(NamedTuple):
@@ -183,7 +193,8 @@ def read_layer(module: Any, name: str) -> Layer:
             raise NotFusible(f"{name}.layers is not a sequence of {', '.join(known)}")
         known = [*known, "dropout"]
     children = {key for key, value in module.__dict__["_modules"].items() if value is not None}
-    unknown = children - set(known)
+    depth = read_stochastic_depth(module, where)
+    unknown = children - set(known) - ({"stochastic_depth"} if depth is not None else set())
     if unknown:
         raise NotFusible(f"{name} has unknown sub-modules {sorted(unknown)}")
     norm1 = check_norm_relu(module, "norm1", "relu1", where)
@@ -192,7 +203,30 @@ def read_layer(module: Any, name: str) -> Layer:
         conv1 = check_conv(child(module, "conv1"), f"{where}conv1", 1)
         norm2 = check_norm_relu(module, "norm2", "relu2", where)
     conv2 = check_conv(child(module, "conv2"), f"{where}conv2", None)
-    return Layer(norm1, conv1, norm2, conv2, _drop_rate(module, where))
+    return Layer(norm1, conv1, norm2, conv2, _drop_rate(module, where), depth)
+
+
+def read_stochastic_depth(module: Any, where: str) -> StochasticDepth | None:
+    """What leaves a layer or block out at random; only this library's own have one."""
+    depth = child(module, "stochastic_depth")
+    if type(depth) is not StochasticDepth:
+        return None
+    check_quiet(depth, f"{where}stochastic_depth")
+    if depth.draws_samples:
+        raise NotFusibleInTraining(f"{where}stochastic_depth drops single samples")
+    return depth
+
+
+def draw_factors(depths: Iterable[StochasticDepth | None]) -> list[float | torch.Tensor]:
+    """One mini-batch's factors of layers, in order; 0 for those left out."""
+    return [1.0 if depth is None else depth.draw() for depth in depths]
+
+
+def scaled(weight: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    """A last convolution whose output is multiplied by ``factor``."""
+    if isinstance(factor, torch.Tensor):
+        return weight * factor.to(weight)
+    return weight if factor in (0, 1) else weight * factor
 
 
 def _drop_rate(module: Any, where: str) -> float:
@@ -271,12 +305,12 @@ def norm_weights(norm: Any) -> NormWeights:
     return NormWeights(norm.weight, norm.bias, mean, var, norm.eps)
 
 
-def layer_weights(layer: Layer) -> LayerWeights:
+def layer_weights(layer: Layer, factor: float | torch.Tensor = 1.0) -> LayerWeights:
     return LayerWeights(
         norm_weights(layer.norm1),
         layer.conv1.weight if layer.conv1 is not None else None,
         norm_weights(layer.norm2) if layer.norm2 is not None else None,
-        layer.conv2.weight,
+        scaled(layer.conv2.weight, factor),
     )
 
 

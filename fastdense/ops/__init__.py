@@ -8,6 +8,7 @@ from fastdense.ops.dropout_mask import dropout_mask
 from fastdense.ops.dual_path import DualPathWeights, ProjectionWeights, dual_path_stage
 from fastdense.ops.dual_path_merge import dual_path_merge, dual_path_split
 from fastdense.ops.highway_gate import highway_gate
+from fastdense.ops.mean_join import mean_join
 from fastdense.ops.residual_dense_block import ConvWeights, residual_dense_block
 from fastdense.ops.running_stats import update_running_stats_
 
@@ -26,6 +27,7 @@ __all__ = [
     "dual_path_split",
     "dual_path_stage",
     "highway_gate",
+    "mean_join",
     "residual_dense_block",
     "update_running_stats_",
 ]

@@ -58,6 +58,7 @@ def dense_block(
     seed: Tensor | None = None,
     memory: str = "balanced",
     process_group: str = "",
+    active: Sequence[bool] | None = None,
 ) -> tuple[Tensor, BatchStatistics]:
     """Runs a dense block, and optionally what follows it, on one shared channels-last buffer.
 
@@ -77,6 +78,8 @@ def dense_block(
         memory: "balanced" keeps the outputs of conv1 for the backward pass, "min" computes them again.
         process_group: name of the torch.distributed group that shares batch statistics, as
             :class:`torch.nn.SyncBatchNorm` does; "" for this process alone. All of its processes call the op together.
+        active: which layers are computed; None for all. The new channels of the others are zeros, which later layers
+            read like any values: their norms see mean and variance 0.
 
     Returns:
         The output with its channels innermost in memory: ``[N, C0 + L * k, spatial]`` without a tail or with a norm,
@@ -89,10 +92,10 @@ def dense_block(
 
     Note:
         Running statistics are not touched: see :func:`update_running_stats_`. Kept for backward: the buffer
-        (``C0 + L * k`` numbers per pixel), in "balanced" mode ``L * b`` more, and the statistics. Reruns on one machine
-        with one thread count are bit-identical. Double backward raises. With a process group a layer exchanges the
-        statistics of its ``b`` and ``k`` new channels in forward, and as many corrections in backward, not those of the
-        whole prefix.
+        (``C0 + L * k`` numbers per pixel), in "balanced" mode ``b`` more for every active layer, and the statistics,
+        which are 0 where a layer is not active. Reruns on one machine with one thread count are bit-identical. Double
+        backward raises. With a process group a layer exchanges the statistics of its ``b`` and ``k`` new channels in
+        forward, and as many corrections in backward, not those of the whole prefix.
 
     Reference:
         G. Huang, Z. Liu, L. van der Maaten, K. Weinberger. Densely Connected Convolutional Networks. CVPR 2017,
@@ -100,6 +103,7 @@ def dense_block(
     """
     check_memory("dense_block", memory, MEMORY_MODES)
     check_input("dense_block", input)
+    layers = _without_dropped(layers, active)
     weights, eps = _flatten(layers, tail, absent=input.detach().new_empty(0))
     convs = [conv for layer in layers for conv in (layer.conv1, layer.conv2) if conv is not None]
     if tail is not None and tail.conv is not None:
@@ -120,6 +124,26 @@ def dense_block(
         process_group,
     )
     return out, BatchStatistics(mean, var)
+
+
+def _without_dropped(layers: Sequence[LayerWeights], active: Sequence[bool] | None) -> Sequence[LayerWeights]:
+    if active is None:
+        return layers
+    if len(active) != len(layers):
+        raise ValueError(f"dense_block: expected active to have {len(layers)} entries, got {len(active)}")
+    return [layer if on else _dropped(layer) for layer, on in zip(layers, active, strict=True)]
+
+
+def _dropped(layer: LayerWeights) -> LayerWeights:
+    """What stands for a layer that is not computed: convolutions of no channels, no norms."""
+
+    def empty(conv: Tensor) -> Tensor:
+        return conv.detach().new_empty([conv.shape[0], 0, *conv.shape[2:]])
+
+    norm = NormWeights(None, None, None, None, 0.0)
+    if layer.conv1 is None:
+        return LayerWeights(norm, None, None, empty(layer.conv2))
+    return LayerWeights(norm, empty(layer.conv1), norm, empty(layer.conv2))
 
 
 def _flatten(
@@ -163,7 +187,8 @@ def _(
     channels = in_channels + num_layers * growth
     buffer = empty_channels_last(input, [batch, channels, *spatial])
     mean = input.new_empty([channels + num_layers * width], dtype=statistics_dtype(input))
-    kept = num_layers if keep_bottleneck and bottleneck else 0
+    active = sum(weights[stride * layer + stride - 1].shape[1] != 0 for layer in range(num_layers))
+    kept = active if keep_bottleneck and bottleneck else 0
     z = input.new_empty([kept, count_pixels(input), width])
     if tail == "none":
         return buffer, input.new_empty([0]), mean, torch.empty_like(mean), z

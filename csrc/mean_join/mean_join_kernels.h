@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU loops of mean_join, compiled once for each instruction set. No torch header.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/simd.h"
+#include "mean_join/mean_join_math.h"
+
+namespace fastdense {
+
+// Runs over the elements [begin, end).
+template <typename T>
+using MeanJoinLoop = void (*)(const MeanJoin<T>&, int64_t begin, int64_t end);
+
+// The argument names the type only.
+template <typename T>
+MeanJoinLoop<T> mean_join_loop(const MeanJoin<T>&, SimdLevel level);
+
+namespace baseline {
+template <typename T>
+MeanJoinLoop<T> mean_join_loop();
+}
+namespace avx2 {
+template <typename T>
+MeanJoinLoop<T> mean_join_loop();
+}
+namespace avx512 {
+template <typename T>
+MeanJoinLoop<T> mean_join_loop();
+}
+
+}  // namespace fastdense

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/launch.h"
+#include "mean_join/mean_join_math.h"
+
+namespace fastdense {
+
+template <typename T>
+cudaError_t launch_mean_join(const MeanJoin<T>& join, int64_t count, cudaStream_t stream);
+
+}  // namespace fastdense

@@ -72,7 +72,7 @@ def test_lightning(precision, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("accumulate", "precision"), [(1, "no"), (2, "bf16")])
 def test_accelerate(accumulate, precision):
-    size = ("--count", 48, "--size", 32, "--layers", 2, 2, "--epochs", 2)
+    size = ("--count", 48, "--size", 32, "--layers", 2, 2, "--epochs", 2 * accumulate)
     AcceleratorState._reset_state(reset_partial_state=True)
     losses = run("accelerate_densenet.py", *size, "--accumulate", accumulate, "--precision", precision)
     assert_falls(losses, 0.8)

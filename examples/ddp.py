@@ -12,6 +12,7 @@ Two machines with eight GPUs each; the same command on both, with --node-rank 0 
 
 import argparse
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,13 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 import fastdense
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="steps to train (20)")
     parser.add_argument("--batch", type=int, default=8, help="pictures a process and step (8)")
     parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels (64)")
     parser.add_argument("--sync-batch-norm", action="store_true", help="batch statistics of all processes; needs GPUs")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -43,6 +44,7 @@ def main() -> None:
     model = DistributedDataParallel(model)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    losses = []
     torch.manual_seed(dist.get_rank())  # other pictures in every process
     for step in range(options.steps):
         pictures = torch.rand(options.batch, 3, options.size, options.size, device=device)
@@ -51,9 +53,11 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        losses.append(loss.item())
         if dist.get_rank() == 0:
-            print(f"step {step + 1}: loss {loss.item():.4f}")
+            print(f"step {step + 1}: loss {losses[-1]:.4f}")
     dist.destroy_process_group()
+    return losses
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torchvision.models.densenet as tv_densenet
 from torch import nn
 
@@ -350,62 +349,3 @@ def test_unknown_memory_mode_changes_nothing():
     with pytest.raises(ValueError, match=r"memory to be one of \('balanced', 'min'\), got 'tiny'"):
         fastdense.convert(net, memory="tiny")
     assert type(net.features.denseblock1) is tv_densenet._DenseBlock
-
-
-# --- torch.compile --------------------------------------------------------------------------------------
-
-
-class Graphs:
-    """A backend that keeps the graphs that it compiles."""
-
-    def __init__(self, backend: str) -> None:
-        self.compile = torch._dynamo.lookup_backend(backend)
-        self.graphs: list[torch.fx.GraphModule] = []
-
-    def __call__(self, graph, inputs):
-        self.graphs.append(graph)
-        return self.compile(graph, inputs)
-
-    def fused_calls(self) -> list[int]:
-        operators = (torch.ops.fastdense.dense_block, torch.ops.fastdense.dense_block.default)
-        return [sum(node.target in operators for node in graph.graph.nodes) for graph in self.graphs]
-
-
-def test_compile_with_changing_batch_size():
-    torch._dynamo.reset()
-    plain, fast = pair(memory="min")
-    backend = Graphs("aot_eager")
-    compiled = torch.compile(fast, fullgraph=True, backend=backend)
-    for batch in (2, 3, 4):
-        x = images(batch)
-        assert_same(step(fast, x, run=compiled), step(plain, x))
-    assert backend.fused_calls() == [2, 2], "one graph for the first size, one for all others"
-    fast.eval()
-    plain.eval()
-    assert_same(step(fast, x, run=compiled), step(plain, x))
-
-
-def test_compile_timm_with_dropout():
-    torch._dynamo.reset()
-    _, fast = pair(timm_net, proj_drop_rate=0.5)
-    backend = Graphs("aot_eager")
-    compiled = torch.compile(fast, fullgraph=True, backend=backend)
-    x = images()
-    outs = [step(fast, x, run=compiled)["out"] for _ in range(2)]
-    assert not torch.equal(*outs)
-    assert backend.fused_calls() == [2]
-    assert fast.features.norm5.num_batches_tracked == 2
-
-
-def test_compile_with_inductor():
-    torch._dynamo.reset()
-
-    def make():
-        modules = [tv_densenet._DenseBlock(1, 4, 2, 2, 0.0), tv_densenet._Transition(6, 3)]
-        return randomise(nn.Sequential(*modules).double())
-
-    plain, fast = pair(make)
-    compiled = torch.compile(fast, fullgraph=True)
-    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    for _ in range(2):
-        assert_same(step(fast, x, run=compiled), step(plain, x))

@@ -10,7 +10,7 @@ import contextlib
 import copyreg
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -57,6 +57,10 @@ class FusedModule(nn.Module):
             name = self.__dict__.get("_fused_name") or type(self).__name__
             warnings.warn(f"fastdense: {name} runs as plain modules: {reason}", stacklevel=4)
         return self.plain_forward(input, *others)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks every module for."""
+        refuse_torchscript()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if "_made_by_fuse" not in type(self).__dict__:
@@ -105,8 +109,17 @@ def check_memory(memory: str, modes: tuple[str, ...] = MEMORY_MODES) -> str:
 
 
 def is_traced(input: Any) -> bool:
-    """Whether symbolic tracing goes on, which records the plain modules."""
-    return isinstance(input, fx.Proxy)
+    """Whether a program for elsewhere is being recorded, by symbolic tracing or an export: of the plain modules."""
+    if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
+        refuse_torchscript()
+    return isinstance(input, fx.Proxy) or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def refuse_torchscript() -> NoReturn:
+    raise RuntimeError(
+        "fastdense: TorchScript does not support converted modules; script or trace fastdense.restore(model), "
+        "or use torch.export or torch.compile"
+    )
 
 
 def check_runs_here(op: str, input: Tensor) -> None:

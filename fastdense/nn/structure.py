@@ -120,12 +120,19 @@ def child(module: nn.Module, name: str) -> nn.Module | None:
     return module.__dict__["_modules"].get(name)
 
 
+def class_name(module: object) -> str:
+    """With its package where a class of another has the name of one of torch.nn, as in quantisation."""
+    kind = type(module)
+    borrowed = getattr(nn, kind.__name__, kind) is not kind
+    return f"{kind.__module__}.{kind.__name__}" if borrowed else kind.__name__
+
+
 def check_conv(
     conv: Any, name: str, kernel: int | None, *, stride: int = 1, grouped: bool = False, bias: bool = False
 ) -> nn.Conv2d:
     """A convolution, padded by half its kernel; ``kernel`` None: any odd one; ``bias``: whether it may have one."""
     if type(conv) not in _CONVS:
-        raise NotFusible(f"{name} is a {type(conv).__name__}, not a Conv1d, Conv2d or Conv3d")
+        raise NotFusible(f"{name} is a {class_name(conv)}, not a Conv1d, Conv2d or Conv3d")
     check_quiet(conv, name)
     plain = (
         (conv.bias is None or bias)
@@ -157,7 +164,7 @@ def _has_fused_relu(norm: nn.Module) -> bool:
 
 def _check_norm(norm: Any, name: str) -> Any:
     if norm is None or (type(norm) not in _NORMS and not _has_fused_relu(norm)):
-        raise NotFusible(f"{name} is a {type(norm).__name__}, not a BatchNorm with ReLU")
+        raise NotFusible(f"{name} is a {class_name(norm)}, not a BatchNorm with ReLU")
     check_quiet(norm, name)
     for inner in norm.__dict__["_modules"].values():
         check_quiet(inner, f"{name}'s activation")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdense import _C
@@ -163,10 +164,17 @@ def bicubic_resize(
     low, high = (-math.inf, math.inf) if clamp is None else (float(clamp[0]), float(clamp[1]))
     if not low <= high:
         raise _error("clamp", "a lowest and a highest value", clamp)
+    exports = torch.compiler.is_exporting()
+    if exports and input.dim() == 4 and (a, antialias, border, rounding) == PRESETS["torch"][:4]:
+        # Unlike a constant matrix it takes inputs of changing size.
+        enlarged = F.interpolate(_widened(input), size, scale_factor, "bicubic", align_corners)
+        return _finished(enlarged, residual, low, high, out_dtype or input.dtype)
     sizes, steps = _sizes_and_steps(input, size, scale_factor, rounding, align_corners)
     options = (steps, a, antialias, border, align_corners)
-    if torch.compiler.is_exporting():
-        return _exported(input, sizes, options, known.bytes, (low, high), residual, out_dtype)
+    if exports:
+        dtype = out_dtype or input.dtype
+        product = _multiplied(_widened(input), sizes, options, dtype == torch.uint8 and known.bytes != "last")
+        return _finished(product, residual, low, high, dtype)
     if input.dtype == torch.uint8 and out_dtype in (None, torch.uint8):
         if residual is not None or clamp is not None:
             raise _error("residual and clamp", "left out for uint8 results", (residual is not None, clamp))
@@ -178,28 +186,27 @@ def bicubic_resize(
     return out if out_dtype is None else out.to(out_dtype)
 
 
-def _exported(
-    input: Tensor,
-    sizes: list[int],
-    options: _Options,
-    rounding: str,
-    limits: tuple[float, float],
-    residual: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
-    """The same by torch's own operators, which every runtime knows: a dense matrix product an axis."""
-    dtype = out_dtype or input.dtype
-    out = input.to(torch.float32) if input.dtype != torch.float64 else input
+def _widened(input: Tensor) -> Tensor:
+    return input.to(torch.float32) if input.dtype != torch.float64 else input
+
+
+def _multiplied(x: Tensor, sizes: list[int], options: _Options, rounds: bool) -> Tensor:
+    """Torch's own operators, which every runtime knows: a dense matrix product an axis, perhaps rounded to bytes."""
     steps, a, antialias, border, corners = options
     for axis in sorted(range(len(sizes)), key=lambda axis: -steps[axis]):
-        rows = _C.bicubic_rows(input.shape[axis + 2], sizes[axis], steps[axis], a, antialias, border, corners)
-        matrix = torch.tensor(rows, dtype=out.dtype, device=out.device)
-        out = torch.matmul(out.movedim(axis + 2, -1), matrix.t()).movedim(-1, axis + 2)
-        if dtype == torch.uint8 and rounding != "last":
-            out = (out.clamp(0, 255) + 0.5).floor()
+        rows = _C.bicubic_rows(x.shape[axis + 2], sizes[axis], steps[axis], a, antialias, border, corners)
+        matrix = torch.tensor(rows, dtype=x.dtype, device=x.device)
+        x = torch.matmul(x.movedim(axis + 2, -1), matrix.t()).movedim(-1, axis + 2)
+        if rounds:
+            x = (x.clamp(0, 255) + 0.5).floor()
+    return x
+
+
+def _finished(out: Tensor, residual: Tensor | None, low: float, high: float, dtype: torch.dtype) -> Tensor:
     if residual is not None:
         out = out + residual
-    out = out.clamp(*limits) if limits != (-math.inf, math.inf) else out
+    if (low, high) != (-math.inf, math.inf):
+        out = out.clamp(low, high)
     return out.clamp(0, 255).round().to(dtype) if dtype == torch.uint8 else out.to(dtype)
 
 

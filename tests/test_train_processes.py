@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdense import models
 from fastdense.train import TrainConfig, train
 from fastdense.train.processes import Processes
 from tests.test_train import tiny, weights
@@ -78,3 +79,21 @@ def test_a_run_of_two_processes_resumes_bit_for_bit(processes, tmp_path):
     assert processes.run(train_here, resumed, None) == through
     one, two = weights(tmp_path / "through"), weights(tmp_path / "killed")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def wrap(rank, model):
+    return type(Processes(torch.device("cpu")).wrap(model)).__name__
+
+
+def test_layers_left_out_at_random_are_refused(processes):
+    """Processes would wait for gradients that others do not make."""
+    for name, arguments, what in (
+        ("stochastic_depth_cifar", {"depth": 20}, "ResNet"),
+        ("fractalnet", {}, "FractalNet"),
+    ):
+        model = models.create(name, **arguments)
+        assert Processes(torch.device("cpu")).wrap(model) is model
+        with pytest.raises(pytest.fail.Exception, match=f"expected a model that computes all layers .* got {what}"):
+            processes.run(wrap, model)
+    sampled = models.create("stochastic_depth_cifar", depth=20, mode="sample")
+    assert processes.run(wrap, sampled) == ["DistributedDataParallel"] * 2

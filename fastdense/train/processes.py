@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdense._support import InputError
+from fastdense.models.fractalnet import FractalNet
+from fastdense.nn import StochasticDepth
 
 
 class Processes:
@@ -41,8 +43,22 @@ class Processes:
         return slice(first, last)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over all processes."""
-        return DistributedDataParallel(model) if self.world > 1 else model
+        """The model with gradients averaged over all processes.
+
+        Raises:
+            InputError: with several processes, a model that leaves layers out at random: each would draw others.
+        """
+        if self.world == 1:
+            return model
+        for module in model.modules():
+            by_depth = isinstance(module, StochasticDepth) and module.survival < 1 and module.mode == "batch"
+            by_path = isinstance(module, FractalNet) and (module.drop_path > 0 or module.global_ratio > 0)
+            if by_depth or by_path:
+                raise InputError(
+                    f"train: expected a model that computes all layers in every step with {self.world} processes, "
+                    f"got {type(model).__name__}, which leaves some out at random; train it in one process, or without"
+                )
+        return DistributedDataParallel(model)
 
     def total(self, *values: float) -> list[float]:
         """Sums over all processes."""

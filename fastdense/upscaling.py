@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdense.models.super_resolution import SuperResolutionNet
+from fastdense.models.super_resolution import SuperResolutionNet, stripes
 
 # What a stripe may take where nothing is said: small enough to matter little, and its halo costs next to nothing.
 _STRIPE_BYTES = 64 << 20
@@ -95,17 +95,13 @@ def upscale(
         if trunk_rows is None:
             _tail_in_stripes(net, net.trunk(_channels_last(pictures)), tail_rows, 0, out)
             return out
-        rows, reach = -(-height // net.unshuffle), net.reach + net.halo
-        for start in range(0, rows, trunk_rows):
-            stop = min(start + trunk_rows, rows)
-            first, last = max(0, start - reach), min(rows, stop + reach)
-            part = pictures[:, :, first * net.unshuffle : last * net.unshuffle]
+        rows, scale = -(-height // net.unshuffle), net.tail_scale
+        for s in stripes(0, rows, trunk_rows, net.reach + net.halo, rows):
+            part = pictures[:, :, s.low * net.unshuffle : s.high * net.unshuffle]
             features = net.trunk(_channels_last(part))
-            low, high = max(first, start - net.halo), min(last, stop + net.halo)
-            around = features[:, :, low - first : high - first]
-            scale = net.tail_scale
-            target = out[:, :, start * scale : stop * scale]
-            _tail_in_stripes(net, around, tail_rows, start - low, target)
+            low, high = max(s.low, s.start - net.halo), min(s.high, s.stop + net.halo)
+            around = features[:, :, low - s.low : high - s.low]
+            _tail_in_stripes(net, around, tail_rows, s.start - low, out[:, :, s.start * scale : s.stop * scale])
     return out
 
 
@@ -115,12 +111,10 @@ def _channels_last(pictures: Tensor) -> Tensor:
 
 def _tail_in_stripes(net: SuperResolutionNet, features: Tensor, rows: int, first: int, out: Tensor) -> None:
     """Fills ``out`` with the result that begins at row ``first`` of the features."""
-    scale, height = net.tail_scale, features.shape[2]
-    wanted = -(-out.shape[2] // scale)
-    for start in range(first, first + wanted, rows):
-        stop = min(start + rows, first + wanted)
-        low, high = max(0, start - net.halo), min(height, stop + net.halo)
-        made = net.tail(features[:, :, low:high])
-        target = out[:, :, (start - first) * scale : (stop - first) * scale]
-        begin = (start - low) * scale
+    scale = net.tail_scale
+    last = first + -(-out.shape[2] // scale)
+    for s in stripes(first, last, rows, net.halo, features.shape[2]):
+        made = net.tail(features[:, :, s.low : s.high])
+        target = out[:, :, (s.start - first) * scale : (s.stop - first) * scale]
+        begin = (s.start - s.low) * scale
         target.copy_(made[:, :, begin : begin + target.shape[2], : target.shape[3]])

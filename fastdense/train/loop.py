@@ -181,7 +181,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
             f"train: expected {config.out} to hold no checkpoint, got {path};"
             " continue it with --resume, or start anew with --fresh"
         )
-    device = _device(config.device)
+    device = find_device(config.device)
     _make_folder(config.out)
     data = load(config.data, config.size)
     with _surroundings(config, device):
@@ -396,7 +396,12 @@ def _count_correct(logits: Tensor, labels: Tensor) -> int:
     return int((logits.argmax(1) == labels).sum())
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        InputError: torch knows no such device, or finds none.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -80,7 +80,7 @@ class SuperResolutionNet(nn.Module):
         height, scale, made = features.shape[2], self.tail_scale, []
         for s in stripes(0, height, _RECOMPUTED_ROWS, self.halo, height):
             around = features[:, :, s.low : s.high]
-            out = cast(Tensor, checkpoint(self.tail, around, use_reentrant=False, preserve_rng_state=False))
+            out = checkpoint(self.tail, around, use_reentrant=False, preserve_rng_state=False)
             made.append(out[:, :, (s.start - s.low) * scale : (s.stop - s.low) * scale])
         return torch.cat(made, 2)
 

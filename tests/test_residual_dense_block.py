@@ -396,6 +396,28 @@ def test_blocks_of_other_libraries(make, recwarn):
     assert not recwarn.list
 
 
+def test_a_factor_that_changes_after_conversion_is_seen(recwarn):
+    block, x = BasicBlock().double(), torch.randn(1, 6, 5, 5, dtype=torch.float64)
+    model = fastdense.convert(nn.ModuleList([block]))
+    plain = copy.deepcopy(fastdense.restore(copy.deepcopy(model)))
+
+    def check():
+        torch.testing.assert_close(model[0](x), plain[0](x))
+        assert fastdense.report(model).rows[0].runs == "fused"
+
+    check()
+    for change in (
+        lambda b: setattr(b, "scale", 0.7),
+        lambda b: setattr(b.lrelu, "negative_slope", 0.4),
+        lambda b: setattr(b, "scale", torch.tensor(0.3, dtype=torch.float64)),
+        lambda b: b.scale.mul_(2),
+    ):
+        change(model[0])
+        change(plain[0])
+        check()
+    assert not recwarn.list
+
+
 class Attention(BasicBlock):
     def forward(self, x):
         return super().forward(x) * torch.sigmoid(x)

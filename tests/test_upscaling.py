@@ -64,6 +64,18 @@ def test_a_smaller_reach_would_not_do():
     assert not torch.allclose(upscale(net, pictures, trunk_rows=1), expected, rtol=1e-11, atol=0)
 
 
+@pytest.mark.parametrize("name", ["rrdbnet", "rdn", "edsr", "srdensenet", "srcnn"])
+def test_progress_goes_from_the_first_block_to_the_last_stripe(name):
+    net = NETS[name]()
+    pictures, seen = torch.rand(1, net.colours, 9, 6), []
+    expected = upscale(net, pictures, trunk_rows=5, tail_rows=2)
+    made = upscale(net, pictures, trunk_rows=5, tail_rows=2, progress=lambda *given: seen.append(given))
+    steps = 2 * len(net.parts()) + 3 + 2
+    assert seen == [(done, steps) for done in range(1, steps + 1)] and torch.equal(made, expected)
+    upscale(net, pictures)
+    assert len(seen) == steps  # nothing stays behind
+
+
 def test_less_memory_means_smaller_stripes_until_there_are_none():
     net = models.RRDBNet(4, 1, 6, 3)
     height, width = 200, 50

@@ -98,6 +98,9 @@ class RRDBNet(SuperResolutionNet):
 
         self.reach = 15 * blocks + 2
 
+    def parts(self) -> list[nn.Module]:
+        return list(self.body)
+
     def live_values(self) -> tuple[int, int]:
         width, growth = self.conv_last.in_channels, cast(RRDB, self.body[0]).growth_rate if len(self.body) else 0
         return 6 * width + 4 * growth, 3 * width * self.tail_scale**2

@@ -58,6 +58,10 @@ class SuperResolutionNet(nn.Module):
         """Numbers per pixel of the trunk's features that trunk and tail hold at once, at most."""
         raise NotImplementedError
 
+    def parts(self) -> list[nn.Module]:
+        """Modules of the trunk that run one after another, each for about as long, to show progress by."""
+        return []
+
     def settings(self) -> dict[str, Any]:
         """What :func:`save_super_resolution` writes because the weights do not tell it."""
         return {"scale": self.scale}
@@ -319,6 +323,9 @@ class EDSR(SuperResolutionNet):
         self.reach = 2 * blocks + 2
         self.residual_scale = residual_scale
 
+    def parts(self) -> list[nn.Module]:
+        return list(self.body)
+
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "residual_scale": self.residual_scale}
 
@@ -396,6 +403,9 @@ class SRDenseNet(SuperResolutionNet):
         self.deconv = nn.Sequential(up[0], nn.ReLU(), up[1], nn.ReLU())
         self.reconstruction = conv3x3(width, 1)
         self.reach = 1 + blocks * layers
+
+    def parts(self) -> list[nn.Module]:
+        return list(self.dense_blocks)
 
     def live_values(self) -> tuple[int, int]:
         conv = cast(nn.Conv2d, self.bottleneck[0])

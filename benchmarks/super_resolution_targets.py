@@ -35,6 +35,7 @@ def make(name: str, blocks: int, variant: str) -> SuperResolutionNet:
     net: Any = fastdense.models.create(name, scale=4, blocks=blocks)
     if variant.startswith("plain"):
         fastdense.restore(net)
+        net.recompute_tail = False
     return net.to(memory_format=torch.channels_last) if variant == "plain-channels-last" else net
 
 

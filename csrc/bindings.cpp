@@ -14,6 +14,7 @@
 #include "common/simd.h"
 #include "dropout_mask/dropout_mask_math.h"
 #include "highway_gate/highway_gate_math.h"
+#include "residual_dense_block/residual_dense_block_math.h"
 
 #ifdef C10_API
 #error "bindings.cpp must not include a torch header: tensors go through the dispatcher"
@@ -97,6 +98,14 @@ void bind_highway_gate(py::module_& scalar, const std::string& suffix) {
   bind_highway_activation<A, HighwayIdentity>(scalar, "_identity" + suffix);
 }
 
+template <typename A>
+void bind_residual_dense_block(py::module_& scalar, const std::string& suffix) {
+  scalar.def(("leaky_relu" + suffix).c_str(), &leaky_relu<A>, py::arg("v"), py::arg("slope"));
+  scalar.def(("leaky_relu_gradient" + suffix).c_str(), &leaky_relu_gradient<A>, py::arg("g"), py::arg("y"),
+             py::arg("slope"));
+  scalar.def(("residual_sum" + suffix).c_str(), &residual_sum<A>, py::arg("v"), py::arg("scale"), py::arg("input"));
+}
+
 void bind_bicubic(py::module_& m, py::module_& scalar) {
   scalar.def("cubic_kernel", &cubic_kernel<double>, py::arg("x"), py::arg("a"));
   scalar.def("byte_half_up", &byte_half_up<double>, py::arg("v"));
@@ -131,6 +140,8 @@ void bind(py::module_& m) {
   bind_dropout_mask(scalar);
   bind_highway_gate<double>(scalar, "");
   bind_highway_gate<float>(scalar, "_float");
+  bind_residual_dense_block<double>(scalar, "");
+  bind_residual_dense_block<float>(scalar, "_float");
   bind_bicubic(m, scalar);
 }
 

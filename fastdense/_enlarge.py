@@ -10,13 +10,15 @@ from torch import Tensor
 from fastdense.models.super_resolution import SuperResolutionNet
 from fastdense.ops.bicubic import bicubic_resize
 from fastdense.quality import rgb_to_ycbcr, ycbcr_to_rgb
-from fastdense.upscaling import upscale
+from fastdense.upscaling import Progress, upscale
 
 # Highest sample by type; float32 pictures are taken as they are.
 _PEAKS = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
 
 
-def enlarge_samples(samples: numpy.ndarray, net: SuperResolutionNet, max_memory: int | None = None) -> numpy.ndarray:
+def enlarge_samples(
+    samples: numpy.ndarray, net: SuperResolutionNet, max_memory: int | None = None, progress: Progress | None = None
+) -> numpy.ndarray:
     """``[H, W]`` or ``[H, W, C]``, grey or RGB, with alpha or without, to the same at ``net.scale`` times the size.
 
     A network of the luminance enlarges Y, bicubic resampling the chroma; a network of RGB sees grey pictures as RGB.
@@ -26,7 +28,7 @@ def enlarge_samples(samples: numpy.ndarray, net: SuperResolutionNet, max_memory:
     pixels = samples if samples.ndim == 3 else samples[..., None]
     x = torch.from_numpy(pixels.astype(numpy.float32)).permute(2, 0, 1)[None] / peak
     colours = 3 if x.shape[1] >= 3 else 1
-    out = _enlarge_colours(x[:, :colours], net, max_memory)
+    out = _enlarge_colours(x[:, :colours], net, max_memory, progress)
     if x.shape[1] > colours:
         out = torch.cat([out, _bicubic(x[:, colours:], net.scale)], 1)
     if samples.dtype != numpy.float32:
@@ -39,9 +41,10 @@ def _bicubic(x: Tensor, scale: int) -> Tensor:
     return bicubic_resize(x, scale_factor=scale, preset="matlab")
 
 
-def _enlarge_colours(x: Tensor, net: SuperResolutionNet, max_memory: int | None) -> Tensor:
+def _enlarge_colours(x: Tensor, net: SuperResolutionNet, max_memory: int | None, progress: Progress | None) -> Tensor:
     def run(pictures: Tensor) -> Tensor:
-        return upscale(net, pictures.to(next(net.parameters())), max_memory=max_memory).cpu().float()
+        like = next(net.parameters())
+        return upscale(net, pictures.to(like), max_memory=max_memory, progress=progress).cpu().float()
 
     if net.colours == x.shape[1]:
         return run(x)

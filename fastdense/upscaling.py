@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs super-resolution networks on pictures larger than memory, with the result of running them whole."""
 
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdense.models.super_resolution import SuperResolutionNet
+from fastdense.models.super_resolution import SuperResolutionNet, stripes
+
+# Called with how many steps are done, and with their number.
+Progress = Callable[[int, int], None]
 
 # What a stripe may take where nothing is said: small enough to matter little, and its halo costs next to nothing.
 _STRIPE_BYTES = 64 << 20
@@ -62,6 +67,7 @@ def upscale(
     max_memory: int | None = None,
     tail_rows: int | None = None,
     trunk_rows: int | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Enlarges pictures; the result is that of ``net(pictures)``, but for rounding.
 
@@ -74,6 +80,7 @@ def upscale(
         pictures: ``[N, colours, H, W]``, in [0, 1], of the dtype of the weights.
         max_memory: bytes that all tensors but the weights may take, by estimate.
         tail_rows, trunk_rows: rows of stripes, instead of what :func:`plan_upscale` chooses; counted in the features.
+        progress: called as ``progress(done, steps)`` behind every block of the trunk and every stripe of the tail.
 
     Returns:
         ``[N, colours, scale * H, scale * W]``.
@@ -90,37 +97,54 @@ def upscale(
     limit = None if max_memory is None else max_memory // batch
     plan = plan_upscale(net, height, width, pictures.element_size(), limit)
     tail_rows, trunk_rows = tail_rows or plan.tail_rows, trunk_rows or plan.trunk_rows
-    with torch.no_grad():
+    rows, scale = -(-height // net.unshuffle), net.tail_scale
+    trunk_rows = trunk_rows or rows
+    trunk = list(stripes(0, rows, trunk_rows, net.reach + net.halo, rows))
+    steps = sum(len(net.parts()) + -(-(s.stop - s.start) // tail_rows) for s in trunk)
+    with torch.no_grad(), _steps(net, steps, progress) as tick:
         out = pictures.new_empty(batch, net.colours, net.scale * height, net.scale * width)
-        if trunk_rows is None:
-            _tail_in_stripes(net, net.trunk(_channels_last(pictures)), tail_rows, 0, out)
-            return out
-        rows, reach = -(-height // net.unshuffle), net.reach + net.halo
-        for start in range(0, rows, trunk_rows):
-            stop = min(start + trunk_rows, rows)
-            first, last = max(0, start - reach), min(rows, stop + reach)
-            part = pictures[:, :, first * net.unshuffle : last * net.unshuffle]
+        for s in trunk:
+            part = pictures[:, :, s.low * net.unshuffle : s.high * net.unshuffle]
             features = net.trunk(_channels_last(part))
-            low, high = max(first, start - net.halo), min(last, stop + net.halo)
-            around = features[:, :, low - first : high - first]
-            scale = net.tail_scale
-            target = out[:, :, start * scale : stop * scale]
-            _tail_in_stripes(net, around, tail_rows, start - low, target)
+            low, high = max(s.low, s.start - net.halo), min(s.high, s.stop + net.halo)
+            around = features[:, :, low - s.low : high - s.low]
+            target = out[:, :, s.start * scale : s.stop * scale]
+            _tail_in_stripes(net, around, tail_rows, s.start - low, target, tick)
     return out
+
+
+@contextlib.contextmanager
+def _steps(net: SuperResolutionNet, steps: int, progress: Progress | None) -> Iterator[Callable[[], None]]:
+    """What reports one more step as done; parts of the trunk do so by themselves."""
+    done = 0
+
+    def tick(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, steps)
+
+    handles = [] if progress is None else [part.register_forward_hook(tick) for part in net.parts()]
+    try:
+        yield tick
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _channels_last(pictures: Tensor) -> Tensor:
     return pictures.contiguous(memory_format=torch.channels_last)
 
 
-def _tail_in_stripes(net: SuperResolutionNet, features: Tensor, rows: int, first: int, out: Tensor) -> None:
+def _tail_in_stripes(
+    net: SuperResolutionNet, features: Tensor, rows: int, first: int, out: Tensor, tick: Callable[[], None]
+) -> None:
     """Fills ``out`` with the result that begins at row ``first`` of the features."""
-    scale, height = net.tail_scale, features.shape[2]
-    wanted = -(-out.shape[2] // scale)
-    for start in range(first, first + wanted, rows):
-        stop = min(start + rows, first + wanted)
-        low, high = max(0, start - net.halo), min(height, stop + net.halo)
-        made = net.tail(features[:, :, low:high])
-        target = out[:, :, (start - first) * scale : (stop - first) * scale]
-        begin = (start - low) * scale
+    scale = net.tail_scale
+    last = first + -(-out.shape[2] // scale)
+    for s in stripes(first, last, rows, net.halo, features.shape[2]):
+        made = net.tail(features[:, :, s.low : s.high])
+        target = out[:, :, (s.start - first) * scale : (s.stop - first) * scale]
+        begin = (s.start - s.low) * scale
         target.copy_(made[:, :, begin : begin + target.shape[2], : target.shape[3]])
+        tick()

@@ -4,6 +4,7 @@
 import copy
 import importlib
 import io
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdense
-from fastdense import reference
+from fastdense import _C, reference
 from fastdense.models import load_super_resolution
 from fastdense.nn import ResidualDenseBlock
 from fastdense.ops import ConvWeights, residual_dense_block
@@ -255,6 +256,29 @@ def test_errors(change, error, message):
         changed(change).run()
 
 
+# Scalar functions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), [("", torch.float64), ("_float", torch.float32)])
+def test_scalar_functions(suffix, dtype):
+    relu, gradient, residual = (
+        getattr(_C.scalar, name + suffix) for name in ("leaky_relu", "leaky_relu_gradient", "residual_sum")
+    )
+    values = [0.0, -0.0, 1.5, -1.5, 1e30, -1e30, math.inf]
+    for slope in (0.0, 0.2, 1.0):
+        v = torch.tensor(values, dtype=dtype, requires_grad=True)
+        expected = nn.functional.leaky_relu(v, slope)
+        made = torch.tensor([relu(value, slope) for value in values], dtype=dtype)
+        torch.testing.assert_close(made, expected, rtol=0, atol=0)
+        expected.sum().backward()
+        grads = [gradient(1.0, y, slope) for y in made.tolist()]  # from the sign of the output
+        torch.testing.assert_close(torch.tensor(grads, dtype=dtype), v.grad, rtol=0, atol=0)
+    assert relu(-math.inf, 0.0) == 0 and relu(-math.inf, 0.5) == -math.inf
+    assert math.isnan(relu(math.nan, 0.0)) and math.isnan(relu(math.nan, 0.2))
+    assert gradient(3.0, 0.0, 0.25) == 0.75 and gradient(3.0, 1e-30, 0.25) == 3.0
+    assert residual(2.0, 0.25, 10.0) == 10.5
+
+
 # The module -----------------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +417,28 @@ def test_blocks_of_other_libraries(make, recwarn):
     fastdense.restore(model)
     assert "_residual_factors" not in model.a.__dict__
     torch.testing.assert_close(model(x), expected)
+    assert not recwarn.list
+
+
+def test_a_factor_that_changes_after_conversion_is_seen(recwarn):
+    block, x = BasicBlock().double(), torch.randn(1, 6, 5, 5, dtype=torch.float64)
+    model = fastdense.convert(nn.ModuleList([block]))
+    plain = copy.deepcopy(fastdense.restore(copy.deepcopy(model)))
+
+    def check():
+        torch.testing.assert_close(model[0](x), plain[0](x))
+        assert fastdense.report(model).rows[0].runs == "fused"
+
+    check()
+    for change in (
+        lambda b: setattr(b, "scale", 0.7),
+        lambda b: setattr(b.lrelu, "negative_slope", 0.4),
+        lambda b: setattr(b, "scale", torch.tensor(0.3, dtype=torch.float64)),
+        lambda b: b.scale.mul_(2),
+    ):
+        change(model[0])
+        change(plain[0])
+        check()
     assert not recwarn.list
 
 

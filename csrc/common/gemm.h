@@ -47,13 +47,18 @@ struct Gemm {
   // Elements of room that multiply_transposed needs.
   static constexpr int64_t transposed_size(int64_t, int64_t) { return 0; }
 
-  // The left factor of multiply_transposed, prepared once for all its columns; here as it is.
-  static const Operand* transpose(int64_t, int64_t, const Operand* left, int64_t, Operand*) { return left; }
+  // A left factor of multiply_transposed, prepared once for all its columns.  Here it is as it was.
+  struct Transposed {
+    const Operand* data;
+    int64_t ld;
+    Transposed from(int64_t row) const { return {data + row * ld, ld}; }
+  };
+  static Transposed transpose(int64_t, int64_t, const Operand* left, int64_t ldl, Operand*) { return {left, ldl}; }
 
-  // C[m, n] += L[rows, m]^T * R[rows, n] with L by transpose().
-  static void multiply_transposed(int64_t rows, int64_t m, int64_t n, const Operand* left, int64_t ldl,
-                                  const Operand* panels, A* c, int64_t ldc) {
-    for (int64_t j = 0; j < n; j += kPanel) column(m, rows, left, 1, ldl, panels + j * rows, c + j, ldc, true);
+  // C[m, n] += L[rows, m]^T * R[rows, n]
+  static void multiply_transposed(int64_t rows, int64_t m, int64_t n, const Transposed& left, const Operand* panels,
+                                  A* c, int64_t ldc) {
+    for (int64_t j = 0; j < n; j += kPanel) column(m, rows, left.data, 1, left.ld, panels + j * rows, c + j, ldc, true);
   }
 
  private:

@@ -55,21 +55,26 @@ struct Gemm<bfloat16> {
   }
 
   // left[rows, m] as [m, transposed_ld(rows)], zero beyond the last row.
-  static const Operand* transpose(int64_t rows, int64_t m, const Operand* left, int64_t ldl, Operand* out) {
+  struct Transposed {
+    const Operand* data;
+    int64_t ld;
+    Transposed from(int64_t row) const { return {data + row, ld}; }
+  };
+  static Transposed transpose(int64_t rows, int64_t m, const Operand* left, int64_t ldl, Operand* out) {
     const int64_t ld = transposed_ld(rows);
     for (int64_t r = 0; r < rows; r += 32)
       for (int64_t j = 0; j < m; j += 16)
         transpose_block(rows - r < 32 ? rows - r : 32, left + r * ldl + j, ldl, out + j * ld + r, ld);
-    return out;
+    return {out, ld};
   }
 
-  static void multiply_transposed(int64_t rows, int64_t m, int64_t n, const Operand* left, int64_t,
-                                  const Operand* panels, A* c, int64_t ldc) {
+  static void multiply_transposed(int64_t rows, int64_t m, int64_t n, const Transposed& left, const Operand* panels,
+                                  A* c, int64_t ldc) {
     const TileScope scope;
-    const int64_t deep = round_up(rows, kAlign), ld = transposed_ld(rows);
+    const int64_t deep = round_up(rows, kAlign);
     for (int64_t j = 0; j < n; j += kPanel)
       for (int64_t i = 0; i < m; i += 32)
-        block(m - i > 16, deep, left + i * ld, ld, panels + j * deep, c + i * ldc + j, ldc, true);
+        block(m - i > 16, deep, left.data + i * left.ld, left.ld, panels + j * deep, c + i * ldc + j, ldc, true);
   }
 
  private:

@@ -80,13 +80,14 @@ void backward_blocks(int64_t rows, int64_t channels, const Rows<T>& left, int64_
   Operand* act = scratch.take<Operand>(padded_rows * kColumnBlock);
   A* dy = scratch.take<A>(padded_rows * kColumnBlock);
   Operand* room = scratch.take<Operand>(G::transposed_size(rows, depth));
-  const Operand* transposed = dweight ? G::transpose(rows, depth, left.data, left.ld, room) : nullptr;
+  typename G::Transposed transposed{};
+  if (dweight) transposed = G::transpose(rows, depth, left.data, left.ld, room);
   for (int64_t begin = 0; begin < channels; begin += kColumnBlock) {
     const int64_t end = channels - begin < kColumnBlock ? channels : begin + kColumnBlock;
     const int64_t n = end - begin, ldd = round_up(n, G::kPanel);
     if (dweight) {
       fill(begin, end, dy, act);
-      G::multiply_transposed(rows, depth, n, transposed, left.ld, act, dweight + begin, round_up(channels, G::kPanel));
+      G::multiply_transposed(rows, depth, n, transposed, act, dweight + begin, round_up(channels, G::kPanel));
     }
     if (!gradient) continue;
     G::multiply(rows, depth, n, left.data, left.ld, unpacked<T>(panels) + begin * padded_depth, dy, ldd);

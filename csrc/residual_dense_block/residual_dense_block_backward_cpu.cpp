@@ -10,7 +10,7 @@
 #include "common/checks.h"
 #include "common/huge_pages.h"
 #include "common/row_gradients.h"
-#include "residual_dense_block/residual_dense_block.h"
+#include "residual_dense_block/residual_dense_block_driver.h"
 
 namespace fastdense {
 namespace {
@@ -25,12 +25,14 @@ class Backward : RowGradients<T> {
            at::TensorList weights)
       : Base(needs, weights, buffer.options(), 1),
         args_(args),
+        convolution_(args, *this),
         kernels_(residual_dense_block_kernels<T>(simd_level())),
         x_(static_cast<const T*>(buffer.const_data_ptr())),
         ld_(args.channels()) {
-    int64_t widest = 0;
-    for (const ResidualLayerArgs& layer : args.layers) widest = std::max(widest, layer.geometry.taps() * layer.out);
-    this->reserve_scratch(ld_, widest);
+    int64_t most = 0;
+    for (const ResidualLayerArgs& layer : args.layers)
+      most = std::max(most, kernels_.conv_backward_bytes(layer.out, layer.geometry, tiles(layer).first));
+    this->reserve_scratch(1, 1, most);
   }
 
   // grad: of the block's output, channels innermost.
@@ -55,42 +57,30 @@ class Backward : RowGradients<T> {
     return l;
   }
 
-  // The gradient [pixels, out] of a layer's sums: of the fusion from the block's, of others from their slice.
-  at::Tensor output_gradient(const ResidualLayerArgs& layer, const T* grad_output) {
-    at::Tensor d = this->bytes(args_.pixels() * layer.out * this->kernels.operand_bytes);
-    void* out = d.mutable_data_ptr();
-    const A slope = A(grad_output ? args_.scale * args_.outer_scale : args_.negative_slope);
-    const T* g = grad_output ? grad_output : g_ + layer.channels;
-    const T* y = grad_output ? nullptr : x_ + layer.channels;
-    this->for_each_chunk(
-        args_.pixels(), 4 * this->kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
-          kernels_.output_gradient(g, grad_output ? layer.out : ld_, y, ld_, row, rows, layer.out, slope, out);
-        });
-    return d;
-  }
+  // The kernel keeps a panel of the prefix and one of its gradient beside the layer's own.
+  auto tiles(const ResidualLayerArgs& layer) const { return convolution_.tiles(layer.out + 2 * this->kernels.panel); }
 
   void layer(int64_t l, const T* grad_output, bool wants_prefix) {
     const ResidualLayerArgs& layer = args_.layers[l];
-    const int64_t taps = layer.geometry.taps(), depth = taps * layer.out, n = layer.channels;
-    const at::Tensor d = output_gradient(layer, grad_output);
-    const at::Tensor weight = this->tap_rows(layer.conv.weight);
-    const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), depth, n, n, 1);
-    const at::Tensor dweight = this->worker_gradients(this->needs(layer.conv.at), depth, n);
-    const bool needs_bias = this->needs(layer.bias.at);
+    // the fusion's sums from the block's gradient, those of others from their slice
+    const SumsGradient<T> d =
+        grad_output
+            ? SumsGradient<T>{grad_output, layer.out, nullptr, 0, layer.out, A(args_.scale * args_.outer_scale)}
+            : SumsGradient<T>{g_ + layer.channels, ld_, x_ + layer.channels, ld_, layer.out, A(args_.negative_slope)};
+    const bool needs_weight = this->needs(layer.conv.at), needs_bias = this->needs(layer.bias.at);
+    const at::Tensor panels = convolution_.pack(layer, true);
+    const at::Tensor dweight =
+        this->worker_gradients(needs_weight, layer.geometry.taps() * this->padded_depth(layer.out), layer.channels);
     const at::Tensor dbias =
         at::zeros({needs_bias ? this->workers : 0, layer.out}, at::TensorOptions().dtype(at::kDouble));
-    const void* dp = d.const_data_ptr();
-    this->for_each_chunk(
-        args_.pixels(), this->kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-          kernels_.conv_backward({x_, ld_, n}, layer.geometry, row, rows, dp, layer.out, this->panels_of(panels),
-                                 wants_prefix ? g_ : nullptr, grad_output == nullptr, this->of_worker(dweight, worker),
-                                 needs_bias ? dbias.mutable_data_ptr<double>() + worker * layer.out : nullptr,
-                                 this->scratch(worker));
-        });
+    convolution_.for_each_tile(tiles(layer), [&](int64_t worker, const Tile& tile) {
+      const ConvGradients<T> to{wants_prefix ? g_ : nullptr, grad_output == nullptr, this->of_worker(dweight, worker),
+                                needs_bias ? dbias.mutable_data_ptr<double>() + worker * layer.out : nullptr};
+      kernels_.conv_backward(d, {x_, ld_, layer.channels}, layer.geometry, tile, this->panels_of(panels), to,
+                             this->scratch(worker));
+    });
     if (needs_bias) this->set(layer.bias.at, dbias.sum(0));
-    if (!this->needs(layer.conv.at)) return;
-    const at::Tensor by_tap = this->total(dweight, depth, n).reshape({taps, layer.out, n});
-    this->set(layer.conv.at, by_tap.permute({1, 2, 0}));
+    if (needs_weight) this->set(layer.conv.at, convolution_.weight_gradient(layer, dweight));
   }
 
   void input(const T* grad_output) {
@@ -105,6 +95,7 @@ class Backward : RowGradients<T> {
   }
 
   const ResidualDenseBlockArgs& args_;
+  const ResidualConvolution<T> convolution_;
   const ResidualDenseBlockKernels<T>& kernels_;
   const T* const x_;
   const int64_t ld_;

@@ -6,8 +6,7 @@
 
 #include "common/checks.h"
 #include "common/huge_pages.h"
-#include "common/row_driver.h"
-#include "residual_dense_block/residual_dense_block.h"
+#include "residual_dense_block/residual_dense_block_driver.h"
 
 namespace fastdense {
 namespace {
@@ -19,12 +18,14 @@ class Forward : RowDriver<T> {
  public:
   Forward(const ResidualDenseBlockArgs& args, const at::Tensor& buffer)
       : args_(args),
+        convolution_(args, *this),
         kernels_(residual_dense_block_kernels<T>(simd_level())),
         x_(static_cast<T*>(buffer.mutable_data_ptr())),
         ld_(args.channels()) {
     int64_t most = 0;
     for (const ResidualLayerArgs& layer : args.layers)
-      most = std::max(most, kernels_.conv_bytes(layer.channels, layer.geometry, tiles(layer).first, layer.out));
+      most =
+          std::max(most, kernels_.conv_bytes(layer.channels, layer.geometry, convolution_.tiles(layer.channels).first));
     this->reserve_scratch(1, 1, most);
   }
 
@@ -48,52 +49,16 @@ class Forward : RowDriver<T> {
   }
 
  private:
-  struct Tiles {
-    Tile first;
-    int64_t down, across;
-  };
-
-  // Equal tiles that stay in L2 with their halo; enough of them for all workers.
-  Tiles tiles(const ResidualLayerArgs& layer) const {
-    constexpr int64_t kColumns = 48, kBytes = 256 * 1024;
-    const int64_t height = args_.height, width = args_.width;
-    const int64_t across = std::max<int64_t>(1, (width + kColumns - 1) / kColumns),
-                  columns = (width + across - 1) / across;
-    const int64_t row_bytes = (columns + 2) * this->padded_depth(layer.channels) * this->kernels.operand_bytes;
-    const int64_t fit = std::max<int64_t>(2, kBytes / std::max<int64_t>(1, row_bytes) - 2);
-    int64_t down = std::max<int64_t>(1, (height + fit - 1) / fit);
-    while (down < height && down * across * args_.batch < 4 * this->workers) ++down;
-    return {{0, 0, std::max<int64_t>(1, (height + down - 1) / down), 0, std::max<int64_t>(1, columns)}, down, across};
-  }
-
   void conv(const ResidualLayerArgs& layer, const Finish<T>& finish) {
-    const at::Tensor panels = pack_taps(layer);
-    const Tiles t = tiles(layer);
-    this->for_each_worker(args_.batch * t.down * t.across, [&](int64_t worker, int64_t unit) {
-      Tile tile{unit / (t.down * t.across), unit / t.across % t.down * t.first.rows, t.first.rows,
-                unit % t.across * t.first.columns, t.first.columns};
-      tile.rows = std::min(tile.rows, args_.height - tile.row);
-      tile.columns = std::min(tile.columns, args_.width - tile.column);
-      if (tile.rows > 0 && tile.columns > 0)
-        kernels_.conv({x_, ld_, layer.channels}, layer.geometry, tile, this->panels_of(panels), finish,
-                      this->scratch(worker));
+    const at::Tensor panels = convolution_.pack(layer, false);
+    convolution_.for_each_tile(convolution_.tiles(layer.channels), [&](int64_t worker, const Tile& tile) {
+      kernels_.conv({x_, ld_, layer.channels}, layer.geometry, tile, this->panels_of(panels), finish,
+                    this->scratch(worker));
     });
   }
 
-  // The weight of every tap in panels.
-  at::Tensor pack_taps(const ResidualLayerArgs& layer) const {
-    const at::Tensor weight = this->tap_rows(layer.conv.weight);
-    const int64_t taps = layer.geometry.taps(), c = layer.channels, n = layer.out;
-    const int64_t bytes = this->padded(n) * this->padded_depth(c) * this->kernels.operand_bytes;
-    at::Tensor packed = this->bytes(taps * bytes);
-    uint8_t* out = packed.mutable_data_ptr<uint8_t>();
-    const A* w = weight.template const_data_ptr<A>();
-    for (int64_t tap = 0; tap < taps; ++tap)
-      this->kernels.pack(w + tap * n * c, c, n, 1, c, 0, this->padded(n) / this->kernels.panel, out + tap * bytes);
-    return packed;
-  }
-
   const ResidualDenseBlockArgs& args_;
+  const ResidualConvolution<T> convolution_;
   const ResidualDenseBlockKernels<T>& kernels_;
   T* const x_;
   const int64_t ld_;

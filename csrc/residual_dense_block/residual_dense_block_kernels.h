@@ -45,21 +45,38 @@ struct Finish {
   Residual<T> inner, outer;
 };
 
+// Gradient of the sums of a convolution: in front of LeakyReLU with output y, or slope * g without y.
+template <typename T>
+struct SumsGradient {
+  const T* g;  // [pixels, ldg]
+  int64_t ldg;
+  const T* y;  // [pixels, ldy], or nullptr
+  int64_t ldy;
+  int64_t channels;
+  accumulate_t<T> slope;
+};
+
+// Where the gradients of a convolution go; nullptr where one is not wanted.
+template <typename T>
+struct ConvGradients {
+  T* input;  // [pixels, ld of the prefix]: of the prefix, = or +=
+  bool accumulate;
+  accumulate_t<T>* weight;  // [taps][padded channels of the sums][padded channels of the prefix] +=, last tap first
+  double* bias;             // [channels of the sums] +=
+};
+
+// `panels` hold, panel by panel, the rows of all taps, one tap behind the other.
 template <typename T>
 struct ResidualDenseBlockKernels {
   using A = accumulate_t<T>;
 
-  // `panels` holds the panels of every tap, one tap behind the other
   void (*conv)(const Prefix<T>&, const ConvGeometry&, const Tile&, const void* panels, const Finish<T>&, void* scratch);
   // bytes of scratch that this needs
-  int64_t (*conv_bytes)(int64_t channels, const ConvGeometry&, const Tile&, int64_t out);
-  // d[row, :n] = gradient in front of LeakyReLU with output y, or slope * g without y
-  void (*output_gradient)(const T* g, int64_t ldg, const T* y, int64_t ldy, int64_t row, int64_t rows, int64_t n,
-                          A slope, void* d);
-  // backward of a convolution from its output gradient d[pixels, k]: gradient[row, :channels] = or += input gradient,
-  // unless nullptr; dweight [padded taps * k, padded channels] += and dbias [k] +=, unless nullptr
-  void (*conv_backward)(const Prefix<T>&, const ConvGeometry&, int64_t row, int64_t rows, const void* d, int64_t k,
-                        const void* panels, T* gradient, bool accumulate, A* dweight, double* dbias, void* scratch);
+  int64_t (*conv_bytes)(int64_t channels, const ConvGeometry&, const Tile&);
+  // in `panels` the taps are in reverse order
+  void (*conv_backward)(const SumsGradient<T>&, const Prefix<T>&, const ConvGeometry&, const Tile&, const void* panels,
+                        const ConvGradients<T>&, void* scratch);
+  int64_t (*conv_backward_bytes)(int64_t channels, const ConvGeometry&, const Tile&);
   // dx[row, :n] = g + factor * grad_output
   void (*input_gradient)(const T* g, int64_t ldg, const T* grad_output, int64_t row, int64_t rows, int64_t n, A factor,
                          T* dx);

@@ -65,6 +65,8 @@ def _super_resolution(options: argparse.Namespace) -> int:
         model_kwargs=dict(options.set),
         scale=options.scale,
         steps=options.steps,
+        device=options.device,
+        dtype=options.dtype,
         seed=options.seed,
         threads=options.threads,
         resume=options.resume,

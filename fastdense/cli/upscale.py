@@ -11,7 +11,7 @@ import numpy
 import torch
 
 from fastdense._enlarge import enlarge_samples
-from fastdense._support import InputError
+from fastdense._support import InputError, extra
 from fastdense.cli.resize import change_pictures, resize_samples
 from fastdense.models import SuperResolutionNet, load_super_resolution
 
@@ -41,7 +41,15 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"upscale: expected --scale to be {net.scale} like the model's, got {options.scale:g}")
 
     def change(samples: numpy.ndarray) -> numpy.ndarray:
-        return enlarge_samples(samples, net, options.max_memory)
+        with extra("cli"):
+            from tqdm import tqdm
+        with tqdm(desc="picture", unit="step", leave=False, dynamic_ncols=True) as bar:
+
+            def show(done: int, steps: int) -> None:
+                bar.total = steps
+                bar.update(done - bar.n)
+
+            return enlarge_samples(samples, net, options.max_memory, show)
 
     return change_pictures("upscale", options.input, options.output, change)
 

@@ -53,6 +53,9 @@ class RDN(SuperResolutionNet):
         self.output = conv3x3(width, 3)
         self.reach = blocks * layers + 3
 
+    def parts(self) -> list[nn.Module]:
+        return list(self.rdbs)
+
     def live_values(self) -> tuple[int, int]:
         fusion = cast(nn.Conv2d, self.gff[0])  # its input exists twice: in parts and concatenated
         width = fusion.out_channels

@@ -47,6 +47,10 @@ class RRDBNet(SuperResolutionNet):
         pictures of other sizes than its multiples are reflected at their lower and right edges, and the surplus is cut
         off again.
 
+    Note:
+        In training the tail, whose features are ``scale**2`` times as many as the body's, keeps nothing for the
+        backward pass but runs again there, in stripes of rows; ``recompute_tail = False`` turns that off.
+
     Reference:
         X. Wang et al. ESRGAN: Enhanced Super-Resolution Generative Adversarial Networks. ECCVW 2018, arXiv:1809.00219,
         section 3.1; X. Wang et al. Real-ESRGAN. ICCVW 2021, arXiv:2107.10833, section 3.3 (unshuffle).
@@ -58,6 +62,7 @@ class RRDBNet(SuperResolutionNet):
     """
 
     halo = 2
+    recompute_tail = True
 
     def __init__(
         self,
@@ -92,6 +97,9 @@ class RRDBNet(SuperResolutionNet):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
         self.reach = 15 * blocks + 2
+
+    def parts(self) -> list[nn.Module]:
+        return list(self.body)
 
     def live_values(self) -> tuple[int, int]:
         width, growth = self.conv_last.in_channels, cast(RRDB, self.body[0]).growth_rate if len(self.body) else 0

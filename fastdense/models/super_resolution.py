@@ -1,12 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Super-resolution networks before dense blocks, and what all such networks have in common."""
 
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdense.nn.resample import BicubicUpsample
+
+# Rows of a stripe whose tail is computed again in the backward pass: large beside the halo.
+_RECOMPUTED_ROWS = 24
+
+
+class Stripe(NamedTuple):
+    """Rows ``[start, stop)``, and ``[low, high)`` with a halo as far as there are rows."""
+
+    start: int
+    stop: int
+    low: int
+    high: int
+
+
+def stripes(first: int, last: int, rows: int, halo: int, height: int) -> Iterator[Stripe]:
+    """Cuts rows ``[first, last)`` of ``height`` into stripes of ``rows``."""
+    for start in range(first, last, rows):
+        stop = min(start + rows, last)
+        yield Stripe(start, stop, max(0, start - halo), min(height, stop + halo))
 
 
 class SuperResolutionNet(nn.Module):
@@ -22,6 +43,7 @@ class SuperResolutionNet(nn.Module):
         tail_scale: how much larger the result is than the tail's input.
         reach: rows that the trunk sees beyond a row of its result on either side.
         unshuffle: how much smaller the trunk's features are than the pictures.
+        recompute_tail: whether the tail keeps nothing for the backward pass but runs again there, stripe by stripe.
     """
 
     scale: int
@@ -30,10 +52,15 @@ class SuperResolutionNet(nn.Module):
     tail_scale: int
     reach: int = 0
     unshuffle: int = 1
+    recompute_tail: bool = False
 
     def live_values(self) -> tuple[int, int]:
         """Numbers per pixel of the trunk's features that trunk and tail hold at once, at most."""
         raise NotImplementedError
+
+    def parts(self) -> list[nn.Module]:
+        """Modules of the trunk that run one after another, each for about as long, to show progress by."""
+        return []
 
     def settings(self) -> dict[str, Any]:
         """What :func:`save_super_resolution` writes because the weights do not tell it."""
@@ -48,8 +75,18 @@ class SuperResolutionNet(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.tail(self.trunk(x))
+        features = self.trunk(x)
+        recompute = self.recompute_tail and self.training and torch.is_grad_enabled()
+        out = self._recomputed_tail(features) if recompute else self.tail(features)
         return out[..., : self.scale * x.shape[-2], : self.scale * x.shape[-1]]
+
+    def _recomputed_tail(self, features: Tensor) -> Tensor:
+        height, scale, made = features.shape[2], self.tail_scale, []
+        for s in stripes(0, height, _RECOMPUTED_ROWS, self.halo, height):
+            around = features[:, :, s.low : s.high]
+            out = checkpoint(self.tail, around, use_reentrant=False, preserve_rng_state=False)
+            made.append(out[:, :, (s.start - s.low) * scale : (s.stop - s.low) * scale])
+        return torch.cat(made, 2)
 
 
 def conv3x3(in_channels: int, out_channels: int, bias: bool = True) -> nn.Conv2d:
@@ -286,6 +323,9 @@ class EDSR(SuperResolutionNet):
         self.reach = 2 * blocks + 2
         self.residual_scale = residual_scale
 
+    def parts(self) -> list[nn.Module]:
+        return list(self.body)
+
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "residual_scale": self.residual_scale}
 
@@ -363,6 +403,9 @@ class SRDenseNet(SuperResolutionNet):
         self.deconv = nn.Sequential(up[0], nn.ReLU(), up[1], nn.ReLU())
         self.reconstruction = conv3x3(width, 1)
         self.reach = 1 + blocks * layers
+
+    def parts(self) -> list[nn.Module]:
+        return list(self.dense_blocks)
 
     def live_values(self) -> tuple[int, int]:
         conv = cast(nn.Conv2d, self.bottleneck[0])

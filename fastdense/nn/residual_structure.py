@@ -14,6 +14,8 @@ from fastdense.ops import ConvWeights
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Slopes that are tried where no module tells.
 _SLOPES = (0.2, 0.0, 0.1, 0.01, 0.05)
+# Where a module keeps what trying it has told.
+_FACTORS = "_residual_factors"
 
 
 class ResidualLayers(NamedTuple):
@@ -52,8 +54,8 @@ def looks_like_residual_block(module: nn.Module) -> bool:
 def read_residual_block(module: nn.Module) -> ResidualLayers:
     """Reads the layers of a residual dense block.
 
-    A block of another library is tried once on random numbers, with random weights, in a copy: which slope and which
-    factor make its results.
+    A block of another library is tried on random numbers, with random weights, in a copy: which slope and which factor
+    make its results. It is tried again when one of its numbers has changed.
     """
     check_no_global_hooks()
     convs = _convolutions(module)
@@ -73,11 +75,26 @@ def _factors(module: Any) -> tuple[float, float]:
 
     if isinstance(module, PlainResidualDenseBlock):
         return module.negative_slope, module.scale
-    slopes = tuple(sorted({_slope(inner) for inner in module.modules() if type(inner) in (nn.ReLU, nn.LeakyReLU)}))
-    known = module.__dict__.get("_residual_factors")
-    if known is None or known[0] != slopes:
-        known = module.__dict__["_residual_factors"] = (slopes, _try_out(module, slopes or _SLOPES))
+    numbers = _numbers(module)
+    known = module.__dict__.get(_FACTORS)
+    if known is None or known[0] != numbers:
+        slopes = sorted({_slope(inner) for inner in module.modules() if type(inner) in (nn.ReLU, nn.LeakyReLU)})
+        known = module.__dict__[_FACTORS] = (numbers, _try_out(module, tuple(slopes) or _SLOPES))
     return known[1]
+
+
+def _numbers(module: nn.Module) -> list[tuple[str, Any]]:
+    """The attributes that may be factors: numbers, and tensors that are neither parameter nor buffer."""
+    found: list[tuple[str, Any]] = []
+    for inner in module.modules():
+        if isinstance(inner, nn.Conv2d):
+            continue
+        for name, value in inner.__dict__.items():
+            if isinstance(value, int | float) and name != "training":
+                found.append((name, value))
+            elif isinstance(value, Tensor):
+                found.append((name, (id(value), value._version)))
+    return found
 
 
 def _slope(activation: Any) -> float:
@@ -95,9 +112,10 @@ def _try_out(module: nn.Module, slopes: tuple[float, ...]) -> tuple[float, float
         for conv in convs:
             for parameter in conv.parameters():
                 parameter.copy_(torch.randn_like(parameter) / (9 * conv.in_channels) ** 0.5)
+        forward = getattr(type(clone), "plain_forward", type(clone).__call__)
         x = torch.randn(2, convs[0].in_channels, 5, 6, dtype=torch.float64)
         try:
-            found = [clone.train(mode)(x.clone()) for mode in (True, False)]
+            found = [forward(clone.train(mode), x.clone()) for mode in (True, False)]
         except Exception as error:  # whatever a foreign forward raises, it is no such block
             raise NotFusible(f"it cannot be tried on one tensor: {error}") from error
         for slope in slopes:

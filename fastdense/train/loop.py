@@ -187,7 +187,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
             f"train: expected {config.out} to hold no checkpoint, got {path};"
             " continue it with --resume, or start anew with --fresh"
         )
-    device = _device(config.device)
+    device = find_device(config.device)
     _make_folder(config.out)
     data = load(config.data, config.size)
     with several.started(device) as processes, _surroundings(config, processes.device):
@@ -420,7 +420,12 @@ def _count_correct(logits: Tensor, labels: Tensor) -> int:
     return int((logits.argmax(1) == labels).sum())
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        InputError: torch knows no such device, or finds none.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fastdense.models import SuperResolutionNet, save_super_resolution
 from fastdense.ops.bicubic import bicubic_resize
 from fastdense.quality import evaluate_picture, luminance
 from fastdense.train import checkpoint
-from fastdense.train.loop import NonFiniteLossError
+from fastdense.train.loop import DTYPES, NonFiniteLossError, find_device
 
 PHOTOGRAPHS = "photographs"
 # Photographs that are not trained on.
@@ -46,6 +47,8 @@ class SuperResolutionConfig:
         patch: side of a patch before it is enlarged, in pixels.
         lr: learning rate, which falls to zero along a cosine.
         average: decay of the moving average of the weights, which is what is evaluated and saved.
+        device: a torch device, e.g. ``"cpu"`` or ``"cuda"``.
+        dtype: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` for autocast.
         seed: of weights and patches.
         threads: CPU threads, 0 for torch's choice.
         out: folder of ``model.pt``, ``checkpoint.pt`` and ``metrics.json``.
@@ -62,6 +65,8 @@ class SuperResolutionConfig:
     patch: int = 32
     lr: float = 1e-3
     average: float = 0.995
+    device: str = "cpu"
+    dtype: str = "float32"
     seed: int = 0
     threads: int = 0
     out: Path = Path("runs/sr")
@@ -71,7 +76,7 @@ class SuperResolutionConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share."""
-        free = ("data", "threads", "out", "resume", "fresh", "checkpoint_seconds")
+        free = ("data", "device", "threads", "out", "resume", "fresh", "checkpoint_seconds")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
 
@@ -176,17 +181,20 @@ def train_super_resolution(config: SuperResolutionConfig, progress: bool = True)
         raise InputError(f"train: expected --out without a checkpoint, got {path}; give --resume or --fresh")
     if min(config.steps, config.batch, config.patch) < 1:
         raise InputError("train: expected steps, batch and patch to be positive")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("train: expected one process for super-resolution, got several; start it without torchrun")
+    if config.dtype not in DTYPES:
+        raise InputError(f"train: expected dtype to be one of {', '.join(DTYPES)}, got {config.dtype!r}")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    net = _make(config)
+    run = _Run(config, path)
     training, testing, skipped = load_pictures(config.data)
-    patches = Patches(training, net.colours, config.scale, config.patch)
-    averaged = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), config.lr)
-    first = _restore(config, path, net, averaged, optimizer) if config.resume and path.exists() else 0
-    _steps(config, path, net, averaged, optimizer, patches, first, progress)
-    qualities = [evaluate_picture(picture, config.scale, averaged.eval())[0] for picture in testing]
+    patches = Patches(training, run.net.colours, config.scale, config.patch)
+    first = run.restore() if config.resume and path.exists() else 0
+    run.steps(patches, first, progress)
+    averaged = run.averaged.eval()
+    qualities = [evaluate_picture(picture, config.scale, averaged)[0] for picture in testing]
     bicubic = sum(q.bicubic_psnr for q in qualities) / len(qualities)
     made = sum(q.psnr or 0.0 for q in qualities) / len(qualities)
     model, metrics = config.out / "model.pt", config.out / "metrics.json"
@@ -206,75 +214,71 @@ def _make(config: SuperResolutionConfig) -> SuperResolutionNet:
     return net
 
 
-def _steps(
-    config: SuperResolutionConfig,
-    path: Path,
-    net: SuperResolutionNet,
-    averaged: SuperResolutionNet,
-    optimizer: torch.optim.Optimizer,
-    patches: Patches,
-    first: int,
-    progress: bool,
-) -> None:
-    with extra("cli"):
-        from tqdm import tqdm
-    written = time.monotonic()
-    bar = tqdm(range(first, config.steps), "train", config.steps, initial=first, leave=False, disable=not progress)
-    for step in bar:
-        small, large = patches.draw(config.seed, step, config.batch)
-        rate = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = F.l1_loss(net(small), large)
-        if not math.isfinite(loss.item()):
-            raise NonFiniteLossError(f"train: the loss became {loss.item()} at step {step}; try a smaller --lr")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        _average(averaged, net, min(config.average, (1 + step) / (_WARM_UP + step)))
-        bar.set_postfix_str(f"L1 {loss.item():.4f}", refresh=False)
-        if time.monotonic() - written >= config.checkpoint_seconds or step + 1 == config.steps:
-            _save(config, path, net, averaged, optimizer, step + 1)
-            written = time.monotonic()
+class _Run:
+    """A network on its way: weights, their average, optimizer and the scaler of float16."""
 
+    def __init__(self, config: SuperResolutionConfig, path: Path) -> None:
+        self.config, self.path = config, path
+        self.device = find_device(config.device)
+        self.net = _make(config).to(self.device)
+        self.averaged = copy.deepcopy(self.net).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), config.lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=config.dtype == "float16")
 
-@torch.no_grad()
-def _average(averaged: SuperResolutionNet, net: SuperResolutionNet, decay: float) -> None:
-    for mean, parameter in zip(averaged.parameters(), net.parameters(), strict=True):
-        mean.lerp_(parameter, 1 - decay)
+    def steps(self, patches: Patches, first: int, progress: bool) -> None:
+        with extra("cli"):
+            from tqdm import tqdm
+        config, written = self.config, time.monotonic()
+        bar = tqdm(range(first, config.steps), "train", config.steps, initial=first, leave=False, disable=not progress)
+        for step in bar:
+            rate = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            loss = self.step(*patches.draw(config.seed, step, config.batch))
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(f"train: the loss became {loss} at step {step}; try a smaller --lr")
+            self.average(min(config.average, (1 + step) / (_WARM_UP + step)))
+            bar.set_postfix_str(f"L1 {loss:.4f}", refresh=False)
+            if time.monotonic() - written >= config.checkpoint_seconds or step + 1 == config.steps:
+                self.save(step + 1)
+                written = time.monotonic()
 
+    def step(self, small: Tensor, large: Tensor) -> float:
+        """The loss, in float32, before the step; weights stay where it is not finite."""
+        dtype = getattr(torch, self.config.dtype)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            made = self.net(small.to(self.device)).float()
+        loss = F.l1_loss(made, large.to(self.device))
+        if math.isfinite(loss.item()):
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return loss.item()
 
-def _save(
-    config: SuperResolutionConfig,
-    path: Path,
-    net: SuperResolutionNet,
-    averaged: SuperResolutionNet,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-) -> None:
-    state = {"net": net.state_dict(), "averaged": averaged.state_dict()}
-    checkpoint.save(
-        path,
-        {
-            "config": config.fingerprint(),
-            "model": state,
-            "optimizer": optimizer.state_dict(),
-            "scaler": {},
-            "progress": {"step": step},
-            "rng": {},
-        },
-    )
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        for mean, parameter in zip(self.averaged.parameters(), self.net.parameters(), strict=True):
+            mean.lerp_(parameter, 1 - decay)
 
+    def save(self, step: int) -> None:
+        state = {"net": self.net.state_dict(), "averaged": self.averaged.state_dict()}
+        checkpoint.save(
+            self.path,
+            {
+                "config": self.config.fingerprint(),
+                "model": state,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "progress": {"step": step},
+                "rng": {},
+            },
+        )
 
-def _restore(
-    config: SuperResolutionConfig,
-    path: Path,
-    net: SuperResolutionNet,
-    averaged: SuperResolutionNet,
-    optimizer: torch.optim.Optimizer,
-) -> int:
-    state = checkpoint.load(path, config.fingerprint())
-    net.load_state_dict(state["model"]["net"])
-    averaged.load_state_dict(state["model"]["averaged"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["progress"]["step"])
+    def restore(self) -> int:
+        state = checkpoint.load(self.path, self.config.fingerprint())
+        self.net.load_state_dict(state["model"]["net"])
+        self.averaged.load_state_dict(state["model"]["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        return int(state["progress"]["step"])

@@ -6,7 +6,8 @@ Example:
     >>> result = train(TrainConfig(model_kwargs={"depth": 22, "growth_rate": 12}, epochs=10))
 """
 
+from fastdense.train.config import TrainConfig
 from fastdense.train.data import Dataset, load
-from fastdense.train.loop import NonFiniteLossError, TrainConfig, TrainResult, train
+from fastdense.train.loop import NonFiniteLossError, TrainResult, train
 
 __all__ = ["Dataset", "NonFiniteLossError", "TrainConfig", "TrainResult", "load", "train"]

@@ -25,7 +25,8 @@ from fastdense.models import SuperResolutionNet, save_super_resolution
 from fastdense.ops.bicubic import bicubic_resize
 from fastdense.quality import evaluate_picture, luminance
 from fastdense.train import checkpoint
-from fastdense.train.loop import DTYPES, NonFiniteLossError, find_device
+from fastdense.train.config import DTYPES
+from fastdense.train.loop import NonFiniteLossError, find_device
 
 PHOTOGRAPHS = "photographs"
 # Photographs that are not trained on.

@@ -340,6 +340,29 @@ def test_a_recomputed_tail_changes_memory_and_nothing_else(height):
     assert kept[0] - kept[1] >= 0.9 * 8 * pixels * large
 
 
+def test_hooks_of_a_tail_see_whole_pictures_once():
+    """No stripes, and no second run, while anybody watches; behind it stripes again."""
+    net = models.RRDBNet(4, 1, 6, 3)
+    x, seen = torch.rand(1, 3, 49, 4), []
+    handle = net.conv_hr.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    net(x).sum().backward()
+    assert seen == [(1, 6, 196, 16)]
+    _, watched = kept_bytes(lambda: net(x))
+    handle.remove()
+    _, alone = kept_bytes(lambda: net(x))
+    assert alone < watched
+
+
+def test_forward_mode_goes_through_a_recomputed_tail():
+    net = models.RRDBNet(2, 1, 6, 3).double()
+    fastdense.restore(net)
+    x, t = torch.rand(2, 1, 3, 6, 4, dtype=torch.float64)
+    _, made = torch.func.jvp(net, (x,), (t,))
+    step = 1e-6
+    expected = (net(x + step * t) - net(x - step * t)) / (2 * step)
+    torch.testing.assert_close(made, expected.detach(), rtol=1e-5, atol=1e-7)
+
+
 # ncnn -----------------------------------------------------------------------------------------------------------------
 
 

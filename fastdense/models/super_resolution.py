@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdense.nn.resample import BicubicUpsample
+from fastdense.nn.structure import NotFusible, check_no_global_hooks, is_quiet
 
 # Rows of a stripe whose tail is computed again in the backward pass: large beside the halo.
 _RECOMPUTED_ROWS = 24
@@ -76,9 +78,22 @@ class SuperResolutionNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.trunk(x)
-        recompute = self.recompute_tail and self.training and torch.is_grad_enabled()
-        out = self._recomputed_tail(features) if recompute else self.tail(features)
+        out = self._recomputed_tail(features) if self._recomputes() else self.tail(features)
         return out[..., : self.scale * x.shape[-2], : self.scale * x.shape[-1]]
+
+    def _recomputes(self) -> bool:
+        """Whether the tail may run in stripes and twice: nobody watches its modules, and the engine can take it."""
+        if not (self.recompute_tail and self.training and torch.is_grad_enabled()):
+            return False
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return False
+        try:
+            check_no_global_hooks()
+        except NotFusible:
+            return False
+        trunk = set(self.parts())
+        around = [child for child in self.children() if trunk.isdisjoint(child.children())]
+        return all(is_quiet(module) for child in around for module in child.modules())
 
     def _recomputed_tail(self, features: Tensor) -> Tensor:
         height, scale, made = features.shape[2], self.tail_scale, []

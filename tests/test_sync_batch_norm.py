@@ -81,6 +81,20 @@ def test_a_process_may_have_no_values(processes, make, case):
     processes.run(check_shared, make, case, "balanced", (4, 0), "cpu")
 
 
+def check_too_few(rank, make, case, images):
+    block = make(case)
+    block.input = block.input.detach()[: images[rank]].requires_grad_()
+    block.process_group = dist.group.WORLD.group_name
+    with pytest.raises(ValueError, match="expected more than 1 value per channel in all processes together"):
+        block.run()
+
+
+@pytest.mark.parametrize("images", [(0, 0), (1, 0)])
+@pytest.mark.parametrize(("make", "case"), [(Block, Case(size=(1, 1))), (Stage, StageCase(size=(1, 1)))])
+def test_all_processes_refuse_too_few_values(processes, make, case, images):
+    processes.run(check_too_few, make, case, images)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_types(processes, dtype):
     processes.run(check_type, dtype)

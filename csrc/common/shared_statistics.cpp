@@ -22,7 +22,12 @@ void SharedStatistics::moments(const at::Tensor& mean, const at::Tensor& var, in
   std::vector<std::vector<at::Tensor>> all{gathered.unbind()};
   group->allgather(all, mine)->wait();
   const at::Tensor means = gathered.narrow(1, 0, n), vars = gathered.narrow(1, n, n);
-  const at::Tensor share = gathered.narrow(1, 2 * n, 1) / gathered.narrow(1, 2 * n, 1).sum();
+  const at::Tensor counts = gathered.narrow(1, 2 * n, 1), total = counts.sum();
+  // On a host nothing is waited for.  All processes see the same total, so none is left alone.
+  TORCH_CHECK_VALUE(!total.is_cpu() || total.item<double>() > 1,
+                    "fastdense: expected more than 1 value per channel in all processes together when training, got ",
+                    total.item<double>());
+  const at::Tensor share = counts / total;
   const at::Tensor centre = (share * means).sum(0);
   mean.copy_(centre);
   var.copy_((share * (vars + (means - centre).square())).sum(0));

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 FILES = ["tests/test_mean_join.py", "tests/test_dual_path.py", "tests/test_dense_block.py"]
+FILES += ["tests/test_sync_batch_norm.py"]
 
 # (file below csrc, what stands there, what is planted)
 MUTANTS = [
@@ -52,6 +53,11 @@ MUTANTS = [
     ("mean_join/mean_join_kernels_impl.h", "int input = 1; input < join.joined", "int input = 2; input < join.joined"),
     ("mean_join/mean_join_kernels_impl.h", "at += kTile", "at += kTile + 1"),
     ("mean_join/mean_join.h", "layout.arrange(input)", "input.contiguous()"),
+    ("common/shared_statistics.cpp", "vars + (means - centre).square()", "vars"),
+    ("common/shared_statistics.cpp", "fill_(double(count))", "fill_(1.0)"),
+    ("common/shared_statistics.h", "mean_of_all(terms, double(count), count)", "mean_of_all(terms, 1.0, count)"),
+    ("common/row_gradients.h", "if (!norm.frozen()) this->shared.sums(room, count);", ""),
+    ("common/row_gradients.h", "this->shared.means(t, count);", ""),
 ]  # fmt: skip
 
 CUDA_MUTANTS = [

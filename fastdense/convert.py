@@ -15,12 +15,14 @@ from fastdense.nn.fused import (
     FusedModule,
     FusedSequential,
     FusedTransition,
+    RecomputedTransition,
     check_memory,
     fused_class,
     plain_class,
 )
 from fastdense.nn.fused_dual_path import FusedDualPathBlock
 from fastdense.nn.fused_residual import FusedResidualDenseBlock
+from fastdense.nn.recomputed import looks_like_max_pool_transition, read_max_pool_transition
 from fastdense.nn.residual_structure import looks_like_residual_block, read_residual_block
 from fastdense.nn.structure import (
     BLOCKS,
@@ -128,6 +130,13 @@ def _is_transition_like(module: nn.Module) -> bool:
     return is_sequence and is_transition(module)
 
 
+def _is_max_pool_transition(module: nn.Module) -> bool:
+    if isinstance(module, RecomputedTransition):
+        return True
+    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return is_sequence and looks_like_max_pool_transition(list(module.children()))
+
+
 def _is_residual_dense_block(module: nn.Module) -> bool:
     return isinstance(module, FusedResidualDenseBlock) or looks_like_residual_block(module)
 
@@ -135,6 +144,7 @@ def _is_residual_dense_block(module: nn.Module) -> bool:
 KINDS = (
     Kind("block", FusedDenseBlock, _is_dense_block, read_block, True),
     Kind("transition", FusedTransition, _is_transition_like, read_transition, False),
+    Kind("max-pool transition", RecomputedTransition, _is_max_pool_transition, read_max_pool_transition, False),
     Kind("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True),
     Kind("residual dense", FusedResidualDenseBlock, _is_residual_dense_block, read_residual_block, True),
 )

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdense.nn import DenseBlock, linear_decay
+from fastdense.nn.fused import RecomputedTransition
 
 
-class TransitionDown(nn.Sequential):
+class PlainTransitionDown(nn.Sequential):
     """Norm, ReLU, 1x1 convolution, dropout, max pool: half the size, as many channels.
 
     Args:
@@ -31,6 +32,10 @@ class TransitionDown(nn.Sequential):
         self.conv = nn.Conv2d(channels, channels, 1, bias=False)
         self.drop = nn.Dropout(drop_rate)
         self.pool = nn.MaxPool2d(2)
+
+
+class TransitionDown(RecomputedTransition, PlainTransitionDown):
+    """:class:`PlainTransitionDown` that keeps its input alone for the backward pass."""
 
 
 class FCDenseNet(nn.Module):

@@ -16,6 +16,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx, nn
 
+from fastdense.nn.recomputed import read_max_pool_transition, read_stem, run_recomputed
 from fastdense.nn.shared_statistics import group_name, process_group_of, total_count
 from fastdense.nn.stochastic_depth import statistics_move_if
 from fastdense.nn.structure import (
@@ -224,12 +225,24 @@ class FusedTransition(FusedModule):
             return self.fall_back(input, reason)
 
 
+class RecomputedTransition(FusedModule):
+    """A transition with a max pool: norm, ReLU, 1x1 convolution, perhaps dropout, pool."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if is_traced(input):
+            return self.plain_forward(input)
+        try:
+            return run_recomputed(read_max_pool_transition(self), input)
+        except NotFusible as reason:
+            return self.fall_back(input, reason)
+
+
 class FusedSequential(FusedModule):
     """A sequence in which modules that belong together run as one operator.
 
     A dense block runs with the transition or norm behind it: the norm's statistics are those of the block, its gradient
     joins the block's, and no feature map of the block's size is made twice. Dual path blocks in a row run as a stage.
-    Modules with hooks run one by one.
+    The norm, ReLU and max pool of a stem keep their input alone. Modules with hooks run one by one.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -247,6 +260,11 @@ class FusedSequential(FusedModule):
                     continue
                 except NotFusible:
                     pass  # one by one; they fall back, with their own warnings
+            stem = read_stem(modules[at:])
+            if stem is not None:
+                input = run_recomputed(stem, input)
+                at += len(stem)
+                continue
             input = module(input)
             at += 1
         return input

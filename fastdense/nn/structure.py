@@ -153,7 +153,7 @@ def check_conv(
     return conv
 
 
-def _has_fused_relu(norm: nn.Module) -> bool:
+def has_fused_relu(norm: nn.Module) -> bool:
     """Whether ``norm`` is timm's norm with a plain ReLU inside."""
     return (
         type(norm).__name__ in _NORMS_WITH_ACTIVATION
@@ -163,7 +163,7 @@ def _has_fused_relu(norm: nn.Module) -> bool:
 
 
 def _check_norm(norm: Any, name: str) -> Any:
-    if norm is None or (type(norm) not in _NORMS and not _has_fused_relu(norm)):
+    if norm is None or (type(norm) not in _NORMS and not has_fused_relu(norm)):
         raise NotFusible(f"{name} is a {class_name(norm)}, not a BatchNorm with ReLU")
     check_quiet(norm, name)
     for inner in norm.__dict__["_modules"].values():
@@ -177,7 +177,7 @@ def check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> Any:
     """A batch norm followed by ReLU: two modules, or one that does both."""
     found = _check_norm(child(module, norm), f"{where}{norm}")
     activation = child(module, relu)
-    if _has_fused_relu(found) == (activation is not None):
+    if has_fused_relu(found) == (activation is not None):
         raise NotFusible(f"{where}{norm} is not followed by one ReLU")
     if activation is not None:
         if type(activation) is not nn.ReLU:
@@ -289,7 +289,7 @@ def read_transition(module: nn.Module) -> Tail:
 def read_last_norm(module: nn.Module) -> Tail:
     """Reads a batch norm behind the last block, with or without a ReLU inside."""
     check_no_global_hooks()
-    return Tail(_check_norm(module, "norm"), None, _has_fused_relu(module))
+    return Tail(_check_norm(module, "norm"), None, has_fused_relu(module))
 
 
 def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.BatchNorm2d]:

@@ -6,24 +6,16 @@ believed. Times are taken in turns in one process, ratios are medians over round
 memory are those of processes of their own. ``--quick`` uses smaller nets and pictures, to see that the script works.
 """
 
-import argparse
-import multiprocessing
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import fastdense
-from fastdense._support import write_json
-from fastdense.bench.environment import describe
-from fastdense.bench.memory import mib_per_image, peak_resident_mib, resident_mib
+from benchmarks.turns import Row, check_equal, in_own_process, parser_of, report, row_of_times, row_of_values
+from fastdense.bench.memory import mib_per_image, peak_above
 from fastdense.models import SuperResolutionNet
 
 VARIANTS = ("plain", "plain-channels-last", "fastdense")
@@ -58,84 +50,57 @@ def infer(net: SuperResolutionNet, x: Tensor, variant: str) -> Tensor:
     return fastdense.upscale(net, x) if variant == "fastdense" else net(x)
 
 
-def _peak(job: tuple[str, int, str, str, int, int, int]) -> tuple[float, float]:
+def _peak(name: str, blocks: int, variant: str, kind: str, batch: int, side: int, threads: int) -> tuple[float, float]:
     """Peak of a process above what it held before, MiB, and the loss or the mean of the picture."""
-    name, blocks, variant, kind, batch, side, threads = job
     torch.set_num_threads(threads)
-    net, x = make(name, blocks, variant), picture(variant, batch, side)
-    before = resident_mib()
-    value = step(net, x) if kind == "train" else infer(net.eval(), x, variant).mean()
-    return peak_resident_mib() - before, float(value)
+    net = make(name, blocks, variant).train(kind == "train")
+    run = (lambda x: step(net, x)) if kind == "train" else (lambda x: infer(net, x, variant).mean())
+    run(picture(variant, 1, 16))
+    net.zero_grad(set_to_none=True)
+    x = picture(variant, batch, side)
+    return peak_above(lambda: float(run(x)))
 
 
-def peak(*job: Any) -> tuple[float, float]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (job,))
-
-
-def check(name: str, expected: float, actual: float) -> None:
-    """A wrong result is not reported."""
-    if abs(actual - expected) > 1e-4 * max(1.0, abs(expected)):
-        raise SystemExit(f"{name}: expected {expected}, got {actual}")
-
-
-def training_memory(name: str, blocks: int, threads: int) -> dict[str, Any]:
+def training_memory(name: str, blocks: int, threads: int) -> Row:
     """MiB per image of a training step, as the slope between two batch sizes."""
-    slopes, values = {}, {}
+    slopes, losses = {}, {}
     for variant in VARIANTS:
-        peaks = {batch: peak(name, blocks, variant, "train", batch, _SIDE, threads) for batch in (1, 3)}
-        slopes[variant] = mib_per_image({batch: mib for batch, (mib, _) in peaks.items()})
-        values[variant] = peaks[3][1]
-        check(f"{name} {variant}", values["plain"], values[variant])
-    plain = min(slopes["plain"], slopes["plain-channels-last"])
-    return {
-        "what": f"{name}, MiB per {_SIDE} x {_SIDE} patch in training",
-        **slopes,
-        "ratio": slopes["fastdense"] / plain,
-    }
+        peaks = {}
+        for batch in (1, 3):
+            peaks[batch], losses[variant] = in_own_process(_peak, name, blocks, variant, "train", batch, _SIDE, threads)
+        slopes[variant] = mib_per_image(peaks)
+        check_equal(f"{name} {variant}", losses["plain"], losses[variant])
+    return row_of_values(f"{name}, MiB per {_SIDE} x {_SIDE} patch in training", slopes)
 
 
-def inference_memory(name: str, blocks: int, side: int, threads: int) -> dict[str, Any]:
+def inference_memory(name: str, blocks: int, side: int, threads: int) -> Row:
     """Peak above weights and input for a whole picture."""
-    made = {variant: peak(name, blocks, variant, "infer", 1, side, threads) for variant in VARIANTS}
+    peaks, means = {}, {}
     for variant in VARIANTS:
-        check(f"{name} {variant}", made["plain"][1], made[variant][1])
-    peaks = {variant: mib for variant, (mib, _) in made.items()}
-    plain = min(peaks["plain"], peaks["plain-channels-last"])
-    return {"what": f"{name}, MiB for {side} x {side} to x4", **peaks, "ratio": peaks["fastdense"] / plain}
+        peaks[variant], means[variant] = in_own_process(_peak, name, blocks, variant, "infer", 1, side, threads)
+        check_equal(f"{name} {variant}", means["plain"], means[variant])
+    return row_of_values(f"{name}, MiB for {side} x {side} to x4", peaks)
 
 
-def times(name: str, blocks: int, kind: str, batch: int, side: int, rounds: int) -> dict[str, Any]:
+def times(name: str, blocks: int, kind: str, batch: int, side: int, rounds: int) -> Row:
     nets = {variant: make(name, blocks, variant).train(kind == "train") for variant in VARIANTS}
     pictures = {variant: picture(variant, batch, side) for variant in VARIANTS}
-    run: dict[str, Callable[[], Tensor]] = {
+    runs: dict[str, Callable[[], Tensor]] = {
         variant: (lambda v=variant: step(nets[v], pictures[v]))
         if kind == "train"
         else (lambda v=variant: infer(nets[v], pictures[v], v))
         for variant in VARIANTS
     }
-    expected = run["plain"]()
-    for variant in VARIANTS:  # warms up, too
-        difference = (run[variant]() - expected).abs().max().item()
+    expected = runs["plain"]()
+    for variant in VARIANTS:
+        difference = (runs[variant]() - expected).abs().max().item()
         if difference > 1e-4:
             raise SystemExit(f"{name} {variant}: results differ by {difference:.1e}")
-    taken: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for _ in range(rounds):
-        for variant in VARIANTS:
-            start = time.perf_counter()
-            run[variant]()
-            taken[variant].append(1000 * (time.perf_counter() - start))
-    medians = {variant: statistics.median(samples) for variant, samples in taken.items()}
-    plain = min(VARIANTS[:2], key=lambda variant: medians[variant])
-    ratios = [ours / theirs for ours, theirs in zip(taken["fastdense"], taken[plain], strict=True)]
-    what = f"{name}, ms, {kind} {batch} x {side} x {side}"
-    return {"what": what, **medians, "ratio": statistics.median(ratios), "samples": taken}
+    return row_of_times(f"{name}, ms, {kind} {batch} x {side} x {side}", runs, rounds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = parser_of(__doc__, 5)
     parser.add_argument("--side", type=int, default=512, help="of the picture whose peak is measured")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -151,12 +116,7 @@ def main() -> None:
         times("rdn", deep, "infer", 1, small, options.rounds),
         times("rdn", deep, "train", 1, _SIDE, options.rounds),
     ]
-    table = Table("what", *VARIANTS, "ratio")
-    for row in rows:
-        table.add_row(row["what"], *(f"{row[variant]:.1f}" for variant in VARIANTS), f"{row['ratio']:.2f}")
-    Console().print(table)
-    if options.json:
-        write_json(options.json, {"environment": describe(), "blocks": [blocks, deep], "rows": rows})
+    report(rows, options.json, blocks=[blocks, deep])
 
 
 if __name__ == "__main__":

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
+T = TypeVar("T")
 MIB = 2**20
 
 
@@ -59,3 +63,22 @@ def mib_per_image(peaks: Mapping[int, float]) -> float:
     mean_peak = sum(peaks.values()) / len(peaks)
     covariance = sum((batch - mean_batch) * (mib - mean_peak) for batch, mib in peaks.items())
     return covariance / sum((batch - mean_batch) ** 2 for batch in peaks)
+
+
+# Environment of a process whose memory is measured: glibc keeps freed blocks up to 32 MiB for itself otherwise, and a
+# peak then says how well they happened to fit, not what was needed.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
+def peak_above(run: Callable[[], T]) -> tuple[float, T]:
+    """Peak of resident memory while ``run`` runs, in MiB above what is resident before, and the result of ``run``.
+
+    To be called once what ``run`` uses has been loaded, for instance after the same on a small input. Where the system
+    cannot reset the peak (Linux can), an earlier one counts.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as peaks:
+        peaks.write("5")  # VmHWM becomes VmRSS
+    before = resident_mib()
+    result = run()
+    return peak_resident_mib() - before, result

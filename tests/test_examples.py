@@ -59,6 +59,12 @@ def test_segmentation():
     assert_falls(losses, 0.8)
 
 
+def test_segment_digits(capsys):
+    losses = run("segment_digits.py", "--steps", 12, "--batch", 4, "--size", 24, "--growth-rate", 4)
+    assert_falls(losses, 0.8)
+    assert "of those with ink" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_export(tmp_path):
     assert run("export.py", tmp_path / "net.onnx", "--size", 64, "--small") <= 1e-5

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import re
+import textwrap
 from pathlib import Path
 from unittest import mock
 
@@ -46,7 +47,8 @@ def command_help(command: argparse.ArgumentParser) -> str:
     text = ""
     for paragraph in re.split(r"\n\s*\n", description.strip()):
         heading, _, lines = paragraph.partition("\n")
-        text += f"```text\n{lines}\n```\n\n" if heading.startswith("example") else f"{paragraph}\n\n"
+        example = f"{heading.capitalize()}\n\n```text\n{textwrap.dedent(lines)}\n```"
+        text += f"{example if heading.startswith('example') else paragraph}\n\n"
     return f"{text}```text\n{command.format_help()}```\n"
 
 

@@ -21,8 +21,8 @@ def build_info() -> "BuildInfo":
     """What was compiled, and what it makes of this machine.
 
     Returns:
-        A dict: ``version``; ``torch``, the version compiled with; ``cuda`` and ``cuda_arch_list``, None in a build for
-        the CPU alone; ``compiler``; ``simd``, the vector instructions in use; ``threads`` of this machine.
+        A dict of ``version``; ``torch``, the version compiled with; ``cuda`` and ``cuda_arch_list``, None in a build
+        for the CPU alone; ``compiler``; ``simd``, the vector instructions in use; ``threads`` of this machine.
     """
     return _C.build_info()
 

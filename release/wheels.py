@@ -91,7 +91,7 @@ def environment(folder: Path, interpreter: str, log: Path, *requirements: object
     """A fresh virtual environment; returns its interpreter."""
     run("venv", log, interpreter, "-m", "venv", folder)
     python = folder / "bin/python"
-    run("pip install", log, python, "-m", "pip", "install", "--no-cache-dir", *requirements)
+    run("pip install", log, python, "-m", "pip", "install", *requirements)
     return python
 
 
@@ -109,7 +109,7 @@ def build(interpreter: str, sdist: Path, torch: str, out: Path, folder: Path) ->
     try:
         python = environment(folder / "build", interpreter, log, torch, *needed)
         row = row._replace(torch=run("torch", log, python, "-c", TARGET).splitlines()[-1])
-        options = ("--no-build-isolation", "--no-deps", "--wheel-dir", folder / "wheel")
+        options = ("--no-build-isolation", "--no-deps", "--no-cache-dir", "--wheel-dir", folder / "wheel")
         run("pip wheel", log, python, "-m", "pip", "wheel", *options, source)
         (wheel,) = (folder / "wheel").glob("*.whl")
         row = row._replace(wheel=wheel.name, mib=f"{wheel.stat().st_size / 2**20:.1f}")

@@ -77,7 +77,7 @@ sdist: $(VENV_STAMP)  ## pack the source distribution into dist/
 	@$(BIN)/python -m build --sdist --no-isolation
 
 docs: build  ## build the documentation into site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "built site/index.html; its search needs a server: $(BIN)/python -m http.server --directory site"
 
 # WHEELS="python3.12 --torch torch==2.13.0" chooses interpreters and torch.

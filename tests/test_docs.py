@@ -37,6 +37,13 @@ def test_pages_with_code_are_found():
     assert {"README.md", "docs/bicubic.md"} <= {page for page in PAGES if snippets(page)}
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if "/" not in page])
+def test_links_of_root_pages_lead_to_files(page):
+    """Those between pages of the site are checked when it is built."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())
+    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+
+
 class Page(HTMLParser):
     """Identifiers of a page, what a browser would fetch for it, and its text."""
 
@@ -61,7 +68,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> dict[str, Page]:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", folder]
+    # Not --quiet: --strict then sees no warnings.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stderr
     return {path.relative_to(folder).as_posix(): Page(path) for path in folder.rglob("*.html")}

@@ -26,17 +26,32 @@ def test_one_version():
     assert fastdense.__version__ == importlib.metadata.version("fastdense")
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="compares with what git knows; this is no checkout")
-def test_source_distribution_is_the_checkout(tmp_path):
-    """All files but ignored ones, by setuptools' list, made where no older list can be read again."""
-    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """A folder with setuptools' list of sources, made where no older list can be read again, and a wheel's files."""
+    folder = tmp_path_factory.mktemp("packed")
+    commands = ["egg_info", "--egg-base", folder, "build_py", "--build-lib", folder / "wheel"]
+    made = subprocess.run(
+        [sys.executable, "setup.py", "-q", *commands], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert made.returncode == 0, made.stderr
-    (sources,) = tmp_path.glob("*.egg-info/SOURCES.txt")
-    packed = {line for line in sources.read_text().splitlines() if ".egg-info/" not in line}
+    return folder
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="compares with what git knows; this is no checkout")
+def test_source_distribution_is_the_checkout(packed):
+    """All files but ignored ones."""
+    sources = (packed / "fastdense.egg-info/SOURCES.txt").read_text().splitlines()
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     known = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    assert packed == {name for name in known if (ROOT / name).is_file()}
+    assert {line for line in sources if ".egg-info/" not in line} == {name for name in known if (ROOT / name).is_file()}
+
+
+def test_wheel_holds_the_package_and_its_types(packed):
+    """Besides the compiled module."""
+    files = {path.relative_to(packed / "wheel").as_posix() for path in (packed / "wheel").rglob("*") if path.is_file()}
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastdense").rglob("*.py")}
+    assert files == package | {"fastdense/py.typed", "fastdense/_C.pyi"}
 
 
 # --- interfaces ------------------------------------------------------------------------------------------------------

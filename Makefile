@@ -18,7 +18,7 @@ VENV_STAMP := .venv/.installed-$(firstword $(shell cksum requirements/test.txt))
 # A build for other devices is another build.
 BUILD_STAMP := build/.built-$(firstword $(shell echo '$(FORCE_CPU)/$(FORCE_CUDA)/$(TORCH_CUDA_ARCH_LIST)/$(DEBUG)' | cksum))
 
-.PHONY: help venv build test mutants lint format demo bench sdist clean
+.PHONY: help venv build test mutants lint format demo bench docs sdist wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -76,6 +76,14 @@ bench: build  ## run the benchmarks
 sdist: $(VENV_STAMP)  ## pack the source distribution into dist/
 	@$(BIN)/python -m build --sdist --no-isolation
 
+docs: build  ## build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "built site/index.html; its search needs a server: $(BIN)/python -m http.server --directory site"
+
+# WHEELS="python3.12 --torch torch==2.13.0" chooses interpreters and torch.
+wheels: sdist  ## build a wheel for each Python found, try each in a clean environment
+	@$(BIN)/python release/wheels.py "$$(ls -t dist/fastdense-*.tar.gz | head -n 1)" $(WHEELS)
+
 clean:  ## remove builds and caches, keep .venv
-	@rm -rf build dist *.egg-info fastdense/*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	@rm -rf build dist site *.egg-info fastdense/*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

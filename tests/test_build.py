@@ -4,6 +4,7 @@
 import ast
 import functools
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -46,6 +47,35 @@ def test_stub_has_the_names_of_the_module():
     assert stub_names(classes["scalar"].body) == public_names(_C.scalar)
     fields = [node for node in classes["BuildInfo"].body if isinstance(node, ast.AnnAssign)]
     assert [ast.unparse(field.target) for field in fields] == list(_C.build_info())
+
+
+def stub_signatures(body: list[ast.stmt]) -> dict[str, str]:
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+    return {node.name: f"({ast.unparse(node.args)}) -> {ast.unparse(node.returns)}" for node in functions}
+
+
+def bound_signatures(module: ModuleType) -> dict[str, str]:
+    """From pybind11's docstrings, with what it accepts instead of a type written as that type."""
+    found = {}
+    for name in public_names(module):
+        text = getattr(module, name).__doc__ or ""
+        for accepted, written in (
+            (r"typing\.Annotated\[(.*?), \"FixedSize\(\d\)\"\]", r"\1"),
+            (r"typing\.Supports(Int|Float)( \| typing\.SupportsIndex)?", lambda match: match[1].lower()),
+            (r"collections\.abc\.Sequence\[", "list["),
+        ):
+            text = re.sub(accepted, written, text)
+        if text.startswith(f"{name}("):
+            found[name] = text.strip().removeprefix(name)
+    return found
+
+
+def test_stub_has_the_signatures_of_the_module():
+    stub = ast.parse((ROOT / "fastdense/_C.pyi").read_text()).body
+    (scalar,) = (node for node in stub if isinstance(node, ast.ClassDef) and node.name == "scalar")
+    assert stub_signatures(scalar.body) == bound_signatures(_C.scalar)
+    returns = {"build_info": "() -> BuildInfo"}  # a dict whose fields only the stub names
+    assert stub_signatures(stub) == bound_signatures(_C) | returns
 
 
 def test_build_info():

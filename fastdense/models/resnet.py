@@ -188,10 +188,9 @@ class ResNet(nn.Module):
 def resnet_cifar(depth: int = 110, num_classes: int = 10, **kwargs: Any) -> ResNet:
     """ResNet with option A shortcuts; keyword arguments of :class:`ResNet`.
 
-    ============  =======  =======  =======  =======  =========  ==========
-    depth              20       32       44       56        110        1202
-    parameters    269,722  464,154  658,586  853,018  1,727,962  19,421,274
-    ============  =======  =======  =======  =======  =========  ==========
+    | depth | 20 | 32 | 44 | 56 | 110 | 1202 |
+    | --- | --- | --- | --- | --- | --- | --- |
+    | parameters | 269,722 | 464,154 | 658,586 | 853,018 | 1,727,962 | 19,421,274 |
 
     Reference:
         K. He et al. Deep Residual Learning for Image Recognition. CVPR 2016, arXiv:1512.03385, table 6.

@@ -73,14 +73,12 @@ def _one_product(modules: Sequence[nn.Module], states: Sequence[Tensor]) -> Tens
 class HigherOrderNet(nn.Module):
     """Every state is made of all earlier ones: ``h^k = g^k(sum of f_t^k(h^t) over t = 0 ... k - 1)``.
 
-    ==========  ==============================  =====================================================================
-    sharing     modules ``f`` of ``K`` steps    is then
-    ==========  ==============================  =====================================================================
-    "none"      ``K (K + 1) / 2``               a dense block: ``f`` the slices of the first 1x1, ``g`` the rest
-    "source"    ``K``: ``f_t^k = f_t``          a residual network, ``r^k = r^{k-1} + f_{k-1}(g^{k-1}(r^{k-1}))``
-    "lag"       ``order``: depends on ``k-t``   a recurrent network of that order; of order 1, a plain recursion
-    "dual"      ``K (K + 1) / 2``, and ``v``    a dual path network
-    ==========  ==============================  =====================================================================
+    | sharing | modules ``f`` of ``K`` steps | is then |
+    | --- | --- | --- |
+    | "none" | ``K (K + 1) / 2`` | a dense block: ``f`` the slices of the first 1x1, ``g`` the rest |
+    | "source" | ``K``: ``f_t^k = f_t`` | a residual network, ``r^k = r^{k-1} + f_{k-1}(g^{k-1}(r^{k-1}))`` |
+    | "lag" | ``order``: depends on ``k-t`` | a recurrent network of that order; of order 1, a plain recursion |
+    | "dual" | ``K (K + 1) / 2``, and ``v`` | a dual path network |
 
     "dual" has a dense path of unshared ``f_t^k`` and a residual path of shared ``v_t``:
     ``h^k = g^k(sum of f_t^k(h^t) + w^k(y^k))`` with ``y^k = sum of v_t(h^t)``, all over ``t = 0 ... k - 1``.

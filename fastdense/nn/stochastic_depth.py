@@ -63,12 +63,10 @@ class StochasticDepth(nn.Module):
     In training ``b`` is 1 with probability ``p = survival``, else 0. The expected sum is the same in training and in
     evaluation; ``scale`` says which of the two has the factor:
 
-    ===========  ====================  ==================
-    ``scale``    training              evaluation
-    ===========  ====================  ==================
-    ``"test"``   ``b * branch(x)``     ``p * branch(x)``
-    ``"train"``  ``b/p * branch(x)``   ``branch(x)``
-    ===========  ====================  ==================
+    | ``scale`` | training | evaluation |
+    | --- | --- | --- |
+    | ``"test"`` | ``b * branch(x)`` | ``p * branch(x)`` |
+    | ``"train"`` | ``b/p * branch(x)`` | ``branch(x)`` |
 
     The published method is ``mode="batch", scale="test"``; torchvision's ``"batch"`` and ``"row"`` and timm's
     ``DropPath`` are ``scale="train"`` with ``mode="batch"``, ``"sample"`` and ``"sample"``.

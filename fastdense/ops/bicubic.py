@@ -109,8 +109,7 @@ def bicubic_resize(
 
     Every axis is multiplied by a banded matrix. Output ``o`` lies at ``u = (o + 1/2) / s - 1/2`` on the input axis and
     weighs sample ``j`` by ``k h_a(k (u - j))`` with ``k = min(s, 1)`` when antialiasing, else 1, and
-
-        ``h_a(x) = (a+2)|x|^3 - (a+3)|x|^2 + 1`` up to 1,  ``a|x|^3 - 5a|x|^2 + 8a|x| - 4a`` up to 2, and 0 beyond.
+    ``h_a(x) = (a+2)|x|^3 - (a+3)|x|^2 + 1`` up to 1, ``a|x|^3 - 5a|x|^2 + 8a|x| - 4a`` up to 2, and 0 beyond.
 
     Args:
         input: ``[N, C, spatial]`` with one to three spatial axes; float64, float32, bfloat16, float16 (float32 sums) or

@@ -82,7 +82,7 @@ def dense_block(
             read like any values: their norms see mean and variance 0.
 
     Returns:
-        The output with its channels innermost in memory: ``[N, C0 + L * k, spatial]`` without a tail or with a norm,
+        The output, its channels innermost in memory, ``[N, C0 + L * k, spatial]`` without a tail or with a norm,
         ``[N, co, spatial // 2]`` with a transition; and the batch statistics ``[C0 + L * k + L * b]``: the buffer's
         channels, then norm2's of every layer.
 

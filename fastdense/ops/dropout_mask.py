@@ -20,7 +20,7 @@ def dropout_mask(seed: Tensor, layer: int, rows: int, channels: int, drop_rate: 
         drop_rate: probability in [0, 1] that an element is dropped. 0 keeps all, 1 keeps none.
 
     Returns:
-        [rows, channels], bool, contiguous: True where the element is kept.
+        ``[rows, channels]``, bool, contiguous; True where the element is kept.
 
     Raises:
         TypeError: if ``seed`` is not int64.

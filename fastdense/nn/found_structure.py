@@ -23,9 +23,10 @@ from fastdense.nn.structure import (
 from fastdense.nn.trial import Dropouts, attributes, double_copy, isolated, masked, plain_forward, random_input, tried
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
-_KNOWN = (*NORMS, *CONVS, nn.ReLU, nn.Dropout, nn.Identity)
-# Where modules come from that change numbers, though they may have no parameters.
-_NUMERIC = ("torch.nn.modules.activation", "torch.nn.modules.normalization", "torch.nn.modules.instancenorm")
+_WITH_NUMBERS = NORMS + CONVS
+_KNOWN = (*_WITH_NUMBERS, nn.ReLU, nn.Dropout, nn.Identity)
+# Modules that may have no parameters, by name, as libraries have their own.
+_OTHER_ACTIVATIONS = frozenset(nn.modules.activation.__all__) - {"ReLU"}
 
 
 class FoundBlock(NamedTuple):
@@ -86,9 +87,6 @@ def looks_like_dense_block(module: nn.Module) -> bool:
 def read_found_block(module: nn.Module) -> FoundBlock:
     """Reads the layers, whatever their modules are called, and tries the block once: see :mod:`fastdense.nn.trial`."""
     check_no_global_hooks()
-    for name, inner in module.named_modules():
-        if inner is not module:
-            check_quiet(inner, name)
     layers = _read_layers(module)
     form = tried(module, _try_out)
     rate = 0.0
@@ -101,30 +99,36 @@ def read_found_block(module: nn.Module) -> FoundBlock:
 
 
 def _read_layers(module: nn.Module) -> list[Layer]:
-    foreign = dict.fromkeys(class_name(inner) for inner in _leaves(module) if _is_foreign(inner))
+    modules = list(module.named_modules())
+    foreign = dict.fromkeys(class_name(inner) for _, inner in modules if _is_foreign(inner))
     if foreign:
         raise NotFusible(
             f"its layers have {', '.join(foreign)}: expected batch norms, ReLU, convolutions and dropout alone"
         )
-    layers = [_read_layer(layer, name) for name, layer in _layer_modules(module)]
-    read = {id(p) for layer in layers for part in layer[:4] if part is not None for p in part.parameters()}
-    other = [name for name, p in module.named_parameters() if id(p) not in read]
-    if other:
-        raise NotFusible(f"it has other parameters than those of norms and convolutions: {', '.join(other[:3])}")
-    return check_alike(layers)
+    parts: dict[str, list[tuple[str, nn.Module]]] = {name: [] for name, _ in _layer_modules(module)}
+    depth = 1 + next(iter(parts)).count(".")
+    for name, inner in modules:
+        if inner is not module:
+            check_quiet(inner, name)
+        if isinstance(inner, _WITH_NUMBERS):
+            parts[".".join(name.split(".")[:depth])].append((name, inner))
+        elif _has_own(inner):
+            raise NotFusible(f"{name or 'it'} has parameters of its own")
+    return check_alike([_read_layer(part, name) for name, part in parts.items()])
 
 
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    return (inner for inner in module.modules() if not inner._modules)
+def _has_own(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(tensor is not None for tensor in tensors)
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    has_own = bool(module._parameters or module._buffers)
-    return not isinstance(module, _KNOWN) and (has_own or type(module).__module__ in _NUMERIC)
+    if isinstance(module, _KNOWN):
+        return False
+    return type(module).__name__ in _OTHER_ACTIVATIONS or (not module._modules and _has_own(module))
 
 
-def _read_layer(layer: nn.Module, name: str) -> Layer:
-    parts = [(f"{name}.{inner}", part) for inner, part in layer.named_modules() if isinstance(part, NORMS + CONVS)]
+def _read_layer(parts: list[tuple[str, nn.Module]], name: str) -> Layer:
     kinds = [isinstance(part, CONVS) for _, part in parts]
     if kinds not in ([False, True], [False, True, False, True]):
         found = ", ".join(class_name(part) for _, part in parts)

@@ -18,8 +18,8 @@ Outcome = TypeVar("Outcome")
 
 # Where a module keeps what its trial has told.
 OUTCOME = "_trial_outcome"
-# Attributes that conversion itself sets.
-_OWN = ("training", "memory", "_fused_name", "_fallback_reason")
+# Attributes of every module, and those that conversion itself sets.
+_NOT_OF_CODE = frozenset([*nn.Module().__dict__, "memory", "_fused_name", "_fallback_reason"])
 _VALUES = (int, float, str, type(None), type, types.FunctionType, types.BuiltinFunctionType)
 # A trial takes about 30 bytes for each number: no more than 1 GB.
 _MOST_NUMBERS = 2**25
@@ -57,7 +57,7 @@ def attributes(module: nn.Module) -> list[tuple[str, Any]]:
         if inner is not module:
             found.append(("class", type(inner)))
         for name, value in inner.__dict__.items():
-            if name in _OWN:
+            if name in _NOT_OF_CODE:
                 continue
             if isinstance(value, Tensor):
                 found.append((name, (id(value), value._version)))
@@ -91,9 +91,9 @@ def double_copy(module: nn.Module) -> nn.Module:
 
 
 def random_input(conv: Any, channels: int) -> Tensor:
-    """A small batch ``[3, channels, spatial]`` in as many dimensions as ``conv`` has."""
-    sizes = (5, 6, 3)[: conv.weight.dim() - 2]
-    return torch.randn(3, channels, *sizes, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    """A small batch ``[2, channels, spatial]`` in as many dimensions as ``conv`` has."""
+    sizes = (4, 3, 2)[: conv.weight.dim() - 2]
+    return torch.randn(2, channels, *sizes, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 
 import fastdense
+from fastdense.nn.trial import double_copy
 from tests.converted import (
     MEMORY,
     assert_same,
@@ -171,12 +172,19 @@ def test_a_copy_a_pickle_and_a_second_conversion():
         assert [type(m) for m in fastdense.restore(twin).modules()] == [type(m) for m in plain.modules()]
 
 
-@pytest.mark.parametrize("layer", [Layer, NewestFirstLayer])
-def test_compile_as_one_graph(layer):
-    plain, fast = pair(net, block=of(layer))
+def test_compile_as_one_graph():
+    plain, fast = pair(net, block=of(NewestFirstLayer))
     x = images()
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
     assert_same(step(fast, x, run=compiled), step(plain, x))
+
+
+def test_shared_batch_norms_are_tried_as_local_ones():
+    plain, fast = pair(lambda: nn.SyncBatchNorm.convert_sync_batchnorm(net()))
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in double_copy(fast.dense1).modules())
+    x = images()
+    assert_same(step(fast.eval(), x), step(plain.eval(), x))
+    assert fused_calls(fast, x) == FUSED
 
 
 # --- what a trial leaves alone --------------------------------------------------------------------------
@@ -268,6 +276,16 @@ def test_other_arguments_than_one_tensor_run_the_own_code():
     plain(x)
     for arguments, named in (([halves], {}), ([x, 3.0], {}), ([x], {"scale": 3.0}), ([], {"x": x})):
         torch.testing.assert_close(fast(*arguments, **named), plain(*arguments, **named))
+
+
+def test_an_attribute_that_comes_later_needs_no_trial():
+    """FSDP marks every module; in a sharded model there is nothing to try."""
+    _, fast = pair(net)
+    for module in fast.modules():
+        module._is_marked = True
+    outcome = fast.dense1._trial_outcome
+    assert fused_calls(fast, images()) == FUSED
+    assert fast.dense1._trial_outcome is outcome
 
 
 # --- what is no dense block -----------------------------------------------------------------------------
@@ -402,6 +420,17 @@ def test_what_computes_something_else_stays_plain(name):
     assert row.runs == "plain" and row.reason in str(caught[0].message)
 
 
+def test_parts_of_a_converted_sequence():
+    plain, fast = pair(lambda: randomise(plain_sequence(3).double()))
+    x = torch.randn(2, C0, 6, 7, dtype=torch.float64)
+    for count in (2, 1):
+        assert_same(step(fast[:count], x), step(plain[:count], x))
+        assert fused_calls(fast[:count], x) == [(count, "none")]
+        plain[:count](x)
+    with one_warning("it has no layers"):
+        assert torch.equal(fast[:0](x), x)
+
+
 def test_a_module_around_a_plain_sequence_gets_the_one_warning():
     class Residual(Joining):
         def forward(self, x):
@@ -475,22 +504,29 @@ def test_rdnet_says_why_it_stays_plain():
         assert "expected batch norms, ReLU, convolutions and dropout alone" in row.reason
 
 
-@pytest.mark.parametrize(("name", "layers"), [("densenetblur121d", (6, 12, 24, 16)), ("densenet264d", (6, 12, 64, 48))])
-def test_timm_nets_of_the_d_variants(name, layers):
+@pytest.mark.parametrize(
+    ("name", "layers", "options"),
+    [
+        ("densenetblur121d", (6, 12, 24, 16), {}),
+        ("densenetblur121d", (6, 12, 24, 16), {"aa_stem_only": False}),
+        ("densenet264d", (6, 12, 64, 48), {}),
+    ],
+)
+def test_timm_nets_of_the_d_variants(name, layers, options):
     """One net in turn plain and converted: two of this size would take more memory than the test is worth."""
-    model = randomise(timm.create_model(name, num_classes=5).double())
+    model = randomise(timm.create_model(name, num_classes=5, **options).double())
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    state = {key: value.clone() for key, value in model.state_dict().items()}
+    buffers = [buffer.clone() for buffer in model.buffers()]
     expected = [step(model.train(mode), x) for mode in (True, False)]
-    model.load_state_dict(state)
+    for buffer, old in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(old)
     with fastdense_warnings() as messages:
         fastdense.convert(model)
-    blur = name == "densenetblur121d"
     transitions = [f"features.transition{at}" for at in (1, 2, 3)]
-    assert [message.split()[1] for message in messages] == (transitions if blur else [])
+    assert [message.split()[1] for message in messages] == (transitions if options else [])
     assert all("pool is a BlurPool2d, not an average pool" in message for message in messages)
     rows = fastdense.report(model).rows
     assert [(row.layers, row.runs) for row in rows if row.kind == "block"] == [(count, "fused") for count in layers]
-    assert [row.runs for row in rows if row.kind == "transition"] == ["plain" if blur else "fused"] * 3
+    assert [row.runs for row in rows if row.kind == "transition"] == ["plain" if options else "fused"] * 3
     for mode, plain in zip((True, False), expected, strict=True):
         assert_same(step(model.train(mode), x), plain)

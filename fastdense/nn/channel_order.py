@@ -26,7 +26,8 @@ class NewestFirst(NamedTuple):
         return t.split([self.in_channels, *sizes] if input_first else [*sizes, self.in_channels], dim)
 
     def norm(self, norm: NormWeights) -> NormWeights:
-        return NormWeights(*(None if t is None else self.to_buffer(t, 0) for t in norm[:4]), norm.eps)
+        weight, bias, mean, var = (None if t is None else self.to_buffer(t, 0) for t in norm[:4])
+        return NormWeights(weight, bias, mean, var, norm.eps)
 
     def layer(self, layer: LayerWeights) -> LayerWeights:
         if layer.conv1 is None:

@@ -20,7 +20,7 @@ from fastdense.nn.structure import (
     check_quiet,
     class_name,
 )
-from fastdense.nn.trial import Dropouts, attributes, double_copy, isolated, masked, plain_forward, random_input, tried
+from fastdense.nn.trial import Dropouts, code_of, double_copy, isolated, masked, plain_forward, random_input, tried
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _WITH_NUMBERS = NORMS + CONVS
@@ -42,21 +42,21 @@ class _Form(NamedTuple):
 
 
 def container_of_layers(module: nn.Module) -> nn.Module:
-    """What holds the layers: the only child with parameters, where that is a list or sequence, or the module."""
-    children = [child for child in module.children() if _has_parameters(child)]
+    """What holds the layers: the module, or its only child with norms or convolutions if that is a list or sequence."""
+    children = [child for child in module.children() if _has_numbers(child)]
     if len(children) == 1 and type(children[0]) in (nn.Sequential, *_LISTS):
         return children[0]
     return module
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+def _has_numbers(module: nn.Module) -> bool:
+    return any(isinstance(inner, _WITH_NUMBERS) for inner in module.modules())
 
 
 def _layer_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     container = container_of_layers(module)
     prefix = "".join(f"{name}." for name, child in module.named_children() if child is container)
-    return ((prefix + name, child) for name, child in container.named_children() if _has_parameters(child))
+    return ((prefix + name, child) for name, child in container.named_children() if _has_numbers(child))
 
 
 def count_layers(module: nn.Module) -> int:
@@ -68,10 +68,10 @@ def looks_like_dense_block(module: nn.Module) -> bool:
 
     Each layer's last convolution makes ``k``. Modules that run one behind the other never look like this.
     """
-    if isinstance(module, _LISTS):
+    if type(module).forward is nn.Module.forward:  # a list
         return False
     channels = growth = count = 0
-    for count, (_, layer) in enumerate(_layer_modules(module), 1):  # noqa: B007
+    for count, (_, layer) in enumerate(_layer_modules(module), 1):
         convs = [inner for inner in layer.modules() if isinstance(inner, CONVS)]
         if not convs or layer is convs[0]:
             return False
@@ -106,6 +106,8 @@ def _read_layers(module: nn.Module) -> list[Layer]:
             f"its layers have {', '.join(foreign)}: expected batch norms, ReLU, convolutions and dropout alone"
         )
     parts: dict[str, list[tuple[str, nn.Module]]] = {name: [] for name, _ in _layer_modules(module)}
+    if not parts:
+        raise NotFusible("it has no layers")
     depth = 1 + next(iter(parts)).count(".")
     for name, inner in modules:
         if inner is not module:
@@ -149,13 +151,13 @@ def _try_out(module: nn.Module) -> _Form:
         first = layers[0].norm1.num_features
         x = random_input(layers[0].conv2, first)
         forward = plain_forward(twin)
-        made, rates, before = [], [], attributes(twin)
+        made, rates, before = [], [], code_of(twin)
         for mode in (True, False):
             twin.train(mode)
             with Dropouts() as dropouts:
                 made.append(_step(twin, forward, x))
             rates.append(dropouts.rates)
-        if attributes(twin) != before:
+        if code_of(twin) != before:
             raise NotFusible("its forward changes its attributes")
         if len(rates[0]) > 1 or rates[1]:
             raise NotFusible("its dropout has several rates, or one in eval mode")

@@ -224,15 +224,14 @@ class FusedDenseBlock(FusedModule):
         except NotFusible as reason:
             return self.fall_back(init_features, reason)
 
+    # The one forward that may be left out, where the block runs together with what follows it.
+    run_forward = forward
+
     def fused_run(self, behind: Sequence[nn.Module]) -> Run | None:
         tail = _read_pair(self, behind[0]) if behind else None
         if tail is None:
             return None
         return Run(2, lambda input: self.run(input, tail))
-
-
-# Those that run the block and nothing else, so that it may run with what follows it.
-FUSED_FORWARDS: list[Any] = [FusedDenseBlock.forward]
 
 
 class FusedTransition(FusedModule):
@@ -275,9 +274,9 @@ class FusedSequential(FusedModule):
         return input
 
 
-def _read_pair(block: nn.Module, behind: nn.Module) -> Tail | None:
+def _read_pair(block: FusedDenseBlock, behind: nn.Module) -> Tail | None:
     """The tail that ``behind`` makes of ``block``, or None where the two must be called one by one."""
-    if type(block).forward not in FUSED_FORWARDS or not is_quiet(block) or not is_quiet(behind):
+    if type(block).forward is not type(block).run_forward or not is_quiet(block) or not is_quiet(behind):
         return None
     try:
         check_no_global_hooks()

@@ -6,7 +6,7 @@ import copy
 import random
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,46 @@ _VALUES = (int, float, str, type(None), type, types.FunctionType, types.BuiltinF
 _MOST_NUMBERS = 2**25
 
 
-def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome:
-    """What ``attempt`` finds out, or the reason why nothing: remembered until an attribute of the module changes.
+class Code(NamedTuple):
+    """What decides what the code of a module does: classes; numbers, words, functions and plain tensors by place."""
 
-    Weights do not matter to a trial, and norms and convolutions are read at each call.
-    """
+    classes: list[type]
+    attributes: dict[tuple[int, str], Any]
+
+    def still_holds(self, now: "Code") -> bool:
+        """Attributes that came later do not matter to code that ran without them; FSDP adds some."""
+        return self.classes == now.classes and all(
+            place in now.attributes and now.attributes[place] == value for place, value in self.attributes.items()
+        )
+
+
+def code_of(module: nn.Module) -> Code:
+    """Norms and convolutions are left out: they are read at each call. So is the class of the module itself."""
+    code = Code([], {})
+    for at, inner in enumerate(module.modules()):
+        if isinstance(inner, CONVS + NORMS):
+            continue
+        if inner is not module:
+            code.classes.append(type(inner))
+        for name, value in inner.__dict__.items():
+            if name in _NOT_OF_CODE:
+                continue
+            if isinstance(value, Tensor):
+                code.attributes[at, name] = (id(value), None if value.is_inference() else value._version)
+            elif isinstance(value, _VALUES):
+                code.attributes[at, name] = value
+            elif isinstance(value, list | tuple) and all(isinstance(item, _VALUES) for item in value):
+                code.attributes[at, name] = tuple(value)
+    return code
+
+
+def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome:
+    """What ``attempt`` finds out, or the reason why nothing: remembered until the module's code may do other things."""
     if "forward" in module.__dict__:
         raise NotFusible("it has a forward of its own")
-    state = attributes(module)
+    code = code_of(module)
     known = module.__dict__.get(OUTCOME)
-    if known is None or known[0] != state:
+    if known is None or not known[0].still_holds(code):
         if any(p.is_meta for p in module.parameters()):
             raise NotFusible("its weights have no values to try it with")
         outcome: Any
@@ -42,30 +72,10 @@ def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome
             outcome = attempt(module)
         except NotFusible as reason:
             outcome = str(reason)
-        known = module.__dict__[OUTCOME] = (state, outcome)
+        known = module.__dict__[OUTCOME] = (code, outcome)
     if isinstance(known[1], str):
         raise NotFusible(known[1])
     return known[1]
-
-
-def attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    """What may change what the code of a module does: classes, numbers, words, functions and plain tensors."""
-    found: list[tuple[str, Any]] = []
-    for inner in module.modules():
-        if isinstance(inner, CONVS + NORMS):
-            continue
-        if inner is not module:
-            found.append(("class", type(inner)))
-        for name, value in inner.__dict__.items():
-            if name in _NOT_OF_CODE:
-                continue
-            if isinstance(value, Tensor):
-                found.append((name, (id(value), value._version)))
-            elif isinstance(value, _VALUES):
-                found.append((name, value))
-            elif isinstance(value, list | tuple) and all(isinstance(item, _VALUES) for item in value):
-                found.append((name, tuple(value)))
-    return found
 
 
 def double_copy(module: nn.Module) -> nn.Module:
@@ -74,9 +84,15 @@ def double_copy(module: nn.Module) -> nn.Module:
         raise NotFusible(f"it has more than {_MOST_NUMBERS} parameters, too many to try it")
     numbers = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(module).to("cpu", torch.float64)
+    dims = next(conv.weight.dim() - 2 for conv in twin.modules() if isinstance(conv, CONVS))
     with torch.no_grad():
+        inner: Any
         for inner in twin.modules():
             is_norm = isinstance(inner, NORMS)
+            if type(inner) is nn.SyncBatchNorm:
+                inner.__class__ = NORMS[dims - 1]  # type: ignore[assignment]
+            elif isinstance(inner, nn.SyncBatchNorm):
+                raise NotFusible(f"a {type(inner).__name__} cannot be tried in one process: convert the model before")
             for p in inner.parameters(recurse=False):
                 p.requires_grad_()
                 p.uniform_(-1, 1, generator=numbers)

@@ -72,7 +72,7 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
         looked_for = ", ".join(".".join(known) for known in BLOCKS + DUAL_PATH_BLOCKS)
         raise ValueError(
             f"convert: expected model to contain residual dense blocks, dense or dual path blocks "
-            f"(looked for {looked_for}), got {type(model).__name__}"
+            f"(looked for {looked_for}, and for layers that read all earlier features), got {type(model).__name__}"
         )
     for _, _, kind in found:
         check_memory(memory, kind.mixin.memory_modes)

@@ -412,9 +412,11 @@ def test_what_computes_something_else_stays_plain(name):
     block, reason = PLAIN[name]
     model = nn.ModuleList([block(3)])
     classes = [(type(m), sorted(vars(m))) for m in model.modules()]
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
     with pytest.warns(UserWarning, match=f"^fastdense: 0 stays plain: {reason}") as caught:
         fastdense.convert(model)
     assert len(caught) == 1 and caught[0].filename == __file__
+    assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == python_state
     assert [(type(m), sorted(vars(m))) for m in model.modules()] == classes
     (row,) = fastdense.report(model).rows
     assert row.runs == "plain" and row.reason in str(caught[0].message)

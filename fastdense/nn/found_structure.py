@@ -163,7 +163,7 @@ def _try_out(module: nn.Module) -> _Form:
             raise NotFusible("its dropout has several rates, or one in eval mode")
         for newest_first in (False, True):
             if all(
-                _same(_step(twin.train(mode), _definition(layers, newest_first, bool(rates[not mode])), x), plain)
+                _same(_step(twin.train(mode), _definition(layers, newest_first, mode and bool(rates[0])), x), plain)
                 for mode, plain in zip((True, False), made, strict=True)
             ):
                 return _Form(newest_first, max(rates[0], default=0.0))

@@ -10,6 +10,7 @@ from torch import nn
 from fastdense.nn.dense_block import PlainDenseBlock
 from fastdense.nn.dual_path import PlainDualPathBlock
 from fastdense.nn.dual_path_structure import DUAL_PATH_BLOCKS, read_dual_path_block
+from fastdense.nn.found_structure import container_of_layers, looks_like_dense_block, read_found_block
 from fastdense.nn.fused import (
     FusedDenseBlock,
     FusedModule,
@@ -21,6 +22,7 @@ from fastdense.nn.fused import (
     plain_class,
 )
 from fastdense.nn.fused_dual_path import FusedDualPathBlock
+from fastdense.nn.fused_found import FusedFoundBlock
 from fastdense.nn.fused_residual import FusedResidualDenseBlock
 from fastdense.nn.recomputed import looks_like_max_pool_transition, read_max_pool_transition
 from fastdense.nn.residual_structure import looks_like_residual_block, read_residual_block
@@ -33,6 +35,7 @@ from fastdense.nn.structure import (
     read_transition,
     runs_as,
 )
+from fastdense.nn.trial import OUTCOME
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,9 +44,10 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
     """Lets every dense block of ``model`` run on one shared buffer, and every dual path stage on its output.
 
     Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, the blocks of timm's DPNs, and
-    those of models that contain them; and the residual dense blocks of any super-resolution network, by the shapes of
-    their convolutions and a trial on random numbers. A module only changes its class: parameters, buffers, hooks,
-    ``state_dict`` keys and outputs stay what they are, an existing optimizer keeps working.
+    those of models that contain them. Dense blocks and residual dense blocks of any other classes are found by the
+    widths of their layers, and fused where a trial on random numbers, on a copy, gives the results of such a block. A
+    module only changes its class: parameters, buffers, hooks, ``state_dict`` keys and outputs stay what they are, an
+    existing optimizer keeps working.
 
     Args:
         model: any module; changed in place.
@@ -65,19 +69,21 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
         >>> import torchvision, fastdense
         >>> model = fastdense.convert(torchvision.models.densenet121())
     """
-    modules = list(model.named_modules())
-    found = [(name, module, kind) for kind in KINDS for name, module in modules if kind.matches(module)]
+    found = find(model)
     if not any(kind.is_block for _, _, kind in found):
         looked_for = ", ".join(".".join(known) for known in BLOCKS + DUAL_PATH_BLOCKS)
         raise ValueError(
             f"convert: expected model to contain residual dense blocks, dense or dual path blocks "
-            f"(looked for {looked_for}), got {type(model).__name__}"
+            f"(looked for {looked_for}, and for layers that read all earlier features), got {type(model).__name__}"
         )
     for _, _, kind in found:
         check_memory(memory, kind.mixin.memory_modes)
-    for name, module, kind in found:
-        _try_fuse(name, module, kind, memory)
-    for _, module in modules:
+    for kind in KINDS:
+        for name, module, its_kind in found:
+            if its_kind is kind:
+                _try_fuse(name, module, kind, memory)
+    forget_trials(model)
+    for module in model.modules():
         if type(module) is nn.Sequential and any(isinstance(inner, _IN_SEQUENCES) for inner in module.children()):
             module.__class__ = fused_class(FusedSequential, nn.Sequential)
     return model
@@ -97,7 +103,7 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, FusedModule):
             module.__class__ = plain_class(type(module))
-            for name in ("_fallback_reason", "_fused_name", "_residual_factors"):
+            for name in ("_fallback_reason", "_fused_name", OUTCOME):
                 module.__dict__.pop(name, None)
             if not isinstance(module, PlainDenseBlock | PlainDualPathBlock):
                 module.__dict__.pop("memory", None)
@@ -115,7 +121,13 @@ class Kind(NamedTuple):
 
 
 def _is_dense_block(module: nn.Module) -> bool:
-    return isinstance(module, FusedDenseBlock) or runs_as(module, BLOCKS)
+    if isinstance(module, FusedDenseBlock):
+        return not isinstance(module, FusedFoundBlock)
+    return runs_as(module, BLOCKS)
+
+
+def _is_found_block(module: nn.Module) -> bool:
+    return isinstance(module, FusedFoundBlock) or looks_like_dense_block(module)
 
 
 def _is_dual_path_block(module: nn.Module) -> bool:
@@ -141,8 +153,10 @@ def _is_residual_dense_block(module: nn.Module) -> bool:
     return isinstance(module, FusedResidualDenseBlock) or looks_like_residual_block(module)
 
 
+_FOUND = Kind("block", FusedFoundBlock, _is_found_block, read_found_block, True)
 KINDS = (
     Kind("block", FusedDenseBlock, _is_dense_block, read_block, True),
+    _FOUND,
     Kind("transition", FusedTransition, _is_transition_like, read_transition, False),
     Kind("max-pool transition", RecomputedTransition, _is_max_pool_transition, read_max_pool_transition, False),
     Kind("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True),
@@ -150,6 +164,38 @@ KINDS = (
 )
 # A sequence that holds one of these looks for what runs together.
 _IN_SEQUENCES = (FusedDenseBlock, FusedDualPathBlock)
+
+
+def find(model: nn.Module) -> list[tuple[str, nn.Module, Kind]]:
+    """All modules of a kind, in the model's order."""
+    found = [
+        (name, module, kind)
+        for name, module in model.named_modules()
+        if (kind := next((kind for kind in KINDS if kind.matches(module)), None)) is not None
+    ]
+    candidates = {id(module) for _, module, kind in found if kind is _FOUND}
+    left_out = set()
+    for _, module, kind in found:
+        # A sequence of layers is the block where these join their features themselves, else the module around it.
+        inner = container_of_layers(module) if kind is _FOUND else module
+        if inner is not module and id(inner) in candidates:
+            left_out.add(id(module) if _is_fusible(inner, kind) else id(inner))
+    return [entry for entry in found if id(entry[1]) not in left_out]
+
+
+def _is_fusible(module: nn.Module, kind: Kind) -> bool:
+    try:
+        kind.read(module)
+    except NotFusible:
+        return False
+    return True
+
+
+def forget_trials(model: nn.Module) -> None:
+    """Leaves modules that are not fused as they were."""
+    for module in model.modules():
+        if not isinstance(module, FusedModule):
+            module.__dict__.pop(OUTCOME, None)
 
 
 def _try_fuse(name: str, module: nn.Module, kind: Kind, memory: str) -> None:

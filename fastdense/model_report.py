@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastdense.convert import KINDS, Kind, restore
+from fastdense.convert import Kind, find, forget_trials, restore
 from fastdense.models.catalogue import kept_per_image
+from fastdense.nn.found_structure import count_layers
 from fastdense.nn.fused import FusedModule
 from fastdense.nn.structure import NotFusible
 
@@ -32,6 +33,16 @@ class Report(NamedTuple):
     plain_bytes: int | None
     kept_bytes: int | None
 
+    @property
+    def saved_bytes(self) -> int | None:
+        """What the model as it is now keeps less for one image."""
+        return None if self.plain_bytes is None or self.kept_bytes is None else self.plain_bytes - self.kept_bytes
+
+    @property
+    def kept_ratio(self) -> float | None:
+        """Kept to plain: 0.25 where a quarter is kept."""
+        return self.kept_bytes / self.plain_bytes if self.plain_bytes and self.kept_bytes is not None else None
+
     def __str__(self) -> str:
         heads = ("module", "kind", "layers", "runs", "reason")
         cells = [heads] + [(r.name, r.kind, str(r.layers) if r.layers else "", r.runs, r.reason) for r in self.rows]
@@ -40,9 +51,12 @@ class Report(NamedTuple):
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        if self.plain_bytes is not None and self.kept_bytes is not None:
-            plain, kept = self.plain_bytes / 2**20, self.kept_bytes / 2**20
-            lines.append(f"kept for the backward pass of one image: {kept:.1f} MiB, plainly {plain:.1f} MiB")
+        if self.plain_bytes and self.kept_bytes is not None and self.saved_bytes is not None:
+            plain, kept, saved = (count / 2**20 for count in (self.plain_bytes, self.kept_bytes, self.saved_bytes))
+            lines.append(
+                f"kept for the backward pass of one image: {kept:.1f} MiB, plainly {plain:.1f} MiB "
+                f"(ratio {self.kept_ratio:.2f}, {saved:.1f} MiB saved)"
+            )
         return "\n".join(lines)
 
 
@@ -68,13 +82,10 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
         features.denseblock2  block       1       fused
         features.transition2  transition          fused
         features.denseblock3  block       1       fused
-        kept for the backward pass of one image: ... MiB, plainly ... MiB
+        kept for the backward pass of one image: ... MiB, plainly ... MiB (ratio 0..., ... MiB saved)
     """
-    rows = []
-    for name, module in model.named_modules():
-        kind = next((kind for kind in KINDS if kind.matches(module)), None)
-        if kind is not None:
-            rows.append(_row(name, module, kind))
+    rows = [_row(name, module, kind) for name, module, kind in find(model)]
+    forget_trials(model)
     if input_shape is None:
         return Report(tuple(rows), None, None)
     now = copy.deepcopy(model).to("meta")
@@ -83,7 +94,7 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
 
 
 def _row(name: str, module: nn.Module, kind: Kind) -> ReportRow:
-    layers = len(list(module.children())) if kind.name == "block" else 0
+    layers = count_layers(module) if kind.name == "block" else 0
     reason = ""
     try:
         kind.read(module)

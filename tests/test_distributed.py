@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.converted import FUSED, assert_same, fastdense_warnings, fused_calls, pair, step
+from tests.converted import FUSED, assert_same, fastdense_warnings, fused_calls, pair, step, torchvision_net
+from tests.dense_layouts import Net, plain_sequence
 from tests.test_sync_batch_norm import part_of
 
 replicate_module = importlib.import_module("torch.nn.parallel.replicate")  # a function hides it
@@ -138,18 +139,40 @@ def test_fsdp(processes, where, reshard):
     processes.run(check_fsdp, where, reshard)
 
 
-def test_data_parallel_replicas(monkeypatch):
+def check_found_blocks(rank):
+    """Blocks of unknown classes are not tried again once they are sharded."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    made = []
+    for net in pair(lambda: Net(plain_sequence).double()):
+        for unit in (net.dense1, net):
+            fully_shard(unit, mesh=mesh)
+        with fastdense_warnings() as messages:
+            state = train(net, rank)
+        made.append({k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()})
+    assert_same(made[1], made[0])
+    assert fused_calls(net, batches(1)[0]) == [(2, "none"), (3, "none")]
+    assert messages == []
+
+
+def test_fsdp_of_found_blocks(processes):
+    processes.run(check_found_blocks)
+
+
+@pytest.mark.parametrize(
+    ("make", "calls"), [(torchvision_net, FUSED), (lambda: Net(plain_sequence).double(), [(2, "none"), (3, "none")])]
+)
+def test_data_parallel_replicas(make, calls, monkeypatch):
     """What nn.DataParallel makes on every device, on one: its parameters are no parameters, but fused all the same."""
 
     def copies(tensors, devices, detach=False):
         return [[t.detach() if detach else t * 1 for t in tensors] for _ in devices]
 
     monkeypatch.setattr(replicate_module, "_broadcast_coalesced_reshape", copies)
-    plain, fast = pair()
+    plain, fast = pair(make)
     x = batches(1)[0]
     wanted = step(plain, x)
     first, second = replicate_module.replicate(fast, [0, 1])
-    assert fused_calls(second.eval(), x) == FUSED
+    assert fused_calls(second.eval(), x) == calls
     assert_same(step(fast, x, run=first.train()), wanted)
 
 

@@ -26,6 +26,9 @@ def test_a_converted_net():
     # 7.77 and 1.89 GiB at batch 64
     assert made.plain_bytes / 2**20 == pytest.approx(124.3, abs=0.2)
     assert made.kept_bytes / 2**20 == pytest.approx(30.3, abs=0.3)
+    assert made.saved_bytes == made.plain_bytes - made.kept_bytes
+    assert made.kept_ratio == pytest.approx(30.3 / 124.3, abs=0.01)
+    assert str(made).endswith("MiB, plainly 124.3 MiB (ratio 0.24, 93.9 MiB saved)")
     assert next(net.parameters()).device.type == "cpu"
 
 
@@ -39,7 +42,9 @@ def test_a_plain_net_says_what_to_do():
     made = report(torchvision_net())
     assert {row.runs for row in made.rows} == {"plain"}
     assert all("fastdense.convert" in row.reason for row in made.rows)
-    assert made.kept_bytes is None
+    assert (made.kept_bytes, made.saved_bytes, made.kept_ratio) == (None, None, None)
+    made = report(torchvision_net(), (3, 64, 64))
+    assert (made.saved_bytes, made.kept_ratio) == (0, 1.0)
 
 
 def test_reasons_of_this_moment():

@@ -415,7 +415,7 @@ def test_blocks_of_other_libraries(make, recwarn):
         file.seek(0)
         torch.testing.assert_close(torch.load(file, weights_only=False)(x), expected)
     fastdense.restore(model)
-    assert "_residual_factors" not in model.a.__dict__
+    assert "_trial_outcome" not in model.a.__dict__
     torch.testing.assert_close(model(x), expected)
     assert not recwarn.list
 
@@ -461,7 +461,7 @@ class TwoInputs(BasicBlock):
     ("make", "reason"),
     [
         (Attention, "its results are not those of a residual dense block"),
-        (Dropping, "its results are not those of a residual dense block"),
+        (Dropping, "its forward draws random numbers"),
         (TwoInputs, "it cannot be tried on one tensor: .*missing 1 required positional argument"),
     ],
 )

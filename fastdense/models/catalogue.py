@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastdense.convert import restore
 
@@ -82,6 +81,8 @@ def count_model(model: nn.Module, shape: tuple[int, ...]) -> ModelCounts:
         model: on the meta device; turned into plain modules.
         shape: of one image, ``[channels, spatial]``.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # loads triton: too slow for every import of fastdense
+
     parameters = sum(p.numel() for p in model.parameters())
     kept = kept_per_image(model, shape)
     restore(model)
@@ -93,7 +94,8 @@ def count_model(model: nn.Module, shape: tuple[int, ...]) -> ModelCounts:
 
 def kept_per_image(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Bytes saved for backward that grow with the batch, in eval mode: nothing is dropped at random."""
-    kept = [_kept(model, torch.empty(batch, *shape, device="meta")) for batch in (2, 4)]
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    kept = [_kept(model, torch.empty(batch, *shape, dtype=dtype, device="meta")) for batch in (2, 4)]
     return math.ceil((kept[1] - kept[0]) / 2)
 
 

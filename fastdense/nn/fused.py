@@ -16,6 +16,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx, nn
 
+from fastdense.nn.channel_order import NewestFirst
 from fastdense.nn.recomputed import read_max_pool_transition, read_stem, run_recomputed
 from fastdense.nn.shared_statistics import group_name, process_group_of, total_count
 from fastdense.nn.stochastic_depth import statistics_move_if
@@ -131,8 +132,15 @@ def check_runs_here(op: str, input: Tensor) -> None:
         raise NotFusible(f"this build has no kernels for {input.device.type} tensors")
 
 
-def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str) -> Tensor:
-    """One operator call for a block and its tail, then the running statistics of all its norms."""
+def run_block(
+    input: Tensor, layers: list[Layer], tail: Tail | None, memory: str, *, newest_first: bool = False
+) -> Tensor:
+    """One operator call for a block and its tail, then the running statistics of all its norms.
+
+    Args:
+        newest_first: the modules' channels are in the order last layer's, ... first layer's, input; those of the result
+            as well. The buffer's order is the other one; weights and statistics are brought to it and back.
+    """
     check_runs_here("dense_block", input)
     drop_rate = layers[0].drop_rate if layers else 0.0
     seed = None
@@ -141,25 +149,33 @@ def run_block(input: Tensor, layers: list[Layer], tail: Tail | None, memory: str
     group = process_group_of(norms_of(layers, tail))
     factors = draw_factors(layer.depth for layer in layers)
     dropped = [not isinstance(factor, Tensor) and factor == 0 for factor in factors]
+    growth = layers[0].conv2.weight.shape[0] if layers else 0
+    channels = input.shape[1] + len(layers) * growth
+    order = NewestFirst(growth, input.shape[1]) if newest_first and layers else None
+    weights = [layer_weights(layer, factor) for layer, factor in zip(layers, factors, strict=True)]
+    read_by = tail_weights(tail) if tail is not None else None
     out, statistics = dense_block(
         input,
-        [layer_weights(layer, factor) for layer, factor in zip(layers, factors, strict=True)],
-        tail=tail_weights(tail) if tail is not None else None,
+        weights if order is None else [order.layer(layer) for layer in weights],
+        tail=read_by if order is None or read_by is None else order.tail(read_by),
         drop_rate=drop_rate,
         seed=seed,
         memory=memory,
         process_group=group_name(group),
         active=[not d for d in dropped] if any(dropped) else None,
     )
-    growth = layers[0].conv2.weight.shape[0] if layers else 0
-    next_offset = input.shape[1] + len(layers) * growth
+    if order is not None:
+        statistics = order.statistics(statistics, channels)
+        out = out if read_by is not None and read_by.conv is not None else order.from_buffer(out)
+    next_offset = channels
     bottlenecks = {id(layer.norm2) for layer in layers}
     left_out = {id(norm) for layer, d in zip(layers, dropped, strict=True) if d for norm in (layer.norm1, layer.norm2)}
     norms: list[tuple[Any, int]] = []
     for norm in norms_of(layers, tail):
         is_bottleneck = id(norm) in bottlenecks
         if id(norm) not in left_out:
-            norms.append((norm, next_offset if is_bottleneck else 0))
+            first = channels - norm.num_features if newest_first else 0
+            norms.append((norm, next_offset if is_bottleneck else first))
         next_offset += norm.num_features if is_bottleneck else 0
     with contextlib.ExitStack() as stack:
         for layer, factor in zip(layers, factors, strict=True):
@@ -198,19 +214,25 @@ def update_norms(norms: Sequence[tuple[Any, int]], statistics: BatchStatistics, 
 class FusedDenseBlock(FusedModule):
     """A dense block whose layers are children ``norm1 ... conv2`` in order."""
 
+    def run(self, input: Tensor, tail: Tail | None) -> Tensor:
+        return run_block(input, read_block(self), tail, self.memory)
+
     def forward(self, init_features: Tensor) -> Tensor:
         if is_traced(init_features):
             return self.plain_forward(init_features)
         try:
-            return run_block(init_features, read_block(self), None, self.memory)
+            return self.run(init_features, None)
         except NotFusible as reason:
             return self.fall_back(init_features, reason)
+
+    # The one forward that may be left out, where the block runs together with what follows it.
+    run_forward = forward
 
     def fused_run(self, behind: Sequence[nn.Module]) -> Run | None:
         tail = _read_pair(self, behind[0]) if behind else None
         if tail is None:
             return None
-        return Run(2, lambda input: run_block(input, read_block(self), tail, self.memory))
+        return Run(2, lambda input: self.run(input, tail))
 
 
 class FusedTransition(FusedModule):
@@ -270,9 +292,9 @@ class FusedSequential(FusedModule):
         return input
 
 
-def _read_pair(block: nn.Module, behind: nn.Module) -> Tail | None:
+def _read_pair(block: FusedDenseBlock, behind: nn.Module) -> Tail | None:
     """The tail that ``behind`` makes of ``block``, or None where the two must be called one by one."""
-    if type(block).forward is not FusedDenseBlock.forward or not is_quiet(block) or not is_quiet(behind):
+    if type(block).forward is not type(block).run_forward or not is_quiet(block) or not is_quiet(behind):
         return None
     try:
         check_no_global_hooks()

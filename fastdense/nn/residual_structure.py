@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads residual dense blocks: of this library, and of others by what their convolutions look like and compute."""
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -9,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense.nn.structure import NotFusible, check_conv, check_no_global_hooks, check_quiet
+from fastdense.nn.trial import double_copy, isolated, plain_forward, random_input, tried
 from fastdense.ops import ConvWeights
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Slopes that are tried where no module tells.
 _SLOPES = (0.2, 0.0, 0.1, 0.01, 0.05)
-# Where a module keeps what trying it has told.
-_FACTORS = "_residual_factors"
 
 
 class ResidualLayers(NamedTuple):
@@ -75,52 +73,28 @@ def _factors(module: Any) -> tuple[float, float]:
 
     if isinstance(module, PlainResidualDenseBlock):
         return module.negative_slope, module.scale
-    numbers = _numbers(module)
-    known = module.__dict__.get(_FACTORS)
-    if known is None or known[0] != numbers:
-        slopes = sorted({_slope(inner) for inner in module.modules() if type(inner) in (nn.ReLU, nn.LeakyReLU)})
-        known = module.__dict__[_FACTORS] = (numbers, _try_out(module, tuple(slopes) or _SLOPES))
-    return known[1]
-
-
-def _numbers(module: nn.Module) -> list[tuple[str, Any]]:
-    """The attributes that may be factors: numbers, and tensors that are neither parameter nor buffer."""
-    found: list[tuple[str, Any]] = []
-    for inner in module.modules():
-        if isinstance(inner, nn.Conv2d):
-            continue
-        for name, value in inner.__dict__.items():
-            if isinstance(value, int | float) and name != "training":
-                found.append((name, value))
-            elif isinstance(value, Tensor):
-                found.append((name, (id(value), value._version)))
-    return found
+    return tried(module, _try_out)
 
 
 def _slope(activation: Any) -> float:
     return float(getattr(activation, "negative_slope", 0.0))
 
 
-def _try_out(module: nn.Module, slopes: tuple[float, ...]) -> tuple[float, float]:
+def _try_out(module: nn.Module) -> tuple[float, float]:
     """Slope and factor with which the definition makes the module's results."""
-    if any(p.is_meta for p in module.parameters()):
-        raise NotFusible("its weights have no values to try it with")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        clone = copy.deepcopy(module).to("cpu", torch.float64)
-        convs = [conv for _, conv in _convolutions(clone)]
-        for conv in convs:
-            for parameter in conv.parameters():
-                parameter.copy_(torch.randn_like(parameter) / (9 * conv.in_channels) ** 0.5)
-        forward = getattr(type(clone), "plain_forward", type(clone).__call__)
-        x = torch.randn(2, convs[0].in_channels, 5, 6, dtype=torch.float64)
-        try:
-            found = [forward(clone.train(mode), x.clone()) for mode in (True, False)]
-        except Exception as error:  # whatever a foreign forward raises, it is no such block
-            raise NotFusible(f"it cannot be tried on one tensor: {error}") from error
+    activations = (inner for inner in module.modules() if type(inner) in (nn.ReLU, nn.LeakyReLU))
+    slopes = sorted({_slope(activation) for activation in activations}) or _SLOPES
+    with isolated(), torch.no_grad():
+        twin = double_copy(module)
+        convs = [conv for _, conv in _convolutions(twin)]
+        x = random_input(convs[0], convs[0].in_channels)
+        forward = plain_forward(twin)
+        found = []
+        for mode in (True, False):
+            twin.train(mode)
+            found.append(forward(x.clone()))
         for slope in slopes:
-            fused = _fuse(convs, x, slope)
-            scale = _factor(found, fused, x)
+            scale = _factor(found, _fuse(convs, x, slope), x)
             if scale is not None:
                 return slope, scale
     raise NotFusible("its results are not those of a residual dense block")

@@ -16,10 +16,10 @@ from torch import nn
 from fastdense.nn.stochastic_depth import StochasticDepth
 from fastdense.ops import LayerWeights, NormWeights, TailWeights
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # timm's norms with an activation inside.
 _NORMS_WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct")
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -131,7 +131,7 @@ def check_conv(
     conv: Any, name: str, kernel: int | None, *, stride: int = 1, grouped: bool = False, bias: bool = False
 ) -> nn.Conv2d:
     """A convolution, padded by half its kernel; ``kernel`` None: any odd one; ``bias``: whether it may have one."""
-    if type(conv) not in _CONVS:
+    if type(conv) not in CONVS:
         raise NotFusible(f"{name} is a {class_name(conv)}, not a Conv1d, Conv2d or Conv3d")
     check_quiet(conv, name)
     plain = (
@@ -162,8 +162,9 @@ def has_fused_relu(norm: nn.Module) -> bool:
     )
 
 
-def _check_norm(norm: Any, name: str) -> Any:
-    if norm is None or (type(norm) not in _NORMS and not has_fused_relu(norm)):
+def check_norm(norm: Any, name: str) -> Any:
+    """A batch norm that is read anew at each call, perhaps timm's with a ReLU inside."""
+    if norm is None or (type(norm) not in NORMS and not has_fused_relu(norm)):
         raise NotFusible(f"{name} is a {class_name(norm)}, not a BatchNorm with ReLU")
     check_quiet(norm, name)
     for inner in norm.__dict__["_modules"].values():
@@ -175,7 +176,7 @@ def _check_norm(norm: Any, name: str) -> Any:
 
 def check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> Any:
     """A batch norm followed by ReLU: two modules, or one that does both."""
-    found = _check_norm(child(module, norm), f"{where}{norm}")
+    found = check_norm(child(module, norm), f"{where}{norm}")
     activation = child(module, relu)
     if has_fused_relu(found) == (activation is not None):
         raise NotFusible(f"{where}{norm} is not followed by one ReLU")
@@ -252,7 +253,10 @@ def _drop_rate(module: Any, where: str) -> float:
 def read_block(module: nn.Module) -> list[Layer]:
     """Reads the layers of a dense block, in order."""
     check_no_global_hooks()
-    layers = [read_layer(layer, name) for name, layer in module.named_children()]
+    return check_alike([read_layer(layer, name) for name, layer in module.named_children()])
+
+
+def check_alike(layers: list[Layer]) -> list[Layer]:
     if len({_common(layer) for layer in layers}) > 1:
         raise NotFusible("its layers differ in growth rate, bottleneck, kernel or drop_rate")
     return layers
@@ -289,7 +293,7 @@ def read_transition(module: nn.Module) -> Tail:
 def read_last_norm(module: nn.Module) -> Tail:
     """Reads a batch norm behind the last block, with or without a ReLU inside."""
     check_no_global_hooks()
-    return Tail(_check_norm(module, "norm"), None, has_fused_relu(module))
+    return Tail(check_norm(module, "norm"), None, has_fused_relu(module))
 
 
 def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.BatchNorm2d]:

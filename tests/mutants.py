@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 FILES = ["tests/test_mean_join.py", "tests/test_dual_path.py", "tests/test_dense_block.py"]
-FILES += ["tests/test_sync_batch_norm.py"]
+FILES += ["tests/test_sync_batch_norm.py", "tests/test_residual_dense_block.py"]
 
 # (file below csrc, what stands there, what is planted)
 MUTANTS = [
@@ -58,6 +58,11 @@ MUTANTS = [
     ("common/shared_statistics.h", "mean_of_all(terms, double(count), count)", "mean_of_all(terms, 1.0, count)"),
     ("common/row_gradients.h", "if (!norm.frozen()) this->shared.sums(room, count);", ""),
     ("common/row_gradients.h", "this->shared.means(t, count);", ""),
+    ("common/winograd.h", "v[2] = d[2] - d[1];", "v[2] = d[1] - d[2];"),
+    ("common/winograd.h", "dm[3] = -dy[1];", "dm[3] = dy[1];"),
+    ("residual_dense_block/residual_dense_block_kernels_impl.h", "reversed ? 8 - t : t", "t"),
+    ("residual_dense_block/residual_dense_block_kernels_impl.h", "winograd_ ? whole_squares(tile) : tile", "tile"),
+    ("residual_dense_block/residual_dense_block_driver.h", "rows -= 2;", "rows -= 1;"),
 ]  # fmt: skip
 
 CUDA_MUTANTS = [

@@ -166,6 +166,26 @@ def test_reruns_are_bit_identical():
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("size", [(51, 103), (1, 1), (1, 98), (97, 1)])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_many_tiles_with_odd_edges(size, kernel):
+    block = Block(Case(channels=33, growth=2, layers=2, size=size, batch=3, kernel=kernel, outer=True))
+    for made, expected in zip(results(block), results(block, reference.residual_dense_block), strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_threads_and_cuts_at_even_pixels_change_no_bit():
+    """What lets pictures be enlarged in stripes."""
+    block = Block(Case(channels=20, growth=7, layers=2, size=(60, 52), batch=1), torch.float32)
+    whole = block.run()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    assert torch.equal(block.run(), whole)
+    torch.set_num_threads(threads)
+    block.input = block.input.detach()[:, :, 20:50]
+    assert torch.equal(block.run()[:, :, 4:-4], whole[:, :, 24:46])
+
+
 def test_not_finite_values_stay():
     block = Block(Case(size=(5, 5)))
     block.input.data[0, 0, 2, 2] = torch.nan

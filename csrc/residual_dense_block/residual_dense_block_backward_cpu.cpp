@@ -26,12 +26,11 @@ class Backward : RowGradients<T> {
       : Base(needs, weights, buffer.options(), 1),
         args_(args),
         convolution_(args, *this),
-        kernels_(residual_dense_block_kernels<T>(simd_level())),
         x_(static_cast<const T*>(buffer.const_data_ptr())),
         ld_(args.channels()) {
     int64_t most = 0;
     for (const ResidualLayerArgs& layer : args.layers)
-      most = std::max(most, kernels_.conv_backward_bytes(layer.out, layer.geometry, tiles(layer).first));
+      most = std::max(most, convolution_.kernels.conv_backward_bytes(layer.out, layer.geometry, tiles(layer).first));
     this->reserve_scratch(1, 1, most);
   }
 
@@ -69,15 +68,15 @@ class Backward : RowGradients<T> {
             : SumsGradient<T>{g_ + layer.channels, ld_, x_ + layer.channels, ld_, layer.out, A(args_.negative_slope)};
     const bool needs_weight = this->needs(layer.conv.at), needs_bias = this->needs(layer.bias.at);
     const at::Tensor panels = convolution_.pack(layer, true);
-    const at::Tensor dweight =
-        this->worker_gradients(needs_weight, layer.geometry.taps() * this->padded_depth(layer.out), layer.channels);
+    const at::Tensor dweight = this->worker_gradients(
+        needs_weight, convolution_.kernels.products(layer.geometry) * this->padded_depth(layer.out), layer.channels);
     const at::Tensor dbias =
         at::zeros({needs_bias ? this->workers : 0, layer.out}, at::TensorOptions().dtype(at::kDouble));
     convolution_.for_each_tile(tiles(layer), [&](int64_t worker, const Tile& tile) {
       const ConvGradients<T> to{wants_prefix ? g_ : nullptr, grad_output == nullptr, this->of_worker(dweight, worker),
                                 needs_bias ? dbias.mutable_data_ptr<double>() + worker * layer.out : nullptr};
-      kernels_.conv_backward(d, {x_, ld_, layer.channels}, layer.geometry, tile, this->panels_of(panels), to,
-                             this->scratch(worker));
+      convolution_.kernels.conv_backward(d, {x_, ld_, layer.channels}, layer.geometry, tile, this->panels_of(panels),
+                                         to, this->scratch(worker));
     });
     if (needs_bias) this->set(layer.bias.at, dbias.sum(0));
     if (needs_weight) this->set(layer.conv.at, convolution_.weight_gradient(layer, dweight));
@@ -88,15 +87,14 @@ class Backward : RowGradients<T> {
     at::Tensor& dx = this->grads()[0];
     dx = empty_channels_last(args_.sizes(n), this->options());
     T* out = static_cast<T*>(dx.mutable_data_ptr());
-    this->for_each_chunk(args_.pixels(), 4 * this->kernels.backward_rows,
-                         [&](int64_t, int64_t, int64_t row, int64_t rows) {
-                           kernels_.input_gradient(g_, ld_, grad_output, row, rows, n, A(args_.outer_scale), out);
-                         });
+    this->for_each_chunk(
+        args_.pixels(), 4 * this->kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
+          convolution_.kernels.input_gradient(g_, ld_, grad_output, row, rows, n, A(args_.outer_scale), out);
+        });
   }
 
   const ResidualDenseBlockArgs& args_;
   const ResidualConvolution<T> convolution_;
-  const ResidualDenseBlockKernels<T>& kernels_;
   const T* const x_;
   const int64_t ld_;
   T* g_ = nullptr;

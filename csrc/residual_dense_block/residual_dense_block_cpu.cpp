@@ -17,15 +17,11 @@ class Forward : RowDriver<T> {
 
  public:
   Forward(const ResidualDenseBlockArgs& args, const at::Tensor& buffer)
-      : args_(args),
-        convolution_(args, *this),
-        kernels_(residual_dense_block_kernels<T>(simd_level())),
-        x_(static_cast<T*>(buffer.mutable_data_ptr())),
-        ld_(args.channels()) {
+      : args_(args), convolution_(args, *this), x_(static_cast<T*>(buffer.mutable_data_ptr())), ld_(args.channels()) {
     int64_t most = 0;
     for (const ResidualLayerArgs& layer : args.layers)
-      most =
-          std::max(most, kernels_.conv_bytes(layer.channels, layer.geometry, convolution_.tiles(layer.channels).first));
+      most = std::max(most, convolution_.kernels.conv_bytes(layer.channels, layer.geometry,
+                                                            convolution_.tiles(layer.channels).first));
     this->reserve_scratch(1, 1, most);
   }
 
@@ -52,14 +48,13 @@ class Forward : RowDriver<T> {
   void conv(const ResidualLayerArgs& layer, const Finish<T>& finish) {
     const at::Tensor panels = convolution_.pack(layer, false);
     convolution_.for_each_tile(convolution_.tiles(layer.channels), [&](int64_t worker, const Tile& tile) {
-      kernels_.conv({x_, ld_, layer.channels}, layer.geometry, tile, this->panels_of(panels), finish,
-                    this->scratch(worker));
+      convolution_.kernels.conv({x_, ld_, layer.channels}, layer.geometry, tile, this->panels_of(panels), finish,
+                                this->scratch(worker));
     });
   }
 
   const ResidualDenseBlockArgs& args_;
   const ResidualConvolution<T> convolution_;
-  const ResidualDenseBlockKernels<T>& kernels_;
   T* const x_;
   const int64_t ld_;
 };

@@ -15,24 +15,27 @@ class ResidualConvolution {
   using A = accumulate_t<T>;
 
  public:
-  ResidualConvolution(const ResidualDenseBlockArgs& args, const RowDriver<T>& rows) : args_(args), rows_(rows) {}
+  ResidualConvolution(const ResidualDenseBlockArgs& args, const RowDriver<T>& rows)
+      : kernels(residual_dense_block_kernels<T>(simd_level())), args_(args), rows_(rows) {}
+
+  const ResidualDenseBlockKernels<T>& kernels;
 
   struct Tiles {
     Tile first;
     int64_t down, across;
   };
 
-  // Equal tiles of which `channels` numbers a pixel stay in L2 with their halo; enough of them for all workers.
+  // Equal tiles, even in size, of which the transforms of `channels` numbers a pixel stay in L2; enough of them for all
+  // workers.
   Tiles tiles(int64_t channels) const {
-    constexpr int64_t kColumns = 48, kBytes = 256 * 1024;
+    constexpr int64_t kColumns = 48, kBytes = 640 * 1024, kCopies = 4;  // a pixel is in four patches
     const int64_t height = args_.height, width = args_.width;
-    const int64_t across = std::max<int64_t>(1, (width + kColumns - 1) / kColumns),
-                  columns = (width + across - 1) / across;
-    const int64_t row_bytes = (columns + 2) * rows_.padded_depth(channels) * rows_.kernels.operand_bytes;
-    const int64_t fit = std::max<int64_t>(2, kBytes / std::max<int64_t>(1, row_bytes) - 2);
-    int64_t down = std::max<int64_t>(1, (height + fit - 1) / fit);
-    while (down < height && down * across * args_.batch < 4 * rows_.workers) ++down;
-    return {{0, 0, std::max<int64_t>(1, (height + down - 1) / down), 0, std::max<int64_t>(1, columns)}, down, across};
+    const int64_t columns = even(ceil(width, ceil(width, kColumns))), across = ceil(width, columns);
+    const int64_t row_bytes = kCopies * columns * rows_.padded_depth(channels) * rows_.kernels.operand_bytes;
+    const int64_t fit = std::max<int64_t>(2, kBytes / std::max<int64_t>(1, row_bytes) / 2 * 2);
+    int64_t rows = std::min(fit, even(ceil(height, ceil(height, fit))));
+    while (rows > 2 && ceil(height, rows) * across * args_.batch < 4 * rows_.workers) rows -= 2;
+    return {{0, 0, rows, 0, columns}, ceil(height, rows), across};
   }
 
   // body(worker, tile) for all tiles.
@@ -54,39 +57,36 @@ class ResidualConvolution {
     const int64_t taps = layer.geometry.taps(), in = taps, out = taps * layer.channels;  // strides of the channels
     const int64_t depth = reversed ? layer.out : layer.channels, n = reversed ? layer.channels : layer.out;
     const int64_t depth_stride = reversed ? out : in, column_stride = reversed ? in : out;
-    const int64_t panel = rows_.kernels.panel, bytes = rows_.padded_depth(depth) * panel * rows_.kernels.operand_bytes;
-    at::Tensor packed = rows_.bytes(rows_.padded(n) / panel * taps * bytes);
+    const int64_t panel = rows_.kernels.panel;
+    const int64_t bytes =
+        kernels.products(layer.geometry) * rows_.padded_depth(depth) * panel * rows_.kernels.operand_bytes;
+    at::Tensor packed = rows_.bytes(rows_.padded(n) / panel * bytes);
     uint8_t* to = packed.mutable_data_ptr<uint8_t>();
-    rows_.for_each_worker(rows_.padded(n) / panel * taps, [&](int64_t, int64_t unit) {
-      const int64_t first = unit / taps * panel, tap = unit % taps;
-      rows_.kernels.pack(w + first * column_stride + (reversed ? taps - 1 - tap : tap), depth, n - first, depth_stride,
-                         column_stride, 0, 1, to + unit * bytes);
+    rows_.for_each_worker(rows_.padded(n) / panel, [&](int64_t, int64_t unit) {
+      const int64_t first = unit * panel;
+      kernels.pack(w + first * column_stride, layer.geometry, reversed, depth, n - first, depth_stride, column_stride,
+                   to + unit * bytes);
     });
     return packed;
   }
 
-  // A layer's weight gradient of those per worker [workers, taps * padded out, padded channels], the last tap first.
+  // A layer's weight gradient of those per worker [workers, products * padded out, padded channels].
   at::Tensor weight_gradient(const ResidualLayerArgs& layer, const at::Tensor& by_worker) const {
-    const int64_t taps = layer.geometry.taps(), n = layer.channels, workers = by_worker.size(0), ld = by_worker.size(2);
-    const int64_t per_worker = by_worker.size(1) * ld, per_tap = by_worker.size(1) / taps * ld;
+    const int64_t n = layer.channels, ld = by_worker.size(2);
+    const int64_t per_row = n * layer.geometry.taps();
     at::Tensor total = rows_.template temporary<A>(layer.conv.weight.sizes());
     const A* from = by_worker.template const_data_ptr<A>();
     A* to = total.template mutable_data_ptr<A>();
-    rows_.for_each_worker(layer.out, [=](int64_t, int64_t k) {
-      A* out = to + k * n * taps;
-      for (int64_t worker = 0; worker < workers; ++worker)
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const A* row = from + worker * per_worker + (taps - 1 - tap) * per_tap + k * ld;
-          if (worker == 0)
-            for (int64_t j = 0; j < n; ++j) out[j * taps + tap] = row[j];
-          else
-            for (int64_t j = 0; j < n; ++j) out[j * taps + tap] += row[j];
-        }
+    rows_.for_each_worker(layer.out, [&](int64_t, int64_t k) {
+      kernels.weight_gradient(from + k * ld, by_worker.size(0), layer.geometry, layer.out, n, ld, to + k * per_row);
     });
     return total;
   }
 
  private:
+  static int64_t ceil(int64_t n, int64_t by) { return std::max<int64_t>(1, (n + by - 1) / by); }
+  static int64_t even(int64_t n) { return n + n % 2; }
+
   const ResidualDenseBlockArgs& args_;
   const RowDriver<T>& rows_;
 };

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <type_traits>
 
 #include "common/conv_geometry.h"
 #include "common/row_kernels.h"
@@ -61,22 +63,30 @@ template <typename T>
 struct ConvGradients {
   T* input;  // [pixels, ld of the prefix]: of the prefix, = or +=
   bool accumulate;
-  accumulate_t<T>* weight;  // [taps][padded channels of the sums][padded channels of the prefix] +=, last tap first
+  accumulate_t<T>* weight;  // [products][padded channels of the sums][padded channels of the prefix] +=
   double* bias;             // [channels of the sums] +=
 };
 
-// `panels` hold, panel by panel, the rows of all taps, one tap behind the other.
+// `panels` hold, panel by panel, the factors of all products, one behind the other.
 template <typename T>
 struct ResidualDenseBlockKernels {
   using A = accumulate_t<T>;
 
+  // of which the sums of a convolution are made
+  int64_t (*products)(const ConvGeometry&);
+  // A panel from its weights on; reversed: of the gradient of the input.
+  void (*pack)(const A* weight, const ConvGeometry&, bool reversed, int64_t depth, int64_t columns,
+               int64_t depth_stride, int64_t column_stride, void* panel);
   void (*conv)(const Prefix<T>&, const ConvGeometry&, const Tile&, const void* panels, const Finish<T>&, void* scratch);
   // bytes of scratch that this needs
   int64_t (*conv_bytes)(int64_t channels, const ConvGeometry&, const Tile&);
-  // in `panels` the taps are in reverse order
+  // `panels` are reversed
   void (*conv_backward)(const SumsGradient<T>&, const Prefix<T>&, const ConvGeometry&, const Tile&, const void* panels,
                         const ConvGradients<T>&, void* scratch);
   int64_t (*conv_backward_bytes)(int64_t channels, const ConvGeometry&, const Tile&);
+  // weight[k][n][taps] from those of all workers [workers][products][padded k][ld]
+  void (*weight_gradient)(const A* by_worker, int64_t workers, const ConvGeometry&, int64_t k, int64_t n, int64_t ld,
+                          A* weight);
   // dx[row, :n] = g + factor * grad_output
   void (*input_gradient)(const T* g, int64_t ldg, const T* grad_output, int64_t row, int64_t rows, int64_t n, A factor,
                          T* dx);

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels of residual_dense_block_kernels.h for one target.
 //
-// Convolution.  A tile of the prefix is copied into scratch with its halo, zero beyond the image.  Pixels follow each
-// other without gaps, so a row of the kernel is one product whose left factor are the tile's pixels, each with its
-// neighbours behind it; the sums of all rows of the kernel add up in place.  Backward, a tile of the gradient is filled
-// in the same way; it is convolved with the reversed kernel for the input's gradient, and shifted from tap to tap for
-// the weight's.
+// Convolution.  A tile of the prefix is copied into scratch with its halo, zero beyond the image.  A 3x3 kernel goes
+// the way of winograd.h: 16 products of the transformed patches.  Otherwise pixels follow each other without gaps, so a
+// row of the kernel is one product whose left factor are the tile's pixels, each with its neighbours behind it; the
+// sums of all rows of the kernel add up in place.  Backward, a tile of the gradient is filled in the same way; it is
+// convolved with the reversed kernel for the input's gradient, and meets the prefix for the weight's, in the patches'
+// transforms or shifted from tap to tap.
 
 #include "common/row_products.h"
+#include "common/winograd.h"
 
 namespace fastdense::FASTDENSE_TARGET {
 
@@ -59,25 +61,184 @@ constexpr int64_t sums_bytes(const Tile& tile) {
   return tile.rows * sums_stride<T>(tile) * Gemm<T>::kPanel * int64_t(sizeof(accumulate_t<T>));
 }
 
-// sums[tile.rows, sums_stride, kPanel] = the convolution with one panel.
+// AMX multiplies bfloat16, in which transforms would lose digits.
 template <typename T>
-inline void convolve(const HaloTile<T>& left, const ConvGeometry& g, const Tile& tile,
-                     const typename Gemm<T>::Operand* panel, accumulate_t<T>* sums) {
-  using G = Gemm<T>;
-  const int64_t depth = g.kernel[1] * left.ld, row = sums_stride<T>(tile) * G::kPanel;
-  for (int64_t t = 0; t < g.kernel[0]; ++t)
-    for (int64_t r = 0; r < tile.rows; ++r)
-      G::multiply(tile.columns, depth, G::kPanel, left.pixel(r + t, 0), left.ld, panel + t * depth * G::kPanel,
-                  sums + r * row, G::kPanel, t > 0);
+bool uses_winograd(const ConvGeometry& g) {
+  return std::is_same_v<typename Gemm<T>::Operand, accumulate_t<T>> && g.kernel[0] == 3 && g.kernel[1] == 3;
 }
 
-// visit(index of the pixel, its sums)
+// Products that the sums of a convolution are made of.
+template <typename T>
+int64_t products(const ConvGeometry& g) {
+  return uses_winograd<T>(g) ? kWinogradProducts : g.taps();
+}
+
+// A tile whose results are whole squares of Winograd's; those beyond the image are dropped.
+inline Tile whole_squares(Tile tile) {
+  tile.rows = round_up(tile.rows, kWinogradStep);
+  tile.columns = round_up(tile.columns, kWinogradStep);
+  return tile;
+}
+
+// Transforms of a tile's squares: [kWinogradProducts][squares][ld].
+template <typename T>
+struct Squares {
+  using A = accumulate_t<T>;
+  int64_t down, across, ld;
+  A* data = nullptr;
+
+  Squares(const Tile& whole, int64_t ld)
+      : down(whole.rows / kWinogradStep), across(whole.columns / kWinogradStep), ld(ld) {}
+  int64_t count() const { return down * across; }
+  int64_t plane() const { return count() * ld; }
+  int64_t size() const { return kWinogradProducts * plane(); }
+
+  // From the patch of every square, whose first pixel is that of `halo` so many pixels further.
+  template <int In, typename Apply>
+  void fill(const HaloTile<T>& halo, int64_t shift, const Apply& apply) const {
+    for (int64_t r = 0; r < down; ++r)
+      for (int64_t q = 0; q < across; ++q)
+        winograd_transform<In, kWinogradPatch>(
+            reinterpret_cast<const A*>(halo.pixel(kWinogradStep * r + shift, kWinogradStep * q + shift)),
+            halo.stride * halo.ld, halo.ld, halo.channels, data + (r * across + q) * ld, plane(), apply);
+  }
+  void fill_patches(const HaloTile<T>& halo) const {
+    fill<kWinogradPatch>(halo, 0, [](const A(&d)[4], A(&v)[4]) { winograd_input(d, v); });
+  }
+  void fill_gradients(const HaloTile<T>& halo) const {
+    fill<kWinogradStep>(halo, 1, [](const A(&dy)[2], A(&dm)[4]) { winograd_output_gradient(dy, dm); });
+  }
+};
+
+// A tile of some channels, to be convolved with panels of kernels.
+template <typename T>
+class Convolution {
+  using A = accumulate_t<T>;
+  using G = Gemm<T>;
+  using Operand = typename G::Operand;
+
+ public:
+  Convolution(const ConvGeometry& g, const Tile& tile, int64_t channels)
+      : g_(g),
+        winograd_(uses_winograd<T>(g)),
+        tile_(winograd_ ? whole_squares(tile) : tile),
+        halo_(g, tile_, channels),
+        patches_(tile_, halo_.ld),
+        made_(tile_, G::kPanel) {}
+
+  int64_t bytes() const {
+    int64_t size = halo_.bytes() + round_up(sums_bytes<T>(tile_), 64);
+    if (winograd_) size += (patches_.size() + made_.size()) * int64_t(sizeof(A));
+    return size + 4 * 64;
+  }
+
+  // value(pixel, channel)
+  template <typename Value>
+  void fill(Scratch& scratch, const Value& value) {
+    halo_.data = scratch.take<Operand>(halo_.pixels() * halo_.ld);
+    sums_ = scratch.take<A>(sums_bytes<T>(tile_) / int64_t(sizeof(A)));
+    halo_.fill(g_, tile_, value);
+    if (!winograd_) return;
+    patches_.data = scratch.take<A>(patches_.size());
+    made_.data = scratch.take<A>(made_.size());
+    patches_.fill_patches(halo_);
+  }
+
+  const HaloTile<T>& halo() const { return halo_; }
+  const Tile& tile() const { return tile_; }
+  bool winograd() const { return winograd_; }
+
+  // [tile rows, sums_stride, kPanel]: the convolution with the panel whose first column is `column`.
+  const A* sums(const void* panels, int64_t column) const {
+    const Operand* panel = unpacked<T>(panels) + column * products<T>(g_) * halo_.ld;
+    if (winograd_)
+      square_sums(panel);
+    else
+      tap_sums(panel);
+    return sums_;
+  }
+
+ private:
+  void tap_sums(const Operand* panel) const {
+    const int64_t depth = g_.kernel[1] * halo_.ld, row = sums_stride<T>(tile_) * G::kPanel;
+    for (int64_t t = 0; t < g_.kernel[0]; ++t)
+      for (int64_t r = 0; r < tile_.rows; ++r)
+        G::multiply(tile_.columns, depth, G::kPanel, halo_.pixel(r + t, 0), halo_.ld, panel + t * depth * G::kPanel,
+                    sums_ + r * row, G::kPanel, t > 0);
+  }
+
+  void square_sums(const Operand* panel) const {
+    if constexpr (std::is_same_v<Operand, A>) {
+      for (int64_t p = 0; p < kWinogradProducts; ++p)
+        G::multiply(patches_.count(), halo_.ld, G::kPanel, patches_.data + p * patches_.plane(), halo_.ld,
+                    panel + p * halo_.ld * G::kPanel, made_.data + p * made_.plane(), G::kPanel);
+      const int64_t row = sums_stride<T>(tile_) * G::kPanel;
+      for (int64_t r = 0; r < made_.down; ++r)
+        for (int64_t q = 0; q < made_.across; ++q)
+          inverse(made_.data + (r * made_.across + q) * G::kPanel, sums_ + kWinogradStep * (r * row + q * G::kPanel),
+                  row);
+    }
+  }
+
+  // A square of results from its transforms.
+  void inverse(const A* __restrict from, A* __restrict to, int64_t row) const {
+    const int64_t plane = made_.plane();
+#pragma GCC ivdep
+    for (int64_t j = 0; j < G::kPanel; ++j) {
+      A m[4][4], y[2][2];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) m[i / 4][i % 4] = from[i * plane + j];
+      winograd_both<4, 2>(m, y, [](const A(&v)[4], A(&made)[2]) { winograd_output(v, made); });
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) to[i / 2 * row + i % 2 * G::kPanel + j] = y[i / 2][i % 2];
+    }
+  }
+
+  const ConvGeometry& g_;
+  const bool winograd_;
+  const Tile tile_;
+  HaloTile<T> halo_;
+  Squares<T> patches_, made_;
+  A* sums_ = nullptr;
+};
+
+// Weights [column][depth][taps] of a panel in the products' order; reversed: as the gradient of the input wants them.
+template <typename T, typename A = accumulate_t<T>>
+void pack_kernels(const A* w, const ConvGeometry& g, bool reversed, int64_t depth, int64_t columns,
+                  int64_t depth_stride, int64_t column_stride, void* panel) {
+  using G = Gemm<T>;
+  auto* out = static_cast<typename G::Operand*>(panel);
+  const int64_t taps = g.taps(), size = round_up(depth, G::kAlign) * G::kPanel;
+  if (!uses_winograd<T>(g)) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const A* from = w + (reversed ? taps - 1 - tap : tap);
+      G::fill_panel(
+          depth, columns, [=](int64_t k, int64_t i) { return from[k * depth_stride + i * column_stride]; },
+          out + tap * size);
+    }
+    return;
+  }
+  if constexpr (std::is_same_v<typename G::Operand, A>) {
+    const int64_t n = columns < G::kPanel ? columns : G::kPanel;
+    A taps_of[9][G::kPanel] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const A* from = w + k * depth_stride;
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t t = 0; t < 9; ++t) taps_of[reversed ? 8 - t : t][i] = from[i * column_stride + t];
+      winograd_transform<3, 4>(&taps_of[0][0], 3 * G::kPanel, G::kPanel, G::kPanel, out + k * G::kPanel, size,
+                               [](const A(&v)[3], A(&u)[4]) { winograd_kernel(v, u); });
+    }
+  }
+}
+
+// visit(index of the pixel, its sums) for the pixels of a tile, whose sums are those of `whole`.
 template <typename T, typename A, typename Visit>
-inline void for_each_sum(const ConvGeometry& g, const Tile& tile, const A* sums, const Visit& visit) {
+inline void for_each_sum(const ConvGeometry& g, const Tile& tile, const Tile& whole, const A* sums,
+                         const Visit& visit) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     const int64_t pixel = tile.image * g.pixels() + (tile.row + r) * g.size[1] + tile.column;
     for (int64_t q = 0; q < tile.columns; ++q)
-      visit(pixel + q, sums + (r * sums_stride<T>(tile) + q) * Gemm<T>::kPanel);
+      visit(pixel + q, sums + (r * sums_stride<T>(whole) + q) * Gemm<T>::kPanel);
   }
 }
 
@@ -105,7 +266,7 @@ inline void finish_pixel(const Finish<T>& f, const A* __restrict sums, int64_t p
 
 template <typename T>
 int64_t conv_bytes(int64_t channels, const ConvGeometry& g, const Tile& tile) {
-  return HaloTile<T>(g, tile, channels).bytes() + round_up(sums_bytes<T>(tile), 64) + 64;
+  return Convolution<T>(g, tile, channels).bytes();
 }
 
 template <typename T, typename A = accumulate_t<T>>
@@ -113,14 +274,12 @@ void conv(const Prefix<T>& prefix, const ConvGeometry& g, const Tile& tile, cons
           void* room) {
   using G = Gemm<T>;
   Scratch scratch(room);
-  HaloTile<T> left(g, tile, prefix.channels);
-  left.data = scratch.take<typename G::Operand>(left.pixels() * left.ld);
-  A* sums = scratch.take<A>(sums_bytes<T>(tile) / int64_t(sizeof(A)));
-  left.fill(g, tile, [&](int64_t pixel, int64_t j) { return A(load(prefix.x[pixel * prefix.ld + j])); });
+  Convolution<T> convolution(g, tile, prefix.channels);
+  convolution.fill(scratch, [&](int64_t pixel, int64_t j) { return A(load(prefix.x[pixel * prefix.ld + j])); });
   for (int64_t j = 0; j < f.channels; j += G::kPanel) {
     const int64_t n = f.channels - j < G::kPanel ? f.channels - j : G::kPanel;
-    convolve(left, g, tile, unpacked<T>(panels) + j * g.taps() * left.ld, sums);
-    for_each_sum<T>(g, tile, sums, [&](int64_t pixel, const A* s) { finish_pixel(f, s, pixel, j, n); });
+    for_each_sum<T>(g, tile, convolution.tile(), convolution.sums(panels, j),
+                    [&](int64_t pixel, const A* s) { finish_pixel(f, s, pixel, j, n); });
   }
 }
 
@@ -133,11 +292,19 @@ int64_t weight_depth(const HaloTile<T>& left, const Tile& tile) {
 template <typename T>
 int64_t conv_backward_bytes(int64_t channels, const ConvGeometry& g, const Tile& tile) {
   using G = Gemm<T>;
-  const HaloTile<T> left(g, tile, channels);
-  const int64_t act = round_up(weight_depth(left, tile), G::kAlign) * G::kPanel;
-  const int64_t operands = act + G::transposed_size(left.pixels(), left.ld);
-  return left.bytes() + round_up(operands * int64_t(sizeof(typename G::Operand)), 64) +
-         round_up(sums_bytes<T>(tile), 64) + 64;
+  const Convolution<T> convolution(g, tile, channels);
+  const HaloTile<T>& left = convolution.halo();
+  int64_t bytes = convolution.bytes() + 4 * 64;
+  if (convolution.winograd()) {
+    const HaloTile<T> prefix(g, convolution.tile(), G::kPanel);
+    const Squares<T> gradients(convolution.tile(), left.ld), patches(convolution.tile(), G::kPanel);
+    bytes += prefix.bytes() + (gradients.size() + patches.size()) * int64_t(sizeof(accumulate_t<T>));
+  } else {
+    const int64_t act = round_up(weight_depth(left, tile), G::kAlign) * G::kPanel;
+    const int64_t operands = act + G::transposed_size(left.pixels(), left.ld);
+    bytes += round_up(operands * int64_t(sizeof(typename G::Operand)), 64);
+  }
+  return bytes;
 }
 
 // The columns x[tile, :n] as one panel whose rows lie like the pixels of a halo tile, zero in the gaps.
@@ -152,15 +319,101 @@ inline void fill_gapped_panel(const T* x, int64_t ld, int64_t width, const Tile&
   Gemm<T>::fill_panel(depth, n, [&](int64_t p, int64_t i) { return accumulate_t<T>(load(row(p)[i])); }, panel);
 }
 
-// dweight[shift][k][channels] += over the tile, for the columns of one panel.
+// The gradient of a layer's weight over a tile of its sums' gradient, panel by panel of the prefix.
 template <typename T>
-inline void add_weight_gradient(const HaloTile<T>& left, const typename Gemm<T>::Transposed& factor,
-                                const ConvGeometry& g, const Tile& tile, const typename Gemm<T>::Operand* act,
-                                accumulate_t<T>* dweight, int64_t ldw) {
-  for (int64_t tap = 0; tap < g.taps(); ++tap)
-    Gemm<T>::multiply_transposed(weight_depth(left, tile), left.channels, Gemm<T>::kPanel,
-                                 factor.from(tap / g.kernel[1] * left.stride + tap % g.kernel[1]), act,
-                                 dweight + tap * left.ld * ldw, ldw);
+class WeightGradient {
+  using A = accumulate_t<T>;
+  using G = Gemm<T>;
+  using Operand = typename G::Operand;
+
+ public:
+  WeightGradient(Scratch& scratch, const Convolution<T>& sums, const ConvGeometry& g, const Tile& tile)
+      : sums_(sums),
+        g_(g),
+        tile_(tile),
+        gradients_(sums.tile(), sums.halo().ld),
+        patches_(sums.tile(), G::kPanel),
+        prefix_(g, sums.tile(), G::kPanel) {
+    const HaloTile<T>& left = sums.halo();
+    if (sums.winograd()) {
+      gradients_.data = scratch.take<A>(gradients_.size());
+      patches_.data = scratch.take<A>(patches_.size());
+      prefix_.data = scratch.take<Operand>(prefix_.pixels() * prefix_.ld);
+      gradients_.fill_gradients(left);
+    } else {
+      act_ = scratch.take<Operand>(round_up(weight_depth(left, tile), G::kAlign) * G::kPanel);
+      factor_ = G::transpose(left.pixels(), left.channels, left.data, left.ld,
+                             scratch.take<Operand>(G::transposed_size(left.pixels(), left.ld)));
+    }
+  }
+
+  // dweight[product][k][channels] += for `n` columns of the prefix from `column` on; taps are in reverse order.
+  void add(const Prefix<T>& prefix, int64_t column, int64_t n, A* dweight, int64_t ldw) {
+    if (sums_.winograd())
+      add_squares(prefix, column, n, dweight, ldw);
+    else
+      add_taps(prefix, column, n, dweight, ldw);
+  }
+
+ private:
+  void add_taps(const Prefix<T>& prefix, int64_t column, int64_t n, A* dweight, int64_t ldw) {
+    const HaloTile<T>& left = sums_.halo();
+    const int64_t depth = weight_depth(left, tile_);
+    const int64_t origin = tile_.image * g_.pixels() + tile_.row * g_.size[1] + tile_.column;
+    fill_gapped_panel<T>(prefix.x + origin * prefix.ld + column, prefix.ld, g_.size[1], tile_, left.stride, depth, n,
+                         act_);
+    for (int64_t tap = 0; tap < g_.taps(); ++tap)
+      G::multiply_transposed(depth, left.channels, G::kPanel,
+                             factor_.from(tap / g_.kernel[1] * left.stride + tap % g_.kernel[1]), act_,
+                             dweight + tap * left.ld * ldw, ldw);
+  }
+
+  void add_squares(const Prefix<T>& prefix, int64_t column, int64_t n, A* dweight, int64_t ldw) {
+    if constexpr (std::is_same_v<Operand, A>) {
+      prefix_.channels = n;
+      prefix_.fill(g_, sums_.tile(),
+                   [&](int64_t pixel, int64_t j) { return A(load(prefix.x[pixel * prefix.ld + column + j])); });
+      prefix_.channels = G::kPanel;
+      patches_.fill_patches(prefix_);
+      const int64_t count = patches_.count(), k = sums_.halo().channels;
+      for (int64_t p = 0; p < kWinogradProducts; ++p)
+        G::multiply_transposed(count, k, G::kPanel, {gradients_.data + p * gradients_.plane(), gradients_.ld},
+                               patches_.data + p * patches_.plane(), dweight + p * sums_.halo().ld * ldw, ldw);
+    }
+  }
+
+  const Convolution<T>& sums_;
+  const ConvGeometry& g_;
+  const Tile& tile_;
+  Squares<T> gradients_, patches_;
+  HaloTile<T> prefix_;
+  Operand* act_ = nullptr;
+  typename G::Transposed factor_{};
+};
+
+// weight[k][n][taps] = the gradients of all workers [workers][products][padded k][ld], added in order.
+template <typename T, typename A = accumulate_t<T>>
+void weight_gradient(const A* by_worker, int64_t workers, const ConvGeometry& g, int64_t k, int64_t n, int64_t ld,
+                     A* weight) {
+  const int64_t count = products<T>(g), taps = g.taps(), row = round_up(k, Gemm<T>::kAlign) * ld;
+  constexpr int64_t kColumns = 64;
+  A sum[kWinogradProducts][kColumns], made[9][kColumns];
+  for (int64_t begin = 0; begin < n; begin += kColumns) {
+    const int64_t columns = n - begin < kColumns ? n - begin : kColumns;
+    for (int64_t p = 0; p < count; ++p) {
+      A* __restrict total = sum[p];
+      for (int64_t worker = 0; worker < workers; ++worker) {
+        const A* __restrict from = by_worker + (worker * count + p) * row + begin;
+        for (int64_t j = 0; j < columns; ++j) total[j] = worker == 0 ? from[j] : total[j] + from[j];
+      }
+    }
+    if (uses_winograd<T>(g))
+      winograd_transform<4, 3>(&sum[0][0], 4 * kColumns, kColumns, columns, &made[0][0], kColumns,
+                               [](const A(&du)[4], A(&dg)[3]) { winograd_kernel_gradient(du, dg); });
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t t = 0; t < taps; ++t)
+        weight[(begin + j) * taps + t] = uses_winograd<T>(g) ? made[t][j] : sum[taps - 1 - t][j];
+  }
 }
 
 // dbias[k] += over the tile.
@@ -184,37 +437,27 @@ template <typename T, typename A = accumulate_t<T>>
 void conv_backward(const SumsGradient<T>& d, const Prefix<T>& prefix, const ConvGeometry& g, const Tile& tile,
                    const void* panels, const ConvGradients<T>& to, void* room) {
   using G = Gemm<T>;
-  using Operand = typename G::Operand;
   Scratch scratch(room);
-  HaloTile<T> left(g, tile, d.channels);
-  left.data = scratch.take<Operand>(left.pixels() * left.ld);
-  A* sums = scratch.take<A>(sums_bytes<T>(tile) / int64_t(sizeof(A)));
-  const int64_t depth = weight_depth(left, tile), ldw = round_up(prefix.channels, G::kPanel);
-  Operand* act = scratch.take<Operand>(round_up(depth, G::kAlign) * G::kPanel);
+  Convolution<T> convolution(g, tile, d.channels);
   if (d.y)
-    left.fill(g, tile, [&](int64_t pixel, int64_t j) {
+    convolution.fill(scratch, [&](int64_t pixel, int64_t j) {
       return leaky_relu_gradient(A(load(d.g[pixel * d.ldg + j])), A(load(d.y[pixel * d.ldy + j])), d.slope);
     });
   else
-    left.fill(g, tile, [&](int64_t pixel, int64_t j) { return A(load(d.g[pixel * d.ldg + j])) * d.slope; });
-  if (to.bias) add_bias_gradient(left, tile, to.bias);
-  typename G::Transposed factor{};
-  if (to.weight)
-    factor = G::transpose(left.pixels(), left.channels, left.data, left.ld,
-                          scratch.take<Operand>(G::transposed_size(left.pixels(), left.ld)));
-  const T* origin = prefix.x + (tile.image * g.pixels() + tile.row * g.size[1] + tile.column) * prefix.ld;
+    convolution.fill(scratch, [&](int64_t pixel, int64_t j) { return A(load(d.g[pixel * d.ldg + j])) * d.slope; });
+  if (to.bias) add_bias_gradient(convolution.halo(), tile, to.bias);
+  std::optional<WeightGradient<T>> weight;
+  if (to.weight) weight.emplace(scratch, convolution, g, tile);
+  const int64_t ldw = round_up(prefix.channels, G::kPanel);
   for (int64_t j = 0; j < prefix.channels; j += G::kPanel) {
     const int64_t n = prefix.channels - j < G::kPanel ? prefix.channels - j : G::kPanel;
-    if (to.weight) {
-      fill_gapped_panel<T>(origin + j, prefix.ld, g.size[1], tile, left.stride, depth, n, act);
-      add_weight_gradient(left, factor, g, tile, act, to.weight + j, ldw);
-    }
+    if (weight) weight->add(prefix, j, n, to.weight + j, ldw);
     if (!to.input) continue;
-    convolve(left, g, tile, unpacked<T>(panels) + j * g.taps() * left.ld, sums);
-    for_each_sum<T>(g, tile, sums, [&](int64_t pixel, const A* __restrict s) {
-      T* __restrict out = to.input + pixel * prefix.ld + j;
-      for (int64_t i = 0; i < n; ++i) out[i] = store<T>(to.accumulate ? load(out[i]) + s[i] : s[i]);
-    });
+    for_each_sum<T>(g, tile, convolution.tile(), convolution.sums(panels, j),
+                    [&](int64_t pixel, const A* __restrict s) {
+                      T* __restrict out = to.input + pixel * prefix.ld + j;
+                      for (int64_t i = 0; i < n; ++i) out[i] = store<T>(to.accumulate ? load(out[i]) + s[i] : s[i]);
+                    });
   }
 }
 
@@ -228,8 +471,9 @@ void input_gradient(const T* g, int64_t ldg, const T* grad_output, int64_t row, 
 
 template <typename T>
 const ResidualDenseBlockKernels<T>& residual_dense_block_kernels() {
-  static const ResidualDenseBlockKernels<T> kernels = {conv<T>, conv_bytes<T>, conv_backward<T>, conv_backward_bytes<T>,
-                                                       input_gradient<T>};
+  static const ResidualDenseBlockKernels<T> kernels = {products<T>,        pack_kernels<T>,  conv<T>,
+                                                       conv_bytes<T>,      conv_backward<T>, conv_backward_bytes<T>,
+                                                       weight_gradient<T>, input_gradient<T>};
   return kernels;
 }
 

@@ -327,6 +327,14 @@ def test_output_is_channels_last(device):
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_neither_layers_nor_tail(device):
+    block = Block(Case(num_layers=0, device=device))
+    out, statistics = block.run()
+    assert torch.equal(out, block.input) and not statistics.var.any()
+    grad = block.normal(*out.shape)
+    assert torch.equal(block.gradients(out, grad)["input"], grad)
+
+
 def test_empty_batch(device):
     block = Block(Case(batch=0, frozen=ALL, tail="transition", device=device))
     out, _ = block.run()

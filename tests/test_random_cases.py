@@ -162,7 +162,7 @@ def check_low_precision(make: Callable[[Any], RandomBlock], case: Any, layout: s
 
     With few values a channel, batch norm makes what it likes of a rounded one.
     """
-    assume(case.batch * math.prod(case.size) >= 16)
+    case = replace(case, batch=max(case.batch, -(-16 // math.prod(case.size))))
 
     def laid_out(case: Any) -> RandomBlock:
         block = make(case)
@@ -177,12 +177,16 @@ def check_low_precision(make: Callable[[Any], RandomBlock], case: Any, layout: s
 
 @given(dense_cases(), st.sampled_from(highway.DTYPES[1:]), memory_layouts, threads, levels)
 def test_dense_block_in_low_precision(case, dtype, layout, count, level):
-    assume(case.tail != "transition" or len(case.size) < 3)  # torch cannot pool volumes of 16 bits
+    if case.tail == "transition" and len(case.size) == 3:
+        case = replace(case, tail="norm")  # torch cannot pool volumes of 16 bits
     check_low_precision(dense.Block, replace(case, dtype=dtype), layout, (count, level))
 
 
 @given(dual_path_cases(), st.sampled_from(highway.DTYPES[1:]), memory_layouts, threads, levels)
 def test_dual_path_stage_in_low_precision(case, dtype, layout, count, level):
+    if len(case.size) == 3:
+        # torch's grouped bfloat16 convolution gives wrong numbers for some channels-last volumes of size (1, n, 1).
+        case = replace(case, size=tuple(max(3, size) for size in case.size))
     check_low_precision(dual_path.Stage, replace(case, dtype=dtype), layout, (count, level))
 
 

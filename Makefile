@@ -62,7 +62,7 @@ soak: build  ## train small networks for a thousand steps; memory must not grow
 	@$(BIN)/python -m benchmarks.soak
 
 # A copy of the tree, so that the normal build stays what it is. Planted mistakes may well leave their memory; Python
-# leaks at its end, and a process must have the sanitizer's library before all others.
+# leaks at its end, a process must have the sanitizer's library before all others, and its last words go to stderr.
 sanitize: export SANITIZE := address,undefined
 sanitize: export ASAN_OPTIONS ?= detect_leaks=0:protect_shadow_gap=0
 sanitize: export UBSAN_OPTIONS ?= halt_on_error=1:print_stacktrace=1
@@ -72,7 +72,7 @@ sanitize: $(VENV_STAMP)  ## run the tests on a CPU build with address and undefi
 	@tar -c --exclude=./build --exclude=./.git --exclude=./.venv --exclude='*.so' --exclude=__pycache__ . | tar -x -C $(SANITIZED)
 	@cd $(SANITIZED) && FORCE_CPU=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
 	@cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -k 'not planted' $(PYTEST_ARGS)
+	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k 'not planted' $(PYTEST_ARGS)
 
 mutants: build  ## plant mistakes in the native code; the tests must notice each
 	@$(BIN)/python tests/mutants.py

@@ -184,9 +184,9 @@ def test_dense_block_in_low_precision(case, dtype, layout, count, level):
 
 @given(dual_path_cases(), st.sampled_from(highway.DTYPES[1:]), memory_layouts, threads, levels)
 def test_dual_path_stage_in_low_precision(case, dtype, layout, count, level):
-    if len(case.size) == 3:
-        # torch's grouped bfloat16 convolution gives wrong numbers for some channels-last volumes of size (1, n, 1).
-        case = replace(case, size=tuple(max(3, size) for size in case.size))
+    # On images of one pixel torch's bfloat16 convolution leaves weight gradients unwritten at stride 2, and with groups
+    # it is wrong on some volumes of size (1, n, 1).
+    case = replace(case, size=tuple(max(3, size) for size in case.size))
     check_low_precision(dual_path.Stage, replace(case, dtype=dtype), layout, (count, level))
 
 

@@ -16,9 +16,11 @@ PYTEST_ARGS ?= -q
 
 VENV_STAMP := .venv/.installed-$(firstword $(shell cksum requirements/test.txt))
 # A build for other devices is another build.
-BUILD_STAMP := build/.built-$(firstword $(shell echo '$(FORCE_CPU)/$(FORCE_CUDA)/$(TORCH_CUDA_ARCH_LIST)/$(DEBUG)' | cksum))
+BUILD_STAMP := build/.built-$(firstword $(shell echo '$(FORCE_CPU)/$(FORCE_CUDA)/$(TORCH_CUDA_ARCH_LIST)/$(DEBUG)/$(SANITIZE)' | cksum))
 
-.PHONY: help venv build test mutants lint format demo bench docs sdist wheels clean
+SANITIZED := build/sanitized
+
+.PHONY: help venv build test fuzz soak sanitize mutants lint format demo bench docs sdist wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -53,6 +55,25 @@ $(BUILD_STAMP): $(VENV_STAMP) $(NATIVE) setup.py pyproject.toml
 test: build lint  ## lint, then run the tests (PYTEST_ARGS="-q -k name")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+fuzz: build  ## try the operators on thousands of random cases, about ten minutes
+	@HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_random_cases.py
+
+soak: build  ## train small networks for a thousand steps; memory must not grow
+	@$(BIN)/python -m benchmarks.soak
+
+# A copy of the tree, so that the normal build stays what it is. Planted mistakes may well leave their memory; Python
+# leaks at its end, a process must have the sanitizer's library before all others, and its last words go to stderr.
+sanitize: export SANITIZE := address,undefined
+sanitize: export ASAN_OPTIONS ?= detect_leaks=0:protect_shadow_gap=0
+sanitize: export UBSAN_OPTIONS ?= halt_on_error=1:print_stacktrace=1
+sanitize: $(VENV_STAMP)  ## run the tests on a CPU build with address and undefined behaviour sanitizers
+	@mkdir -p $(SANITIZED)
+	@find $(SANITIZED) -mindepth 1 -maxdepth 1 -not -name build -exec rm -rf {} +
+	@tar -c --exclude=./build --exclude=./.git --exclude=./.venv --exclude='*.so' --exclude=__pycache__ . | tar -x -C $(SANITIZED)
+	@cd $(SANITIZED) && FORCE_CPU=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	@cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k 'not planted' $(PYTEST_ARGS)
+
 mutants: build  ## plant mistakes in the native code; the tests must notice each
 	@$(BIN)/python tests/mutants.py
 
@@ -85,5 +106,5 @@ wheels: sdist  ## build a wheel for each Python found, try each in a clean envir
 	@$(BIN)/python release/wheels.py "$$(ls -t dist/fastdense-*.tar.gz | head -n 1)" $(WHEELS)
 
 clean:  ## remove builds and caches, keep .venv
-	@rm -rf build dist site *.egg-info fastdense/*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	@rm -rf build dist site *.egg-info fastdense/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

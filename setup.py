@@ -2,7 +2,8 @@
 """Builds the extension fastdense._C; everything declarative is in pyproject.toml.
 
 CUDA is on when torch has it and a toolkit is found. Environment variables: FORCE_CUDA=1,
-FORCE_CPU=1, CUDA_HOME, TORCH_CUDA_ARCH_LIST, NVCC_FLAGS, MAX_JOBS, DEBUG=1.
+FORCE_CPU=1, CUDA_HOME, TORCH_CUDA_ARCH_LIST, NVCC_FLAGS, MAX_JOBS, DEBUG=1,
+SANITIZE=address,undefined (what GCC's -fsanitize takes; "make sanitize" uses it).
 """
 
 import os
@@ -72,6 +73,11 @@ def extension() -> cpp_extension.CppExtension:
         macros["CUDA_VERSION"] = torch.version.cuda
         macros["CUDA_ARCH_LIST"] = os.environ["TORCH_CUDA_ARCH_LIST"] = find_arch_list()
     host = ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-g0"]
+    sanitize = os.environ.get("SANITIZE", "")
+    if sanitize:
+        # Torch's libraries lack the type information that vptr checks look for.
+        host = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+        host += [f"-fsanitize={sanitize}", "-fno-sanitize=vptr"]
     # A ReLU mask recomputed by the backward pass must round as in the forward pass: no fma behind
     # our back, here or below on the device. Traps and errno would block vectorisation without changing a result.
     host += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
@@ -91,7 +97,7 @@ def extension() -> cpp_extension.CppExtension:
         sorted(sources),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        extra_link_args=[] if flag("DEBUG") else ["-s"],
+        extra_link_args=[f"-fsanitize={sanitize}"] if sanitize else [] if flag("DEBUG") else ["-s"],
     )
 
 

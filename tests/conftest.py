@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by all tests: fixed seeds and the device axis."""
 
+import os
 import random
 from collections.abc import Iterator
 
+import hypothesis
 import numpy
 import pytest
 import torch
 
 from tests.processes import Processes
+
+# The same few examples in every run, or many new ones: make fuzz.
+patient = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("few", patient, max_examples=80, derandomize=True, database=None)
+hypothesis.settings.register_profile("fuzz", patient, max_examples=3000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -211,6 +211,19 @@ def test_low_precision_is_no_worse_than_torch(device, dtype):
     assert sum(ours) <= 1.5 * sum(theirs)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_float_sums_over_many_pixels_are_as_good_as_those_of_torch(threads):
+    """However few threads share them: with one, all pixels go through the same sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = Case(batch=8, width=16, num_layers=2, size=(32, 32), tail="transition", dtype=torch.float32)
+        ours, theirs = low_precision_errors(Block, case)
+    finally:
+        torch.set_num_threads(before)
+    assert sum(ours) <= sum(theirs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dropout_in_low_precision(device, dtype):
     """New features of 16 bytes, whose mask takes two random blocks; single gradients differ by flipped ReLUs."""
@@ -312,6 +325,14 @@ def test_output_is_channels_last(device):
     for tail in ("none", "transition", "norm"):
         out, _ = Block(Case(tail=tail, device=device)).run()
         assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_neither_layers_nor_tail(device):
+    block = Block(Case(num_layers=0, device=device))
+    out, statistics = block.run()
+    assert torch.equal(out, block.input) and not statistics.var.any()
+    grad = block.normal(*out.shape)
+    assert torch.equal(block.gradients(out, grad)["input"], grad)
 
 
 def test_empty_batch(device):

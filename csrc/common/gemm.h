@@ -69,8 +69,8 @@ struct Gemm {
     V sum[Rows][2];
 #pragma GCC unroll 12
     for (int i = 0; i < Rows; ++i) {
-      sum[i][0] = accumulate ? V::load(c + i * ldc) : V::splat(0);
-      sum[i][1] = accumulate ? V::load(c + i * ldc + V::kLanes) : V::splat(0);
+      sum[i][0] = V::splat(0);
+      sum[i][1] = V::splat(0);
     }
     for (int64_t k = 0; k < depth; ++k) {
       const V p0 = V::load(panel + k * kPanel), p1 = V::load(panel + k * kPanel + V::kLanes);
@@ -83,6 +83,11 @@ struct Gemm {
     }
 #pragma GCC unroll 12
     for (int i = 0; i < Rows; ++i) {
+      // Last, not first: what many chunks have added up is then rounded once a chunk, not once a term.
+      if (accumulate) {
+        sum[i][0] = V::fma(V::splat(1), V::load(c + i * ldc), sum[i][0]);
+        sum[i][1] = V::fma(V::splat(1), V::load(c + i * ldc + V::kLanes), sum[i][1]);
+      }
       sum[i][0].store(c + i * ldc);
       sum[i][1].store(c + i * ldc + V::kLanes);
     }

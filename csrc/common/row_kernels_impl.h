@@ -20,14 +20,12 @@ void norm_backward(const Source<T>& s, bool with_relu, int64_t row, int64_t rows
   Scratch scratch(room);
   const int64_t n = s.channels;
   A *sum = scratch.take<A>(n), *weighted = scratch.take<A>(n), *dy = scratch.take<A>(n);
-  for (int64_t j = 0; j < n; ++j) sum[j] = weighted[j] = 0;
   const auto sink_pixel = sink.accumulate ? (with_relu ? sink_row<true, true, T> : sink_row<false, true, T>)
                                           : (with_relu ? sink_row<true, false, T> : sink_row<false, false, T>);
-  for (int64_t r = row; r < row + rows; ++r) {
-    for (int64_t j = 0; j < n; ++j) dy[j] = load(grad[r * n + j]);
-    sink_pixel(s, sink, r, 0, n, dy, A(1), sum, weighted);
-  }
-  add_chunk_sums(n, sum, weighted, sink.sum, sink.weighted);
+  sum_in_groups(rows, 1, n, sum, weighted, sink.sum, sink.weighted, [&](int64_t r) {
+    for (int64_t j = 0; j < n; ++j) dy[j] = load(grad[(row + r) * n + j]);
+    sink_pixel(s, sink, row + r, 0, n, dy, A(1), sum, weighted);
+  });
 }
 
 // Input gradient of a norm at one row, rounded to Out.

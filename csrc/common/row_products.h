@@ -110,14 +110,13 @@ void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t
           activate_panels(s, row, rows, begin, end, act);
       },
       [&](int64_t begin, int64_t n, const A* dy, int64_t ldd) {
-        A sum[kColumnBlock] = {}, weighted[kColumnBlock] = {};
-        for (int64_t r = 0; r < rows; ++r) {
+        A sum[kColumnBlock], weighted[kColumnBlock];
+        sum_in_groups(rows, volume, n, sum, weighted, sink.sum + begin, sink.weighted + begin, [&](int64_t r) {
           const int64_t first = pool ? window_origin(*pool, row + r) : row + r;
           for (int64_t w = 0; w < volume; ++w)
             sink_pixel(s, sink, first + (pool ? window_offset(*pool, w) : 0), begin, n, dy + r * ldd, A(1) / A(volume),
                        sum, weighted);
-        }
-        add_chunk_sums(n, sum, weighted, sink.sum + begin, sink.weighted + begin);
+        });
       });
 }
 

@@ -161,7 +161,7 @@ inline void store_rows(const accumulate_t<T>* v, int64_t ldv, int64_t row, int64
 }
 
 // One pixel of a sink, columns from `begin` on: the gradient share * dy of the activation passes its ReLU, or is taken
-// as it is with kRelu = false.  The sums are those of this chunk.
+// as it is with kRelu = false.  The sums are those of sum_in_groups().
 template <bool kRelu, bool kAccumulate, typename T>
 inline void sink_row(const Source<T>& s, const BackwardSink<T>& sink, int64_t pixel, int64_t begin, int64_t n,
                      const accumulate_t<T>* __restrict dy, accumulate_t<T> share, accumulate_t<T>* __restrict sum,
@@ -186,10 +186,20 @@ inline void sink_row(const Source<T>& s, const BackwardSink<T>& sink, int64_t pi
   }
 }
 
-template <typename A>
-inline void add_chunk_sums(int64_t n, const A* chunk_sum, const A* chunk_weighted, double* sum, double* weighted) {
-  for (int64_t i = 0; i < n; ++i) sum[i] += double(chunk_sum[i]);
-  for (int64_t i = 0; i < n; ++i) weighted[i] += double(chunk_weighted[i]);
+// body(row) for all rows, which adds n columns to `sum` and `weighted`. After every kSummed pixels these go over to the
+// totals and start anew: long sums in float would round too often.
+constexpr int64_t kSummed = 32;
+template <typename A, typename Body>
+inline void sum_in_groups(int64_t rows, int64_t pixels_per_row, int64_t n, A* __restrict sum, A* __restrict weighted,
+                          double* __restrict total, double* __restrict total_weighted, const Body& body) {
+  const int64_t step = pixels_per_row < kSummed ? kSummed / pixels_per_row : 1;
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    for (int64_t i = 0; i < n; ++i) sum[i] = weighted[i] = 0;
+    const int64_t end = rows - begin < step ? rows : begin + step;
+    for (int64_t r = begin; r < end; ++r) body(r);
+    for (int64_t i = 0; i < n; ++i) total[i] += double(sum[i]);
+    for (int64_t i = 0; i < n; ++i) total_weighted[i] += double(weighted[i]);
+  }
 }
 
 }  // namespace fastdense::FASTDENSE_TARGET

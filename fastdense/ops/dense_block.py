@@ -84,7 +84,7 @@ def dense_block(
     Returns:
         The output, its channels innermost in memory, ``[N, C0 + L * k, spatial]`` without a tail or with a norm,
         ``[N, co, spatial // 2]`` with a transition; and the batch statistics ``[C0 + L * k + L * b]``: the buffer's
-        channels, then norm2's of every layer.
+        channels, then norm2's of every layer; zeros where no norm asks for any.
 
     Raises:
         ValueError: shapes that do not fit, mixed devices, one value per channel in training, unknown ``memory``.
@@ -232,8 +232,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     needs_input, needs_weights, *rest = ctx.needs_input_grad
-    none = (None,) * len(rest)
-    if not isinstance(needs_weights, list):  # an empty list of weights
+    # Without layers and tail the lists are empty, and autograd takes any empty list for one of tensors.
+    none = (None if ctx.arguments[0] else [], *[None] * (len(rest) - 1))
+    if not isinstance(needs_weights, list):
         needs_weights = []
     if grad_output is None:
         return (None, [None] * len(needs_weights), *none)

@@ -22,8 +22,10 @@ TORCH = Path(torch.__file__).parent
 
 FLAGS = ["-std=c++20", "-O1", "-g0", "-ffp-contract=off", "-fPIC", "-DFASTDENSE_EMULATE"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]  # fibers jump between stacks
-if os.environ.get("FASTDENSE_SANITIZE"):
-    FLAGS += ["-fsanitize=bounds", "-fno-sanitize-recover=bounds"]
+if sanitizers := os.environ.get(
+    "SANITIZE"
+):  # as for setup.py; stacks are not watched, since fibers leave them by jumps
+    FLAGS += [f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "--param=asan-stack=0"]
 
 
 def build(op: str, plant: tuple[str, str] | None = None) -> ctypes.CDLL:
@@ -58,7 +60,7 @@ def link(sources: dict[Path, str | None], extra: Sequence[str] = ()) -> Path:
     library = CACHE / f"{digest(*map(str, objects))}.so"
     if not library.exists():
         torch_libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"] if extra else []
-        run(["-shared", *map(str, objects), *torch_libraries], library)
+        run([*FLAGS, "-shared", *map(str, objects), *torch_libraries], library)
     return library
 
 
@@ -89,7 +91,8 @@ def included(text: str, known: set[Path] | None = None) -> set[Path]:
 def run(arguments: list[str], target: Path) -> None:
     """Runs the compiler; the target appears as a whole or not at all."""
     partial = target.with_suffix(f".{os.getpid()}")
-    subprocess.run([os.environ.get("CXX", "c++"), *arguments, "-o", str(partial)], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not for the compiler
+    subprocess.run([os.environ.get("CXX", "c++"), *arguments, "-o", str(partial)], check=True, env=environment)
     partial.replace(target)
 
 

@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// Convolution of a tile of an image, for the kernels of residual_dense_block_kernels_impl.h; included once per target.
+//
+// A tile is copied into scratch with its halo, zero beyond the image.  A 3x3 kernel goes the way of winograd.h: 16
+// products of the transformed patches.  Otherwise pixels follow each other without gaps, so a row of the kernel is one
+// product whose left factor are the tile's pixels, each with its neighbours behind it; the sums of all rows of the
+// kernel add up in place.
+
+#include "common/row_products.h"
+#include "common/winograd.h"
+
+namespace fastdense::FASTDENSE_TARGET {
+
+// A tile with its halo in scratch.
+template <typename T>
+struct HaloTile {
+  using Operand = typename Gemm<T>::Operand;
+  int64_t halo_rows, halo_columns, rows, stride, channels, ld;
+  Operand* data = nullptr;
+
+  HaloTile(const ConvGeometry& g, const Tile& tile, int64_t channels)
+      : halo_rows(g.kernel[0] / 2),
+        halo_columns(g.kernel[1] / 2),
+        rows(tile.rows + 2 * halo_rows),
+        stride(tile.columns + 2 * halo_columns),
+        channels(channels),
+        ld(round_up(channels, Gemm<T>::kAlign)) {}
+
+  // Products read rows up to a multiple of kAlign, from any pixel on.
+  int64_t pixels() const { return rows * stride + Gemm<T>::kAlign; }
+  int64_t bytes() const { return round_up(pixels() * ld * int64_t(sizeof(Operand)), 64); }
+  Operand* pixel(int64_t row, int64_t column) const { return data + (row * stride + column) * ld; }
+
+  // value(pixel, channel) inside of the image, zero outside.
+  template <typename Value>
+  void fill(const ConvGeometry& g, const Tile& tile, const Value& value) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t y = tile.row + r - halo_rows;
+      for (int64_t q = 0; q < stride; ++q) {
+        const int64_t x = tile.column + q - halo_columns;
+        Operand* __restrict out = pixel(r, q);
+        const bool inside = 0 <= y && y < g.size[0] && 0 <= x && x < g.size[1];
+        const int64_t filled = inside ? channels : 0, at = tile.image * g.pixels() + y * g.size[1] + x;
+        for (int64_t j = 0; j < filled; ++j) out[j] = store<Operand>(value(at, j));
+        for (int64_t j = filled; j < ld; ++j) out[j] = Operand{};
+      }
+    }
+    for (Operand* out = pixel(rows, 0); out < data + pixels() * ld; ++out) *out = Operand{};
+  }
+};
+
+// Pixels of a row of sums, as products may overwrite rows up to a multiple of kAlign.
+template <typename T>
+constexpr int64_t sums_stride(const Tile& tile) {
+  return round_up(tile.columns, Gemm<T>::kAlign);
+}
+template <typename T>
+constexpr int64_t sums_bytes(const Tile& tile) {
+  return tile.rows * sums_stride<T>(tile) * Gemm<T>::kPanel * int64_t(sizeof(accumulate_t<T>));
+}
+
+// AMX multiplies bfloat16, in which transforms would lose digits.
+template <typename T>
+bool uses_winograd(const ConvGeometry& g) {
+  return std::is_same_v<typename Gemm<T>::Operand, accumulate_t<T>> && g.kernel[0] == 3 && g.kernel[1] == 3;
+}
+
+// Products that the sums of a convolution are made of.
+template <typename T>
+int64_t products(const ConvGeometry& g) {
+  return uses_winograd<T>(g) ? kWinogradProducts : g.taps();
+}
+
+// A tile whose results are whole squares of Winograd's; those beyond the image are dropped.
+inline Tile whole_squares(Tile tile) {
+  tile.rows = round_up(tile.rows, kWinogradStep);
+  tile.columns = round_up(tile.columns, kWinogradStep);
+  return tile;
+}
+
+// Transforms of a tile's squares: [kWinogradProducts][squares][ld].
+template <typename T>
+struct Squares {
+  using A = accumulate_t<T>;
+  int64_t down, across, ld;
+  A* data = nullptr;
+
+  Squares(const Tile& whole, int64_t ld)
+      : down(whole.rows / kWinogradStep), across(whole.columns / kWinogradStep), ld(ld) {}
+  int64_t count() const { return down * across; }
+  int64_t plane() const { return count() * ld; }
+  int64_t size() const { return kWinogradProducts * plane(); }
+
+  // From the patch of every square, whose first pixel is that of `halo` so many pixels further.
+  template <int In, typename Apply>
+  void fill(const HaloTile<T>& halo, int64_t shift, const Apply& apply) const {
+    for (int64_t r = 0; r < down; ++r)
+      for (int64_t q = 0; q < across; ++q)
+        winograd_transform<In, kWinogradPatch>(
+            reinterpret_cast<const A*>(halo.pixel(kWinogradStep * r + shift, kWinogradStep * q + shift)),
+            halo.stride * halo.ld, halo.ld, halo.channels, data + (r * across + q) * ld, plane(), apply);
+  }
+  void fill_patches(const HaloTile<T>& halo) const {
+    fill<kWinogradPatch>(halo, 0, [](const A(&d)[4], A(&v)[4]) { winograd_input(d, v); });
+  }
+  void fill_gradients(const HaloTile<T>& halo) const {
+    fill<kWinogradStep>(halo, 1, [](const A(&dy)[2], A(&dm)[4]) { winograd_output_gradient(dy, dm); });
+  }
+};
+
+// A tile of some channels, to be convolved with panels of kernels.
+template <typename T>
+class Convolution {
+  using A = accumulate_t<T>;
+  using G = Gemm<T>;
+  using Operand = typename G::Operand;
+
+ public:
+  Convolution(const ConvGeometry& g, const Tile& tile, int64_t channels)
+      : g_(g),
+        winograd_(uses_winograd<T>(g)),
+        tile_(winograd_ ? whole_squares(tile) : tile),
+        halo_(g, tile_, channels),
+        patches_(tile_, halo_.ld),
+        made_(tile_, G::kPanel) {}
+
+  int64_t bytes() const {
+    int64_t size = halo_.bytes() + round_up(sums_bytes<T>(tile_), 64);
+    if (winograd_) size += (patches_.size() + made_.size()) * int64_t(sizeof(A));
+    return size + 4 * 64;
+  }
+
+  // value(pixel, channel)
+  template <typename Value>
+  void fill(Scratch& scratch, const Value& value) {
+    halo_.data = scratch.take<Operand>(halo_.pixels() * halo_.ld);
+    sums_ = scratch.take<A>(sums_bytes<T>(tile_) / int64_t(sizeof(A)));
+    halo_.fill(g_, tile_, value);
+    if (!winograd_) return;
+    patches_.data = scratch.take<A>(patches_.size());
+    made_.data = scratch.take<A>(made_.size());
+    patches_.fill_patches(halo_);
+  }
+
+  const HaloTile<T>& halo() const { return halo_; }
+  const Tile& tile() const { return tile_; }
+  bool winograd() const { return winograd_; }
+
+  // [tile rows, sums_stride, kPanel]: the convolution with the panel whose first column is `column`.
+  const A* sums(const void* panels, int64_t column) const {
+    const Operand* panel = unpacked<T>(panels) + column * products<T>(g_) * halo_.ld;
+    if (winograd_)
+      square_sums(panel);
+    else
+      tap_sums(panel);
+    return sums_;
+  }
+
+ private:
+  void tap_sums(const Operand* panel) const {
+    const int64_t depth = g_.kernel[1] * halo_.ld, row = sums_stride<T>(tile_) * G::kPanel;
+    for (int64_t t = 0; t < g_.kernel[0]; ++t)
+      for (int64_t r = 0; r < tile_.rows; ++r)
+        G::multiply(tile_.columns, depth, G::kPanel, halo_.pixel(r + t, 0), halo_.ld, panel + t * depth * G::kPanel,
+                    sums_ + r * row, G::kPanel, t > 0);
+  }
+
+  void square_sums(const Operand* panel) const {
+    if constexpr (std::is_same_v<Operand, A>) {
+      for (int64_t p = 0; p < kWinogradProducts; ++p)
+        G::multiply(patches_.count(), halo_.ld, G::kPanel, patches_.data + p * patches_.plane(), halo_.ld,
+                    panel + p * halo_.ld * G::kPanel, made_.data + p * made_.plane(), G::kPanel);
+      const int64_t row = sums_stride<T>(tile_) * G::kPanel;
+      for (int64_t r = 0; r < made_.down; ++r)
+        for (int64_t q = 0; q < made_.across; ++q)
+          inverse(made_.data + (r * made_.across + q) * G::kPanel, sums_ + kWinogradStep * (r * row + q * G::kPanel),
+                  row);
+    }
+  }
+
+  // A square of results from its transforms.
+  void inverse(const A* __restrict from, A* __restrict to, int64_t row) const {
+    const int64_t plane = made_.plane();
+#pragma GCC ivdep
+    for (int64_t j = 0; j < G::kPanel; ++j) {
+      A m[4][4], y[2][2];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) m[i / 4][i % 4] = from[i * plane + j];
+      winograd_both<4, 2>(m, y, [](const A(&v)[4], A(&made)[2]) { winograd_output(v, made); });
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) to[i / 2 * row + i % 2 * G::kPanel + j] = y[i / 2][i % 2];
+    }
+  }
+
+  const ConvGeometry& g_;
+  const bool winograd_;
+  const Tile tile_;
+  HaloTile<T> halo_;
+  Squares<T> patches_, made_;
+  A* sums_ = nullptr;
+};
+
+// Weights [column][depth][taps] of a panel in the products' order; reversed: as the gradient of the input wants them.
+template <typename T, typename A = accumulate_t<T>>
+void pack_kernels(const A* w, const ConvGeometry& g, bool reversed, int64_t depth, int64_t columns,
+                  int64_t depth_stride, int64_t column_stride, void* panel) {
+  using G = Gemm<T>;
+  auto* out = static_cast<typename G::Operand*>(panel);
+  const int64_t taps = g.taps(), size = round_up(depth, G::kAlign) * G::kPanel;
+  if (!uses_winograd<T>(g)) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const A* from = w + (reversed ? taps - 1 - tap : tap);
+      G::fill_panel(
+          depth, columns, [=](int64_t k, int64_t i) { return from[k * depth_stride + i * column_stride]; },
+          out + tap * size);
+    }
+    return;
+  }
+  if constexpr (std::is_same_v<typename G::Operand, A>) {
+    const int64_t n = columns < G::kPanel ? columns : G::kPanel;
+    A taps_of[9][G::kPanel] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const A* from = w + k * depth_stride;
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t t = 0; t < 9; ++t) taps_of[reversed ? 8 - t : t][i] = from[i * column_stride + t];
+      winograd_transform<3, 4>(&taps_of[0][0], 3 * G::kPanel, G::kPanel, G::kPanel, out + k * G::kPanel, size,
+                               [](const A(&v)[3], A(&u)[4]) { winograd_kernel(v, u); });
+    }
+  }
+}
+
+}  // namespace fastdense::FASTDENSE_TARGET

@@ -73,7 +73,7 @@ def train(steps: int, batch: int, size: int, growth_rate: int) -> list[float]:
 
 def main(arguments: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=400, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="pictures of a step; default: %(default)s")
     parser.add_argument("--size", type=int, default=48, help="side of a picture, at least 16; default: %(default)s")
     parser.add_argument("--growth-rate", type=int, default=12, help="default: %(default)s")

@@ -60,8 +60,8 @@ MUTANTS = [
     ("common/row_gradients.h", "this->shared.means(t, count);", ""),
     ("common/winograd.h", "v[2] = d[2] - d[1];", "v[2] = d[1] - d[2];"),
     ("common/winograd.h", "dm[3] = -dy[1];", "dm[3] = dy[1];"),
-    ("residual_dense_block/residual_dense_block_kernels_impl.h", "reversed ? 8 - t : t", "t"),
-    ("residual_dense_block/residual_dense_block_kernels_impl.h", "winograd_ ? whole_squares(tile) : tile", "tile"),
+    ("residual_dense_block/residual_dense_block_tiles.h", "reversed ? 8 - t : t", "t"),
+    ("residual_dense_block/residual_dense_block_tiles.h", "winograd_ ? whole_squares(tile) : tile", "tile"),
     ("residual_dense_block/residual_dense_block_driver.h", "rows -= 2;", "rows -= 1;"),
 ]  # fmt: skip
 

@@ -14,4 +14,11 @@ struct ConvGeometry {
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
 };
 
+// A rectangle of an image.
+struct Tile {
+  int64_t image;
+  int64_t row, rows;
+  int64_t column, columns;
+};
+
 }  // namespace fastdense

@@ -65,18 +65,18 @@ class Forward : RowDriver<T> {
     const int64_t k = args_.growth, outer = args_.conv.size[0], planes = conv_.slab_planes();
     const int64_t slabs = conv_.slabs_per_image(), units = args_.batch * slabs;
     const bool statistics = args_.any_batch_statistics();
-    const at::Tensor weight = RowDriver<T>::tap_rows(layer.conv2.weight);
-    const at::Tensor panels =
-        this->pack(weight.template const_data_ptr<A>(), in.channels, args_.conv.taps() * k, 1, in.channels);
+    const bool squares = conv_.squares();
+    const at::Tensor panels = squares ? conv_.pack_squares(*this, layer.conv2.weight, false) : taps(layer, in.channels);
+    const auto run = squares ? conv_.kernels.conv_squares : conv_.kernels.conv;
     at::Tensor partial = this->template temporary<double>({statistics ? units : 0, 2, k});
     double* p = partial.mutable_data_ptr<double>();
     const void* w = this->panels_of(panels);
     const Dropout dropout = conv_.dropout(seed_, l);
     this->for_each_worker(units, [&](int64_t worker, int64_t unit) {
       const int64_t begin = unit % slabs * planes;
-      conv_.kernels.conv(in, args_.conv, unit / slabs, begin, std::min(begin + planes, outer), w, k,
-                         x_ + layer.channels, ld_, dropout, statistics ? p + 2 * unit * k : nullptr,
-                         statistics ? p + (2 * unit + 1) * k : nullptr, this->scratch(worker));
+      run(in, args_.conv, unit / slabs, begin, std::min(begin + planes, outer), w, k, x_ + layer.channels, ld_, dropout,
+          statistics ? p + 2 * unit * k : nullptr, statistics ? p + (2 * unit + 1) * k : nullptr,
+          this->scratch(worker));
     });
     if (!statistics) return;
     const auto count = [&](int64_t u) {
@@ -84,6 +84,11 @@ class Forward : RowDriver<T> {
       return (std::min(begin + planes, outer) - begin) * args_.conv.plane();
     };
     this->combine(partial, k, count, mean_ + layer.channels, var_ + layer.channels);
+  }
+
+  at::Tensor taps(const LayerArgs& layer, int64_t channels) const {
+    const at::Tensor weight = RowDriver<T>::tap_rows(layer.conv2.weight);
+    return this->pack(weight.template const_data_ptr<A>(), channels, args_.conv.taps() * args_.growth, 1, channels);
   }
 
   void transition(T* out) {

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <type_traits>
 
 #include "common/conv_geometry.h"
 #include "common/row_kernels.h"
@@ -24,12 +26,30 @@ struct DenseBlockKernels {
   // RowKernels for a product with taps * k columns, and slab * k numbers more
   void (*conv)(const Source<T>&, const ConvGeometry&, int64_t image, int64_t begin, int64_t end, const void* panels,
                int64_t k, T* slice, int64_t lds, const Dropout&, double* mean, double* m2, void* scratch);
+  // The same by Winograd's products (winograd.h), with panels of pack().
+  void (*conv_squares)(const Source<T>&, const ConvGeometry&, int64_t image, int64_t begin, int64_t end,
+                       const void* panels, int64_t k, T* slice, int64_t lds, const Dropout&, double* mean, double* m2,
+                       void* scratch);
   // d[row, :n] = dropout factor * finalised gradient
   void (*finalise)(const T* g, const T* x, int64_t ld, int64_t row, int64_t rows, int64_t n, const A* mean,
                    const A* shift_sum, const A* slope_sum, const Dropout&, void* d);
   // backward of a convolution: left = d gathered at the taps
   void (*conv_backward)(const Source<T>&, const ConvGeometry&, int64_t row, int64_t rows, const void* d, int64_t k,
                         const void* panels, const BackwardSink<T>&, void* scratch);
+  void (*conv_squares_backward)(const Source<T>&, const ConvGeometry&, const Tile&, const void* d, int64_t k,
+                                const void* panels, const BackwardSink<T>&, void* scratch);
+
+  // Whether Winograd's products are fewer, forward and backward; rows of a tile of which `channels` numbers a pixel are
+  // transformed; bytes of scratch that they need, that of a slab not included.
+  bool (*uses_squares)(const ConvGeometry&, int64_t k);
+  bool (*uses_squares_backward)(const ConvGeometry&);
+  int64_t (*square_rows)(const ConvGeometry&, int64_t channels);
+  int64_t (*squares_bytes)(const ConvGeometry&, int64_t channels, int64_t k);
+  // As in tile_convolution.h.
+  void (*pack)(const A* weight, const ConvGeometry&, bool reversed, int64_t depth, int64_t columns,
+               int64_t depth_stride, int64_t column_stride, void* panel);
+  void (*weight_gradient)(const A* by_worker, int64_t workers, const ConvGeometry&, int64_t k, int64_t n, int64_t ld,
+                          A* weight);
 };
 
 template <typename T>

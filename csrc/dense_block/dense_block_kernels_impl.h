@@ -4,9 +4,11 @@
 // Convolution.  The growth rate k is small, so the taps are unrolled on the narrow side: forward, one product makes all
 // taps' contributions [rows, taps * k] of every input pixel, which are then added up at their output pixels; backward,
 // the k-channel gradient is gathered at the taps [rows, taps * k] and serves both products, with respect to the input
-// and to the weight.  No wide im2col, no padding arithmetic, and every product is a plain matrix product.
+// and to the weight.  No wide im2col, no padding arithmetic, and every product is a plain matrix product.  Where the
+// 16 products of winograd.h are fewer, tiles of whole rows go that way instead.
 
 #include "common/conv_taps.h"
+#include "common/tile_convolution.h"
 
 namespace fastdense::FASTDENSE_TARGET {
 
@@ -66,6 +68,98 @@ void conv(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begi
   store_rows<T>(out, k, row, slab, {slice, lds, k, mean, m2});
 }
 
+// Transforms cost about a third of what products do.
+template <typename T>
+bool uses_squares(const ConvGeometry& g, int64_t k) {
+  constexpr int64_t kPanel = Gemm<T>::kPanel, kPerPixel = kWinogradProducts / (kWinogradStep * kWinogradStep);
+  return uses_winograd<T>(g) && 4 * kPerPixel * round_up(k, kPanel) < 3 * round_up(g.taps() * k, kPanel);
+}
+
+template <typename T>
+bool uses_squares_backward(const ConvGeometry& g) {
+  return uses_winograd<T>(g);
+}
+
+// Rows of whole squares whose transforms stay in L2.
+template <typename T>
+int64_t square_rows(const ConvGeometry& g, int64_t channels) {
+  constexpr int64_t kBytes = 512 * 1024, kCopies = 4;  // a pixel is in four patches
+  const int64_t row = kCopies * round_up(g.size[1], kWinogradStep) * channels * int64_t(sizeof(accumulate_t<T>));
+  const int64_t fit = kBytes / (row > 0 ? row : 1) / kWinogradStep * kWinogradStep;
+  const int64_t all = round_up(g.size[0], kWinogradStep);
+  return fit < kWinogradStep ? kWinogradStep : fit < all ? fit : all;
+}
+
+template <typename T>
+int64_t squares_bytes(const ConvGeometry& g, int64_t channels, int64_t k) {
+  if (!uses_winograd<T>(g)) return 0;
+  const Tile forward{0, 0, square_rows<T>(g, channels), 0, g.size[1]};
+  const Tile backward{0, 0, square_rows<T>(g, k + 2 * Gemm<T>::kPanel), 0, g.size[1]};
+  const Convolution<T> sums(g, backward, k);
+  const int64_t of_forward = Convolution<T>(g, forward, channels).bytes();
+  const int64_t of_backward = sums.bytes() + SquaresWeightGradient<T>(g, sums).bytes();
+  return of_forward > of_backward ? of_forward : of_backward;
+}
+
+template <typename T, typename A = accumulate_t<T>>
+void conv_squares(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begin, int64_t end,
+                  const void* panels, int64_t k, T* slice, int64_t lds, const Dropout& dropout, double* mean,
+                  double* m2, void* room) {
+  using G = Gemm<T>;
+  Scratch scratch(room);
+  const int64_t plane = g.plane(), slab = (end - begin) * plane, row = image * g.pixels() + begin * plane;
+  A* out = scratch.take<A>(slab * k);
+  for (int64_t at = begin, step = square_rows<T>(g, s.channels); at < end; at += step) {
+    const Tile tile{image, at, end - at < step ? end - at : step, 0, g.size[1]};
+    Scratch rest = scratch;
+    Convolution<T> convolution(g, tile, s.channels);
+    convolution.fill(rest, [&](int64_t pixel, int64_t j) {
+      return norm_relu(A(load(s.x[pixel * s.ld + j])), s.scale[j], s.shift[j]);
+    });
+    for (int64_t j = 0; j < k; j += G::kPanel) {
+      const int64_t n = k - j < G::kPanel ? k - j : G::kPanel;
+      for_each_sum<T>(g, tile, convolution.tile(), convolution.sums(panels, j), [&](int64_t pixel, const A* sums) {
+        A* __restrict to = out + (pixel - row) * k + j;
+        for (int64_t i = 0; i < n; ++i) to[i] = sums[i];
+      });
+    }
+  }
+  apply_dropout(dropout, row, slab, k, out);
+  store_rows<T>(out, k, row, slab, {slice, lds, k, mean, m2});
+}
+
+template <typename T, typename A = accumulate_t<T>>
+void conv_squares_backward(const Source<T>& s, const ConvGeometry& g, const Tile& tile, const void* d, int64_t k,
+                           const void* panels, const BackwardSink<T>& sink, void* room) {
+  using G = Gemm<T>;
+  Scratch scratch(room);
+  Convolution<T> convolution(g, tile, k);
+  const auto* gradient = unpacked<T>(d);
+  convolution.fill(scratch, [&](int64_t pixel, int64_t j) { return A(load(gradient[pixel * k + j])); });
+  SquaresWeightGradient<T> weight(g, convolution);
+  if (sink.dweight) weight.fill(scratch);
+  const auto sink_pixel = sink.accumulate ? sink_row<true, true, T> : sink_row<true, false, T>;
+  const int64_t origin = tile.image * g.pixels() + tile.row * g.size[1];
+  for (int64_t j = 0; j < s.channels; j += G::kPanel) {
+    const int64_t n = s.channels - j < G::kPanel ? s.channels - j : G::kPanel;
+    if (sink.dweight)
+      weight.add(
+          n,
+          [&](int64_t pixel, int64_t i) {
+            return norm_relu(A(load(s.x[pixel * s.ld + j + i])), s.scale[j + i], s.shift[j + i]);
+          },
+          sink.dweight + j, round_up(s.channels, G::kPanel));
+    if (!sink.gradient) continue;
+    const A* sums = convolution.sums(panels, j);
+    const int64_t row = sums_stride<T>(convolution.tile()) * G::kPanel;
+    A sum[G::kPanel], weighted[G::kPanel];
+    sum_in_groups(tile.rows, tile.columns, n, sum, weighted, sink.sum + j, sink.weighted + j, [&](int64_t r) {
+      for (int64_t q = 0; q < tile.columns; ++q)
+        sink_pixel(s, sink, origin + r * tile.columns + q, j, n, sums + r * row + q * G::kPanel, A(1), sum, weighted);
+    });
+  }
+}
+
 template <typename T, typename A = accumulate_t<T>>
 void finalise(const T* g, const T* x, int64_t ld, int64_t row, int64_t rows, int64_t n, const A* mean,
               const A* shift_sum, const A* slope_sum, const Dropout& dropout, void* out) {
@@ -91,7 +185,10 @@ void conv_backward(const Source<T>& s, const ConvGeometry& g, int64_t row, int64
 
 template <typename T>
 const DenseBlockKernels<T>& dense_block_kernels() {
-  static const DenseBlockKernels<T> kernels = {conv<T>, finalise<T>, conv_backward<T>};
+  static const DenseBlockKernels<T> kernels = {
+      conv<T>,           conv_squares<T>,          finalise<T>,    conv_backward<T>, conv_squares_backward<T>,
+      uses_squares<T>,   uses_squares_backward<T>, square_rows<T>, squares_bytes<T>, pack_kernels<T>,
+      weight_gradient<T>};
   return kernels;
 }
 

@@ -20,13 +20,6 @@ struct Prefix {
   int64_t channels;
 };
 
-// A rectangle of an image.
-struct Tile {
-  int64_t image;
-  int64_t row, rows;
-  int64_t column, columns;
-};
-
 template <typename T>
 struct Residual {
   const T* x;  // [pixels, ld], or nullptr

@@ -4,20 +4,10 @@
 // Backward, a tile of the gradient is convolved with the reversed kernel for the input's gradient, and meets the prefix
 // for the weight's, in the transforms of patches or shifted from tap to tap.
 
-#include "residual_dense_block/residual_dense_block_tiles.h"
+#include "common/row_products.h"
+#include "common/tile_convolution.h"
 
 namespace fastdense::FASTDENSE_TARGET {
-
-// visit(index of the pixel, its sums) for the pixels of a tile, whose sums are those of `whole`.
-template <typename T, typename A, typename Visit>
-inline void for_each_sum(const ConvGeometry& g, const Tile& tile, const Tile& whole, const A* sums,
-                         const Visit& visit) {
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const int64_t pixel = tile.image * g.pixels() + (tile.row + r) * g.size[1] + tile.column;
-    for (int64_t q = 0; q < tile.columns; ++q)
-      visit(pixel + q, sums + (r * sums_stride<T>(whole) + q) * Gemm<T>::kPanel);
-  }
-}
 
 // Channels [begin, begin + n) of a pixel of the result.
 template <typename T, typename A = accumulate_t<T>>
@@ -73,9 +63,7 @@ int64_t conv_backward_bytes(int64_t channels, const ConvGeometry& g, const Tile&
   const HaloTile<T>& left = convolution.halo();
   int64_t bytes = convolution.bytes() + 4 * 64;
   if (convolution.winograd()) {
-    const HaloTile<T> prefix(g, convolution.tile(), G::kPanel);
-    const Squares<T> gradients(convolution.tile(), left.ld), patches(convolution.tile(), G::kPanel);
-    bytes += prefix.bytes() + (gradients.size() + patches.size()) * int64_t(sizeof(accumulate_t<T>));
+    bytes += SquaresWeightGradient<T>(g, convolution).bytes();
   } else {
     const int64_t act = round_up(weight_depth(left, tile), G::kAlign) * G::kPanel;
     const int64_t operands = act + G::transposed_size(left.pixels(), left.ld);
@@ -105,18 +93,10 @@ class WeightGradient {
 
  public:
   WeightGradient(Scratch& scratch, const Convolution<T>& sums, const ConvGeometry& g, const Tile& tile)
-      : sums_(sums),
-        g_(g),
-        tile_(tile),
-        gradients_(sums.tile(), sums.halo().ld),
-        patches_(sums.tile(), G::kPanel),
-        prefix_(g, sums.tile(), G::kPanel) {
+      : sums_(sums), g_(g), tile_(tile), squares_(g, sums) {
     const HaloTile<T>& left = sums.halo();
     if (sums.winograd()) {
-      gradients_.data = scratch.take<A>(gradients_.size());
-      patches_.data = scratch.take<A>(patches_.size());
-      prefix_.data = scratch.take<Operand>(prefix_.pixels() * prefix_.ld);
-      gradients_.fill_gradients(left);
+      squares_.fill(scratch);
     } else {
       act_ = scratch.take<Operand>(round_up(weight_depth(left, tile), G::kAlign) * G::kPanel);
       factor_ = G::transpose(left.pixels(), left.channels, left.data, left.ld,
@@ -127,7 +107,8 @@ class WeightGradient {
   // dweight[product][k][channels] += for `n` columns of the prefix from `column` on; taps are in reverse order.
   void add(const Prefix<T>& prefix, int64_t column, int64_t n, A* dweight, int64_t ldw) {
     if (sums_.winograd())
-      add_squares(prefix, column, n, dweight, ldw);
+      squares_.add(
+          n, [&](int64_t pixel, int64_t j) { return A(load(prefix.x[pixel * prefix.ld + column + j])); }, dweight, ldw);
     else
       add_taps(prefix, column, n, dweight, ldw);
   }
@@ -145,53 +126,13 @@ class WeightGradient {
                              dweight + tap * left.ld * ldw, ldw);
   }
 
-  void add_squares(const Prefix<T>& prefix, int64_t column, int64_t n, A* dweight, int64_t ldw) {
-    if constexpr (std::is_same_v<Operand, A>) {
-      prefix_.channels = n;
-      prefix_.fill(g_, sums_.tile(),
-                   [&](int64_t pixel, int64_t j) { return A(load(prefix.x[pixel * prefix.ld + column + j])); });
-      prefix_.channels = G::kPanel;
-      patches_.fill_patches(prefix_);
-      const int64_t count = patches_.count(), k = sums_.halo().channels;
-      for (int64_t p = 0; p < kWinogradProducts; ++p)
-        G::multiply_transposed(count, k, G::kPanel, {gradients_.data + p * gradients_.plane(), gradients_.ld},
-                               patches_.data + p * patches_.plane(), dweight + p * sums_.halo().ld * ldw, ldw);
-    }
-  }
-
   const Convolution<T>& sums_;
   const ConvGeometry& g_;
   const Tile& tile_;
-  Squares<T> gradients_, patches_;
-  HaloTile<T> prefix_;
+  SquaresWeightGradient<T> squares_;
   Operand* act_ = nullptr;
   typename G::Transposed factor_{};
 };
-
-// weight[k][n][taps] = the gradients of all workers [workers][products][padded k][ld], added in order.
-template <typename T, typename A = accumulate_t<T>>
-void weight_gradient(const A* by_worker, int64_t workers, const ConvGeometry& g, int64_t k, int64_t n, int64_t ld,
-                     A* weight) {
-  const int64_t count = products<T>(g), taps = g.taps(), row = round_up(k, Gemm<T>::kAlign) * ld;
-  constexpr int64_t kColumns = 64;
-  A sum[kWinogradProducts][kColumns], made[9][kColumns];
-  for (int64_t begin = 0; begin < n; begin += kColumns) {
-    const int64_t columns = n - begin < kColumns ? n - begin : kColumns;
-    for (int64_t p = 0; p < count; ++p) {
-      A* __restrict total = sum[p];
-      for (int64_t worker = 0; worker < workers; ++worker) {
-        const A* __restrict from = by_worker + (worker * count + p) * row + begin;
-        for (int64_t j = 0; j < columns; ++j) total[j] = worker == 0 ? from[j] : total[j] + from[j];
-      }
-    }
-    if (uses_winograd<T>(g))
-      winograd_transform<4, 3>(&sum[0][0], 4 * kColumns, kColumns, columns, &made[0][0], kColumns,
-                               [](const A(&du)[4], A(&dg)[3]) { winograd_kernel_gradient(du, dg); });
-    for (int64_t j = 0; j < columns; ++j)
-      for (int64_t t = 0; t < taps; ++t)
-        weight[(begin + j) * taps + t] = uses_winograd<T>(g) ? made[t][j] : sum[taps - 1 - t][j];
-  }
-}
 
 // dbias[k] += over the tile.
 template <typename T>

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Convolution of a tile of an image, for the kernels of residual_dense_block_kernels_impl.h; included once per target.
+// Convolution of a tile of an image with panels of kernels, and its backward.  Included once per target, behind
+// row_products.h.
 //
 // A tile is copied into scratch with its halo, zero beyond the image.  A 3x3 kernel goes the way of winograd.h: 16
 // products of the transformed patches.  Otherwise pixels follow each other without gaps, so a row of the kernel is one
 // product whose left factor are the tile's pixels, each with its neighbours behind it; the sums of all rows of the
 // kernel add up in place.
 
-#include "common/row_products.h"
 #include "common/winograd.h"
 
 namespace fastdense::FASTDENSE_TARGET {
@@ -62,7 +62,8 @@ constexpr int64_t sums_bytes(const Tile& tile) {
 // AMX multiplies bfloat16, in which transforms would lose digits.
 template <typename T>
 bool uses_winograd(const ConvGeometry& g) {
-  return std::is_same_v<typename Gemm<T>::Operand, accumulate_t<T>> && g.kernel[0] == 3 && g.kernel[1] == 3;
+  return std::is_same_v<typename Gemm<T>::Operand, accumulate_t<T>> && g.kernel[0] == 3 && g.kernel[1] == 3 &&
+         g.size[2] == 1;
 }
 
 // Products that the sums of a convolution are made of.
@@ -226,6 +227,90 @@ void pack_kernels(const A* w, const ConvGeometry& g, bool reversed, int64_t dept
       winograd_transform<3, 4>(&taps_of[0][0], 3 * G::kPanel, G::kPanel, G::kPanel, out + k * G::kPanel, size,
                                [](const A(&v)[3], A(&u)[4]) { winograd_kernel(v, u); });
     }
+  }
+}
+
+// visit(index of the pixel, its sums) for the pixels of a tile, whose sums are those of `whole`.
+template <typename T, typename A, typename Visit>
+inline void for_each_sum(const ConvGeometry& g, const Tile& tile, const Tile& whole, const A* sums,
+                         const Visit& visit) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t pixel = tile.image * g.pixels() + (tile.row + r) * g.size[1] + tile.column;
+    for (int64_t q = 0; q < tile.columns; ++q)
+      visit(pixel + q, sums + (r * sums_stride<T>(whole) + q) * Gemm<T>::kPanel);
+  }
+}
+
+// The gradient of the kernels by Winograd's products over a tile of their sums' gradient, panel by panel of the
+// channels that the kernels read.
+template <typename T>
+class SquaresWeightGradient {
+  using A = accumulate_t<T>;
+  using G = Gemm<T>;
+  using Operand = typename G::Operand;
+
+ public:
+  SquaresWeightGradient(const ConvGeometry& g, const Convolution<T>& sums)
+      : g_(g),
+        sums_(sums),
+        gradients_(sums.tile(), sums.halo().ld),
+        patches_(sums.tile(), G::kPanel),
+        read_(g, sums.tile(), G::kPanel) {}
+
+  int64_t bytes() const { return read_.bytes() + (gradients_.size() + patches_.size()) * int64_t(sizeof(A)) + 3 * 64; }
+
+  // Behind the filling of the sums' gradient.
+  void fill(Scratch& scratch) {
+    gradients_.data = scratch.take<A>(gradients_.size());
+    patches_.data = scratch.take<A>(patches_.size());
+    read_.data = scratch.take<Operand>(read_.pixels() * read_.ld);
+    gradients_.fill_gradients(sums_.halo());
+  }
+
+  // dweight[product][k][channels] += for n channels of one panel: value(pixel, channel of the panel).
+  template <typename Value>
+  void add(int64_t n, const Value& value, A* dweight, int64_t ldw) {
+    if constexpr (std::is_same_v<Operand, A>) {
+      read_.channels = n;
+      read_.fill(g_, sums_.tile(), value);
+      read_.channels = G::kPanel;
+      patches_.fill_patches(read_);
+      for (int64_t p = 0; p < kWinogradProducts; ++p)
+        G::multiply_transposed(patches_.count(), sums_.halo().channels, G::kPanel,
+                               {gradients_.data + p * gradients_.plane(), gradients_.ld},
+                               patches_.data + p * patches_.plane(), dweight + p * sums_.halo().ld * ldw, ldw);
+    }
+  }
+
+ private:
+  const ConvGeometry& g_;
+  const Convolution<T>& sums_;
+  Squares<T> gradients_, patches_;
+  HaloTile<T> read_;
+};
+
+// weight[k][n][taps] = the gradients of all workers [workers][products][padded k][ld], added in order.
+template <typename T, typename A = accumulate_t<T>>
+void weight_gradient(const A* by_worker, int64_t workers, const ConvGeometry& g, int64_t k, int64_t n, int64_t ld,
+                     A* weight) {
+  const int64_t count = products<T>(g), taps = g.taps(), row = round_up(k, Gemm<T>::kAlign) * ld;
+  constexpr int64_t kColumns = 64;
+  A sum[kWinogradProducts][kColumns], made[9][kColumns];
+  for (int64_t begin = 0; begin < n; begin += kColumns) {
+    const int64_t columns = n - begin < kColumns ? n - begin : kColumns;
+    for (int64_t p = 0; p < count; ++p) {
+      A* __restrict total = sum[p];
+      for (int64_t worker = 0; worker < workers; ++worker) {
+        const A* __restrict from = by_worker + (worker * count + p) * row + begin;
+        for (int64_t j = 0; j < columns; ++j) total[j] = worker == 0 ? from[j] : total[j] + from[j];
+      }
+    }
+    if (uses_winograd<T>(g))
+      winograd_transform<4, 3>(&sum[0][0], 4 * kColumns, kColumns, columns, &made[0][0], kColumns,
+                               [](const A(&du)[4], A(&dg)[3]) { winograd_kernel_gradient(du, dg); });
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t t = 0; t < taps; ++t)
+        weight[(begin + j) * taps + t] = uses_winograd<T>(g) ? made[t][j] : sum[taps - 1 - t][j];
   }
 }
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FILES = ["tests/test_mean_join.py", "tests/test_dual_path.py", "tests/test_dense_block.py"]
-FILES += ["tests/test_sync_batch_norm.py", "tests/test_residual_dense_block.py"]
+FILES = ["tests/test_mean_join.py", "tests/test_residual_dense_block.py", "tests/test_dual_path.py"]
+FILES += ["tests/test_dense_block.py", "tests/test_sync_batch_norm.py"]
 
 # (file below csrc, what stands there, what is planted)
 MUTANTS = [
@@ -60,9 +60,11 @@ MUTANTS = [
     ("common/row_gradients.h", "this->shared.means(t, count);", ""),
     ("common/winograd.h", "v[2] = d[2] - d[1];", "v[2] = d[1] - d[2];"),
     ("common/winograd.h", "dm[3] = -dy[1];", "dm[3] = dy[1];"),
-    ("residual_dense_block/residual_dense_block_tiles.h", "reversed ? 8 - t : t", "t"),
-    ("residual_dense_block/residual_dense_block_tiles.h", "winograd_ ? whole_squares(tile) : tile", "tile"),
+    ("common/tile_convolution.h", "reversed ? 8 - t : t", "t"),
+    ("common/tile_convolution.h", "winograd_ ? whole_squares(tile) : tile", "tile"),
     ("residual_dense_block/residual_dense_block_driver.h", "rows -= 2;", "rows -= 1;"),
+    ("dense_block/dense_block_kernels_impl.h", "origin + r * tile.columns + q", "origin + q"),
+    ("dense_block/dense_block_kernels_impl.h", "out + (pixel - row) * k + j", "out + (pixel - row) * k"),
 ]  # fmt: skip
 
 CUDA_MUTANTS = [
@@ -102,10 +104,10 @@ CUDA_MUTANTS = [
     ("dual_path/dual_path_cuda.h", "this->matrix(y).from_column(s.first)", "this->matrix(y)"),
     ("dual_path/dual_path_forward_cuda.cpp", "if (i > 0 || !args.projection) copy", "if (i > 0) copy"),
     ("dual_path/dual_path_forward_cuda.cpp", "wanted ? appended.of_chunk(chunk)", "wanted ? appended.of_chunk(0)"),
-    ("dual_path/dual_path_backward_cuda.cpp", "corrections((args.num_blocks() - 1 - i) * r)", "corrections((args.num_blocks() - 1) * r)"),
+    ("dual_path/dual_path_backward_cuda.cpp", "return (args.num_blocks() - 1 - i) * r;", "return (args.num_blocks() - 1) * r;"),
     ("dual_path/dual_path_backward_cuda.cpp", "t(), 1, -1);", "t(), 1, 1);"),
     ("dual_path/dual_path_backward_cuda.cpp", "return {input_segment(false)};", "return {input_segment(true)};"),
-    ("dual_path/dual_path_backward_cuda.cpp", "dense_corrections(dense), rows", "dense_corrections(0), rows"),
+    ("dual_path/dual_path_backward_cuda.cpp", "corrections(of_dense(dense)), rows", "corrections(of_dense(0)), rows"),
     ("running_stats/running_stats_kernels.cu", "__syncthreads();  // all have read before one writes", ""),
     ("running_stats/running_stats_kernels.cu", "n.offset + j], unbias", "n.offset + j], 1.0"),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 
 import ast
 import functools
+import importlib.util
 import os
 import re
 import subprocess
@@ -161,3 +162,16 @@ def test_setup_for_cpu_ignores_a_broken_toolkit(tmp_path):
     result = run_setup(FORCE_CPU="1", CUDA_HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "CPU only" in result.stderr
+
+
+def test_planted_mistakes_still_find_their_place():
+    """``make mutants`` is long; that what it looks for is still in the sources is seen here."""
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tests" / "mutants.py")
+    mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    missing = [
+        (name, before)
+        for name, before, _ in mutants.MUTANTS + mutants.CUDA_MUTANTS
+        if before not in (ROOT / "csrc" / name).read_text()
+    ]
+    assert missing == []

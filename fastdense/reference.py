@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain PyTorch versions of the operators: slow, obvious, differentiable by autograd. The only oracle of the tests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from fastdense.ops.residual_dense_block import ConvWeights
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-_MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+_MAX_POOL: tuple[Callable[..., Tensor], ...] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
 
 def _conv(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:

@@ -162,7 +162,8 @@ def has_fused_relu(norm: nn.Module) -> bool:
     )
 
 
-def _check_norm(norm: Any, name: str) -> Any:
+def check_norm(norm: Any, name: str) -> Any:
+    """A batch norm whose statistics can be taken, or used, and moved without a call of it."""
     if norm is None or (type(norm) not in _NORMS and not has_fused_relu(norm)):
         raise NotFusible(f"{name} is a {class_name(norm)}, not a BatchNorm with ReLU")
     check_quiet(norm, name)
@@ -175,7 +176,7 @@ def _check_norm(norm: Any, name: str) -> Any:
 
 def check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> Any:
     """A batch norm followed by ReLU: two modules, or one that does both."""
-    found = _check_norm(child(module, norm), f"{where}{norm}")
+    found = check_norm(child(module, norm), f"{where}{norm}")
     activation = child(module, relu)
     if has_fused_relu(found) == (activation is not None):
         raise NotFusible(f"{where}{norm} is not followed by one ReLU")
@@ -289,7 +290,7 @@ def read_transition(module: nn.Module) -> Tail:
 def read_last_norm(module: nn.Module) -> Tail:
     """Reads a batch norm behind the last block, with or without a ReLU inside."""
     check_no_global_hooks()
-    return Tail(_check_norm(module, "norm"), None, has_fused_relu(module))
+    return Tail(check_norm(module, "norm"), None, has_fused_relu(module))
 
 
 def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.BatchNorm2d]:

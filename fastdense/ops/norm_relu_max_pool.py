@@ -44,8 +44,8 @@ def norm_relu_max_pool(
             :class:`torch.nn.SyncBatchNorm` does; "" for this process alone. All of its processes call the op together.
 
     Returns:
-        ``[N, C, pooled]`` of the input's dtype, with the channels innermost in memory where those of ``input`` are, else
-        contiguous; under autocast on a CPU float32 from three spatial dimensions of a 16-bit type, as by
+        ``[N, C, pooled]`` of the input's dtype, with the channels innermost in memory where those of ``input`` are,
+        else contiguous; under autocast on a CPU float32 from three spatial dimensions of a 16-bit type, as by
         :func:`torch.nn.functional.max_pool3d`. And the batch statistics ``[C]``, zeros where statistics are given.
 
     Raises:
@@ -95,9 +95,7 @@ def _(
     process_group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, channels, *spatial = input.shape
-    pooled = [
-        (size + 2 * p - k) // s + 1 for size, k, s, p in zip(spatial, kernel_size, stride, padding, strict=True)
-    ]
+    pooled = [(size + 2 * p - k) // s + 1 for size, k, s, p in zip(spatial, kernel_size, stride, padding, strict=True)]
     out = empty_in_layout(input, [batch, channels, *pooled])
     winners = torch.empty_like(out, dtype=torch.uint8) if keep_winners else input.new_empty([0], dtype=torch.uint8)
     mean = input.new_empty([channels], dtype=statistics_dtype(input))

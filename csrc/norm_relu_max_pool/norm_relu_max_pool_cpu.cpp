@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <torch/library.h>
 
+#include <limits>
 #include <vector>
 
 #include "common/row_gradients.h"
@@ -51,16 +52,14 @@ NormPool<T> norm_pool(const NormPoolArgs& args, const typename RowDriver<T>::Coe
           c.rstd(),      static_cast<const T*>(x.const_data_ptr())};
 }
 
-// body(worker, line, scratch) for all lines of images of that size.
+// body(worker, unit, scratch) for all units.
 template <typename T, typename Body>
-void for_each_line(const RowDriver<T>& rows, const NormPoolArgs& args, const NormPool<T>& pool,
-                   const int64_t (&size)[3], const Body& body) {
+void for_each_unit(const RowDriver<T>& rows, const NormPool<T>& pool, int64_t units, const Body& body) {
   using A = accumulate_t<T>;
   const int64_t numbers = norm_pool_kernels<T>(simd_level()).scratch(pool);
   const at::Tensor scratch = RowDriver<T>::template temporary<A>({rows.workers, numbers});
   A* room = scratch.template mutable_data_ptr<A>();
-  rows.for_each_worker(pool.lines(args.batch, size),
-                       [&](int64_t worker, int64_t line) { body(worker, line, room + worker * numbers); });
+  rows.for_each_worker(units, [&](int64_t worker, int64_t unit) { body(worker, unit, room + worker * numbers); });
 }
 
 struct CpuEngine {
@@ -77,8 +76,8 @@ struct CpuEngine {
     const NormPoolForward<T> p{norm_pool<T>(args, c, x), static_cast<T*>(o.y.mutable_data_ptr()),
                                o.winners.dim() > 1 ? o.winners.mutable_data_ptr<uint8_t>() : nullptr};
     const auto& kernels = norm_pool_kernels<T>(simd_level());
-    for_each_line(rows, args, p, args.g.pooled,
-                  [&](int64_t, int64_t line, A* room) { kernels.forward(p, line, room); });
+    for_each_unit<T>(rows, p, p.pooled_lines(args.batch),
+                     [&](int64_t, int64_t line, A* room) { kernels.forward(p, line, room); });
   }
 
   template <typename T>
@@ -91,7 +90,8 @@ struct CpuEngine {
     const at::Tensor winners = args.layout.arrange(saved.winners);
     const auto c =
         rows.coefficients(args.norm, saved.mean.const_data_ptr<A>(), saved.var.const_data_ptr<A>(), args.channels);
-    int64_t offsets[kNoWinner];
+    int64_t offsets[kNoWinner + 1];
+    offsets[kNoWinner] = std::numeric_limits<int64_t>::min() / 2;
     for (int w = 0; w < kNoWinner; ++w)
       offsets[w] = position_offset(args.g, w) * (args.layout.channels_last ? args.channels : 1);
     NormPoolBackward<T> p{norm_pool<T>(args, c, x),
@@ -105,7 +105,7 @@ struct CpuEngine {
     const auto& kernels = norm_pool_kernels<T>(simd_level());
     const at::Tensor no_weights = rows.worker_gradients(false, 0, 0);
     if (!args.norm.frozen() || needs[1] || needs[2])
-      for_each_line(rows, args, p, args.g.pooled, [&](int64_t worker, int64_t line, A* room) {
+      for_each_unit<T>(rows, p, p.pooled_lines(args.batch), [&](int64_t worker, int64_t line, A* room) {
         const auto sink = rows.sink(worker, nullptr, 0, false, nullptr, no_weights);
         kernels.sums(p, line, sink.sum, sink.weighted, room);
       });
@@ -118,8 +118,8 @@ struct CpuEngine {
     p.inv_count = terms.inv_count;
     rows.grads()[0] = args.layout.empty(saved.input.sizes(), saved.input.options());
     p.dx = static_cast<T*>(rows.grads()[0].mutable_data_ptr());
-    for_each_line(rows, args, p, args.g.size,
-                  [&](int64_t, int64_t line, A* scratch) { kernels.input_gradient(p, line, scratch); });
+    for_each_unit<T>(rows, p, p.gradient_units(args.batch),
+                     [&](int64_t, int64_t unit, A* scratch) { kernels.input_gradient(p, unit, scratch); });
     return rows.grads();
   }
 };

@@ -5,6 +5,18 @@ namespace fastdense {
 namespace FASTDENSE_TARGET {
 namespace {
 
+// Numbers of a vector.  Loops that move bytes beside wider numbers would else take as many numbers at a time as a
+// vector has bytes, and most lines have fewer.
+#if defined(FASTDENSE_TARGET_AVX512)
+constexpr int kVectorBytes = 64;
+#elif defined(FASTDENSE_TARGET_AVX2)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+template <typename A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
 // As wide as the arithmetic, so that selects of both vectorise alike.
 template <typename A>
 using Position = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
@@ -34,13 +46,6 @@ struct Phases {
     for (int64_t p = 0; p < stride; ++p)
       for (int64_t i = 0; i * stride + p < size; ++i) data[p * length + i] = value(i * stride + p);
   }
-  // line[i] = data of index i
-  void gather(A* __restrict line) const {
-    if (stride == 1) return gather<1>(line);
-    if (stride == 2) return gather<2>(line);
-    for (int64_t i = 0; i < length; ++i)
-      for (int64_t p = 0; p < stride; ++p) line[i * stride + p] = data[p * length + i];
-  }
 
  private:
   template <int kStride, typename Value>
@@ -48,17 +53,8 @@ struct Phases {
     for (int64_t p = 0; p < kStride; ++p) {
       A* __restrict to = data + p * length;
       const int64_t count = (size - p + kStride - 1) / kStride;
-#pragma omp simd
+#pragma omp simd simdlen(kLanes<A>)
       for (int64_t i = 0; i < count; ++i) to[i] = value(i * kStride + p);
-    }
-  }
-  template <int kStride>
-  void gather(A* __restrict line) const {
-    const A *first = data, *last = data + (kStride - 1) * length;
-#pragma omp simd
-    for (int64_t i = 0; i < length; ++i) {
-      line[i * kStride] = first[i];
-      if constexpr (kStride == 2) line[i * kStride + 1] = last[i];
     }
   }
 };
@@ -79,7 +75,8 @@ struct Along {
 
 template <typename T>
 int64_t scratch(const NormPool<T>& p) {
-  return p.channels_last ? 2 * p.channels : 2 * p.g.pooled[2] + 2 * Phases<accumulate_t<T>>::room(p.g);
+  const int64_t planes = 2 * p.g.pooled[2] + Phases<accumulate_t<T>>::room(p.g);
+  return p.channels_last ? 2 * p.channels : max_index(planes, p.gradient_lines() * p.g.size[2]);
 }
 
 // body(number of the position, offset from x) for the positions of the outer two axes of window (o0, o1).
@@ -107,10 +104,10 @@ void for_each_window_of_line(const MaxPoolGeometry& g, int64_t i0, int64_t i1, c
 template <typename T, typename A>
 void store_pooled(int64_t count, const A* __restrict best, const Position<A>* __restrict position, T* __restrict y,
                   uint8_t* __restrict winners) {
-#pragma omp simd
+#pragma omp simd simdlen(kLanes<A>)
   for (int64_t j = 0; j < count; ++j) y[j] = store<T>(best[j]);
   if (!winners) return;
-#pragma omp simd
+#pragma omp simd simdlen(kLanes<A>)
   for (int64_t j = 0; j < count; ++j) winners[j] = uint8_t(position[j]);
 }
 
@@ -139,7 +136,7 @@ void forward_rows(const NormPoolForward<T>& p, int64_t number, A* room) {
       for (int64_t w = along.begin; w < along.end; ++w) {
         const T* __restrict x = image + (offset + o * g.stride[2] - g.padding[2] + w) * n;
         const auto number = Position<A>(first + w);
-#pragma omp simd
+#pragma omp simd simdlen(kLanes<A>)
         for (int64_t j = 0; j < n; ++j) lead(mul_add(A(load(x[j])), scale[j], shift[j]), number, best[j], position[j]);
       }
     });
@@ -166,7 +163,7 @@ void forward_plane(const NormPoolForward<T>& p, int64_t number, A* room) {
     for (int64_t w = 0; w < g.window[2]; ++w) {
       const Along<A> along(g, phases, w);
       const auto number = Position<A>(first + w);
-#pragma omp simd
+#pragma omp simd simdlen(kLanes<A>)
       for (int64_t o = along.begin; o < along.end; ++o) lead(along.phase[o], number, best[o], position[o]);
     }
   });
@@ -243,51 +240,52 @@ void input_gradient_rows(const NormPoolBackward<T>& p, int64_t number, A* room) 
         const T* __restrict grad = p.grad + at;
         const uint8_t* __restrict winners = p.winners + at;
         const auto position = uint8_t(first + i + g.padding[2] - o * g.stride[2]);
-#pragma omp simd
+#pragma omp simd simdlen(kLanes<A>)
         for (int64_t j = 0; j < n; ++j) dy[j] += winners[j] == position ? A(load(grad[j])) : A(0);
       }
     });
     const int64_t at = (number * g.size[2] + i) * n;
     const T* __restrict x = p.x + at;
     T* __restrict dx = p.dx + at;
-#pragma omp simd
+#pragma omp simd simdlen(kLanes<A>)
     for (int64_t j = 0; j < n; ++j)
       dx[j] = store<T>(
           norm_input_gradient<A>(dy[j], load(x[j]), {scale[j], A(0), mean[j], rstd[j]}, t1[j], t2[j], inv_count));
   }
 }
 
+// Scatters the gradients of all windows that reach into the lines, in ascending order.
 template <typename T, typename A = accumulate_t<T>>
 void input_gradient_plane(const NormPoolBackward<T>& p, int64_t number, A* room) {
   const MaxPoolGeometry g = p.g;
-  const Line line(number, g.size);
-  const int64_t n = g.size[2], channel = line.outer % p.channels, plane = line.outer * g.pooled_pixels();
-  const Phases<A> phases(room, g);
-  for (int64_t i = 0; i < Phases<A>::room(g); ++i) room[i] = 0;
-  for_each_window_of_line(g, line.i0, line.i1, [&](int64_t first, int64_t offset) {
-    const T* __restrict grad = p.grad + plane + offset;
-    const uint8_t* __restrict winners = p.winners + plane + offset;
-    for (int64_t w = g.window[2]; w-- > 0;) {  // so that an index meets its windows in ascending order
-      const Along<A> along(g, phases, w);
-      const auto position = uint8_t(first + w);
-      A* __restrict dy = along.phase;
-#pragma omp simd
-      for (int64_t o = along.begin; o < along.end; ++o) dy[o] += winners[o] == position ? A(load(grad[o])) : A(0);
+  const int64_t lines = p.gradient_lines(), blocks = (g.size[1] + lines - 1) / lines, slice = number / blocks;
+  const int64_t plane = slice / g.size[0], i0 = slice % g.size[0], first = number % blocks * lines;
+  const int64_t last = min_index(first + lines, g.size[1]) - 1, channel = plane % p.channels;
+  const int64_t begin = (slice * g.size[1] + first) * g.size[2], count = (last + 1 - first) * g.size[2];
+  A* __restrict dy = room;
+  for (int64_t i = 0; i < count; ++i) dy[i] = 0;
+  const IndexRange r0 = windows_of(g, 0, i0);
+  for (int64_t o0 = r0.begin; o0 < r0.end; ++o0)
+    for (int64_t o1 = windows_of(g, 1, first).begin; o1 < windows_of(g, 1, last).end; ++o1) {
+      const int64_t at = ((plane * g.pooled[0] + o0) * g.pooled[1] + o1) * g.pooled[2];
+      const int64_t start = window_start(g, plane, o0, o1, 0) - begin;
+      for (int64_t o2 = 0; o2 < g.pooled[2]; ++o2) {
+        const int64_t i = start + o2 * g.stride[2] + p.offsets[p.winners[at + o2]];
+        if (0 <= i && i < count) dy[i] += load(p.grad[at + o2]);
+      }
     }
-  });
-  A* __restrict dy = room + Phases<A>::room(g);
-  phases.gather(dy);
   const NormCoefficients<A> norm{p.scale[channel], A(0), p.mean[channel], p.rstd[channel]};
   const A t1 = p.t1[channel], t2 = p.t2[channel], inv_count = p.inv_count;
-  const T* __restrict x = p.x + number * n;
-  T* __restrict dx = p.dx + number * n;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) dx[i] = store<T>(norm_input_gradient<A>(dy[i], load(x[i]), norm, t1, t2, inv_count));
+  const T* __restrict x = p.x + begin;
+  T* __restrict dx = p.dx + begin;
+#pragma omp simd simdlen(kLanes<A>)
+  for (int64_t i = 0; i < count; ++i)
+    dx[i] = store<T>(norm_input_gradient<A>(dy[i], load(x[i]), norm, t1, t2, inv_count));
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void input_gradient(const NormPoolBackward<T>& p, int64_t line, A* room) {
-  p.channels_last ? input_gradient_rows(p, line, room) : input_gradient_plane(p, line, room);
+void input_gradient(const NormPoolBackward<T>& p, int64_t unit, A* room) {
+  p.channels_last ? input_gradient_rows(p, unit, room) : input_gradient_plane(p, unit, room);
 }
 
 }  // namespace

@@ -64,7 +64,7 @@ MUTANTS = [
     ("norm_relu_max_pool/norm_relu_max_pool_math.h", "line % size1) * g.size[2]", "line % size1) * g.size[1]"),
     ("norm_relu_max_pool/norm_relu_max_pool_kernels_impl.h", "begin = -steps < 0 ? 0 : -steps;", "begin = -steps < 0 ? 0 : 1 - steps;"),
     ("norm_relu_max_pool/norm_relu_max_pool_kernels_impl.h", "weighted += g * deviation;", "weighted += g;"),
-    ("norm_relu_max_pool/norm_relu_max_pool_kernels_impl.h", "int64_t w = g.window[2]; w-- > 0;", "int64_t w = 0; w < g.window[2]; ++w"),
+    ("norm_relu_max_pool/norm_relu_max_pool_kernels_impl.h", "0 <= i && i < count", "0 <= i && i + 1 < count"),
     ("norm_relu_max_pool/norm_relu_max_pool_cpu.cpp", "add(x + rows * kColumns, 1, count - rows * kColumns);", ""),
     ("norm_relu_max_pool/norm_relu_max_pool_cpu.cpp", "args.layout.arrange(grad_output)", "grad_output.contiguous()"),
     ("norm_relu_max_pool/norm_relu_max_pool_cpu.cpp", "* (args.layout.channels_last ? args.channels : 1)", ""),

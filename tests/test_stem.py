@@ -218,6 +218,15 @@ def test_norms_without_parameters_or_statistics(options, training):
     assert_same(actual, step(plain, x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_synchronised_norms_of_one_process(training):
+    plain, fast = (nn.SyncBatchNorm.convert_sync_batchnorm(front(net)).train(training) for net in pair())
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64)
+    with stem_calls(1, 1):
+        actual = step(fast, x)
+    assert_same(actual, step(plain, x))
+
+
 def test_other_norms_run_plain():
     _, fast = pair(change=lambda net: setattr(net.features, "norm0", nn.InstanceNorm2d(8)))
     with stem_calls(0):

@@ -169,7 +169,7 @@ def test_only_new_channels_are_exchanged(processes):
 
 
 class Stem(nn.Module):
-    """A first convolution without a norm, and blocks behind it."""
+    """A first convolution, and what reads it."""
 
     def __init__(self, behind: nn.Module, channels: int) -> None:
         super().__init__()
@@ -181,11 +181,11 @@ class Stem(nn.Module):
 
 
 def torchvision_blocks() -> nn.Module:
-    return Stem(torchvision_net().features[4:], 8)
+    return Stem(torchvision_net().features[1:], 8)
 
 
 def timm_blocks() -> nn.Module:
-    return Stem(timm_net().features[3:], 12)
+    return Stem(timm_net().features[1:], 12)
 
 
 def dual_path_blocks() -> nn.Module:

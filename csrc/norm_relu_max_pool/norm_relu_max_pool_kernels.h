@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/simd.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_math.h"

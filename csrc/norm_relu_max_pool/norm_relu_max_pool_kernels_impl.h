@@ -17,6 +17,17 @@ constexpr int kVectorBytes = 16;
 template <typename A>
 constexpr int kLanes = kVectorBytes / sizeof(A);
 
+// body(i) for i in [begin, end): whole vectors, then halves of one.
+template <typename A, typename Body>
+inline void for_each_lane(int64_t begin, int64_t end, const Body& shared) {
+  const Body body = shared;  // whose pointers no store of the loops can change
+  const int64_t whole = begin + (end - begin) / kLanes<A> * kLanes<A>;
+#pragma omp simd simdlen(kLanes<A>)
+  for (int64_t i = begin; i < whole; ++i) body(i);
+#pragma omp simd simdlen(kLanes<A> / 2)
+  for (int64_t i = whole; i < end; ++i) body(i);
+}
+
 // As wide as the arithmetic, so that selects of both vectorise alike.
 template <typename A>
 using Position = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
@@ -53,8 +64,7 @@ struct Phases {
     for (int64_t p = 0; p < kStride; ++p) {
       A* __restrict to = data + p * length;
       const int64_t count = (size - p + kStride - 1) / kStride;
-#pragma omp simd simdlen(kLanes<A>)
-      for (int64_t i = 0; i < count; ++i) to[i] = value(i * kStride + p);
+      for_each_lane<A>(0, count, [=](int64_t i) { to[i] = value(i * kStride + p); });
     }
   }
 };
@@ -104,11 +114,9 @@ void for_each_window_of_line(const MaxPoolGeometry& g, int64_t i0, int64_t i1, c
 template <typename T, typename A>
 void store_pooled(int64_t count, const A* __restrict best, const Position<A>* __restrict position, T* __restrict y,
                   uint8_t* __restrict winners) {
-#pragma omp simd simdlen(kLanes<A>)
-  for (int64_t j = 0; j < count; ++j) y[j] = store<T>(best[j]);
+  for_each_lane<A>(0, count, [=](int64_t j) { y[j] = store<T>(best[j]); });
   if (!winners) return;
-#pragma omp simd simdlen(kLanes<A>)
-  for (int64_t j = 0; j < count; ++j) winners[j] = uint8_t(position[j]);
+  for_each_lane<A>(0, count, [=](int64_t j) { winners[j] = uint8_t(position[j]); });
 }
 
 template <typename A>
@@ -136,8 +144,8 @@ void forward_rows(const NormPoolForward<T>& p, int64_t number, A* room) {
       for (int64_t w = along.begin; w < along.end; ++w) {
         const T* __restrict x = image + (offset + o * g.stride[2] - g.padding[2] + w) * n;
         const auto number = Position<A>(first + w);
-#pragma omp simd simdlen(kLanes<A>)
-        for (int64_t j = 0; j < n; ++j) lead(mul_add(A(load(x[j])), scale[j], shift[j]), number, best[j], position[j]);
+        for_each_lane<A>(
+            0, n, [=](int64_t j) { lead(mul_add(A(load(x[j])), scale[j], shift[j]), number, best[j], position[j]); });
       }
     });
     const int64_t at = (number * g.pooled[2] + o) * n;
@@ -163,8 +171,8 @@ void forward_plane(const NormPoolForward<T>& p, int64_t number, A* room) {
     for (int64_t w = 0; w < g.window[2]; ++w) {
       const Along<A> along(g, phases, w);
       const auto number = Position<A>(first + w);
-#pragma omp simd simdlen(kLanes<A>)
-      for (int64_t o = along.begin; o < along.end; ++o) lead(along.phase[o], number, best[o], position[o]);
+      const A* __restrict phase = along.phase;
+      for_each_lane<A>(along.begin, along.end, [=](int64_t o) { lead(phase[o], number, best[o], position[o]); });
     }
   });
   store_pooled(n, best, position, p.y + number * n, p.winners ? p.winners + number * n : nullptr);
@@ -239,18 +247,17 @@ void input_gradient_rows(const NormPoolBackward<T>& p, int64_t number, A* room) 
         const int64_t at = (image + offset + o) * n;
         const T* __restrict grad = p.grad + at;
         const uint8_t* __restrict winners = p.winners + at;
-        const auto position = uint8_t(first + i + g.padding[2] - o * g.stride[2]);
-#pragma omp simd simdlen(kLanes<A>)
-        for (int64_t j = 0; j < n; ++j) dy[j] += winners[j] == position ? A(load(grad[j])) : A(0);
+        const auto position = Position<A>(first + i + g.padding[2] - o * g.stride[2]);  // a byte would not vectorise
+        for_each_lane<A>(0, n, [=](int64_t j) { dy[j] += winners[j] == position ? A(load(grad[j])) : A(0); });
       }
     });
     const int64_t at = (number * g.size[2] + i) * n;
     const T* __restrict x = p.x + at;
     T* __restrict dx = p.dx + at;
-#pragma omp simd simdlen(kLanes<A>)
-    for (int64_t j = 0; j < n; ++j)
-      dx[j] = store<T>(
-          norm_input_gradient<A>(dy[j], load(x[j]), {scale[j], A(0), mean[j], rstd[j]}, t1[j], t2[j], inv_count));
+    for_each_lane<A>(0, n, [=](int64_t j) {
+      const NormCoefficients<A> norm{scale[j], A(0), mean[j], rstd[j]};
+      dx[j] = store<T>(norm_input_gradient<A>(dy[j], load(x[j]), norm, t1[j], t2[j], inv_count));
+    });
   }
 }
 
@@ -278,9 +285,9 @@ void input_gradient_plane(const NormPoolBackward<T>& p, int64_t number, A* room)
   const A t1 = p.t1[channel], t2 = p.t2[channel], inv_count = p.inv_count;
   const T* __restrict x = p.x + begin;
   T* __restrict dx = p.dx + begin;
-#pragma omp simd simdlen(kLanes<A>)
-  for (int64_t i = 0; i < count; ++i)
+  for_each_lane<A>(0, count, [=](int64_t i) {
     dx[i] = store<T>(norm_input_gradient<A>(dy[i], load(x[i]), norm, t1, t2, inv_count));
+  });
 }
 
 template <typename T, typename A = accumulate_t<T>>

@@ -176,8 +176,8 @@ def run_stem(stem: Stem, input: Tensor) -> Tensor:
     try:
         check_runs_here("norm_relu_max_pool", input)
         group = process_group_of([stem.norm])
-        if stem.pool is None or input.dim() != 2 + len(stem.pool.kernel_size):
-            raise NotFusible("the operator knows no such pool")
+        if stem.pool is None or not stem.takes(input):
+            raise NotFusible("the operator knows no such pool or mix of types")
         if input.numel() == 0 and group is None:
             raise NotFusible("a batch of nothing has no statistics")
     except NotFusible:

@@ -5,7 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastdense.nn.recomputed import POOLS, check_unobserved
 from fastdense.nn.structure import NotFusible, check_norm, has_fused_relu
@@ -29,6 +30,15 @@ class Stem(NamedTuple):
     @property
     def norm(self) -> Any:
         return self.modules[0]
+
+    def takes(self, input: Tensor) -> bool:
+        """Whether the operator runs in place of the modules: the pool, and dimensions and types as torch has them."""
+        norm = self.norm
+        tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        types = {t.dtype for t in tensors if t is not None}
+        mixed = input.dtype.itemsize == 2 and types == {torch.float32}
+        has_axes = self.pool is not None and input.dim() == 2 + len(self.pool.kernel_size)
+        return has_axes and (mixed or types <= {input.dtype})
 
 
 def read_stem(modules: Sequence[nn.Module]) -> Stem | None:

@@ -44,5 +44,12 @@ TORCH_LIBRARY(fastdense, m) {
   m.def(
       "_residual_dense_block_backward(Tensor grad_output, Tensor buffer, Tensor[] weights, float negative_slope, "
       "float scale, float outer_scale, SymInt in_channels, bool[] needs_grad) -> Tensor[]");
+  m.def(
+      "norm_relu_max_pool(Tensor input, Tensor[] norm, float eps, int[] kernel_size, int[] stride, int[] padding, "
+      "bool keep_winners, str process_group) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_norm_relu_max_pool_backward(Tensor grad_output, Tensor input, Tensor winners, Tensor mean, Tensor var, "
+      "Tensor[] norm, float eps, int[] kernel_size, int[] stride, int[] padding, bool[] needs_grad, "
+      "str process_group) -> Tensor[]");
   m.def("dropout_mask(Tensor seed, int layer, int rows, int channels, float drop_rate) -> Tensor");
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain PyTorch versions of the operators: slow, obvious, differentiable by autograd. The only oracle of the tests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from fastdense.ops.residual_dense_block import ConvWeights
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_MAX_POOL: tuple[Callable[..., Tensor], ...] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
 
 def _conv(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
@@ -134,6 +135,15 @@ def dual_path_stage(
         x = torch.cat([residual, dense], 1)
     means, variances = zip(*map(batch_statistics, read), strict=True)
     return x, BatchStatistics(torch.cat(means).detach(), torch.cat(variances).detach())
+
+
+def norm_relu_max_pool(
+    input: Tensor, norm: NormWeights, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, BatchStatistics]:
+    """:func:`fastdense.ops.norm_relu_max_pool` step by step."""
+    out = _MAX_POOL[input.dim() - 3](F.relu(_norm(input, norm)), kernel_size, stride, padding)
+    mean, var = batch_statistics(input) if norm.running_mean is None else (norm.running_mean * 0, norm.running_mean * 0)
+    return out, BatchStatistics(mean.detach(), var.detach())
 
 
 def mean_join(inputs: Sequence[Tensor]) -> Tensor:

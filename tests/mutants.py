@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FILES = ["tests/test_mean_join.py", "tests/test_residual_dense_block.py", "tests/test_dual_path.py"]
-FILES += ["tests/test_dense_block.py", "tests/test_sync_batch_norm.py"]
+FILES = ["tests/test_mean_join.py", "tests/test_residual_dense_block.py", "tests/test_norm_relu_max_pool.py"]
+FILES += ["tests/test_dual_path.py", "tests/test_dense_block.py", "tests/test_sync_batch_norm.py"]
 
 # (file below csrc, what stands there, what is planted)
 MUTANTS = [
@@ -65,6 +65,16 @@ MUTANTS = [
     ("residual_dense_block/residual_dense_block_driver.h", "rows -= 2;", "rows -= 1;"),
     ("dense_block/dense_block_kernels_impl.h", "origin + r * tile.columns + q", "origin + q"),
     ("dense_block/dense_block_kernels_impl.h", "out + (pixel - row) * k + j", "out + (pixel - row) * k"),
+    ("norm_relu_max_pool/norm_relu_max_pool_math.h", "value > best || value != value", "value >= best || value != value"),
+    ("norm_relu_max_pool/norm_relu_max_pool_math.h", "value > best || value != value", "value > best"),
+    ("norm_relu_max_pool/norm_relu_max_pool_math.h", "before / g.stride[d] + 1", "before / g.stride[d] + 2"),
+    ("norm_relu_max_pool/norm_relu_max_pool_math.h", "line % size1) * g.size[2]", "line % size1) * g.size[1]"),
+    ("norm_relu_max_pool/norm_relu_max_pool_kernels_impl.h", "begin = -steps < 0 ? 0 : -steps;", "begin = -steps < 0 ? 0 : 1 - steps;"),
+    ("norm_relu_max_pool/norm_relu_max_pool_kernels_impl.h", "weighted += g * deviation;", "weighted += g;"),
+    ("norm_relu_max_pool/norm_relu_max_pool_kernels_impl.h", "0 <= i && i < count", "0 <= i && i + 1 < count"),
+    ("norm_relu_max_pool/norm_relu_max_pool_cpu.cpp", "add(x + rows * kColumns, 1, count - rows * kColumns);", ""),
+    ("norm_relu_max_pool/norm_relu_max_pool_cpu.cpp", "args.layout.arrange(grad_output)", "grad_output.contiguous()"),
+    ("norm_relu_max_pool/norm_relu_max_pool_cpu.cpp", "* (args.layout.channels_last ? args.channels : 1)", ""),
 ]  # fmt: skip
 
 CUDA_MUTANTS = [
@@ -110,6 +120,12 @@ CUDA_MUTANTS = [
     ("dual_path/dual_path_backward_cuda.cpp", "corrections(of_dense(dense)), rows", "corrections(of_dense(0)), rows"),
     ("running_stats/running_stats_kernels.cu", "__syncthreads();  // all have read before one writes", ""),
     ("running_stats/running_stats_kernels.cu", "n.offset + j], unbias", "n.offset + j], 1.0"),
+    ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "if (!takes_lead(value, best)) continue;", "if (value < best) continue;"),
+    ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "(begin > before ? begin - before : 0)", "0"),
+    ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "if (winner == kNoWinner) return;", ""),
+    ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "s.channels_last ? s.channels : 1", "1"),
+    ("norm_relu_max_pool/norm_relu_max_pool_cuda.h", "frozen ? A(0) : A(1.0 / double(args_.values()))", "A(1.0 / double(args_.values()))"),
+    ("norm_relu_max_pool/norm_relu_max_pool_cuda.h", "others ? terms[0] : s.dbias", "s.dbias"),
 ]  # fmt: skip
 
 

@@ -10,6 +10,9 @@ import fastdense  # noqa: F401  (registers the operators)
 from tests.emulation.blocks import OPERATORS, emulated_kernels
 from tests.test_dense_block import ALL, Block, Case
 from tests.test_dual_path import Stage, StageCase
+from tests.test_norm_relu_max_pool import ALL as GIVEN
+from tests.test_norm_relu_max_pool import Case as StemCase
+from tests.test_norm_relu_max_pool import Stem
 from tests.test_residual_dense_block import Block as ResidualBlock
 from tests.test_residual_dense_block import Case as ResidualCase
 
@@ -59,6 +62,29 @@ def residual_dense_block_samples(name: str):
             needs = [True] + [w.requires_grad for w in weights]
             parameters = [w.detach() for w in weights]
             yield torch.randn_like(out), buffer, parameters, case.slope, 0.3, 1.0, case.channels, needs
+
+
+def norm_relu_max_pool_samples(name: str):
+    from fastdense.ops.arguments import Parameters
+
+    for case in (
+        StemCase(),
+        StemCase(channels_last=True, dtype=torch.float32),
+        StemCase(size=(7,), kernel=(3,), stride=(1,), padding=(0,), affine=False),
+        StemCase(frozen=GIVEN, channels_last=True),
+    ):
+        stem = Stem(case)
+        norm = Parameters(torch.empty(0, dtype=case.dtype))
+        norm.norm(stem.weights)
+        options = 1e-3, *map(list, stem.pool)
+        if name == "norm_relu_max_pool":
+            yield stem.input, norm.weights, *options, True, ""
+            continue
+        with torch.no_grad():
+            parameters = [w.detach() for w in norm.weights]
+            out, *saved = torch.ops.fastdense.norm_relu_max_pool(stem.input, parameters, *options, True, "")
+            needs = [True] + [w.requires_grad for w in norm.weights]
+            yield torch.randn_like(out), stem.input.detach(), *saved, parameters, *options, needs, ""
 
 
 def samples(name: str):
@@ -113,6 +139,8 @@ def samples(name: str):
                 yield torch.randn(2, 3, 5, 4), x.detach(), projection.detach(), "identity"
     elif name in ("residual_dense_block", "_residual_dense_block_backward"):
         yield from residual_dense_block_samples(name)
+    elif name in ("norm_relu_max_pool", "_norm_relu_max_pool_backward"):
+        yield from norm_relu_max_pool_samples(name)
     elif name in ("dual_path_merge", "dual_path_split"):
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, 7, 5, 4).to(memory_format=layout).requires_grad_()
@@ -153,6 +181,7 @@ def test_the_library_is_what_is_documented():
         "_dense_block_backward",
         "_dual_path_stage_backward",
         "_highway_gate_backward",
+        "_norm_relu_max_pool_backward",
         "_residual_dense_block_backward",
         "bicubic",
         "bicubic_uint8",
@@ -163,6 +192,7 @@ def test_the_library_is_what_is_documented():
         "dual_path_stage",
         "highway_gate",
         "mean_join",
+        "norm_relu_max_pool",
         "residual_dense_block",
         "update_running_stats_",
     ]

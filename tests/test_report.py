@@ -23,12 +23,12 @@ def test_a_converted_net():
     assert [row.layers for row in made.rows if row.kind == "block"] == [6, 12, 24, 16]
     assert [row.kind for row in made.rows].count("transition") == 3
     assert {row.runs for row in made.rows} == {"fused"}
-    # 7.77 and 1.89 GiB at batch 64
+    # 7.77 and 1.63 GiB at batch 64
     assert made.plain_bytes / 2**20 == pytest.approx(124.3, abs=0.2)
-    assert made.kept_bytes / 2**20 == pytest.approx(30.3, abs=0.3)
+    assert made.kept_bytes / 2**20 == pytest.approx(26.0, abs=0.1)
     assert made.saved_bytes == made.plain_bytes - made.kept_bytes
-    assert made.kept_ratio == pytest.approx(30.3 / 124.3, abs=0.01)
-    assert str(made).endswith("MiB, plainly 124.3 MiB (ratio 0.24, 93.9 MiB saved)")
+    assert made.kept_ratio == pytest.approx(26.0 / 124.3, abs=0.01)
+    assert str(made).endswith("MiB, plainly 124.3 MiB (ratio 0.21, 98.3 MiB saved)")
     assert next(net.parameters()).device.type == "cpu"
 
 

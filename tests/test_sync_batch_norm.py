@@ -17,6 +17,8 @@ from tests.emulation.blocks import on_device
 from tests.random_block import relative
 from tests.test_dense_block import Block, Case
 from tests.test_dual_path import Stage, StageCase
+from tests.test_norm_relu_max_pool import Case as StemCase
+from tests.test_norm_relu_max_pool import Stem as PooledStem
 
 DEVICES = ["cpu", "emulated"]
 DENSE = [
@@ -34,6 +36,11 @@ STAGES = [
     (StageCase(batch=4, stride=2, size=(6, 4, 5)), "reversible", (1, 3)),
     (StageCase(batch=4, projection=False), "balanced", (3, 1)),
     (StageCase(batch=4, num_blocks=1, frozen=("norm_b",)), "balanced", (3, 1)),
+]
+STEMS = [
+    (StemCase(batch=4), "balanced", (2, 2)),
+    (StemCase(batch=4, channels_last=True), "balanced", (3, 1)),
+    (StemCase(batch=4, frozen=("norm",), affine=False), "balanced", (1, 3)),
 ]
 
 
@@ -67,7 +74,11 @@ def check_shared(rank, make, case, memory, split, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("make", "cases"), [(Block, DENSE), (Stage, STAGES)], ids=["dense_block", "dual_path_stage"])
+@pytest.mark.parametrize(
+    ("make", "cases"),
+    [(Block, DENSE), (Stage, STAGES), (PooledStem, STEMS)],
+    ids=["dense_block", "dual_path_stage", "norm_relu_max_pool"],
+)
 def test_operator_shares_statistics(processes, make, cases, device):
     with on_device(device, 8 << 10):
         pass  # compiled here once, not by both
@@ -76,7 +87,10 @@ def test_operator_shares_statistics(processes, make, cases, device):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case
 
 
-@pytest.mark.parametrize(("make", "case"), [(Block, Case(batch=4, tail="transition")), (Stage, StageCase(batch=4))])
+@pytest.mark.parametrize(
+    ("make", "case"),
+    [(Block, Case(batch=4, tail="transition")), (Stage, StageCase(batch=4)), (PooledStem, StemCase(batch=4))],
+)
 def test_a_process_may_have_no_values(processes, make, case):
     processes.run(check_shared, make, case, "balanced", (4, 0), "cpu")
 
@@ -90,7 +104,14 @@ def check_too_few(rank, make, case, images):
 
 
 @pytest.mark.parametrize("images", [(0, 0), (1, 0)])
-@pytest.mark.parametrize(("make", "case"), [(Block, Case(size=(1, 1))), (Stage, StageCase(size=(1, 1)))])
+@pytest.mark.parametrize(
+    ("make", "case"),
+    [
+        (Block, Case(size=(1, 1))),
+        (Stage, StageCase(size=(1, 1))),
+        (PooledStem, StemCase(size=(1, 1), kernel=(1, 1), padding=(0, 0))),
+    ],
+)
 def test_all_processes_refuse_too_few_values(processes, make, case, images):
     processes.run(check_too_few, make, case, images)
 
@@ -148,7 +169,7 @@ def test_only_new_channels_are_exchanged(processes):
 
 
 class Stem(nn.Module):
-    """A first convolution without a norm, and blocks behind it."""
+    """A first convolution, and what reads it."""
 
     def __init__(self, behind: nn.Module, channels: int) -> None:
         super().__init__()
@@ -160,11 +181,11 @@ class Stem(nn.Module):
 
 
 def torchvision_blocks() -> nn.Module:
-    return Stem(torchvision_net().features[4:], 8)
+    return Stem(torchvision_net().features[1:], 8)
 
 
 def timm_blocks() -> nn.Module:
-    return Stem(timm_net().features[3:], 12)
+    return Stem(timm_net().features[1:], 12)
 
 
 def dual_path_blocks() -> nn.Module:

@@ -17,8 +17,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx, nn
 
 from fastdense.nn.channel_order import NewestFirst
-from fastdense.nn.recomputed import read_max_pool_transition, read_stem, run_recomputed
+from fastdense.nn.recomputed import read_max_pool_transition, run_recomputed
 from fastdense.nn.shared_statistics import group_name, process_group_of, total_count
+from fastdense.nn.stem import Stem, read_stem
 from fastdense.nn.stochastic_depth import statistics_move_if
 from fastdense.nn.structure import (
     Layer,
@@ -28,13 +29,14 @@ from fastdense.nn.structure import (
     draw_factors,
     is_quiet,
     layer_weights,
+    norm_weights,
     norms_of,
     read_block,
     read_last_norm,
     read_transition,
     tail_weights,
 )
-from fastdense.ops import BatchStatistics, dense_block, update_running_stats_
+from fastdense.ops import BatchStatistics, dense_block, norm_relu_max_pool, update_running_stats_
 from fastdense.ops.arguments import count_pixels, devices
 from fastdense.ops.dense_block import MEMORY_MODES
 
@@ -185,6 +187,22 @@ def run_block(
     return out
 
 
+def run_stem(stem: Stem, input: Tensor) -> Tensor:
+    """One operator call for a norm, ReLU and max pool, where it knows the pool; else they are run again in backward."""
+    try:
+        check_runs_here("norm_relu_max_pool", input)
+        group = process_group_of([stem.norm])
+        if stem.pool is None or not stem.takes(input):
+            raise NotFusible("the operator knows no such pool or mix of types")
+        if input.numel() == 0 and group is None:
+            raise NotFusible("a batch of nothing has no statistics")
+    except NotFusible:
+        return run_recomputed(stem.modules, input)
+    out, statistics = norm_relu_max_pool(input, norm_weights(stem.norm), *stem.pool, process_group=group_name(group))
+    update_norms([(stem.norm, 0)], statistics, count_pixels(input), group)
+    return out
+
+
 def update_norms(norms: Sequence[tuple[Any, int]], statistics: BatchStatistics, count: int, group: Any) -> None:
     """Moves the running statistics of the norms in training, whose batch statistics start at the given offsets.
 
@@ -264,7 +282,7 @@ class FusedSequential(FusedModule):
 
     A dense block runs with the transition or norm behind it: the norm's statistics are those of the block, its gradient
     joins the block's, and no feature map of the block's size is made twice. Dual path blocks in a row run as a stage.
-    The norm, ReLU and max pool of a stem keep their input alone. Modules with hooks run one by one.
+    So do the norm, ReLU and max pool of a stem. Modules with hooks run one by one.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -284,8 +302,8 @@ class FusedSequential(FusedModule):
                     pass  # one by one; they fall back, with their own warnings
             stem = read_stem(modules[at:])
             if stem is not None:
-                input = run_recomputed(stem, input)
-                at += len(stem)
+                input = run_stem(stem, input)
+                at += len(stem.modules)
                 continue
             input = module(input)
             at += 1

@@ -2,8 +2,9 @@
 """Norms in front of a max pool, computed again in the backward pass.
 
 A max pool does not commute with a 1x1 convolution, so that a transition with one cannot join the operator of its block.
-Plainly it keeps the normalised block, the convolution's result, a mask and the pool's indices: more than the block. The
-norm, ReLU and max pool of a stem keep as much. Here they keep their input alone; the numbers are the same, bit for bit.
+Plainly it keeps the normalised block, the convolution's result, a mask and the pool's indices: more than the block. So
+does a stem whose max pool :func:`fastdense.ops.norm_relu_max_pool` does not know. Here they keep their input alone; the
+numbers are the same, bit for bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from fastdense.nn.structure import (
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _DROPOUTS: dict[type, Callable[..., Tensor]] = {
     nn.Dropout: F.dropout,
     nn.Dropout1d: F.dropout1d,
@@ -37,7 +38,7 @@ _DROPOUTS: dict[type, Callable[..., Tensor]] = {
 
 def looks_like_max_pool_transition(modules: Sequence[nn.Module]) -> bool:
     """Whether these are a norm, ReLU, convolution, perhaps dropout, and max pool."""
-    kinds: list[Any] = [nn.modules.batchnorm._BatchNorm, nn.ReLU, _CONVS, tuple(_DROPOUTS), _POOLS]
+    kinds: list[Any] = [nn.modules.batchnorm._BatchNorm, nn.ReLU, _CONVS, tuple(_DROPOUTS), POOLS]
     if len(modules) == 4:
         del kinds[3]
     return len(modules) == len(kinds) and all(isinstance(m, k) for m, k in zip(modules, kinds, strict=True))
@@ -49,43 +50,31 @@ def read_max_pool_transition(module: nn.Module) -> list[Any]:
     if not looks_like_max_pool_transition(modules):
         raise NotFusible("its modules are not a norm, ReLU, convolution, perhaps a dropout, and a max pool")
     check_conv(modules[2], "conv", 1, bias=True)
-    check_recomputable(modules)
+    check_unobserved(modules)
+    if not is_recomputable(modules[0]):
+        raise NotFusible(f"norm is a {class_name(modules[0])}, not a BatchNorm of one process")
     return modules
 
 
-def read_stem(modules: Sequence[nn.Module]) -> list[Any] | None:
-    """The norm, ReLU and max pool that ``modules`` begin with, or None; timm's norm has its ReLU inside."""
-    if modules and has_fused_relu(modules[0]):
-        found = modules[:2]
-    elif len(modules) > 1 and type(modules[1]) is nn.ReLU:
-        found = modules[:3]
-    else:
-        return None
-    if type(found[-1]) not in _POOLS:
-        return None
-    try:
-        check_recomputable(found)
-    except NotFusible:
-        return None
-    return list(found)
-
-
-def check_recomputable(modules: Sequence[Any]) -> None:
-    """Raises NotFusible where somebody would see the modules run twice."""
+def check_unobserved(modules: Sequence[Any]) -> None:
+    """Raises NotFusible where somebody would see that the modules are run twice, or not at all."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         raise NotFusible("forward-mode derivatives and function transforms go through plain modules only")
     check_no_global_hooks()
     for index, module in enumerate(modules):
         for inner in module.modules():
             check_quiet(inner, f"module {index}")
-    norm = modules[0]
-    if type(norm) not in _NORMS and not (has_fused_relu(norm) and isinstance(norm, _NORMS)):
-        raise NotFusible(f"norm is a {class_name(norm)}, not a BatchNorm of one process")
+
+
+def is_recomputable(norm: Any) -> bool:
+    """Whether ``norm`` takes the statistics of its own process alone, so that it can be run again."""
+    return type(norm) in _NORMS or (has_fused_relu(norm) and isinstance(norm, _NORMS))
 
 
 def run_recomputed(modules: Sequence[Any], input: Tensor) -> Tensor:
     """Runs modules that begin with a norm; keeps their input for the backward pass, which runs them again."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler chooses what to keep
+    compiled = torch.compiler.is_compiling()  # the compiler chooses what to keep
+    if compiled or not torch.is_grad_enabled() or not is_recomputable(modules[0]):
         for module in modules:
             input = module(input)
         return input

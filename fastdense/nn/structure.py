@@ -163,7 +163,7 @@ def has_fused_relu(norm: nn.Module) -> bool:
 
 
 def check_norm(norm: Any, name: str) -> Any:
-    """A batch norm that is read anew at each call, perhaps timm's with a ReLU inside."""
+    """A batch norm whose statistics can be taken, or used, and moved without a call of it."""
     if norm is None or (type(norm) not in NORMS and not has_fused_relu(norm)):
         raise NotFusible(f"{name} is a {class_name(norm)}, not a BatchNorm with ReLU")
     check_quiet(norm, name)

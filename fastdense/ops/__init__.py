@@ -9,6 +9,7 @@ from fastdense.ops.dual_path import DualPathWeights, ProjectionWeights, dual_pat
 from fastdense.ops.dual_path_merge import dual_path_merge, dual_path_split
 from fastdense.ops.highway_gate import highway_gate
 from fastdense.ops.mean_join import mean_join
+from fastdense.ops.norm_relu_max_pool import norm_relu_max_pool
 from fastdense.ops.residual_dense_block import ConvWeights, residual_dense_block
 from fastdense.ops.running_stats import update_running_stats_
 
@@ -28,6 +29,7 @@ __all__ = [
     "dual_path_stage",
     "highway_gate",
     "mean_join",
+    "norm_relu_max_pool",
     "residual_dense_block",
     "update_running_stats_",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdense import _C
 
 _DEVICES = ("cpu", "meta")
-_CUDA_OPERATORS = ("dense_block", "dual_path_stage") if _C.build_info()["cuda"] else ()
+_CUDA_OPERATORS = ("dense_block", "dual_path_stage", "norm_relu_max_pool") if _C.build_info()["cuda"] else ()
 
 
 def devices(op: str) -> tuple[str, ...]:
@@ -112,12 +112,17 @@ def empty_channels_last(like: Tensor, sizes: Sequence[int]) -> Tensor:
     return like.new_empty_strided(sizes, strides)
 
 
-def empty_like_layout(like: Tensor, channels: int) -> Tensor:
+def empty_in_layout(like: Tensor, sizes: Sequence[int]) -> Tensor:
     """Channels innermost in memory if those of ``like`` are, else contiguous: `Layout` of csrc/common/layout.h."""
-    batch, _, *spatial = like.shape
     if like.is_contiguous() or not like.movedim(1, -1).is_contiguous():
-        return like.new_empty([batch, channels, *spatial])
-    return empty_channels_last(like, [batch, channels, *spatial])
+        return like.new_empty(sizes)
+    return empty_channels_last(like, sizes)
+
+
+def empty_like_layout(like: Tensor, channels: int) -> Tensor:
+    """The same with another number of channels."""
+    batch, _, *spatial = like.shape
+    return empty_in_layout(like, [batch, channels, *spatial])
 
 
 def count_pixels(x: Tensor) -> int:

@@ -5,6 +5,7 @@
 #include "dense_block/dense_block_cuda.h"
 #include "dual_path/dual_path_cuda.h"
 #include "emulation.h"
+#include "norm_relu_max_pool/norm_relu_max_pool_cuda.h"
 #include "running_stats/running_stats_cuda.h"
 
 namespace fastdense {
@@ -41,6 +42,20 @@ struct EmulatedDualPath {
   }
 };
 
+struct EmulatedNormPool {
+  using Guard = c10::Device;  // nothing to guard
+  template <typename T>
+  static void forward(const NormPoolArgs& args, const at::Tensor& input, const NormPoolOutputs& o) {
+    NormPoolCuda<T>(args, input.options(), context).forward(input, o);
+  }
+  template <typename T>
+  static std::vector<at::Tensor> backward(const NormPoolArgs& args, const NormPoolSaved& saved,
+                                          const at::Tensor& grad_output, const std::vector<bool>& needs,
+                                          at::TensorList norm) {
+    return NormPoolCuda<T>(args, saved.input.options(), context).backward(saved, grad_output, needs, norm);
+  }
+};
+
 void update_running_stats(at::TensorList running_mean, at::TensorList running_var, at::TensorList batches,
                           const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef offsets,
                           at::ArrayRef<double> momentum, int64_t count, const std::optional<at::Tensor>& total_count) {
@@ -55,6 +70,8 @@ TORCH_LIBRARY_IMPL(fastdense_emulated, CPU, m) {
   m.impl("_dense_block_backward", &dense_block_backward<EmulatedDenseBlock>);
   m.impl("dual_path_stage", &dual_path_stage<EmulatedDualPath>);
   m.impl("_dual_path_stage_backward", &dual_path_stage_backward<EmulatedDualPath>);
+  m.impl("norm_relu_max_pool", &norm_relu_max_pool<EmulatedNormPool>);
+  m.impl("_norm_relu_max_pool_backward", &norm_relu_max_pool_backward<EmulatedNormPool>);
   m.impl("update_running_stats_", &update_running_stats);
 }
 

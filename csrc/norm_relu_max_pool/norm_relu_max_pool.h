@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Front half of norm_relu_max_pool and its backward, shared by all devices: checks, layout, allocation, empty inputs,
+// dispatch.  Everything lies in memory like the input: channels innermost if that is so there, else contiguous.  A
+// device gives
+//   Engine::forward<T>(const NormPoolArgs&, const at::Tensor& input, const NormPoolOutputs&)
+//   Engine::backward<T>(const NormPoolArgs&, const NormPoolSaved&, const at::Tensor& grad_output,
+//                       const std::vector<bool>& needs, at::TensorList norm)
+// with our storage type T.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/layout.h"
+#include "common/storage.h"
+#include "common/weights.h"
+#include "norm_relu_max_pool/norm_relu_max_pool_math.h"
+
+namespace fastdense {
+
+struct NormPoolArgs {
+  explicit NormPoolArgs(const at::Tensor& input) : layout(input) {}
+
+  Layout layout;
+  NormArgs norm;
+  MaxPoolGeometry g{};
+  int64_t batch = 0, channels = 0;
+  std::vector<int64_t> pooled_sizes;  // [N, C, pooled]
+  std::string process_group;          // see SharedStatistics
+
+  int64_t values() const { return batch * g.pixels(); }  // behind each mean
+  bool empty() const { return batch * channels == 0; }
+};
+
+// kernel_size, stride and padding as a pool's, one number an axis.
+inline MaxPoolGeometry parse_max_pool(const char* op, at::IntArrayRef size, at::IntArrayRef kernel_size,
+                                      at::IntArrayRef stride, at::IntArrayRef padding) {
+  const auto check_axes = [&](const char* arg, at::IntArrayRef values) {
+    TORCH_CHECK_VALUE(values.size() == size.size(), op, ": expected ", arg, " to have ", size.size(), " entries, got ",
+                      values);
+  };
+  check_axes("kernel_size", kernel_size);
+  check_axes("stride", stride);
+  check_axes("padding", padding);
+  MaxPoolGeometry g{{1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
+  for (size_t axis = 0; axis < size.size(); ++axis) {
+    const size_t d = axis + 3 - size.size();
+    check_at_least(op, "every spatial size", size[axis], 1);
+    check_at_least(op, "kernel_size", kernel_size[axis], 1);
+    check_at_most(op, "kernel_size", kernel_size[axis], kNoWinner);
+    check_at_least(op, "stride", stride[axis], 1);
+    check_at_least(op, "padding", padding[axis], 0);
+    check_at_most(op, "padding", padding[axis], kernel_size[axis] / 2);
+    check_at_least(op, "padded spatial size", size[axis] + 2 * padding[axis], kernel_size[axis]);
+    g.size[d] = size[axis];
+    g.window[d] = kernel_size[axis];
+    g.stride[d] = stride[axis];
+    g.padding[d] = padding[axis];
+    g.pooled[d] = (size[axis] + 2 * padding[axis] - kernel_size[axis]) / stride[axis] + 1;
+  }
+  TORCH_CHECK_VALUE(g.volume() <= kNoWinner, op, ": expected kernel_size to have at most ", kNoWinner,
+                    " positions, got ", kernel_size);
+  return g;
+}
+
+inline NormPoolArgs parse_norm_relu_max_pool(const char* op, const at::Tensor& input, at::TensorList norm, double eps,
+                                             at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                             at::IntArrayRef padding, std::string_view process_group) {
+  check_floating(op, "input", input);
+  check_rank_between(op, "input", input, 3, 5);
+  TORCH_CHECK_VALUE(norm.size() == 4, op, ": expected norm to have 4 entries, got ", norm.size());
+  NormPoolArgs args(input);
+  args.g = parse_max_pool(op, input.sizes().slice(2), kernel_size, stride, padding);
+  args.batch = input.size(0);
+  args.channels = input.size(1);
+  args.process_group = process_group;
+  args.pooled_sizes = {args.batch, args.channels};
+  args.pooled_sizes.insert(args.pooled_sizes.end(), args.g.pooled + 5 - input.dim(), args.g.pooled + 3);
+  const at::TensorOptions options = input.options();
+  args.norm = WeightReader(op, norm, eps, options).norm("norm", args.channels);
+  TORCH_CHECK_VALUE(args.norm.frozen() || args.values() != 1 || !process_group.empty(), op,
+                    ": expected input to have more than 1 value per channel when training, got shape ", input.sizes());
+  return args;
+}
+
+struct NormPoolOutputs {
+  at::Tensor y, winners, mean, var;
+};
+
+// What forward kept for backward.
+struct NormPoolSaved {
+  const at::Tensor &input, &winners, &mean, &var;
+};
+
+// input [N, C, spatial] -> y [N, C, pooled], winners of the same shape or [0], mean and var [C]
+template <typename Engine>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_max_pool(
+    const at::Tensor& input, at::TensorList norm, double eps, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, bool keep_winners, std::string_view process_group) {
+  constexpr const char* kOp = "norm_relu_max_pool";
+  [[maybe_unused]] const typename Engine::Guard guard(input.device());
+  const NormPoolArgs args =
+      parse_norm_relu_max_pool(kOp, input, norm, eps, kernel_size, stride, padding, process_group);
+  const at::TensorOptions options = input.options(), bytes = options.dtype(at::kByte);
+  const auto statistics = options.dtype(options.dtype() == at::kDouble ? at::kDouble : at::kFloat);
+  const NormPoolOutputs o{args.layout.empty(args.pooled_sizes, options),
+                          keep_winners ? args.layout.empty(args.pooled_sizes, bytes) : at::empty({0}, bytes),
+                          at::zeros({args.channels}, statistics), at::zeros({args.channels}, statistics)};
+  if (!args.empty() || !process_group.empty())  // the other processes wait for this one
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
+      Engine::template forward<typename Storage<scalar_t>::type>(args, input, o);
+    });
+  return {o.y, o.winners, o.mean, o.var};
+}
+
+// Gradients of the input and of the norm's tensors, empty where `needs_grad` says that none is wanted.
+template <typename Engine>
+std::vector<at::Tensor> norm_relu_max_pool_backward(const at::Tensor& grad_output,  // [N, C, pooled]
+                                                    const at::Tensor& input,        // [N, C, spatial]
+                                                    const at::Tensor& winners,      // [N, C, pooled]
+                                                    const at::Tensor& mean, const at::Tensor& var, at::TensorList norm,
+                                                    double eps, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                                    at::IntArrayRef padding, c10::List<bool> needs_grad,
+                                                    std::string_view process_group) {
+  constexpr const char* kOp = "_norm_relu_max_pool_backward";
+  [[maybe_unused]] const typename Engine::Guard guard(input.device());
+  const NormPoolArgs args =
+      parse_norm_relu_max_pool(kOp, input, norm, eps, kernel_size, stride, padding, process_group);
+  check_same_dtype(kOp, "grad_output", grad_output, "input", input);
+  check_shape(kOp, "grad_output", grad_output, args.pooled_sizes);
+  check_dtype(kOp, "winners", winners, at::kByte);
+  check_shape(kOp, "winners", winners, args.pooled_sizes);
+  for (const at::Tensor& t : {mean, var}) check_shape(kOp, "mean and var", t, {args.channels});
+  for (const at::Tensor& t : {grad_output, winners, mean, var})
+    check_same_device(kOp, "all tensors", t, "input", input);
+  check_at_least(kOp, "needs_grad", int64_t(needs_grad.size()), 5);
+  const std::vector<bool> needs(needs_grad.begin(), needs_grad.end());
+  std::vector<at::Tensor> grads;
+  if (args.empty() && process_group.empty()) {
+    grads.push_back(args.layout.empty(input.sizes(), input.options()));
+    for (size_t i = 0; i < norm.size(); ++i)
+      grads.push_back(needs[i + 1] ? at::zeros_like(norm[i]) : at::empty({0}, input.options()));
+    return grads;
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
+    grads = Engine::template backward<typename Storage<scalar_t>::type>(args, {input, winners, mean, var}, grad_output,
+                                                                        needs, norm);
+  });
+  return grads;
+}
+
+}  // namespace fastdense

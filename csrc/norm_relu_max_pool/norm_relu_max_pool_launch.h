@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA kernels of norm_relu_max_pool that row_launch.h lacks.  No torch header.  Sums are partial ones
+// [splits][2][channels] over rows shared out evenly, for launch_finalise_moments and launch_finalise_sums.
+#pragma once
+
+#include "common/row_launch.h"
+#include "norm_relu_max_pool/norm_relu_max_pool_math.h"
+
+namespace fastdense {
+
+// How the tensors lie in memory.
+struct NormPoolShape {
+  MaxPoolGeometry g;
+  int64_t channels;
+  bool channels_last;
+};
+
+// Partial mean and M2 of the channels of contiguous planes x [N, C, pixels], relative to a channel's first value, which
+// becomes the pivot.
+template <typename T>
+struct PlaneMomentsParams {
+  const T* x;
+  int64_t pixels;
+  accumulate_t<T>* partial;  // [splits][2][channels]
+  T* pivot;                  // [channels]
+};
+template <typename T>
+cudaError_t launch_plane_moments(const PlaneMomentsParams<T>&, int64_t rows, int64_t channels, int64_t splits,
+                                 cudaStream_t);
+
+// y and, unless nullptr, winners of `count` pooled values.
+template <typename T>
+struct NormPoolForwardParams {
+  NormPoolShape shape;
+  NormParams<accumulate_t<T>> norm;
+  const T* x;
+  T* y;
+  uint8_t* winners;
+};
+template <typename T>
+cudaError_t launch_norm_pool(const NormPoolForwardParams<T>&, int64_t count, cudaStream_t);
+
+// Partial sums of g and g * (x - mean) over the pooled values that have a winner; rows are pooled pixels.
+template <typename T>
+struct NormPoolSumsParams {
+  NormPoolShape shape;
+  const T *x, *grad;
+  const uint8_t* winners;
+  const accumulate_t<T>* mean;
+  accumulate_t<T>* partial;  // [splits][2][channels]
+};
+template <typename T>
+cudaError_t launch_norm_pool_sums(const NormPoolSumsParams<T>&, int64_t rows, int64_t splits, cudaStream_t);
+
+// dx of `count` numbers of the input.
+template <typename T>
+struct NormPoolBackwardParams {
+  NormPoolShape shape;
+  NormParams<accumulate_t<T>> norm;
+  const T *x, *grad;
+  const uint8_t* winners;
+  T* dx;
+  const accumulate_t<T>*t1, *t2;  // [channels]: sums of g and of g * xhat
+  accumulate_t<T> inv_count;      // 1 / M; 0 where statistics are given
+};
+template <typename T>
+cudaError_t launch_norm_pool_backward(const NormPoolBackwardParams<T>&, int64_t count, cudaStream_t);
+
+}  // namespace fastdense

@@ -233,7 +233,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     needs_input, needs_weights, *rest = ctx.needs_input_grad
     # Without layers and tail the lists are empty, and autograd takes any empty list for one of tensors.
-    none: list[Tensor] = (None if ctx.arguments[0] else [], *[None] * (len(rest) - 1))
+    none: tuple[Any, ...] = (None if ctx.arguments[0] else [], *[None] * (len(rest) - 1))
     if not isinstance(needs_weights, list):
         needs_weights = []
     if grad_output is None:

@@ -156,6 +156,9 @@ def test_parity(device, size, width, tail, memory):
         Case(batch=2, in_channels=2, growth_rate=1, width=3, size=(17, 1)),
         Case(batch=2, in_channels=300, growth_rate=12, width=48, num_layers=2, size=(6, 6), tail="norm"),
         Case(batch=5, in_channels=24, growth_rate=32, width=128, num_layers=2, size=(31, 30), tail="transition"),
+        Case(batch=2, in_channels=24, growth_rate=32, width=128, num_layers=1, size=(9, 301)),
+        Case(batch=2, in_channels=5, growth_rate=40, width=0, num_layers=2, size=(53, 1)),
+        Case(batch=2, in_channels=5, growth_rate=32, width=16, num_layers=2, size=(3, 4, 1)),
     ],
     ids=repr,
 )

@@ -63,7 +63,7 @@ constexpr int64_t sums_bytes(const Tile& tile) {
 template <typename T>
 bool uses_winograd(const ConvGeometry& g) {
   return std::is_same_v<typename Gemm<T>::Operand, accumulate_t<T>> && g.kernel[0] == 3 && g.kernel[1] == 3 &&
-         g.size[2] == 1;
+         g.kernel[2] == 1 && g.size[2] == 1;
 }
 
 // Products that the sums of a convolution are made of.

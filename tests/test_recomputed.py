@@ -81,6 +81,12 @@ def test_is_plain_after_restore_and_converted_again():
     assert type(pickle.loads(pickle.dumps(other))[1]) is type(other[1])
 
 
+def test_other_convolutions_in_front_of_a_pool_are_no_transitions():
+    conv = nn.Sequential(nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 4, 3, padding=1), nn.MaxPool2d(2))
+    net = fastdense.convert(nn.Sequential(fastdense.nn.DenseBlock(2, 3, 2), conv))  # a warning fails the test
+    assert [row.kind for row in fastdense.report(net).rows] == ["block"]
+
+
 def test_keeps_no_map():
     fast, plain = pair()
     assert kept_bytes(plain, pictures()) > 2 * pictures().nbytes

@@ -37,18 +37,21 @@ _DROPOUTS: dict[type, Callable[..., Tensor]] = {
 
 
 def looks_like_max_pool_transition(modules: Sequence[nn.Module]) -> bool:
-    """Whether these are a norm, ReLU, convolution, perhaps dropout, and max pool."""
+    """Whether these are a norm, ReLU, 1x1 convolution, perhaps dropout, and max pool."""
     kinds: list[Any] = [nn.modules.batchnorm._BatchNorm, nn.ReLU, _CONVS, tuple(_DROPOUTS), POOLS]
     if len(modules) == 4:
         del kinds[3]
-    return len(modules) == len(kinds) and all(isinstance(m, k) for m, k in zip(modules, kinds, strict=True))
+    if len(modules) != len(kinds) or not all(isinstance(m, k) for m, k in zip(modules, kinds, strict=True)):
+        return False
+    conv: Any = modules[2]
+    return set(conv.kernel_size) == {1}
 
 
 def read_max_pool_transition(module: nn.Module) -> list[Any]:
     """The modules, if nobody watches them."""
     modules = list(module.children())
     if not looks_like_max_pool_transition(modules):
-        raise NotFusible("its modules are not a norm, ReLU, convolution, perhaps a dropout, and a max pool")
+        raise NotFusible("its modules are not a norm, ReLU, 1x1 convolution, perhaps a dropout, and a max pool")
     check_conv(modules[2], "conv", 1, bias=True)
     check_unobserved(modules)
     if not is_recomputable(modules[0]):

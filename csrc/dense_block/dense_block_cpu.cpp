@@ -65,8 +65,9 @@ class Forward : RowDriver<T> {
     const int64_t k = args_.growth, outer = args_.conv.size[0], planes = conv_.slab_planes();
     const int64_t slabs = conv_.slabs_per_image(), units = args_.batch * slabs;
     const bool statistics = args_.any_batch_statistics();
-    const bool squares = conv_.squares();
-    const at::Tensor panels = squares ? conv_.pack_squares(*this, layer.conv2.weight, false) : taps(layer, in.channels);
+    const bool squares = conv_.kernels.uses_squares(args_.conv, k);
+    const at::Tensor panels = squares ? pack_tile_panels(*this, conv_.kernels, args_.conv, layer.conv2.weight, false)
+                                      : taps(layer, in.channels);
     const auto run = squares ? conv_.kernels.conv_squares : conv_.kernels.conv;
     at::Tensor partial = this->template temporary<double>({statistics ? units : 0, 2, k});
     double* p = partial.mutable_data_ptr<double>();

@@ -2,7 +2,7 @@
 // What forward and backward of the CPU dense block share: slabs of the convolution, its weights, the bottleneck.
 #pragma once
 
-#include "common/row_driver.h"
+#include "common/tile_convolution_driver.h"
 #include "dense_block/dense_block.h"
 
 namespace fastdense {
@@ -22,30 +22,6 @@ class DenseBlockConvolution {
         slab_planes_ * args.conv.plane() * args.growth * int64_t(sizeof(A)) + 64 +
             kernels.squares_bytes(args.conv, std::max(args.bottleneck ? 0 : args.channels(), args.width), args.growth));
   }
-
-  bool squares() const { return kernels.uses_squares(args_.conv, args_.growth); }
-  bool squares_backward() const { return kernels.uses_squares_backward(args_.conv); }
-  int64_t square_rows() const { return kernels.square_rows(args_.conv, args_.growth + 64); }
-
-  // A weight [k, in, 3, 3] in panels of Winograd's products.
-  at::Tensor pack_squares(const RowDriver<T>& rows, const at::Tensor& conv, bool reversed) const {
-    const at::Tensor weight = RowDriver<T>::accumulate_type(conv);
-    const A* w = weight.template const_data_ptr<A>();
-    const int64_t k = conv.size(0), in = conv.size(1), taps = args_.conv.taps(), panel = rows.kernels.panel;
-    const int64_t depth = reversed ? k : in, n = reversed ? in : k;
-    const int64_t depth_stride = reversed ? taps * in : taps, column_stride = reversed ? taps : taps * in;
-    const int64_t bytes = kSquareProducts * depth * panel * int64_t(sizeof(A));
-    at::Tensor packed = rows.bytes(rows.padded(n) / panel * bytes);
-    uint8_t* to = packed.mutable_data_ptr<uint8_t>();
-    rows.for_each_worker(rows.padded(n) / panel, [&](int64_t, int64_t unit) {
-      const int64_t first = unit * panel;
-      kernels.pack(w + first * column_stride, args_.conv, reversed, depth, n - first, depth_stride, column_stride,
-                   to + unit * bytes);
-    });
-    return packed;
-  }
-
-  static constexpr int64_t kSquareProducts = 16;
 
   Dropout dropout(uint64_t seed, int64_t layer) const { return {args_.drop_rate, seed, uint32_t(layer)}; }
 

@@ -39,13 +39,14 @@ struct DenseBlockKernels {
   void (*conv_squares_backward)(const Source<T>&, const ConvGeometry&, const Tile&, const void* d, int64_t k,
                                 const void* panels, const BackwardSink<T>&, void* scratch);
 
-  // Whether Winograd's products are fewer, forward and backward; rows of a tile of which `channels` numbers a pixel are
-  // transformed; bytes of scratch that they need, that of a slab not included.
+  // Whether Winograd's products are fewer, forward and backward; rows of a tile of the latter; bytes of scratch that
+  // they need, that of a slab not included.
   bool (*uses_squares)(const ConvGeometry&, int64_t k);
   bool (*uses_squares_backward)(const ConvGeometry&);
-  int64_t (*square_rows)(const ConvGeometry&, int64_t channels);
+  int64_t (*square_rows_backward)(const ConvGeometry&, int64_t k);
   int64_t (*squares_bytes)(const ConvGeometry&, int64_t channels, int64_t k);
   // As in tile_convolution.h.
+  int64_t (*products)(const ConvGeometry&);
   void (*pack)(const A* weight, const ConvGeometry&, bool reversed, int64_t depth, int64_t columns,
                int64_t depth_stride, int64_t column_stride, void* panel);
   void (*weight_gradient)(const A* by_worker, int64_t workers, const ConvGeometry&, int64_t k, int64_t n, int64_t ld,

@@ -90,11 +90,17 @@ int64_t square_rows(const ConvGeometry& g, int64_t channels) {
   return fit < kWinogradStep ? kWinogradStep : fit < all ? fit : all;
 }
 
+// Beside the sums' gradient, a panel of what the kernels read and one of its gradient.
+template <typename T>
+int64_t square_rows_backward(const ConvGeometry& g, int64_t k) {
+  return square_rows<T>(g, k + 2 * Gemm<T>::kPanel);
+}
+
 template <typename T>
 int64_t squares_bytes(const ConvGeometry& g, int64_t channels, int64_t k) {
   if (!uses_winograd<T>(g)) return 0;
   const Tile forward{0, 0, square_rows<T>(g, channels), 0, g.size[1]};
-  const Tile backward{0, 0, square_rows<T>(g, k + 2 * Gemm<T>::kPanel), 0, g.size[1]};
+  const Tile backward{0, 0, square_rows_backward<T>(g, k), 0, g.size[1]};
   const Convolution<T> sums(g, backward, k);
   const int64_t of_forward = Convolution<T>(g, forward, channels).bytes();
   const int64_t of_backward = sums.bytes() + SquaresWeightGradient<T>(g, sums).bytes();
@@ -185,10 +191,18 @@ void conv_backward(const Source<T>& s, const ConvGeometry& g, int64_t row, int64
 
 template <typename T>
 const DenseBlockKernels<T>& dense_block_kernels() {
-  static const DenseBlockKernels<T> kernels = {
-      conv<T>,           conv_squares<T>,          finalise<T>,    conv_backward<T>, conv_squares_backward<T>,
-      uses_squares<T>,   uses_squares_backward<T>, square_rows<T>, squares_bytes<T>, pack_kernels<T>,
-      weight_gradient<T>};
+  static const DenseBlockKernels<T> kernels = {conv<T>,
+                                               conv_squares<T>,
+                                               finalise<T>,
+                                               conv_backward<T>,
+                                               conv_squares_backward<T>,
+                                               uses_squares<T>,
+                                               uses_squares_backward<T>,
+                                               square_rows_backward<T>,
+                                               squares_bytes<T>,
+                                               products<T>,
+                                               pack_kernels<T>,
+                                               weight_gradient<T>};
   return kernels;
 }
 

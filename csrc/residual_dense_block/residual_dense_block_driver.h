@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "common/row_driver.h"
+#include "common/tile_convolution_driver.h"
 #include "residual_dense_block/residual_dense_block.h"
 
 namespace fastdense {
@@ -50,37 +50,11 @@ class ResidualConvolution {
     });
   }
 
-  // Panels of a layer's weight for the kernels: of its outputs, or reversed for those of its input's gradient.
   at::Tensor pack(const ResidualLayerArgs& layer, bool reversed) const {
-    const at::Tensor weight = rows_.accumulate_type(layer.conv.weight);
-    const A* w = weight.template const_data_ptr<A>();
-    const int64_t taps = layer.geometry.taps(), in = taps, out = taps * layer.channels;  // strides of the channels
-    const int64_t depth = reversed ? layer.out : layer.channels, n = reversed ? layer.channels : layer.out;
-    const int64_t depth_stride = reversed ? out : in, column_stride = reversed ? in : out;
-    const int64_t panel = rows_.kernels.panel;
-    const int64_t bytes =
-        kernels.products(layer.geometry) * rows_.padded_depth(depth) * panel * rows_.kernels.operand_bytes;
-    at::Tensor packed = rows_.bytes(rows_.padded(n) / panel * bytes);
-    uint8_t* to = packed.mutable_data_ptr<uint8_t>();
-    rows_.for_each_worker(rows_.padded(n) / panel, [&](int64_t, int64_t unit) {
-      const int64_t first = unit * panel;
-      kernels.pack(w + first * column_stride, layer.geometry, reversed, depth, n - first, depth_stride, column_stride,
-                   to + unit * bytes);
-    });
-    return packed;
+    return pack_tile_panels(rows_, kernels, layer.geometry, layer.conv.weight, reversed);
   }
-
-  // A layer's weight gradient of those per worker [workers, products * padded out, padded channels].
   at::Tensor weight_gradient(const ResidualLayerArgs& layer, const at::Tensor& by_worker) const {
-    const int64_t n = layer.channels, ld = by_worker.size(2);
-    const int64_t per_row = n * layer.geometry.taps();
-    at::Tensor total = rows_.template temporary<A>(layer.conv.weight.sizes());
-    const A* from = by_worker.template const_data_ptr<A>();
-    A* to = total.template mutable_data_ptr<A>();
-    rows_.for_each_worker(layer.out, [&](int64_t, int64_t k) {
-      kernels.weight_gradient(from + k * ld, by_worker.size(0), layer.geometry, layer.out, n, ld, to + k * per_row);
-    });
-    return total;
+    return total_tile_gradient(rows_, kernels, layer.geometry, layer.conv.weight, by_worker);
   }
 
  private:

@@ -39,6 +39,7 @@ from fastdense.nn.structure import (
 from fastdense.ops import BatchStatistics, dense_block, norm_relu_max_pool, update_running_stats_
 from fastdense.ops.arguments import count_pixels, devices
 from fastdense.ops.dense_block import MEMORY_MODES
+from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 
 
 class FusedModule(nn.Module):
@@ -267,6 +268,8 @@ class FusedTransition(FusedModule):
 
 class RecomputedTransition(FusedModule):
     """A transition with a max pool: norm, ReLU, 1x1 convolution, perhaps dropout, pool."""
+
+    memory_modes = DUAL_PATH_MEMORY_MODES  # any will do: it keeps the same in all
 
     def forward(self, input: Tensor) -> Tensor:
         if is_traced(input):

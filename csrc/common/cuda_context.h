@@ -12,11 +12,13 @@ namespace fastdense {
 // A third of the L2 cache; a small cache is not worth the many launches of small chunks.  Eight blocks an SM fill it.
 inline CudaContext current_context() {
   constexpr int64_t kLeastScratch = int64_t(16) << 20;
-  int device = 0, l2 = 0, multiprocessors = 0;
+  int device = 0, l2 = 0, multiprocessors = 0, major = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return {c10::cuda::getCurrentCUDAStream(), std::max(kLeastScratch, int64_t(l2) / 3), 8 * int64_t(multiprocessors)};
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return {c10::cuda::getCurrentCUDAStream(), std::max(kLeastScratch, int64_t(l2) / 3), 8 * int64_t(multiprocessors),
+          major >= 8};
 }
 
 }  // namespace fastdense

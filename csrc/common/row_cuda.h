@@ -27,6 +27,7 @@ struct CudaContext {
   cudaStream_t stream;
   int64_t scratch_bytes;  // of relu(norm(x)): a third of the L2 cache or so
   int64_t blocks;         // that fill the device
+  bool tensor_cores;      // kernels of tensor_core.h run on it
 };
 
 inline void check_launch(cudaError_t error) {

@@ -11,7 +11,7 @@
 namespace fastdense {
 namespace {
 
-CudaContext context{nullptr, 0, 0};
+CudaContext context{nullptr, 0, 0, false};
 
 struct EmulatedDenseBlock {
   using Guard = c10::Device;  // nothing to guard

@@ -4,10 +4,11 @@
 //
 // Two schedules, forwards and backwards: blocks and threads in ascending or descending order, always the first one that
 // can run, so that a thread gets ahead of its neighbours by as much as the barriers allow; a result that depends on the
-// order is a race.  Shared memory is poisoned before every block (NaN in every floating type) and guarded on both
-// sides. A launch fails, with a reason from cudaGetErrorString, when threads wait for each other for ever, meet at
-// different barriers or collectives, write outside shared memory, or access a vector at an address that is no multiple
-// of its size.  Not modelled: the order of memory accesses between blocks, bank conflicts, speed.
+// order is a race.  Asynchronous copies land when they are waited for or, with early_copies, at once.  Shared memory is
+// poisoned before every block (NaN in every floating type) and guarded on both sides. A launch fails, with a reason
+// from cudaGetErrorString, when threads wait for each other for ever, meet at different barriers or collectives, write
+// outside shared memory, or access a vector at an address that is no multiple of its size.  Not modelled: the order of
+// memory accesses between blocks, bank conflicts, speed.
 #pragma once
 
 #include <setjmp.h>
@@ -16,6 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <string>
@@ -42,13 +44,14 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 namespace fastdense::emulation {
 
-inline bool backwards = false;
+inline bool backwards = false, early_copies = false;
 inline int64_t launches = 0;
 inline std::string failure;   // of the launches since cudaGetLastError was last asked
 inline std::string reported;  // what it said last
 
 constexpr size_t kGuard = 256, kStack = size_t(64) << 10, kAlign = 128;
 constexpr unsigned kWarp = 32;
+constexpr size_t kMostShared = size_t(227) << 10;  // that a block may ask for, compute capability 9.0
 constexpr unsigned char kPoison = 0xff;
 
 // The block that runs: its threads, the fibers that carry them, and its shared memory.
@@ -59,7 +62,7 @@ class Block {
     shared_bytes_ = shared_bytes;
     shared_.assign(kAlign + 2 * kGuard + shared_bytes, kPoison);
     threads_.assign(threads, Thread());
-    warps_.assign((threads + kWarp - 1) / kWarp, Meeting());
+    warps_.assign((threads + kWarp - 1) / kWarp, Warp());
     barrier_ = Meeting();
     idle_.clear();
     for (size_t i = fibers_.size(); i-- > 0;) {
@@ -83,18 +86,40 @@ class Block {
 
   void barrier(int line) { meet(barrier_, unsigned(threads_.size()), line); }
 
-  // Gives `value` to the warp and returns that of lane `from`.
-  uint64_t shuffle(uint64_t value, unsigned from, int line) {
-    const unsigned warp = current_ / kWarp, lane = current_ % kWarp;
-    if (threads_.size() < (warp + 1) * kWarp) stop("a collective in a warp of fewer than 32 threads");
-    threads_[current_].given = value;
-    meet(warps_[warp], kWarp, line);
-    const uint64_t got = threads_[warp * kWarp + (from < kWarp ? from : lane)].given;
-    meet(warps_[warp], kWarp, line);  // nobody gives anew before all have taken
-    return got;
+  // What each lane of a warp gives to a collective.  Whoever gives next writes to the other half: the half in hand is
+  // written again only after the next collective, which begins when all have taken.
+  struct Words {
+    uint64_t word[3];
+  };
+  using Given = Words[kWarp];
+  const Given& exchange(const Words& words, int line) {
+    Warp& warp = warp_of(current_);
+    const unsigned half = warp.meeting.number % 2;
+    warp.given[half][lane()] = words;
+    meet(warp.meeting, kWarp, line);
+    return warp.given[half];
   }
+  void warp_barrier(int line) { meet(warp_of(current_).meeting, kWarp, line); }
 
   unsigned lane() const { return current_ % kWarp; }
+
+  void copy(void* to, const void* from, int bytes, int valid) {
+    const Copy copy{to, from, bytes, valid};
+    if (early_copies) {
+      land(copy);
+    } else {
+      threads_[current_].open.push_back(copy);
+    }
+  }
+  void commit() {
+    Thread& thread = threads_[current_];
+    thread.groups.push_back(std::exchange(thread.open, {}));
+  }
+  void wait(size_t pending) {
+    auto& groups = threads_[current_].groups;
+    for (; groups.size() > pending; groups.pop_front())
+      for (const Copy& copy : groups.front()) land(copy);
+  }
 
   [[noreturn]] void stop(const char* reason) {
     fail(reason);
@@ -107,12 +132,22 @@ class Block {
     unsigned arrived = 0, number = 0;
     int line = 0;
   };
+  struct Warp {
+    Meeting meeting;
+    Given given[2];
+  };
+  struct Copy {
+    void* to;
+    const void* from;
+    int bytes, valid;
+  };
   struct Thread {
     bool started = false, done = false;
     const Meeting* at = nullptr;  // what it waits for, and the number of that meeting
     unsigned number = 0;
     size_t fiber = 0;
-    uint64_t given = 0;
+    std::vector<Copy> open;  // not yet committed
+    std::deque<std::vector<Copy>> groups;
     bool can_run() const { return !done && (!at || at->number != number); }
   };
   // A stack to run on.  Entered once by setcontext, then left and entered by jumps, which spare system calls.
@@ -126,6 +161,17 @@ class Block {
     if (!failure.empty()) return;
     failure = std::string(reason) + ": block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) +
               ", " + std::to_string(blockIdx.z) + "), thread " + std::to_string(current_);
+  }
+
+  Warp& warp_of(unsigned thread) {
+    const unsigned warp = thread / kWarp;
+    if (threads_.size() < (warp + 1) * kWarp) stop("a collective in a warp of fewer than 32 threads");
+    return warps_[warp];
+  }
+
+  static void land(const Copy& copy) {
+    std::memcpy(copy.to, copy.from, size_t(copy.valid));
+    std::memset(static_cast<char*>(copy.to) + copy.valid, 0, size_t(copy.bytes - copy.valid));
   }
 
   void meet(Meeting& meeting, unsigned count, int line) {
@@ -221,7 +267,7 @@ class Block {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<size_t> idle_;
   std::vector<Thread> threads_;
-  std::vector<Meeting> warps_;
+  std::vector<Warp> warps_;
   Meeting barrier_;
   std::vector<unsigned char> shared_;
   size_t shared_bytes_ = 0;
@@ -259,15 +305,56 @@ void launch(const Kernel& kernel, dim3 grid, dim3 threads, size_t shared_bytes, 
 template <typename V>
 V shuffle(V value, unsigned from, int line) {
   static_assert(sizeof(V) <= 8 && std::is_trivially_copyable_v<V>);
-  uint64_t word = 0;
-  std::memcpy(&word, &value, sizeof(V));
-  word = block.shuffle(word, from, line);
-  std::memcpy(&value, &word, sizeof(V));
+  Block::Words words{};
+  std::memcpy(words.word, &value, sizeof(V));
+  const Block::Given& given = block.exchange(words, line);
+  std::memcpy(&value, given[from < kWarp ? from : block.lane()].word, sizeof(V));
   return value;
 }
 
 inline void check_aligned(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) block.stop("a vector access at a misaligned address");
+}
+
+// ldmatrix.x4 and mma.m16n8; tensor_core.h says who holds what.
+inline void load_matrices(uint32_t (&m)[4], const void* row, bool transposed, int line) {
+  check_aligned(row, 16);
+  Block::Words words{};
+  std::memcpy(words.word, &row, sizeof(row));
+  const Block::Given& given = block.exchange(words, line);
+  const unsigned g = block.lane() / 4, t = block.lane() % 4;
+  for (unsigned i = 0; i < 4; ++i)
+    for (unsigned j = 0; j < 2; ++j) {
+      const unsigned r = transposed ? 2 * t + j : g, column = transposed ? g : 2 * t + j;
+      const char* source;
+      std::memcpy(&source, given[8 * i + r].word, sizeof(source));
+      uint16_t number;
+      std::memcpy(&number, source + 2 * column, 2);
+      m[i] = j == 0 ? number : m[i] | uint32_t(number) << 16;
+    }
+}
+
+// A word holds `numbers` numbers; value(word, i) is the i-th.
+template <typename Value>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line, int numbers,
+                  const Value& value) {
+  Block::Words words{};
+  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  std::memcpy(words.word, own, sizeof(own));
+  const Block::Given& given = block.exchange(words, line);
+  const auto of_lane = [&](unsigned lane, unsigned i) {
+    uint32_t word;
+    std::memcpy(&word, reinterpret_cast<const char*>(given[lane].word) + 4 * i, 4);
+    return word;
+  };
+  for (unsigned e = 0; e < 4; ++e) {
+    const unsigned row = block.lane() / 4 + 8 * (e / 2), column = 2 * (block.lane() % 4) + e % 2;
+    for (unsigned word = 0; word < 8; ++word) {
+      const uint32_t left = of_lane(row % 8 * 4 + word % 4, row / 8 + 2 * (word / 4));
+      const uint32_t right = of_lane(column * 4 + word % 4, 4 + word / 4);
+      for (int i = 0; i < numbers; ++i) c[e] += value(left, i) * value(right, i);
+    }
+  }
 }
 
 }  // namespace fastdense::emulation
@@ -290,6 +377,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 #define FASTDENSE_SHARED(name) unsigned char* name = ::fastdense::emulation::block.shared()
 #define FASTDENSE_CHECK_ALIGNED(address, bytes) ::fastdense::emulation::check_aligned(address, bytes)
+#define FASTDENSE_ALLOW_SHARED(kernel, bytes) \
+  ((bytes) <= ::fastdense::emulation::kMostShared ? cudaSuccess : cudaErrorLaunchFailure)
 #define FASTDENSE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                   \
   ::fastdense::emulation::launch([](auto... arguments) { kernel(arguments...); }, dim3(grid), dim3(block), \
                                  size_t(shared_bytes), cudaStream_t(stream), __VA_ARGS__)

@@ -15,7 +15,7 @@ WINDOWS, STEPS = 3, 30
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_steps_leave_nothing_behind(name):
-    """What steps leave, every window leaves; an object more in one of them is another thread's, which waits elsewhere."""
+    """What steps leave, every window leaves; one object more in one of them is another thread's, which waits."""
     with watched_allocator() as watch:
         steps = training(name, side=16)
         for _ in range(WARM):

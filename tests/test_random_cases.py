@@ -92,13 +92,15 @@ def check_block(block: RandomBlock, layout: str, modes: Sequence[str], on: tuple
     with machine(*on):
         made = [results(block, block.run(mode), grad) for mode in modes]
         _, own_statistics = block.run()
-    assert_near(made[0], wanted, 1e-8)
+    # Behind its norm such a channel is rounding, enlarged by 1 / sqrt(eps), and so are its gradients.
+    share = 1e-3 if layout in MEMORY_LAYOUTS else 1.0
+    assert_near(made[0], wanted, 1e-8, share)
     if not block.case.frozen and own_statistics.var.any():  # none are taken where no norm asks for them
         assert_near(own_statistics, statistics, 1e-10)
     if "reversible" not in modes:
         assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
     else:
-        assert_near(made[1], wanted, 1e-8)
+        assert_near(made[1], wanted, 1e-8, share)
 
 
 @st.composite

@@ -7,7 +7,7 @@ class BuildInfo(TypedDict):
     cuda: str | None
     cuda_arch_list: str | None
     compiler: str
-    simd: Literal["baseline", "avx2", "avx512", "amx"]
+    simd: Literal["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
     threads: int
 
 def build_info() -> BuildInfo: ...

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fastdense import _C
 
-LEVELS = ("baseline", "avx2", "avx512", "amx")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def available_levels() -> list[str]:

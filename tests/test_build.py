@@ -18,7 +18,7 @@ import torch
 from fastdense import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-SIMD_LEVELS = ["baseline", "avx2", "avx512", "amx"]
+SIMD_LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -109,7 +109,7 @@ def test_environment_lowers_the_simd_level(name):
 def test_unknown_simd_level_in_the_environment_is_named_and_ignored():
     result = run_python(*PRINT_SIMD, FASTDENSE_SIMD="sse9")
     assert result.stdout.strip() == machine_level()
-    expected = "fastdense: ignoring FASTDENSE_SIMD=sse9, expected baseline, avx2, avx512 or amx"
+    expected = "fastdense: ignoring FASTDENSE_SIMD=sse9, expected baseline, avx2, avx512, avx512_bf16 or amx"
     assert expected in result.stderr
 
 
@@ -123,7 +123,7 @@ def test_set_simd_level():
         for name in set(SIMD_LEVELS) - set(available):
             with pytest.raises(ValueError, match=f"at most {available[-1]}, got {name}"):
                 _C.set_simd_level(name)
-        with pytest.raises(ValueError, match="to be baseline, avx2, avx512 or amx, got neon"):
+        with pytest.raises(ValueError, match="to be baseline, avx2, avx512, avx512_bf16 or amx, got neon"):
             _C.set_simd_level("neon")
     finally:
         _C.set_simd_level(before)

@@ -175,6 +175,10 @@ namespace avx512 {
 template <typename T>
 const RowKernels<T>& row_kernels();
 }
+namespace avx512_bf16 {  // for bfloat16
+template <typename T>
+const RowKernels<T>& row_kernels();
+}
 namespace amx {  // for bfloat16
 template <typename T>
 const RowKernels<T>& row_kernels();

@@ -129,7 +129,7 @@ const RowKernels<T>& row_kernels() {
   return kernels;
 }
 
-#ifndef FASTDENSE_TARGET_AMX
+#ifndef FASTDENSE_TARGET_PAIRS
 template const RowKernels<float>& row_kernels<float>();
 template const RowKernels<double>& row_kernels<double>();
 template const RowKernels<half>& row_kernels<half>();

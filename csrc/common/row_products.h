@@ -2,8 +2,13 @@
 // Products of a chunk of rows, forward and backward, that the kernels of row_kernels.h and of the ops are made of.
 
 #include "common/gemm.h"
+#ifdef FASTDENSE_TARGET_PAIRS
+#include "common/gemm_pairs.h"
 #ifdef FASTDENSE_TARGET_AMX
 #include "common/gemm_amx.h"
+#else
+#include "common/gemm_avx512_bf16.h"
+#endif
 #endif
 #include "common/row_sweeps.h"
 

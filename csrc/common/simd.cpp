@@ -19,8 +19,9 @@
 namespace fastdense {
 namespace {
 
-constexpr SimdLevel kLevels[] = {SimdLevel::kBaseline, SimdLevel::kAvx2, SimdLevel::kAvx512, SimdLevel::kAmx};
-constexpr const char* kAllowed = "baseline, avx2, avx512 or amx";
+constexpr SimdLevel kLevels[] = {SimdLevel::kBaseline, SimdLevel::kAvx2, SimdLevel::kAvx512, SimdLevel::kAvx512Bf16,
+                                 SimdLevel::kAmx};
+constexpr const char* kAllowed = "baseline, avx2, avx512, avx512_bf16 or amx";
 
 // Whether the processor has AMX-BF16 and Linux lets this process use the tiles; torch asks for the same permission.
 bool has_amx() {
@@ -40,7 +41,11 @@ SimdLevel machine_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) return has_amx() ? SimdLevel::kAmx : SimdLevel::kAvx512;
+#ifdef FASTDENSE_HAS_AVX512_BF16
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16"))
+    return has_amx() ? SimdLevel::kAmx : SimdLevel::kAvx512Bf16;
+#endif
+  if (avx2 && avx512) return SimdLevel::kAvx512;
   if (avx2) return SimdLevel::kAvx2;
 #endif
   return SimdLevel::kBaseline;
@@ -74,7 +79,7 @@ std::atomic<SimdLevel>& current_level() {
 SimdLevel simd_level() { return current_level().load(std::memory_order_relaxed); }
 
 const char* simd_name(SimdLevel level) {
-  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
   return kNames[static_cast<int>(level)];
 }
 

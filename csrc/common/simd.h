@@ -3,17 +3,20 @@
 //
 // The extension is compiled for the baseline of its architecture, so that one binary runs everywhere; loops
 // that gain from wider vectors are compiled once more for each level (per-function targets) and picked by
-// simd_level(). FASTDENSE_SIMD=baseline|avx2|avx512|amx in the environment lowers the level.
+// simd_level(). FASTDENSE_SIMD=baseline|avx2|avx512|avx512_bf16|amx in the environment lowers the level.
 #pragma once
 
 // The matrix tiles of AMX-BF16 need a compiler that knows them and Linux's permission.
 #if defined(__x86_64__) && defined(__linux__) && (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))
 #define FASTDENSE_HAS_AMX
 #endif
+#if defined(__x86_64__) && __has_include(<avx512bf16intrin.h>)
+#define FASTDENSE_HAS_AVX512_BF16
+#endif
 
 namespace fastdense {
 
-enum class SimdLevel { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+enum class SimdLevel { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 SimdLevel simd_level();
 

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Opens the code of one instruction set.  A file <op>_kernels_<target>.cpp defines FASTDENSE_TARGET (a namespace) and
 // FASTDENSE_TARGET_<SET>, includes every shared header first (so that shared inline functions stay portable), then this
-// file, then the kernels, and ends with common/target_end.h.
+// file, then the kernels, and ends with common/target_end.h.  FASTDENSE_TARGET_PAIRS: products of bfloat16 by pairs.
 #if defined(FASTDENSE_TARGET_AVX2) || defined(FASTDENSE_TARGET_AVX512)
 #include <immintrin.h>
 #endif
 
 #if defined(FASTDENSE_TARGET_AMX)
 #define FASTDENSE_TARGET_ISA "amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#elif defined(FASTDENSE_TARGET_PAIRS)
+#define FASTDENSE_TARGET_ISA "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #elif defined(FASTDENSE_TARGET_AVX512)
 #define FASTDENSE_TARGET_ISA "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #elif defined(FASTDENSE_TARGET_AVX2)

@@ -59,7 +59,7 @@ constexpr int64_t sums_bytes(const Tile& tile) {
   return tile.rows * sums_stride<T>(tile) * Gemm<T>::kPanel * int64_t(sizeof(accumulate_t<T>));
 }
 
-// AMX multiplies bfloat16, in which transforms would lose digits.
+// Instructions on pairs multiply bfloat16, in which transforms would lose digits.
 template <typename T>
 bool uses_winograd(const ConvGeometry& g) {
   return std::is_same_v<typename Gemm<T>::Operand, accumulate_t<T>> && g.kernel[0] == 3 && g.kernel[1] == 3 &&

@@ -69,6 +69,10 @@ template <typename T>
 const DenseBlockKernels<T>& dense_block_kernels();
 }
 
+namespace avx512_bf16 {  // for bfloat16
+template <typename T>
+const DenseBlockKernels<T>& dense_block_kernels();
+}
 namespace amx {  // for bfloat16
 template <typename T>
 const DenseBlockKernels<T>& dense_block_kernels();

@@ -7,6 +7,7 @@
 #define FASTDENSE_TARGET amx
 #define FASTDENSE_TARGET_AMX
 #define FASTDENSE_TARGET_AVX512
+#define FASTDENSE_TARGET_PAIRS
 #include "common/target.h"
 
 #include "common/vec.h"

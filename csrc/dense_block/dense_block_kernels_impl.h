@@ -206,7 +206,7 @@ const DenseBlockKernels<T>& dense_block_kernels() {
   return kernels;
 }
 
-#ifndef FASTDENSE_TARGET_AMX
+#ifndef FASTDENSE_TARGET_PAIRS
 template const DenseBlockKernels<float>& dense_block_kernels<float>();
 template const DenseBlockKernels<double>& dense_block_kernels<double>();
 template const DenseBlockKernels<half>& dense_block_kernels<half>();

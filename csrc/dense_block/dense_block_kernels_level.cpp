@@ -11,6 +11,10 @@ const DenseBlockKernels<T>& dense_block_kernels([[maybe_unused]] SimdLevel level
   if constexpr (std::is_same_v<T, bfloat16>)
     if (level == SimdLevel::kAmx) return amx::dense_block_kernels<T>();
 #endif
+#ifdef FASTDENSE_HAS_AVX512_BF16
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (level >= SimdLevel::kAvx512Bf16) return avx512_bf16::dense_block_kernels<T>();
+#endif
 #if defined(__x86_64__)
   if (level >= SimdLevel::kAvx512) return avx512::dense_block_kernels<T>();
   if (level == SimdLevel::kAvx2) return avx2::dense_block_kernels<T>();

@@ -100,6 +100,10 @@ namespace avx512 {
 template <typename T>
 const ResidualDenseBlockKernels<T>& residual_dense_block_kernels();
 }
+namespace avx512_bf16 {  // for bfloat16
+template <typename T>
+const ResidualDenseBlockKernels<T>& residual_dense_block_kernels();
+}
 namespace amx {  // for bfloat16
 template <typename T>
 const ResidualDenseBlockKernels<T>& residual_dense_block_kernels();

@@ -195,7 +195,7 @@ const ResidualDenseBlockKernels<T>& residual_dense_block_kernels() {
   return kernels;
 }
 
-#ifndef FASTDENSE_TARGET_AMX
+#ifndef FASTDENSE_TARGET_PAIRS
 template const ResidualDenseBlockKernels<float>& residual_dense_block_kernels<float>();
 template const ResidualDenseBlockKernels<double>& residual_dense_block_kernels<double>();
 template const ResidualDenseBlockKernels<half>& residual_dense_block_kernels<half>();

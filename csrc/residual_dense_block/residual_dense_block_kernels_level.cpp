@@ -11,6 +11,10 @@ const ResidualDenseBlockKernels<T>& residual_dense_block_kernels([[maybe_unused]
   if constexpr (std::is_same_v<T, bfloat16>)
     if (level == SimdLevel::kAmx) return amx::residual_dense_block_kernels<T>();
 #endif
+#ifdef FASTDENSE_HAS_AVX512_BF16
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (level >= SimdLevel::kAvx512Bf16) return avx512_bf16::residual_dense_block_kernels<T>();
+#endif
 #if defined(__x86_64__)
   if (level >= SimdLevel::kAvx512) return avx512::residual_dense_block_kernels<T>();
   if (level == SimdLevel::kAvx2) return avx2::residual_dense_block_kernels<T>();

@@ -21,6 +21,7 @@ SOURCES = [
 ]
 SOURCES += ["csrc/common/row_forward_kernels.cu", "csrc/common/row_backward_kernels.cu"]
 SOURCES += [
+    "csrc/common/cuda_choice.cpp",
     "csrc/common/shared_statistics.cpp",
     "csrc/norm_relu_max_pool/norm_relu_max_pool_kernels.cu",
     "csrc/running_stats/running_stats_kernels.cu",

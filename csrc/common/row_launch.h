@@ -26,11 +26,11 @@ struct Matrix {
   int64_t ld;  // elements from row to row
   template <typename C>
     requires(!std::is_same_v<C, T> && std::is_same_v<C, const T>)
-  operator Matrix<C>() const {
+  FASTDENSE_HD operator Matrix<C>() const {
     return {data, ld};
   }
-  Matrix from_row(int64_t row) const { return {data + row * ld, ld}; }
-  Matrix from_column(int64_t column) const { return {data + column, ld}; }
+  FASTDENSE_HD Matrix from_row(int64_t row) const { return {data + row * ld, ld}; }
+  FASTDENSE_HD Matrix from_column(int64_t column) const { return {data + column, ld}; }
 };
 
 // A batch norm with the statistics that it normalises with.

@@ -118,7 +118,7 @@ cudaError_t launch_slice_in(const SliceInParams<T>&, int64_t rows, int64_t colum
 template <typename T>
 struct FinaliseMomentsParams {
   const accumulate_t<T>* partial;  // [chunks * splits][2][columns]
-  const T* pivot;                  // what the moments are relative to, as x's first row
+  const T* pivot;                  // what the moments are relative to, as x's first row; nullptr: zeros
   accumulate_t<T>*mean, *var;
   int64_t chunk;  // rows of a chunk
 };

@@ -2,9 +2,10 @@
 // A 1x1 convolution behind a batch norm and ReLU as one kernel a direction, on tensor cores of compute capability 8.0
 // and up.  No torch header.  Rows are pixels, `columns` the channels of the prefix, `width` those of the result.
 //
-// T is bfloat16 or half, or float, whose factors are then rounded to TF32; sums are float32.  Forward and backward
-// apply norm and ReLU in float32 and round to T, as launch_activate() does.  All sums have a fixed order that depends
-// on the shape and on the number of multiprocessors.
+// T is bfloat16 or half, or float, whose factors are then rounded to TF32; sums are float32.  Rows of x, weight and
+// gradient are whole words of 4 bytes, those of z and dz whole 16 bytes.  Forward and backward apply norm and ReLU in
+// float32 and round to T, as launch_activate() does.  All sums have a fixed order that depends on the shape and on the
+// number of multiprocessors.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +34,7 @@ template <typename T>
 struct RowProductParams {
   Matrix<const T> x;       // [rows, columns]
   Matrix<const T> weight;  // [width, columns]
-  Matrix<T> z;             // [rows, width], rows of whole 16 bytes
+  Matrix<T> z;             // [rows, width]
   NormParams<float> norm;
   float* partial;  // [tiles][2][width]
 };
@@ -58,7 +59,7 @@ int64_t row_product_gradient_splits(int64_t rows, int64_t columns, int64_t multi
 //   gradient (+)= scale * dym,  partial sums of dym and dym * (x - mean),  dweight = dz^T * relu(norm(x)) by splits.
 template <typename T>
 struct RowProductGradientParams {
-  Matrix<const T> dz;      // [rows, width], rows of whole 16 bytes
+  Matrix<const T> dz;      // [rows, width]
   Matrix<const T> x;       // [rows, columns]
   Matrix<const T> weight;  // [width, columns]
   Matrix<T> gradient;      // [rows, columns]
@@ -74,10 +75,10 @@ cudaError_t launch_row_product_gradient(const RowProductGradientParams<T>&, int6
 // to [count] = the sum of partial [splits][count], in a fixed order.
 cudaError_t launch_sum_partials(const float* partial, int64_t splits, int64_t count, float* to, cudaStream_t);
 
-// Whether the kernels can read and write a matrix of this many columns: in words of 4 bytes.
+// Whether the rows of a matrix of this many columns are whole pieces of so many bytes.
 template <typename T>
-bool is_matrix_of_words(const Matrix<T>& m, int64_t columns) {
-  return (reinterpret_cast<uintptr_t>(m.data) | uintptr_t(m.ld) * sizeof(T) | uintptr_t(columns) * sizeof(T)) % 4 == 0;
+bool has_rows_of(uintptr_t bytes, const Matrix<T>& m, int64_t columns) {
+  return (reinterpret_cast<uintptr_t>(m.data) | uintptr_t(m.ld | columns) * sizeof(T)) % bytes == 0;
 }
 
 }  // namespace fastdense

@@ -2,8 +2,7 @@
 """The fused 1x1 kernels on the host: against float64, in every order of threads and copies, with mistakes planted."""
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest

@@ -202,6 +202,9 @@ residual_cases = st.builds(
     bias=st.booleans(),
     batch=st.integers(1, 3),
 )
+residual_cases |= residual_cases.map(  # the blocks of SRDenseNet
+    lambda case: case._replace(fusion=False, outer=False, first=(0, *[case.channels] * (case.layers - 1)))
+)
 
 
 @given(residual_cases, layouts, st.sampled_from([torch.float64, torch.float32]), threads, levels)

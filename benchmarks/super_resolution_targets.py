@@ -24,15 +24,16 @@ _SIDE = 48  # of a training patch
 
 def make(name: str, blocks: int, variant: str) -> SuperResolutionNet:
     torch.manual_seed(0)
-    net: Any = fastdense.models.create(name, scale=4, blocks=blocks)
+    scale = {} if name == "srdensenet" else {"scale": 4}  # which knows no other
+    net: Any = fastdense.models.create(name, blocks=blocks, **scale)
     if variant.startswith("plain"):
         fastdense.restore(net)
         net.recompute_tail = False
     return net.to(memory_format=torch.channels_last) if variant == "plain-channels-last" else net
 
 
-def picture(variant: str, batch: int, side: int) -> Tensor:
-    x = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+def picture(net: SuperResolutionNet, variant: str, batch: int, side: int) -> Tensor:
+    x = torch.rand(batch, net.colours, side, side, generator=torch.Generator().manual_seed(1))
     return x.to(memory_format=torch.channels_last) if variant == "plain-channels-last" else x
 
 
@@ -55,9 +56,9 @@ def _peak(name: str, blocks: int, variant: str, kind: str, batch: int, side: int
     torch.set_num_threads(threads)
     net = make(name, blocks, variant).train(kind == "train")
     run = (lambda x: step(net, x)) if kind == "train" else (lambda x: infer(net, x, variant).mean())
-    run(picture(variant, 1, 16))
+    run(picture(net, variant, 1, 16))
     net.zero_grad(set_to_none=True)
-    x = picture(variant, batch, side)
+    x = picture(net, variant, batch, side)
     return peak_above(lambda: float(run(x)))
 
 
@@ -84,7 +85,7 @@ def inference_memory(name: str, blocks: int, side: int, threads: int) -> Row:
 
 def times(name: str, blocks: int, kind: str, batch: int, side: int, rounds: int) -> Row:
     nets = {variant: make(name, blocks, variant).train(kind == "train") for variant in VARIANTS}
-    pictures = {variant: picture(variant, batch, side) for variant in VARIANTS}
+    pictures = {variant: picture(nets[variant], variant, batch, side) for variant in VARIANTS}
     runs: dict[str, Callable[[], Tensor]] = {
         variant: (lambda v=variant: step(nets[v], pictures[v]))
         if kind == "train"
@@ -106,17 +107,19 @@ def main() -> None:
     options = parser.parse_args()
     threads = torch.get_num_threads()
     blocks, side, small = (2, 64, 32) if options.quick else (23, options.side, 96)
-    deep = 2 if options.quick else 16
+    deep, wide = (2, 2) if options.quick else (16, 8)
     rows = [
         training_memory("rrdbnet", blocks, threads),
         training_memory("rdn", deep, threads),
+        training_memory("srdensenet", wide, threads),
         inference_memory("rrdbnet", blocks, side, threads),
         times("rrdbnet", blocks, "infer", 1, small, options.rounds),
         times("rrdbnet", blocks, "train", 1, _SIDE, options.rounds),
         times("rdn", deep, "infer", 1, small, options.rounds),
         times("rdn", deep, "train", 1, _SIDE, options.rounds),
+        times("srdensenet", wide, "train", 1, _SIDE, options.rounds),
     ]
-    report(rows, options.json, blocks=[blocks, deep])
+    report(rows, options.json, blocks=[blocks, deep, wide])
 
 
 if __name__ == "__main__":

@@ -19,20 +19,24 @@ from fastdense.bench.memory import mib_per_image, peak_above
 from fastdense.models import SuperResolutionNet
 
 VARIANTS = ("plain", "plain-channels-last", "fastdense")
+RECOMPUTED = (*VARIANTS, "fastdense-recomputed-tail")  # of networks that keep the tail unless told otherwise
 _SIDE = 48  # of a training patch
 
 
 def make(name: str, blocks: int, variant: str) -> SuperResolutionNet:
     torch.manual_seed(0)
-    net: Any = fastdense.models.create(name, scale=4, blocks=blocks)
+    scale = {} if name == "srdensenet" else {"scale": 4}  # which knows no other
+    net: Any = fastdense.models.create(name, blocks=blocks, **scale)
     if variant.startswith("plain"):
         fastdense.restore(net)
         net.recompute_tail = False
+    if variant.endswith("recomputed-tail"):
+        net.recompute_tail = True
     return net.to(memory_format=torch.channels_last) if variant == "plain-channels-last" else net
 
 
-def picture(variant: str, batch: int, side: int) -> Tensor:
-    x = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+def picture(net: SuperResolutionNet, variant: str, batch: int, side: int) -> Tensor:
+    x = torch.rand(batch, net.colours, side, side, generator=torch.Generator().manual_seed(1))
     return x.to(memory_format=torch.channels_last) if variant == "plain-channels-last" else x
 
 
@@ -55,16 +59,16 @@ def _peak(name: str, blocks: int, variant: str, kind: str, batch: int, side: int
     torch.set_num_threads(threads)
     net = make(name, blocks, variant).train(kind == "train")
     run = (lambda x: step(net, x)) if kind == "train" else (lambda x: infer(net, x, variant).mean())
-    run(picture(variant, 1, 16))
+    run(picture(net, variant, 1, 16))
     net.zero_grad(set_to_none=True)
-    x = picture(variant, batch, side)
+    x = picture(net, variant, batch, side)
     return peak_above(lambda: float(run(x)))
 
 
-def training_memory(name: str, blocks: int, threads: int) -> Row:
+def training_memory(name: str, blocks: int, threads: int, variants: tuple[str, ...] = VARIANTS) -> Row:
     """MiB per image of a training step, as the slope between two batch sizes."""
     slopes, losses = {}, {}
-    for variant in VARIANTS:
+    for variant in variants:
         peaks = {}
         for batch in (1, 3):
             peaks[batch], losses[variant] = in_own_process(_peak, name, blocks, variant, "train", batch, _SIDE, threads)
@@ -82,17 +86,19 @@ def inference_memory(name: str, blocks: int, side: int, threads: int) -> Row:
     return row_of_values(f"{name}, MiB for {side} x {side} to x4", peaks)
 
 
-def times(name: str, blocks: int, kind: str, batch: int, side: int, rounds: int) -> Row:
-    nets = {variant: make(name, blocks, variant).train(kind == "train") for variant in VARIANTS}
-    pictures = {variant: picture(variant, batch, side) for variant in VARIANTS}
+def times(
+    name: str, blocks: int, kind: str, batch: int, side: int, rounds: int, variants: tuple[str, ...] = VARIANTS
+) -> Row:
+    nets = {variant: make(name, blocks, variant).train(kind == "train") for variant in variants}
+    pictures = {variant: picture(nets[variant], variant, batch, side) for variant in variants}
     runs: dict[str, Callable[[], Tensor]] = {
         variant: (lambda v=variant: step(nets[v], pictures[v]))
         if kind == "train"
         else (lambda v=variant: infer(nets[v], pictures[v], v))
-        for variant in VARIANTS
+        for variant in variants
     }
     expected = runs["plain"]()
-    for variant in VARIANTS:
+    for variant in variants:
         difference = (runs[variant]() - expected).abs().max().item()
         if difference > 1e-4:
             raise SystemExit(f"{name} {variant}: results differ by {difference:.1e}")
@@ -106,17 +112,19 @@ def main() -> None:
     options = parser.parse_args()
     threads = torch.get_num_threads()
     blocks, side, small = (2, 64, 32) if options.quick else (23, options.side, 96)
-    deep = 2 if options.quick else 16
+    deep, wide = (2, 2) if options.quick else (16, 8)
     rows = [
         training_memory("rrdbnet", blocks, threads),
         training_memory("rdn", deep, threads),
+        training_memory("srdensenet", wide, threads, RECOMPUTED),
         inference_memory("rrdbnet", blocks, side, threads),
         times("rrdbnet", blocks, "infer", 1, small, options.rounds),
         times("rrdbnet", blocks, "train", 1, _SIDE, options.rounds),
         times("rdn", deep, "infer", 1, small, options.rounds),
         times("rdn", deep, "train", 1, _SIDE, options.rounds),
+        times("srdensenet", wide, "train", 1, _SIDE, options.rounds, RECOMPUTED),
     ]
-    report(rows, options.json, blocks=[blocks, deep])
+    report(rows, options.json, blocks=[blocks, deep, wide])
 
 
 if __name__ == "__main__":

@@ -39,11 +39,12 @@ TORCH_LIBRARY(fastdense, m) {
       "-> (Tensor, Tensor)");
   m.def("mean_join(Tensor[] inputs) -> Tensor");
   m.def(
-      "residual_dense_block(Tensor input, Tensor[] weights, float negative_slope, float scale, Tensor? outer, "
-      "float outer_scale) -> (Tensor, Tensor)");
+      "residual_dense_block(Tensor input, Tensor[] weights, int[] first_channels, bool fusion, float negative_slope, "
+      "float scale, Tensor? outer, float outer_scale) -> (Tensor, Tensor)");
   m.def(
-      "_residual_dense_block_backward(Tensor grad_output, Tensor buffer, Tensor[] weights, float negative_slope, "
-      "float scale, float outer_scale, SymInt in_channels, bool[] needs_grad) -> Tensor[]");
+      "_residual_dense_block_backward(Tensor grad_output, Tensor buffer, Tensor[] weights, int[] first_channels, "
+      "bool fusion, float negative_slope, float scale, float outer_scale, SymInt in_channels, bool[] needs_grad) "
+      "-> Tensor[]");
   m.def(
       "norm_relu_max_pool(Tensor input, Tensor[] norm, float eps, int[] kernel_size, int[] stride, int[] padding, "
       "bool keep_winners, str process_group) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -23,9 +23,14 @@ from fastdense.nn.fused import (
 )
 from fastdense.nn.fused_dual_path import FusedDualPathBlock
 from fastdense.nn.fused_found import FusedFoundBlock
-from fastdense.nn.fused_residual import FusedResidualDenseBlock
+from fastdense.nn.fused_residual import FusedResidualDenseBlock, FusedSRDenseBlock
 from fastdense.nn.recomputed import looks_like_max_pool_transition, read_max_pool_transition
-from fastdense.nn.residual_structure import looks_like_residual_block, read_residual_block
+from fastdense.nn.residual_structure import (
+    looks_like_growing_block,
+    looks_like_residual_block,
+    read_growing_block,
+    read_residual_block,
+)
 from fastdense.nn.structure import (
     BLOCKS,
     NotFusible,
@@ -153,6 +158,10 @@ def _is_residual_dense_block(module: nn.Module) -> bool:
     return isinstance(module, FusedResidualDenseBlock) or looks_like_residual_block(module)
 
 
+def _is_sr_dense_block(module: nn.Module) -> bool:
+    return isinstance(module, FusedSRDenseBlock) or looks_like_growing_block(module)
+
+
 _FOUND = Kind("block", FusedFoundBlock, _is_found_block, read_found_block, True)
 KINDS = (
     Kind("block", FusedDenseBlock, _is_dense_block, read_block, True),
@@ -161,9 +170,10 @@ KINDS = (
     Kind("max-pool transition", RecomputedTransition, _is_max_pool_transition, read_max_pool_transition, False),
     Kind("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True),
     Kind("residual dense", FusedResidualDenseBlock, _is_residual_dense_block, read_residual_block, True),
+    Kind("growing dense", FusedSRDenseBlock, _is_sr_dense_block, read_growing_block, True),
 )
 # A sequence that holds one of these looks for what runs together.
-_IN_SEQUENCES = (FusedDenseBlock, FusedDualPathBlock)
+_IN_SEQUENCES = (FusedDenseBlock, FusedDualPathBlock, FusedSRDenseBlock)
 
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, Kind]]:

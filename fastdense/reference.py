@@ -90,18 +90,21 @@ def dense_block(
 def residual_dense_block(
     input: Tensor,
     layers: Sequence[ConvWeights],
-    fusion: ConvWeights,
+    fusion: ConvWeights | None,
     *,
     negative_slope: float = 0.2,
     scale: float = 1.0,
     outer: Tensor | None = None,
     outer_scale: float = 1.0,
+    first_channels: Sequence[int] | None = None,
 ) -> Tensor:
     """:func:`fastdense.ops.residual_dense_block` by concatenation."""
     features = [input]
-    for layer in layers:
-        new = F.conv2d(torch.cat(features, 1), layer.weight, layer.bias, padding=1)
+    for layer, first in zip(layers, first_channels or [0] * len(layers), strict=True):
+        new = F.conv2d(torch.cat(features, 1)[:, first:], layer.weight, layer.bias, padding=1)
         features.append(F.leaky_relu(new, negative_slope))
+    if fusion is None:
+        return torch.cat(features, 1)
     out = F.conv2d(torch.cat(features, 1), fusion.weight, fusion.bias, padding=fusion.weight.shape[-1] // 2)
     out = out * scale + input
     return out if outer is None else out * outer_scale + outer

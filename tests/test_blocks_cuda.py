@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import fastdense
+from fastdense import reference
+from tests import test_residual_dense_block as residual
 from tests.random_block import RandomBlock, relative
 from tests.test_dense_block import Block, Case
 from tests.test_dual_path import Stage, StageCase
@@ -24,7 +26,12 @@ DUAL = StageCase(
     batch=4, residual_channels=32, growth_rate=8, first_dense=16, in_channels=24, width=32, width_behind=32, groups=8,
     size=(14, 14), stride=2, device="cuda",
 )  # fmt: skip
-CASES = pytest.mark.parametrize("case", [DROPPING, DUAL], ids=["dense_block", "dual_path_stage"])
+RESIDUAL = residual.Case(channels=24, growth=12, size=(14, 14), outer=True, batch=4)
+OWN_FEATURES = RESIDUAL._replace(outer=False, fusion=False, first=(0, 24, 24))
+CASES = pytest.mark.parametrize(
+    "case", [DROPPING, DUAL, RESIDUAL], ids=["dense_block", "dual_path_stage", "residual_dense_block"]
+)
+AnyCase = Case | StageCase | residual.Case
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +55,16 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def make(case: Case | StageCase, **changes: object) -> RandomBlock:
+def make(case: AnyCase, **changes: object) -> RandomBlock | residual.Block:
+    if isinstance(case, residual.Case):
+        torch.manual_seed(0)
+        return residual.Block(case, changes.get("dtype", torch.float64), changes.get("device", "cuda"))
     return (Block if isinstance(case, Case) else Stage)(replace(case, **changes))
 
 
-def results(block: RandomBlock) -> dict[str, Tensor]:
+def results(block: RandomBlock | residual.Block) -> dict[str, Tensor]:
+    if isinstance(block, residual.Block):
+        return {str(at): tensor.detach() for at, tensor in enumerate(residual.results(block))}
     out, statistics = block.run()
     grads = block.gradients(out, torch.ones_like(out))
     return {"out": out.detach(), "mean": statistics.mean, "var": statistics.var} | grads
@@ -63,7 +75,11 @@ def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("case", [DENSE, DROPPING, DUAL], ids=["dense_block", "dropout", "dual_path_stage"])
+@pytest.mark.parametrize(
+    "case",
+    [DENSE, DROPPING, DUAL, RESIDUAL, OWN_FEATURES],
+    ids=["dense_block", "dropout", "dual_path_stage", "residual_dense_block", "own-features"],
+)
 def test_cpu_and_gpu_agree(case, dtype):
     actual, expected = results(make(case, dtype=dtype)), results(make(case, dtype=dtype, device="cpu"))
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
@@ -120,6 +136,30 @@ def test_a_captured_graph_replays_the_same_bits(case, dtype):
         graph.replay()
         torch.cuda.synchronize()
         assert same_bits(captured, expected)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_pictures_larger_than_the_cache_go_in_stripes(kernel):
+    """Layers whose prefix is larger than the scratch see it line by line, with a halo."""
+    case = residual.Case(channels=64, growth=32, layers=4, size=(301, 402), batch=2, outer=True, kernel=kernel)
+    block = make(case, dtype=torch.float32)
+    for actual, expected in zip(
+        residual.results(block), residual.results(block, reference.residual_dense_block), strict=True
+    ):
+        assert relative(actual, expected) < 1e-4
+
+
+def test_super_resolution_runs_fused_like_the_plain_network():
+    torch.manual_seed(0)
+    for model in (fastdense.models.RRDBNet(4, 1), fastdense.models.RDN(2, 2, 3), fastdense.models.SRDenseNet(2)):
+        model.cuda().eval()
+        pictures = torch.rand(1, model.colours, 24, 20, device="cuda")
+        plain = fastdense.restore(copy.deepcopy(model))
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error")  # none may say that a block runs as plain modules
+            torch.testing.assert_close(model(pictures), plain(pictures), rtol=1e-3, atol=1e-4)
+            half = fastdense.upscale(model.half(), pictures.half())
+        assert relative(half.float(), plain(pictures)) < 2e-2
 
 
 def model_and_images() -> tuple[torch.nn.Module, Tensor]:

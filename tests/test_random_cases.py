@@ -203,6 +203,11 @@ residual_cases = st.builds(
     outer=st.booleans(),
     bias=st.booleans(),
     batch=st.integers(1, 3),
+    fusion=st.just(True),
+    first=st.none(),
+)
+residual_cases |= residual_cases.map(  # the blocks of SRDenseNet
+    lambda case: case._replace(fusion=False, outer=False, first=(0, *[case.channels] * (case.layers - 1)))
 )
 
 

@@ -50,18 +50,24 @@ def dual_path_samples():
 
 
 def residual_dense_block_samples(name: str):
-    for case in (ResidualCase(outer=True), ResidualCase(kernel=1, slope=0.0, bias=False)):
+    for case in (
+        ResidualCase(outer=True),
+        ResidualCase(kernel=1, slope=0.0, bias=False),
+        ResidualCase(fusion=False, first=(0, 5, 0)),
+    ):
         block = ResidualBlock(case)
         absent = torch.empty(0, dtype=torch.float64)
-        weights = [absent if w is None else w for conv in [*block.layers, block.fusion] for w in conv]
+        weights = [absent if w is None else w for conv in block.convs() for w in conv]
+        how = (list(case.first or [0] * case.layers), case.fusion, case.slope, 0.3)
         if name == "residual_dense_block":
-            yield block.input, weights, case.slope, 0.3, block.outer, 0.7
+            yield block.input, weights, *how, block.outer, 0.7
             continue
         with torch.no_grad():
-            out, buffer = torch.ops.fastdense.residual_dense_block(block.input, weights, case.slope, 0.3, None, 1.0)
+            out, buffer = torch.ops.fastdense.residual_dense_block(block.input, weights, *how, None, 1.0)
             needs = [True] + [w.requires_grad for w in weights]
             parameters = [w.detach() for w in weights]
-            yield torch.randn_like(out), buffer, parameters, case.slope, 0.3, 1.0, case.channels, needs
+            kept = buffer if case.fusion else out
+            yield torch.randn_like(out), kept, parameters, *how, 1.0, case.channels, needs
 
 
 def norm_relu_max_pool_samples(name: str):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The residual dense block against concatenation: values, gradients, types, layouts, errors."""
+"""The residual dense block against concatenation: CPU, CUDA, and the CUDA code with emulated kernels."""
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +12,18 @@ from torch import Tensor, nn
 
 from fastdense import _C, reference
 from fastdense.ops import ConvWeights, residual_dense_block
+from tests.emulation.blocks import DEVICES, on_device
 from tests.simd import available_levels, simd_level
+
+# Whole images, one image, or stripes of several lines or of one, by the case and the layer.
+EMULATED_SCRATCH = 4 << 10
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a test's tensors live."""
+    with on_device(request.param, EMULATED_SCRATCH) as device:
+        yield device
 
 
 class Case(NamedTuple):
@@ -24,6 +36,8 @@ class Case(NamedTuple):
     outer: bool = False
     bias: bool = True
     batch: int = 2
+    fusion: bool = True
+    first: tuple[int, ...] | None = None  # channel that each layer reads
 
 
 CASES = {
@@ -35,28 +49,36 @@ CASES = {
     "one-pixel": Case(size=(1, 1), outer=True),
     "one-row": Case(size=(1, 50), kernel=1),
     "many-channels": Case(channels=300, growth=33, layers=1, size=(3, 4)),
+    "srdensenet": Case(channels=6, growth=3, layers=4, slope=0.0, fusion=False, first=(0, 6, 0, 12)),
+    "no-fusion": Case(fusion=False),
+    "own-features": Case(first=(0, 5, 5), outer=True),
 }
 
 
 class Block:
     """Arguments of one case."""
 
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, dtype=torch.float64) * scale).to(device, dtype).requires_grad_()
+
         def conv(inputs: int, outputs: int, kernel: int) -> ConvWeights:
-            weight = torch.randn(outputs, inputs, kernel, kernel, dtype=torch.float64) / (inputs * kernel**2) ** 0.5
-            bias = torch.randn(outputs, dtype=torch.float64).to(dtype).requires_grad_() if case.bias else None
-            return ConvWeights(weight.to(dtype).requires_grad_(), bias)
+            weight = normal(outputs, inputs, kernel, kernel, scale=(inputs * kernel**2) ** -0.5)
+            return ConvWeights(weight, normal(outputs) if case.bias else None)
 
         c, k = case.channels, case.growth
-        self.layers = [conv(c + at * k, k, 3) for at in range(case.layers)]
-        self.fusion = conv(c + case.layers * k, c, case.kernel)
-        shape = (case.batch, c, *case.size)
-        self.input = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
-        self.outer = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() if case.outer else None
-        self.options = {"negative_slope": case.slope, "scale": 0.3, "outer_scale": 0.7}
+        first = case.first or [0] * case.layers
+        self.layers = [conv(c + at * k - first[at], k, 3) for at in range(case.layers)]
+        self.fusion = conv(c + case.layers * k, c, case.kernel) if case.fusion else None
+        self.input = normal(case.batch, c, *case.size)
+        self.outer = normal(case.batch, c, *case.size) if case.outer else None
+        self.options = {"negative_slope": case.slope, "scale": 0.3, "outer_scale": 0.7, "first_channels": case.first}
+
+    def convs(self) -> list[ConvWeights]:
+        return [*self.layers] if self.fusion is None else [*self.layers, self.fusion]
 
     def tensors(self) -> list[Tensor]:
-        all_of = [self.input, self.outer, *(w for conv in [*self.layers, self.fusion] for w in conv)]
+        all_of = [self.input, self.outer, *(w for conv in self.convs() for w in conv)]
         return [t for t in all_of if t is not None]
 
     def run(self, run=residual_dense_block) -> Tensor:
@@ -70,42 +92,62 @@ class Block:
 
         other.input, other.outer = cast(self.input), cast(self.outer)
         other.layers = [ConvWeights(*map(cast, conv)) for conv in self.layers]
-        other.fusion = ConvWeights(*map(cast, self.fusion))
+        other.fusion = None if self.fusion is None else ConvWeights(*map(cast, self.fusion))
         return other
+
+
+def ramp(like: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, like.numel(), dtype=torch.float64).view(like.shape).to(like.device, like.dtype)
 
 
 def results(block: Block, run=residual_dense_block) -> list[Tensor]:
     """Output and all gradients."""
     out = block.run(run)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    weights = ramp(out)
     return [out, *torch.autograd.grad(out, block.tensors(), weights)]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_values_and_gradients(case):
-    block = Block(case)
+def test_values_and_gradients(device, case):
+    block = Block(case, device=device)
     for made, expected in zip(results(block), results(block, reference.residual_dense_block), strict=True):
         torch.testing.assert_close(made, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("level", available_levels())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_every_type_at_every_level(level, dtype):
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+# A slope near 1: rounding may turn the sign of a value near 0, which must not cost much.
+TYPED = Case(channels=16, growth=24, layers=2, size=(7, 9), slope=0.9, outer=True)
+
+
+def check_rounding(block: Block, made: list[Tensor]) -> None:
     """The error against float64 is not much larger than that of torch's own operators."""
-    block = Block(Case(channels=16, growth=24, layers=2, size=(7, 9), outer=True), dtype)
     exact = results(block.to(torch.float64), reference.residual_dense_block)
     plain = results(block, reference.residual_dense_block)
-    with simd_level(level):
-        made = results(block)
     for ours, theirs, expected in zip(made, plain, exact, strict=True):
-        assert ours.dtype == dtype
+        assert ours.dtype == block.input.dtype
         error = (ours.double() - expected).norm()
-        allowed = 2 * (theirs.double() - expected).norm() + 8 * torch.finfo(dtype).eps * expected.norm()
+        allowed = 2 * (theirs.double() - expected).norm() + 8 * torch.finfo(ours.dtype).eps * expected.norm()
         assert error <= allowed
 
 
-def test_strides_of_input_outer_and_gradient_do_not_matter():
-    block = Block(Case(outer=True))
+@pytest.mark.parametrize("level", available_levels())
+@TYPES
+def test_every_type_at_every_level(level, dtype):
+    block = Block(TYPED, dtype)
+    with simd_level(level):
+        made = results(block)
+    check_rounding(block, made)
+
+
+@TYPES
+@pytest.mark.parametrize("growth", [24, 12, 7])  # slices that are aligned to 16 bytes, to some, to one element
+def test_every_type_and_alignment(device, growth, dtype):
+    block = Block(TYPED._replace(growth=growth), dtype, device)
+    check_rounding(block, results(block))
+
+
+def test_strides_of_input_outer_and_gradient_do_not_matter(device):
+    block = Block(Case(outer=True), device=device)
     expected = results(block)
 
     def spread(t):
@@ -131,10 +173,11 @@ def test_strides_of_input_outer_and_gradient_do_not_matter():
     [
         Case(channels=2, growth=2, layers=2, size=(2, 3), batch=1, outer=True),
         Case(channels=2, growth=3, layers=2, size=(3, 2), batch=1, kernel=1, slope=0.0, bias=False),
+        Case(channels=2, growth=2, layers=2, size=(2, 2), batch=1, fusion=False, first=(0, 2)),
     ],
 )
-def test_gradcheck(case):
-    block = Block(case)
+def test_gradcheck(device, case):
+    block = Block(case, device=device)
     positions = block.tensors()
 
     def run(*tensors):
@@ -144,18 +187,17 @@ def test_gradcheck(case):
 
 
 @pytest.mark.parametrize("wanted", range(10))
-def test_any_one_gradient_alone(wanted):
-    block = Block(Case(outer=True))
+def test_any_one_gradient_alone(device, wanted):
+    block = Block(Case(outer=True), device=device)
     expected = results(block, reference.residual_dense_block)[1 + wanted]
     for at, tensor in enumerate(block.tensors()):
         tensor.requires_grad_(at == wanted)
     out = block.run()
-    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-    torch.testing.assert_close(torch.autograd.grad(out, block.tensors()[wanted], weights)[0], expected)
+    torch.testing.assert_close(torch.autograd.grad(out, block.tensors()[wanted], ramp(out))[0], expected)
 
 
-def test_reruns_are_bit_identical():
-    block = Block(Case(channels=20, growth=7, size=(40, 40)), torch.float32)
+def test_reruns_are_bit_identical(device):
+    block = Block(Case(channels=20, growth=7, size=(20, 20)), torch.float32, device)
     for first, second in zip(results(block), results(block), strict=True):
         assert torch.equal(first, second)
 
@@ -180,26 +222,27 @@ def test_threads_and_cuts_at_even_pixels_change_no_bit():
     assert torch.equal(block.run()[:, :, 4:-4], whole[:, :, 24:46])
 
 
-def test_not_finite_values_stay():
-    block = Block(Case(size=(5, 5)))
+def test_not_finite_values_stay(device):
+    block = Block(Case(size=(5, 5)), device=device)
     block.input.data[0, 0, 2, 2] = torch.nan
     made, expected = block.run(), block.run(reference.residual_dense_block)
     assert torch.equal(made.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (2, 5, 0, 4)])
-def test_empty_batches(shape):
-    block = Block(Case())
-    block.input = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("fusion", [True, False])
+def test_empty_batches(device, fusion, shape):
+    block = Block(Case(fusion=fusion), device=device)
+    block.input = torch.zeros(shape, dtype=torch.float64, device=device, requires_grad=True)
     out = block.run()
-    assert out.shape == shape
+    assert out.shape == (shape if fusion else (shape[0], 14, *shape[2:]))
     grads = torch.autograd.grad(out.sum(), block.tensors())
     assert all(grad.shape == t.shape and not grad.any() for grad, t in zip(grads, block.tensors(), strict=True))
 
 
-def test_only_the_buffer_is_kept():
-    case = Case(channels=8, growth=4, layers=4, size=(10, 10))
-    block = Block(case, torch.float32)
+@pytest.mark.parametrize("fusion", [True, False])
+def test_only_the_buffer_is_kept(device, fusion):
+    block = Block(Case(channels=8, growth=4, layers=4, size=(10, 10), fusion=fusion), torch.float32, device)
     parameters = {t.untyped_storage().data_ptr() for t in block.tensors()}
     kept = {}
 
@@ -213,8 +256,16 @@ def test_only_the_buffer_is_kept():
     assert sizes == [4 * 2 * 100 * (8 + 4 * 4)]
 
 
-def test_double_backward_raises():
-    block = Block(Case())
+def test_editing_the_buffer_raises_in_backward(device):
+    block = Block(Case(fusion=False), device=device)
+    out = block.run()
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_double_backward_raises(device):
+    block = Block(Case(), device=device)
     grad = torch.autograd.grad(block.run().square().sum(), block.input, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="residual_dense_block: double backward is not supported"):
         grad.sum().backward()
@@ -247,6 +298,17 @@ def set_layer(block, at, weight=None, bias=None):
         (lambda b: b.options.update(negative_slope=-0.1), ValueError, r"negative_slope to be finite and at least 0"),
         (lambda b: b.options.update(scale=float("nan")), ValueError, r"scale to be finite, got nan"),
         (lambda b: setattr(b, "layers", []), ValueError, r"weight and bias of one layer or more"),
+        (lambda b: b.options.update(first_channels=[0, 0]), ValueError, r"first_channels to have 3 numbers.* got 2"),
+        (
+            lambda b: b.options.update(first_channels=[0, 8, 0]),
+            ValueError,
+            r"first_channels\[1\] to be at least 0 and below 8, got 8",
+        ),
+        (
+            lambda b: (setattr(b, "outer", b.input), setattr(b, "fusion", None)),
+            ValueError,
+            r"outer to be None without a fusion, got a tensor",
+        ),
         (
             lambda b: set_layer(b, 1, b.layers[0].weight),
             ValueError,

@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the residual dense block on the CPU: the loop over layers, tile by tile.
-#include <ATen/Dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "common/checks.h"
-#include "common/huge_pages.h"
 #include "residual_dense_block/residual_dense_block_driver.h"
 
 namespace fastdense {
@@ -26,14 +23,14 @@ class Forward : RowDriver<T> {
   }
 
   void run(const at::Tensor& outer, const at::Tensor& out) {
-    for (const ResidualLayerArgs& layer : args_.layers) {
-      const bool last = &layer == &args_.fusion();
+    for (size_t l = 0; l < args_.layers.size(); ++l) {
+      const ResidualLayerArgs& layer = args_.layers[l];
       const at::Tensor bias = layer.bias.weight.defined()
                                   ? this->accumulate_type(layer.bias.weight)
                                   : at::zeros({layer.out}, at::TensorOptions().dtype(this->kAccumulate));
-      Finish<T> finish{x_ + layer.channels,     ld_, layer.out, bias.template const_data_ptr<A>(),
+      Finish<T> finish{x_ + layer.end(),        ld_, layer.out, bias.template const_data_ptr<A>(),
                        A(args_.negative_slope), {},  {}};
-      if (last) {
+      if (args_.is_fusion(l)) {
         finish.out = static_cast<T*>(out.mutable_data_ptr());
         finish.ld = layer.out;
         finish.inner = {x_, ld_, A(args_.scale)};
@@ -48,8 +45,8 @@ class Forward : RowDriver<T> {
   void conv(const ResidualLayerArgs& layer, const Finish<T>& finish) {
     const at::Tensor panels = convolution_.pack(layer, false);
     convolution_.for_each_tile(convolution_.tiles(layer.channels), [&](int64_t worker, const Tile& tile) {
-      convolution_.kernels.conv({x_, ld_, layer.channels}, layer.geometry, tile, this->panels_of(panels), finish,
-                                this->scratch(worker));
+      convolution_.kernels.conv({x_ + layer.first, ld_, layer.channels}, layer.geometry, tile, this->panels_of(panels),
+                                finish, this->scratch(worker));
     });
   }
 
@@ -59,27 +56,16 @@ class Forward : RowDriver<T> {
   const int64_t ld_;
 };
 
-std::tuple<at::Tensor, at::Tensor> residual_dense_block_cpu(const at::Tensor& input,  // [N, C0, H, W]
-                                                            at::TensorList weights, double negative_slope, double scale,
-                                                            const std::optional<at::Tensor>& outer,  // [N, C0, H, W]
-                                                            double outer_scale) {
-  check_floating("residual_dense_block", "input", input);
-  const ResidualDenseBlockArgs args =
-      parse_residual_dense_block(input.sizes(), input.options(), weights, negative_slope, scale, outer_scale);
-  check_outer(input, outer);
-  at::Tensor buffer = with_huge_pages(empty_channels_last(args.sizes(args.channels()), input.options()));
-  at::Tensor out = with_huge_pages(empty_channels_last(input.sizes(), input.options()));
-  if (args.pixels() == 0) return {out, buffer};
-  buffer.narrow(1, 0, args.in_channels).copy_(input);
-  const at::Tensor outer_rows = outer.has_value() ? to_channels_last(*outer) : at::Tensor();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "residual_dense_block", [&] {
-    Forward<typename Storage<scalar_t>::type>(args, buffer).run(outer_rows, out);
-  });
-  return {out, buffer};
-}
+struct ForwardEngine {
+  using Guard = c10::Device;  // nothing to guard
+  template <typename T>
+  static void forward(const ResidualDenseBlockArgs& args, const at::Tensor& outer, const ResidualDenseBlockOutputs& o) {
+    Forward<T>(args, o.buffer).run(outer, o.out);
+  }
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("residual_dense_block", &residual_dense_block_cpu); }
+TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("residual_dense_block", &residual_dense_block<ForwardEngine>); }
 
 }  // namespace fastdense

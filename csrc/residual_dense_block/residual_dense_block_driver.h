@@ -6,7 +6,8 @@
 #include <algorithm>
 
 #include "common/tile_convolution_driver.h"
-#include "residual_dense_block/residual_dense_block.h"
+#include "residual_dense_block/residual_dense_block_kernels.h"
+#include "residual_dense_block/residual_dense_block_ops.h"
 
 namespace fastdense {
 

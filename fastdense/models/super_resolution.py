@@ -9,7 +9,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastdense.nn.dense_block import DenseFeatures
 from fastdense.nn.resample import BicubicUpsample
+from fastdense.nn.sr_dense_block import ConvRelu, SRDenseBlock
 from fastdense.nn.structure import NotFusible, check_no_global_hooks, is_quiet
 
 # Rows of a stripe whose tail is computed again in the backward pass: large beside the halo.
@@ -356,36 +358,6 @@ class EDSR(SuperResolutionNet):
         return self.conv_last(self.upsample(x)) / 255 + self.mean
 
 
-class ConvRelu(nn.Module):
-    """A 3x3 convolution and ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv = conv3x3(in_channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.conv(x))
-
-
-class SRDenseBlock(nn.Module):
-    """Eight convolutions: the first reads everything so far, each other one the block's own features.
-
-    The result is the input and the block's features.
-    """
-
-    def __init__(self, in_channels: int, growth_rate: int, layers: int) -> None:
-        super().__init__()
-        later = (ConvRelu(growth_rate * at, growth_rate) for at in range(1, layers))
-        self.block = nn.Sequential(ConvRelu(in_channels, growth_rate), *later)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, *later = self.block
-        features = [first(x)]
-        for layer in later:
-            features.append(layer(torch.cat(features, 1)))
-        return torch.cat([x, *features], 1)
-
-
 class SRDenseNet(SuperResolutionNet):
     """Dense blocks whose outputs all reach a bottleneck, then transposed convolutions: SRDenseNet_All.
 
@@ -410,7 +382,7 @@ class SRDenseNet(SuperResolutionNet):
         super().__init__()
         features = layers * growth_rate
         self.conv = ConvRelu(1, features)
-        self.dense_blocks = nn.Sequential(
+        self.dense_blocks = DenseFeatures(
             *(SRDenseBlock(features * (at + 1), growth_rate, layers) for at in range(blocks))
         )
         self.bottleneck = nn.Sequential(nn.Conv2d(features * (blocks + 1), width, 1), nn.ReLU())

@@ -284,8 +284,9 @@ class FusedSequential(FusedModule):
     """A sequence in which modules that belong together run as one operator.
 
     A dense block runs with the transition or norm behind it: the norm's statistics are those of the block, its gradient
-    joins the block's, and no feature map of the block's size is made twice. Dual path blocks in a row run as a stage.
-    So do the norm, ReLU and max pool of a stem. Modules with hooks run one by one.
+    joins the block's, and no feature map of the block's size is made twice. Dual path blocks in a row run as a stage,
+    blocks of SRDenseNet in a row on one buffer. So do the norm, ReLU and max pool of a stem. Modules with hooks run one
+    by one.
     """
 
     def forward(self, input: Tensor) -> Tensor:

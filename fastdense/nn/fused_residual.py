@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mixin that runs a residual dense block as one operator."""
+"""The mixins that run dense blocks without norms as one operator."""
 
-from torch import Tensor
+from collections.abc import Sequence
 
-from fastdense.nn.fused import FusedModule, check_runs_here, is_traced
-from fastdense.nn.residual_structure import read_residual_block
-from fastdense.nn.structure import NotFusible
+from torch import Tensor, nn
+
+from fastdense.nn.fused import FusedModule, Run, check_runs_here, is_traced
+from fastdense.nn.residual_structure import GrowingLayers, read_growing_block, read_residual_block
+from fastdense.nn.structure import NotFusible, is_quiet
 from fastdense.ops import residual_dense_block
 
 
@@ -36,3 +38,51 @@ class FusedResidualDenseBlock(FusedModule):
             outer=outer,
             outer_scale=float(getattr(self, "outer_scale", 1.0)),
         )
+
+
+class FusedSRDenseBlock(FusedModule):
+    """A block of SRDenseNet; a row of them in a :class:`fastdense.nn.fused.FusedSequential` runs on one buffer.
+
+    There is one memory mode, by whatever name: the buffer, which is the result, is all that is kept.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x):
+            return self.plain_forward(x)
+        try:
+            return _run_growing(x, [read_growing_block(self)])
+        except NotFusible as reason:
+            return self.fall_back(x, reason)
+
+    def fused_run(self, behind: Sequence[nn.Module]) -> Run | None:
+        blocks: list[GrowingLayers] = []
+        try:
+            for module in (self, *behind):
+                if type(module).forward is not FusedSRDenseBlock.forward or not is_quiet(module):
+                    break
+                block = read_growing_block(module)
+                if blocks and not _goes_on(blocks[-1], block):
+                    break
+                blocks.append(block)
+        except NotFusible:
+            pass  # the row ends in front of what cannot be fused
+        return Run(len(blocks), lambda x: _run_growing(x, blocks)) if blocks else None
+
+
+def _goes_on(block: GrowingLayers, behind: GrowingLayers) -> bool:
+    return (behind.in_channels, behind.growth_rate, behind.negative_slope) == (
+        block.out_channels,
+        block.growth_rate,
+        block.negative_slope,
+    )
+
+
+def _run_growing(x: Tensor, blocks: list[GrowingLayers]) -> Tensor:
+    check_runs_here("residual_dense_block", x)
+    return residual_dense_block(
+        x,
+        [layer for block in blocks for layer in block.layers],
+        None,
+        negative_slope=blocks[0].negative_slope,
+        first_channels=[first for block in blocks for first in block.first_channels],
+    )

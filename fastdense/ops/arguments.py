@@ -10,7 +10,8 @@ from torch import Tensor
 from fastdense import _C
 
 _DEVICES = ("cpu", "meta")
-_CUDA_OPERATORS = ("dense_block", "dual_path_stage", "norm_relu_max_pool") if _C.build_info()["cuda"] else ()
+_WITH_CUDA = ("dense_block", "dual_path_stage", "norm_relu_max_pool", "residual_dense_block")
+_CUDA_OPERATORS = _WITH_CUDA if _C.build_info()["cuda"] else ()
 
 
 def devices(op: str) -> tuple[str, ...]:

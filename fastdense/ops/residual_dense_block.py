@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The residual dense block of super-resolution networks on one shared buffer, as a single differentiable operator."""
+"""The dense blocks of super-resolution networks on one shared buffer, as a single differentiable operator."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,31 +29,33 @@ class ConvWeights(NamedTuple):
 def residual_dense_block(
     input: Tensor,
     layers: Sequence[ConvWeights],
-    fusion: ConvWeights,
+    fusion: ConvWeights | None,
     *,
     negative_slope: float = 0.2,
     scale: float = 1.0,
     outer: Tensor | None = None,
     outer_scale: float = 1.0,
+    first_channels: Sequence[int] | None = None,
 ) -> Tensor:
     """Runs a dense block without norms, its local fusion and residual sums on one shared channels-last buffer.
 
     Layer ``l`` reads the channels ``x_l = [x_0, y_0, ..., y_{l-1}]`` written so far and appends
     ``y_l = lrelu(conv3x3(x_l))``. With the fusion ``f`` of all channels ``r = scale * f + x_0``; the result is ``r``,
-    or ``outer_scale * r + outer``.
+    or ``outer_scale * r + outer``. Without a fusion it is the buffer ``[x_0, y_0, ..., y_{L-1}]``.
 
     Args:
         input: ``[N, C0, H, W]``; float64, float32, bfloat16 or float16; any strides. Under autocast it is cast to the
             autocast type.
-        layers: parameters of ``L >= 1`` layers, ``[k, C0 + l * k, 3, 3]``.
-        fusion: ``[C0, C0 + L * k, 1, 1]`` or ``[C0, C0 + L * k, 3, 3]``.
+        layers: parameters of ``L >= 1`` layers, ``[k, C0 + l * k - first_channels[l], 3, 3]``.
+        fusion: ``[C0, C0 + L * k, 1, 1]`` or ``[C0, C0 + L * k, 3, 3]``; None for none, which leaves no residual sums.
         negative_slope: of LeakyReLU, at least 0; 0 makes it ReLU.
         scale: factor of the fusion.
         outer: ``[N, C0, H, W]`` of the input's dtype, or None: what a chain of blocks began with.
         outer_scale: factor of the block where ``outer`` is given.
+        first_channels: of each layer, how many of the buffer's first channels it does not read; None for 0.
 
     Returns:
-        ``[N, C0, H, W]`` with the channels innermost in memory.
+        ``[N, C0, H, W]``, or ``[N, C0 + L * k, H, W]`` without a fusion, with the channels innermost in memory.
 
     Raises:
         ValueError: shapes that do not fit, mixed devices, a negative slope, factors that are not finite.
@@ -69,7 +71,7 @@ def residual_dense_block(
     """
     check_input(_OP, input)
     parameters = Parameters(absent=input.detach().new_empty(0))
-    convs = [*layers, fusion]
+    convs = [*layers] if fusion is None else [*layers, fusion]
     for conv in convs:
         parameters.biased_conv(*conv)
     kernels = [conv.weight for conv in convs]
@@ -78,8 +80,10 @@ def residual_dense_block(
     input = cast_input(_OP, input, parameters.weights, kernels)
     if outer is None:
         outer_scale = 1.0
+    if first_channels is None:
+        first_channels = [0] * len(layers)
     out, _ = torch.ops.fastdense.residual_dense_block(
-        input, parameters.weights, negative_slope, scale, outer, outer_scale
+        input, parameters.weights, first_channels, fusion is not None, negative_slope, scale, outer, outer_scale
     )
     return out
 
@@ -88,13 +92,17 @@ def residual_dense_block(
 def _(
     input: Tensor,
     weights: Sequence[Tensor],
+    first_channels: Sequence[int],
+    fusion: bool,
     negative_slope: float,
     scale: float,
     outer: Tensor | None,
     outer_scale: float,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = input.shape
-    buffer = empty_channels_last(input, [batch, weights[-2].shape[1], height, width])
+    buffer = empty_channels_last(input, [batch, channels + len(first_channels) * weights[0].shape[0], height, width])
+    if not fusion:
+        return buffer, input.new_empty([0])
     return empty_channels_last(input, [batch, channels, height, width]), buffer
 
 
@@ -103,6 +111,8 @@ def _(
     grad_output: Tensor,
     buffer: Tensor,
     weights: Sequence[Tensor],
+    first_channels: Sequence[int],
+    fusion: bool,
     negative_slope: float,
     scale: float,
     outer_scale: float,
@@ -113,18 +123,18 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, weights, negative_slope, scale, _, outer_scale = inputs
-    _, buffer = output
+    input, weights, first_channels, fusion, negative_slope, scale, _, outer_scale = inputs
+    out, buffer = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(buffer)
-    ctx.save_for_backward(buffer, *weights)
-    ctx.arguments = (negative_slope, scale, outer_scale, input.shape[1])
+    ctx.save_for_backward(buffer if fusion else out, *weights)
+    ctx.arguments = (first_channels, fusion, negative_slope, scale, outer_scale, input.shape[1])
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    needs_input, needs_weights, _, _, needs_outer, _ = ctx.needs_input_grad
+    needs_input, needs_weights, *_, needs_outer, _ = ctx.needs_input_grad
     if grad_output is None:
-        return (None, [None] * len(needs_weights), None, None, None, None)
+        return (None, [None] * len(needs_weights), *[None] * 6)
     buffer, *weights = ctx.saved_tensors
     needs_grad = [needs_input, *needs_weights]
     grads: list[Tensor | None] = [None] * len(needs_grad)
@@ -133,7 +143,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[A
             grad_output, buffer, weights, *ctx.arguments, needs_grad
         )
         grads = [g if needed else None for g, needed in zip(made, needs_grad, strict=True)]
-    return (grads[0], grads[1:], None, None, grad_output if needs_outer else None, None)
+    return (grads[0], grads[1:], None, None, None, None, grad_output if needs_outer else None, None)
 
 
 def _no_double_backward(ctx: Any, *grads: Any) -> None:

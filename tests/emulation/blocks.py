@@ -14,6 +14,7 @@ from tests.emulation.build import build_with_torch
 
 OPERATORS = ("dense_block", "_dense_block_backward", "dual_path_stage", "_dual_path_stage_backward")
 OPERATORS += ("norm_relu_max_pool", "_norm_relu_max_pool_backward", "update_running_stats_")
+OPERATORS += ("residual_dense_block", "_residual_dense_block_backward")
 SOURCES = [
     f"csrc/{op}/{op}{part}"
     for op in ("dense_block", "dual_path")
@@ -27,6 +28,8 @@ SOURCES += [
     "csrc/common/cuda_choice.cpp",
     "csrc/common/shared_statistics.cpp",
     "csrc/norm_relu_max_pool/norm_relu_max_pool_kernels.cu",
+    "csrc/residual_dense_block/residual_dense_block.cpp",
+    "csrc/residual_dense_block/residual_dense_block_kernels.cu",
     "csrc/running_stats/running_stats_kernels.cu",
     "tests/emulation/blocks_entry.cpp",
 ]

@@ -6,6 +6,7 @@
 #include "dual_path/dual_path_cuda.h"
 #include "emulation.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_cuda.h"
+#include "residual_dense_block/residual_dense_block_cuda.h"
 #include "running_stats/running_stats_cuda.h"
 
 namespace fastdense {
@@ -56,6 +57,20 @@ struct EmulatedNormPool {
   }
 };
 
+struct EmulatedResidualDenseBlock {
+  using Guard = c10::Device;  // nothing to guard
+  template <typename T>
+  static void forward(const ResidualDenseBlockArgs& args, const at::Tensor& outer, const ResidualDenseBlockOutputs& o) {
+    ResidualDenseBlockCuda<T>(args, o.buffer, context).forward(outer, o.out);
+  }
+  template <typename T>
+  static std::vector<at::Tensor> backward(const ResidualDenseBlockArgs& args, const at::Tensor& buffer,
+                                          const at::Tensor& grad_output, const std::vector<bool>& needs,
+                                          at::TensorList weights) {
+    return ResidualDenseBlockCuda<T>(args, buffer, context).backward(grad_output, needs, weights);
+  }
+};
+
 void update_running_stats(at::TensorList running_mean, at::TensorList running_var, at::TensorList batches,
                           const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef offsets,
                           at::ArrayRef<double> momentum, int64_t count, const std::optional<at::Tensor>& total_count) {
@@ -72,6 +87,8 @@ TORCH_LIBRARY_IMPL(fastdense_emulated, CPU, m) {
   m.impl("_dual_path_stage_backward", &dual_path_stage_backward<EmulatedDualPath>);
   m.impl("norm_relu_max_pool", &norm_relu_max_pool<EmulatedNormPool>);
   m.impl("_norm_relu_max_pool_backward", &norm_relu_max_pool_backward<EmulatedNormPool>);
+  m.impl("residual_dense_block", &residual_dense_block<EmulatedResidualDenseBlock>);
+  m.impl("_residual_dense_block_backward", &residual_dense_block_backward<EmulatedResidualDenseBlock>);
   m.impl("update_running_stats_", &update_running_stats);
 }
 

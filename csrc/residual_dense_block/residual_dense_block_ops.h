@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// The residual dense block ops but for the arithmetic: checks, allocation, empty inputs, dispatch.  A device gives
+//   Engine::forward<T>(const ResidualDenseBlockArgs&, const at::Tensor& outer, const ResidualDenseBlockOutputs&)
+//   Engine::backward<T>(const ResidualDenseBlockArgs&, const at::Tensor& buffer, const at::Tensor& grad_output,
+//                       const std::vector<bool>& needs, at::TensorList weights)
+// with our storage type T, all tensors with channels innermost, the input in the buffer, and `outer` undefined where
+// there is none; they register residual_dense_block<Engine> and residual_dense_block_backward<Engine>.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <tuple>
+
+#include "common/checks.h"
+#include "common/huge_pages.h"
+#include "common/storage.h"
+#include "residual_dense_block/residual_dense_block.h"
+
+namespace fastdense {
+
+// Without a fusion both are the same tensor.
+struct ResidualDenseBlockOutputs {
+  const at::Tensor &out, &buffer;
+};
+
+// The result and the buffer, which is nothing where it is the result.
+template <typename Engine>
+std::tuple<at::Tensor, at::Tensor> residual_dense_block(const at::Tensor& input,  // [N, C0, H, W]
+                                                        at::TensorList weights, at::IntArrayRef first_channels,
+                                                        bool fusion, double negative_slope, double scale,
+                                                        const std::optional<at::Tensor>& outer,  // [N, C0, H, W]
+                                                        double outer_scale) {
+  [[maybe_unused]] const typename Engine::Guard guard(input.device());
+  check_floating("residual_dense_block", "input", input);
+  const ResidualDenseBlockArgs args = parse_residual_dense_block(
+      input.sizes(), input.options(), weights, {first_channels, fusion, negative_slope, scale, outer_scale});
+  check_outer(args, input, outer);
+  const at::Tensor buffer = with_huge_pages(empty_channels_last(args.sizes(args.channels()), input.options()));
+  const at::Tensor out = fusion ? with_huge_pages(empty_channels_last(input.sizes(), input.options())) : buffer;
+  if (args.pixels() > 0) {
+    buffer.narrow(1, 0, args.in_channels).copy_(input);
+    const at::Tensor outer_rows = outer.has_value() ? to_channels_last(*outer) : at::Tensor();
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "residual_dense_block", [&] {
+      Engine::template forward<typename Storage<scalar_t>::type>(args, outer_rows, {out, buffer});
+    });
+  }
+  return {out, fusion ? buffer : at::empty({0}, input.options())};
+}
+
+// Gradients of the input and of every weight, empty where `needs_grad` says that none is wanted.  That of `outer` is
+// grad_output itself.
+template <typename Engine>
+std::vector<at::Tensor> residual_dense_block_backward(const at::Tensor& grad_output,  // of the result's shape
+                                                      const at::Tensor& buffer,       // [N, C, H, W]
+                                                      at::TensorList weights, at::IntArrayRef first_channels,
+                                                      bool fusion, double negative_slope, double scale,
+                                                      double outer_scale, int64_t in_channels,
+                                                      c10::List<bool> needs_grad) {
+  constexpr const char* kOp = "_residual_dense_block_backward";
+  [[maybe_unused]] const typename Engine::Guard guard(buffer.device());
+  check_at_most(kOp, "in_channels", in_channels, buffer.size(1));
+  std::vector<int64_t> sizes = buffer.sizes().vec();
+  sizes[1] = in_channels;
+  const ResidualDenseBlockArgs args = parse_residual_dense_block(
+      sizes, buffer.options(), weights, {first_channels, fusion, negative_slope, scale, outer_scale});
+  check_shape(kOp, "grad_output", grad_output, fusion ? at::IntArrayRef(sizes) : buffer.sizes());
+  check_at_least(kOp, "needs_grad", int64_t(needs_grad.size()), int64_t(weights.size()) + 1);
+  const std::vector<bool> needs(needs_grad.begin(), needs_grad.end());
+  if (args.pixels() == 0) {
+    std::vector<at::Tensor> zeros{empty_channels_last(sizes, buffer.options())};
+    for (size_t i = 0; i < weights.size(); ++i)
+      zeros.push_back(needs[i + 1] ? at::zeros_like(weights[i]) : at::empty({0}, buffer.options()));
+    return zeros;
+  }
+  const at::Tensor grad = to_channels_last(grad_output);
+  std::vector<at::Tensor> grads;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, buffer.scalar_type(), kOp, [&] {
+    grads = Engine::template backward<typename Storage<scalar_t>::type>(args, buffer, grad, needs, weights);
+  });
+  return grads;
+}
+
+}  // namespace fastdense

@@ -51,6 +51,7 @@ CASES = {
     "many-channels": Case(channels=300, growth=33, layers=1, size=(3, 4)),
     "srdensenet": Case(channels=6, growth=3, layers=4, slope=0.0, fusion=False, first=(0, 6, 0, 12)),
     "no-fusion": Case(fusion=False),
+    "many-images": Case(channels=4, growth=2, size=(4, 5), batch=5, outer=True),
     "own-features": Case(first=(0, 5, 5), outer=True),
 }
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds, tests, sanitizes and measures on a machine with a CUDA GPU, in one go.
 
-    python -m benchmarks.cuda_run [--out DIR] [--stages build,test,sanitize,kernels,super_resolution,bench,compile]
+    python -m benchmarks.cuda_run [--out DIR] [--stages build,test,sanitize,kernels,...]
 
+The stages are build, test, sanitize, kernels, layers, super_resolution, bench and compile.
 Every stage goes on where another failed. `DIR` ($OUT, or build/cuda) gets cuda_run.json, what each stage printed, and
 the samples of each benchmark. The exit code is 0 when all stages went well.
 """
@@ -172,11 +173,17 @@ def benches(report: Report, chosen: dict[str, list[str]]) -> None:
         report.run(name, [*command, "--json", str(report.out / f"{name}.json")])
 
 
+def layers(report: Report) -> None:
+    command = [sys.executable, "-m", "benchmarks.cuda_kernels", "--json", str(report.out / "layers.json")]
+    report.run("layers", command)
+
+
 STAGES: dict[str, Callable[[Report], None]] = {
     "build": build,
     "test": test,
     "sanitize": sanitize,
     "kernels": kernels,
+    "layers": layers,
     "super_resolution": super_resolution,
     "bench": lambda report: benches(report, BENCHES),
     "compile": lambda report: benches(report, COMPILED),

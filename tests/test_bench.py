@@ -153,6 +153,10 @@ def test_floors_agree_with_sums_by_hand():
     more = sum(2 * side * side * (c + 16) for side, c in ((16, 8), (8, 6), (4, 5)))
     assert floors["min"].bytes - floors["balanced"].bytes == 2 * more
     assert floors["plain"].bytes > 1.5 * floors["balanced"].bytes
+    # fused kernels: 4 c + 16 b + 8 k numbers a pixel and layer become 4 c + 9 b + 6 k
+    fused = training_floor(net, VARIANTS["balanced"], 2, 16, 2, ceilings, tensor_cores=True)
+    less = sum(2 * side * side * (7 * 16 + 2 * 4) for side in (16, 8, 4))
+    assert floors["balanced"].bytes - fused.bytes == 2 * less
     assert training_floor(net, VARIANTS["compile"], 2, 16, 2, ceilings) is None
     # The arithmetic is that of the network: three products for every multiply-add of the forward pass.
     densenet121 = training_floor(Net("densenet121"), VARIANTS["plain"], 1, 224, 4, ceilings)
@@ -199,3 +203,20 @@ def test_steps_are_undone_before_a_graph_is_replayed():
 def test_unknown_model_lists_the_known_ones():
     with pytest.raises(InputError, match="densenet121"):
         plain_model(Net("densenet999"))
+
+
+def test_rates_of_kernels():
+    """Of a layer of 64 channels with growth rate 32, at 1000 pixels."""
+    from benchmarks.cuda_kernels import Layer, rate, table
+
+    ceilings = Ceilings(1e12, 1e14)
+    times = [("void fastdense::row_product_kernel<bfloat16, 1>(Params)", 4.0), ("elementwise_kernel", 2.0)]
+    product, other = rate(times, 1000, 64, 32, ceilings)
+    moved, computed = 2 * 1000 * (64 + 128), 1000 * 2 * 64 * 128
+    assert product.gb_per_second == pytest.approx(moved / 4e-6 / 1e9)
+    assert product.tflop_per_second == pytest.approx(computed / 4e-6 / 1e12)
+    assert product.floor_share == pytest.approx(max(moved / 1e12, computed / 1e14) / 4e-6)
+    assert other.gb_per_second is None
+    text = table(Layer(56, 64, 32, [product, other], {"fused": 6.0, "library": 9.0}))
+    assert "| row_product_kernel | 4.0 | 96 | 4.1 | 0.10 |" in text
+    assert "6 us fused, 9 us by the library" in text

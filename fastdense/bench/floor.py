@@ -56,9 +56,13 @@ _NETS: dict[str, tuple[int, int, tuple[int, ...]]] = {
 
 
 def training_floor(
-    net: Net, variant: Variant, batch: int, size: int, element_size: int, ceilings: Ceilings
+    net: Net, variant: Variant, batch: int, size: int, element_size: int, ceilings: Ceilings, tensor_cores: bool = False
 ) -> Floor | None:
-    """The floor of a training step, or None for a network or variant that the model does not know."""
+    """The floor of a training step, or None for a network or variant that the model does not know.
+
+    Args:
+        tensor_cores: whether fastdense's layers run by its fused kernels instead of the library's products.
+    """
     blocks: tuple[int, ...]
     if net.is_cifar and net.bottleneck and net.compression == 0.5:
         growth, stem, blocks = net.growth_rate, 2 * net.growth_rate, ((net.depth - 4) // 6,) * 3
@@ -77,7 +81,7 @@ def training_floor(
         side = size // 4
     for i, layers in enumerate(blocks):
         pixels = batch * side * side
-        layer = _plain_layer if variant.memory is None else _fused_layer
+        layer = _plain_layer if variant.memory is None else _tensor_core_layer if tensor_cores else _fused_layer
         for index in range(layers):
             layer(floor, pixels, channels + index * growth, 4 * growth, growth)
             if variant.memory == "min":  # the 1x1 once more
@@ -122,6 +126,25 @@ def _fused_layer(floor: Floor, pixels: int, c: int, b: int, k: int) -> None:
     floor.kernel(pixels, 2 * b)
     floor.kernel(pixels, 3 * b)
     floor.kernel(pixels, 3 * c)
+
+
+def tensor_core_kernels(c: int, b: int, k: int) -> dict[str, tuple[int, int]]:
+    """Elements moved and operations per pixel of the kernels of a layer, by a part of their names."""
+    first, second = 2 * c * b, 18 * b * k
+    return {
+        "row_product_kernel": (c + b, first),
+        "conv_forward_kernel": (b + k, second),
+        "SliceGradient": (3 * k, 0),
+        "conv_input_gradient_kernel": (k + 2 * b, second),
+        "conv_weight_gradient_kernel": (k + b, second),
+        "InputGradient": (3 * b, 0),
+        "row_product_gradient_kernel": (b + 3 * c, 2 * first),
+    }
+
+
+def _tensor_core_layer(floor: Floor, pixels: int, c: int, b: int, k: int) -> None:
+    for elements, flops in tensor_core_kernels(c, b, k).values():
+        floor.kernel(pixels, elements, flops)
 
 
 def _stem(floor: Floor, pixels: float, read: float, channels: int, taps: int) -> None:

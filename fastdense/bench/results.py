@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdense._C import build_info
 from fastdense.bench.floor import Ceilings, training_floor
 from fastdense.bench.memory import mib_per_image
 from fastdense.bench.nets import PLAIN_LAYOUTS, VARIANTS, Net
@@ -160,7 +161,9 @@ class BenchResult:
         floor = None
         if self.ceilings and config.mode == "train" and row.seconds:
             element_size = 4 if config.dtype == "float32" else 2
-            floor = training_floor(config.net, variant, config.batch, config.size, element_size, self.ceilings)
+            # The worker processes choose kernels by the same environment as this one.
+            fused = element_size == 2 and build_info()["cuda_kernels"] != "library"
+            floor = training_floor(config.net, variant, config.batch, config.size, element_size, self.ceilings, fused)
         return {
             "gb_per_second": floor.bytes / row.median / 1e9 if floor else None,
             "floor_share": floor.seconds / row.median if floor else None,

@@ -45,7 +45,9 @@ struct BackwardShape {
   static constexpr int kSharedBytes = kNormAt + kColumns * int(sizeof(NormCoefficients<float>));
   static_assert(kSharedBytes <= kMostSharedBytes && 2 * kRowWarps * kColumns * int(sizeof(float)) <= kStageBytes);
 
-  static constexpr int kLeastBlocks = std::max(1, (kFewBlocks ? 256 : 512) / kThreads);
+  // Sums a thread holds: of dy, of the norm and of dweight.
+  static constexpr int kSums = 2 * kWarpColumns + kWarpWeightRows * kWarpWeightColumns / 32;
+  static constexpr int kLeastBlocks = least_blocks(kThreads, kSharedBytes, kSums > 80);
 };
 
 template <typename T, typename Shape>

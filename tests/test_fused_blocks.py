@@ -106,9 +106,24 @@ def test_low_precision_is_no_worse_than_torch(device, case):
     assert sum(ours) <= 1.3 * sum(theirs)
 
 
-@pytest.mark.parametrize("case", [BC, replace(WIDE, dtype=torch.float16)], ids=str)
+@pytest.mark.parametrize("case", [BC, replace(WIDE, dtype=torch.float16), replace(BC, frozen=ALL)], ids=str)
 def test_memory_modes_are_bit_identical(device, case):
     check_bit_identical(Block(replace(case, drop_rate=0.2, device=device)), ["balanced", "min", "balanced"])
+
+
+@pytest.mark.parametrize("kernels", ["library", "fused"])
+def test_inference_needs_no_z(kernels):
+    """Where norm2 is frozen its ReLU is part of the product: a kernel fewer a layer, and the same bits."""
+    block = Block(replace(BC, frozen=ALL))
+    with emulated_kernels(False, EMULATED_SCRATCH, 8, kernels) as library:
+        counts = [library.launches()]
+        expected, _ = block.run()
+        counts.append(library.launches())
+        with torch.no_grad():
+            actual, _ = block.run()
+        counts.append(library.launches())
+    assert torch.equal(actual, expected)
+    assert (counts[1] - counts[0]) - (counts[2] - counts[1]) == (3 if kernels == "fused" else 0)
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -29,25 +29,28 @@ bool fuses_row_product(const CudaContext& cuda, const Matrix<const T>& x, const 
     return false;
   } else {
     const int64_t width = packed.size(0), columns = packed.size(1);
-    const bool possible = cuda.tensor_cores && (sizeof(T) == 2 || cuda.tf32) && is_row_product_width(width) &&
-                          has_rows_of(4, x, columns) && has_rows_of(4, CudaRows<T>::const_matrix(packed), columns) &&
+    const bool possible = z.size(0) > 0 && cuda.tensor_cores && (sizeof(T) == 2 || cuda.tf32) &&
+                          is_row_product_width(width) && has_rows_of(4, x, columns) &&
+                          has_rows_of(4, CudaRows<T>::const_matrix(packed), columns) &&
                           has_rows_of(16, CudaRows<T>::const_matrix(z), width) && z.stride(1) == 1;
     constexpr int64_t kLeastRows = 32 / 4;  // a multiprocessor
     return use_fused(possible, z.size(0) >= kLeastRows * cuda.multiprocessors());
   }
 }
 
-// z [rows, width] = relu(norm(x)) * packed^T, and unless they are nullptr mean and variance of its columns.
+// z [rows, width] = relu(norm(x)) * packed^T, and unless they are nullptr mean and variance of its columns; or with a
+// norm behind it relu(behind(z)) in the place of z.
 template <typename T>
 void row_product(const CudaRows<T>& rows, const Matrix<const T>& x, const NormParams<accumulate_t<T>>& norm,
-                 const at::Tensor& packed, const at::Tensor& z, accumulate_t<T>* mean, accumulate_t<T>* var) {
+                 const at::Tensor& packed, const at::Tensor& z, accumulate_t<T>* mean, accumulate_t<T>* var,
+                 const NormParams<accumulate_t<T>>& behind = {}) {
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t count = z.size(0), width = z.size(1);
     const int64_t tile = row_product_tile<T>(count, width, rows.cuda.multiprocessors());
     typename CudaRows<T>::Partials partial;
     if (mean) partial = {rows.numbers({(count + tile - 1) / tile, 2, width}), tile, 1, 2 * width};
     check_launch(launch_row_product<T>(
-        {x, rows.const_matrix(packed), rows.matrix(z), norm, mean ? partial.of_chunk(0) : nullptr}, count,
+        {x, rows.const_matrix(packed), rows.matrix(z), norm, mean ? partial.of_chunk(0) : nullptr, behind}, count,
         packed.size(1), width, tile, rows.cuda.stream));
     if (mean) rows.finalise_moments(partial, nullptr, count, mean, var);
   }

@@ -28,9 +28,8 @@ struct ForwardShape {
       std::max(kStages * kStageBytes + kScalesBytes, kSumsAt + kRowWarps * kWidth * int(sizeof(float)));
   static_assert(kSharedBytes <= kMostSharedBytes);
 
-  // Sums a thread holds: many of them leave registers for one block of 256 threads a multiprocessor, else for two.
-  static constexpr int kSums = kWarpRows * kWarpColumns / 32;
-  static constexpr int kLeastBlocks = std::max(1, (kSums > 64 || kFewBlocks ? 256 : 512) / kThreads);
+  static constexpr int kSums = kWarpRows * kWarpColumns / 32;  // that a thread holds
+  static constexpr int kLeastBlocks = least_blocks(kThreads, kSharedBytes, kSums > (sizeof(T) == 4 ? 48 : 64));
 };
 
 template <typename T, typename Shape>
@@ -63,6 +62,7 @@ class ForwardBlock {
     }
     wait_copies<0>();
     __syncthreads();  // the result takes the place of the stages
+    if (p_.behind.mean) activate();
     store_result();
     if (p_.partial) statistics();
   }
@@ -122,6 +122,24 @@ class ForwardBlock {
           for (int h = 0; h < 2; ++h) multiply_add<T>(sum_[i][2 * j + h], a[i], b.words[h][0], b.words[h][1]);
       }
     }
+  }
+
+  // Sums become relu(norm(z)).
+  __device__ void activate() {
+#pragma unroll
+    for (int j = 0; j < 2 * kBlocks; ++j)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int column = column0() + 8 * j + lane_ % 4 * 2 + n;
+        const ChannelScale s = NormNumbers(p_.behind, column).scale(p_.behind.eps);
+#pragma unroll
+        for (int i = 0; i < Shape::kWarpRows / 16; ++i)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float& v = sum_[i][j][2 * h + n];
+            v = norm_relu(load(store<T>(v)), s.scale, s.shift);
+          }
+      }
   }
 
   // Rounds the sums to what is stored, and stores it.

@@ -29,7 +29,8 @@ int64_t row_product_tile(int64_t rows, int64_t width, int64_t multiprocessors) {
 }
 
 // z = relu(norm(x)) * weight^T, and unless `partial` is nullptr mean and M2 of the columns of each tile of the z that
-// is stored: as launch_finalise_moments() takes them for chunks of a tile, one split and no pivot.
+// is stored: as launch_finalise_moments() takes them for chunks of a tile, one split and no pivot.  With a norm behind
+// it (whose mean is not nullptr) what is stored is relu(behind(z)) of the z that would have been.
 template <typename T>
 struct RowProductParams {
   Matrix<const T> x;       // [rows, columns]
@@ -37,6 +38,7 @@ struct RowProductParams {
   Matrix<T> z;             // [rows, width]
   NormParams<float> norm;
   float* partial;  // [tiles][2][width]
+  NormParams<float> behind;
 };
 template <typename T>
 cudaError_t launch_row_product(const RowProductParams<T>&, int64_t rows, int64_t columns, int64_t width, int64_t tile,

@@ -26,8 +26,6 @@ class Forward : CudaBlock<T> {
     this->pack_weights(0);
     o.buffer.narrow(1, 0, args.in_channels).copy_(input);
     if (args.any_batch_statistics()) this->statistics({x_, ld}, pixels, args.in_channels, mean_, var_);
-    if (args.bottleneck && z_.size(0) == 0 && args.active_layers() > 0)
-      one_z_ = at::empty({pixels, args.width}, this->options);
     for (size_t l = 0; l < args.layers.size(); ++l)
       if (!args.layers[l].dropped) layer(int64_t(l));
     if (args.tail == Tail::kTransition) transition(o.out);
@@ -39,9 +37,19 @@ class Forward : CudaBlock<T> {
     const LayerArgs& layer = args.layers[size_t(l)];
     const NormParams<A> norm1 = this->norm_params(layer.norm1, mean_, var_);
     if (!args.bottleneck) return convolution(l, this->activated_image(x_, ld, norm1, layer.channels));
-    const at::Tensor z = one_z_.defined() ? one_z_ : z_[layer.kept];
     const int64_t at = args.norm2_statistics(l), b = args.width;
-    const bool wanted = !layer.norm2.frozen();
+    const bool wanted = !layer.norm2.frozen(), kept = z_.size(0) > 0;
+    if (!wanted && !kept) {
+      // Nobody asks for z itself, as in inference; backward makes it again.
+      const at::Tensor u = this->packed_image(b), rows = u.movedim(1, -1).reshape({pixels, b});
+      if (fuses_row_product<T>(cuda, {x_, ld}, this->conv1(l), rows)) {
+        const NormParams<A> norm2 = this->norm_params(layer.norm2, nullptr, nullptr);
+        row_product<T>(*this, {x_, ld}, norm1, this->conv1(l), rows, nullptr, nullptr, norm2);
+        return convolution(l, u);
+      }
+    }
+    if (!kept && !one_z_.defined()) one_z_ = at::empty({pixels, b}, this->options);
+    const at::Tensor z = kept ? z_[layer.kept] : one_z_;
     this->make_bottleneck(l, x_, norm1, z, wanted ? mean_ + at : nullptr, wanted ? var_ + at : nullptr);
     convolution(
         l, this->activated_image(this->const_data(z), b, this->norm_params(layer.norm2, mean_ + at, var_ + at), b));

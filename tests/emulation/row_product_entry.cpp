@@ -28,8 +28,8 @@ void set_schedule(bool backwards, bool early_copies) {
   const char* forward_##name(const T* x, int64_t ldx, const T* weight, int64_t ldw, T* z, const float* norm,          \
                              float eps, float* partial, int64_t rows, int64_t columns, int64_t width, int64_t tile) { \
     const NormParams<float> params{norm, norm + columns, norm + 2 * columns, norm + 3 * columns, eps};                \
-    return reason(launch_row_product<T>({{x, ldx}, {weight, ldw}, {z, width}, params, partial}, rows, columns, width, \
-                                        tile, nullptr));                                                              \
+    return reason(launch_row_product<T>({{x, ldx}, {weight, ldw}, {z, width}, params, partial, {}}, rows, columns,    \
+                                        width, tile, nullptr));                                                       \
   }                                                                                                                   \
   const char* backward_##name(const T* dz, const T* x, int64_t ldx, const T* weight, int64_t ldw, T* gradient,        \
                               const float* norm, float eps, float* partial, float* dweight, bool add, int64_t rows,   \

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Module fastdense._C: what is not a tensor. build_info() and the SIMD level, and in the submodule `scalar`
-// the scalar functions that CPU and CUDA kernels share, for tests: one bind_<op>() an op. Importing the
-// module also loads the ops registered in library.cpp.
+// Module fastdense._C: what is not a tensor. build_info(), the SIMD level and the choice of CUDA kernels, and in the
+// submodule `scalar` the scalar functions that CPU and CUDA kernels share, for tests: one bind_<op>() an op. Importing
+// the module also loads the ops registered in library.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "bicubic/bicubic_table.h"
+#include "common/cuda_choice.h"
 #include "common/scalar.h"
 #include "common/simd.h"
 #include "dropout_mask/dropout_mask_math.h"
@@ -42,6 +43,7 @@ py::dict build_info() {
   info["compiler"] = "GCC " __VERSION__;
 #endif
   info["simd"] = simd_name(simd_level());
+  info["cuda_kernels"] = cuda_kernels_name(cuda_kernels());
   info["threads"] = std::thread::hardware_concurrency();
   return info;
 }
@@ -132,6 +134,7 @@ void bind_bicubic(py::module_& m, py::module_& scalar) {
 void bind(py::module_& m) {
   m.def("build_info", &build_info);
   m.def("set_simd_level", py::overload_cast<const char*>(&set_simd_level), py::arg("name"));
+  m.def("set_cuda_kernels", &set_cuda_kernels, py::arg("name"));
   py::module_ scalar = m.def_submodule("scalar", "Scalar functions shared by the CPU and CUDA kernels.");
   bind_arithmetic<double>(scalar, "");
   bind_arithmetic<float>(scalar, "_float");

@@ -22,7 +22,8 @@ def build_info() -> "BuildInfo":
 
     Returns:
         A dict of ``version``; ``torch``, the version compiled with; ``cuda`` and ``cuda_arch_list``, None in a build
-        for the CPU alone; ``compiler``; ``simd``, the vector instructions in use; ``threads`` of this machine.
+        for the CPU alone; ``compiler``; ``simd``, the vector instructions in use; ``cuda_kernels``, the choice
+        of FASTDENSE_CUDA_KERNELS; ``threads`` of this machine.
     """
     return _C.build_info()
 

@@ -90,7 +90,7 @@ CUDA_MUTANTS = [
     ("common/row_columns.h", "if (i == 0 || at % 4 == 0)", "if (i == 0)"),
     ("common/row_columns.h", "at & 2 ? high : low", "low"),
     ("common/row_forward_kernels.cu", "+ count * (mean - centre) * (mean - centre)", ""),
-    ("common/row_forward_kernels.cu", "double(load(p.pivot[column])) + centre", "centre"),
+    ("common/row_forward_kernels.cu", "(p.pivot ? double(load(p.pivot[column])) : 0.0) + centre", "centre"),
     ("common/row_forward_kernels.cu", "(left > 0 ? left : 0) : rows_per_split", "rows_per_split : rows_per_split"),
     ("common/row_forward_kernels.cu", "__syncthreads();\n  const double centre = *total;", "const double centre = *total;"),
     ("common/row_forward_kernels.cu", "__syncthreads();\n  sums = {};", "sums = {};"),

@@ -88,6 +88,7 @@ def test_build_info():
     assert (info["cuda"] is None) == (info["cuda_arch_list"] is None)
     assert info["compiler"].split()[0] in ("GCC", "Clang")
     assert info["simd"] in SIMD_LEVELS
+    assert info["cuda_kernels"] in ("auto", "fused", "library")
     assert info["threads"] >= 1
 
 
@@ -162,6 +163,34 @@ def test_setup_for_cpu_ignores_a_broken_toolkit(tmp_path):
     result = run_setup(FORCE_CPU="1", CUDA_HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "CPU only" in result.stderr
+
+
+PRINT_KERNELS = ("-c", "import torch; from fastdense import _C; print(_C.build_info()['cuda_kernels'])")
+
+
+@pytest.mark.parametrize("name", ["", "auto", "fused", "library"])
+def test_environment_chooses_the_cuda_kernels(name):
+    result = run_python(*PRINT_KERNELS, FASTDENSE_CUDA_KERNELS=name)
+    assert result.stdout.strip() == (name or "auto")
+    assert "FASTDENSE_CUDA_KERNELS" not in result.stderr
+
+
+def test_unknown_cuda_kernels_in_the_environment_are_named_and_ignored():
+    result = run_python(*PRINT_KERNELS, FASTDENSE_CUDA_KERNELS="fast")
+    assert result.stdout.strip() == "auto"
+    assert "fastdense: ignoring FASTDENSE_CUDA_KERNELS=fast, expected auto, fused or library" in result.stderr
+
+
+def test_set_cuda_kernels():
+    before = _C.build_info()["cuda_kernels"]
+    try:
+        for name in ("auto", "fused", "library"):
+            _C.set_cuda_kernels(name)
+            assert _C.build_info()["cuda_kernels"] == name
+        with pytest.raises(ValueError, match="to be auto, fused or library, got fast"):
+            _C.set_cuda_kernels("fast")
+    finally:
+        _C.set_cuda_kernels(before)
 
 
 def test_planted_mistakes_still_find_their_place():

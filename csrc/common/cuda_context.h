@@ -2,6 +2,7 @@
 // The current stream and device as CudaRows wants to know them.
 #pragma once
 
+#include <ATen/Context.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -9,7 +10,7 @@
 
 namespace fastdense {
 
-// A third of the L2 cache; a small cache is not worth the many launches of small chunks.  Eight blocks an SM fill it.
+// A third of the L2 cache; a small cache is not worth the many launches of small chunks.
 inline CudaContext current_context() {
   constexpr int64_t kLeastScratch = int64_t(16) << 20;
   int device = 0, l2 = 0, multiprocessors = 0, major = 0;
@@ -17,8 +18,10 @@ inline CudaContext current_context() {
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return {c10::cuda::getCurrentCUDAStream(), std::max(kLeastScratch, int64_t(l2) / 3), 8 * int64_t(multiprocessors),
-          major >= 8};
+  const bool tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                    at::Float32Precision::TF32;
+  return {c10::cuda::getCurrentCUDAStream(), std::max(kLeastScratch, int64_t(l2) / 3), CudaContext::kBlocks * int64_t(multiprocessors),
+          major >= 8, tf32};
 }
 
 }  // namespace fastdense

@@ -26,8 +26,12 @@ namespace fastdense {
 struct CudaContext {
   cudaStream_t stream;
   int64_t scratch_bytes;  // of relu(norm(x)): a third of the L2 cache or so
-  int64_t blocks;         // that fill the device
+  int64_t blocks;         // that fill the device: kBlocks a multiprocessor
   bool tensor_cores;      // kernels of tensor_core.h run on it
+  bool tf32;              // products of float may round their factors to TF32
+
+  static constexpr int64_t kBlocks = 8;
+  int64_t multiprocessors() const { return std::max<int64_t>(1, blocks / kBlocks); }
 };
 
 inline void check_launch(cudaError_t error) {
@@ -120,6 +124,7 @@ class CudaRows {
     return at::empty({rows, padded(channels)}, options).narrow(1, 0, channels);
   }
   static Matrix<T> matrix(const at::Tensor& t) { return {data(t), t.stride(0)}; }
+  static Matrix<const T> const_matrix(const at::Tensor& t) { return {const_data(t), t.stride(0)}; }
 
   // Spatial sizes as the library's convolutions take them: at least two dimensions.
   static std::vector<int64_t> with_spatial(std::vector<int64_t> sizes, const int64_t (&spatial)[3], size_t dims) {

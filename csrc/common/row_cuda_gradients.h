@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "common/row_cuda.h"
+#include "common/row_product_cuda.h"
 
 namespace fastdense {
 
@@ -95,6 +95,8 @@ class CudaRowGradients {
   // Backward of a 1x1 with the gradient dz [pixels, n] of its output, and of the norm and ReLU in front of it.
   void product_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args, const NormParams<A>& norm,
                         const at::Tensor& dz, const std::vector<Segment>& segments) {
+    if (segments.size() == 1 && fuses_row_product<T>(rows_.cuda, segments[0].x, packed, dz))
+      return fused_product_backward(conv, packed, args, norm, dz, segments[0]);
     const int64_t pixels = dz.size(0), c = packed.size(1), step = rows_.chunk_rows(pixels, c);
     std::vector<Partials> partial;
     for (const Segment& s : segments) partial.push_back(rows_.partials(pixels, step, s.columns));
@@ -152,6 +154,16 @@ class CudaRowGradients {
   }
 
  private:
+  void fused_product_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args,
+                              const NormParams<A>& norm, const at::Tensor& dz, const Segment& s) {
+    const RowProductGradient g =
+        row_product_gradient<T>(rows_, s.x, norm, packed, dz, s.gradient, s.add, needs(conv.at));
+    if (needs(conv.at)) set(conv.at, g.dweight);
+    const Sums total = sums(s.columns);
+    finalise(args, norm, g.partial, dz.size(0), s.corrections, total);
+    set_norm(args, total);
+  }
+
   const CudaRows<T>& rows_;
   const std::vector<bool>& needs_;
   const at::TensorList weights_;

@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(FinaliseShape::kMostThreads)
   });
   join_lanes<double>(sums, shared);
   if (threadIdx.y > 0 || column >= columns) return;
-  p.mean[column] = A(double(load(p.pivot[column])) + centre);
+  p.mean[column] = A((p.pivot ? double(load(p.pivot[column])) : 0.0) + centre);
   p.var[column] = A(sums.second(0) / double(rows));
 }
 

@@ -26,11 +26,11 @@ struct Matrix {
   int64_t ld;  // elements from row to row
   template <typename C>
     requires(!std::is_same_v<C, T> && std::is_same_v<C, const T>)
-  operator Matrix<C>() const {
+  FASTDENSE_HD operator Matrix<C>() const {
     return {data, ld};
   }
-  Matrix from_row(int64_t row) const { return {data + row * ld, ld}; }
-  Matrix from_column(int64_t column) const { return {data + column, ld}; }
+  FASTDENSE_HD Matrix from_row(int64_t row) const { return {data + row * ld, ld}; }
+  FASTDENSE_HD Matrix from_column(int64_t column) const { return {data + column, ld}; }
 };
 
 // A batch norm with the statistics that it normalises with.
@@ -118,7 +118,7 @@ cudaError_t launch_slice_in(const SliceInParams<T>&, int64_t rows, int64_t colum
 template <typename T>
 struct FinaliseMomentsParams {
   const accumulate_t<T>* partial;  // [chunks * splits][2][columns]
-  const T* pivot;                  // what the moments are relative to, as x's first row
+  const T* pivot;                  // what the moments are relative to, as x's first row; nullptr: zeros
   accumulate_t<T>*mean, *var;
   int64_t chunk;  // rows of a chunk
 };

@@ -40,9 +40,9 @@ class Forward : CudaBlock<T> {
     const NormParams<A> norm1 = this->norm_params(layer.norm1, mean_, var_);
     if (!args.bottleneck) return convolution(l, this->activated_image(x_, ld, norm1, layer.channels));
     const at::Tensor z = one_z_.defined() ? one_z_ : z_[layer.kept];
-    this->make_bottleneck(l, x_, norm1, z);
     const int64_t at = args.norm2_statistics(l), b = args.width;
-    if (!layer.norm2.frozen()) this->statistics({this->const_data(z), b}, pixels, b, mean_ + at, var_ + at);
+    const bool wanted = !layer.norm2.frozen();
+    this->make_bottleneck(l, x_, norm1, z, wanted ? mean_ + at : nullptr, wanted ? var_ + at : nullptr);
     convolution(
         l, this->activated_image(this->const_data(z), b, this->norm_params(layer.norm2, mean_ + at, var_ + at), b));
   }

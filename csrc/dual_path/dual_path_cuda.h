@@ -8,7 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
-#include "common/row_cuda.h"
+#include "common/row_product_cuda.h"
 #include "dual_path/dual_path_ops.h"
 
 namespace fastdense {
@@ -74,6 +74,8 @@ class CudaStage : public CudaRows<T> {
 
   // a [pixels of block i, ra] = conv_a(relu(norm_a(sources))); the same in forward and, when a was not kept, backward.
   void make_a(int64_t i, const std::vector<Source>& sources, const NormParams<A>& norm, const at::Tensor& a) const {
+    if (sources.size() == 1 && fuses_row_product<T>(this->cuda, sources[0].x, conv_a(i), a))
+      return row_product<T>(*this, sources[0].x, norm, conv_a(i), a, nullptr, nullptr);
     const int64_t rows = args.a_pixels(i), c = args.blocks[size_t(i)].channels, step = this->chunk_rows(rows, c);
     const at::Tensor y = this->scratch(std::min(step, rows), c);
     this->for_each_chunk(rows, step, [&](int64_t row, int64_t count, int64_t) {

@@ -19,16 +19,23 @@ SOURCES = [
     for op in ("dense_block", "dual_path")
     for part in (".cpp", "_forward_cuda.cpp", "_backward_cuda.cpp")
 ]
-SOURCES += ["csrc/common/row_forward_kernels.cu", "csrc/common/row_backward_kernels.cu"]
 SOURCES += [
+    f"csrc/common/{stem}_kernels.cu"
+    for stem in ("row_forward", "row_backward", "row_product_forward", "row_product_backward")
+]
+SOURCES += [
+    "csrc/common/cuda_choice.cpp",
     "csrc/common/shared_statistics.cpp",
     "csrc/norm_relu_max_pool/norm_relu_max_pool_kernels.cu",
     "csrc/running_stats/running_stats_kernels.cu",
     "tests/emulation/blocks_entry.cpp",
 ]
 
-# Of a fixture that says where a test's tensors live, entered by on_device().
-DEVICES = ["cpu", "emulated", "emulated-backwards", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Of a fixture that says where a test's tensors live, entered by on_device().  Emulated devices run the library's way
+# around products and convolutions, but for the fused ones.
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+DEVICES = ["cpu", "emulated", "emulated-backwards", CUDA]
+FUSED_DEVICES = ["emulated-fused", "emulated-fused-backwards", CUDA]
 
 
 @functools.cache
@@ -44,17 +51,28 @@ def _library() -> tuple[torch.library.Library, ctypes.CDLL]:
 
 
 @contextlib.contextmanager
-def emulated_kernels(backwards: bool, scratch_bytes: int, blocks: int) -> Iterator[ctypes.CDLL]:
+def emulated_kernels(
+    backwards: bool,
+    scratch_bytes: int,
+    blocks: int,
+    kernels: str = "library",
+    early_copies: bool = False,
+    tf32: bool = False,
+) -> Iterator[ctypes.CDLL]:
     """Puts the CUDA code in the place of the CPU code.
 
     Args:
         backwards: the order of threads and blocks.
         scratch_bytes: what the activated prefix may take; little makes many chunks.
         blocks: what fills the device; few give every thread many rows, many a lot of partial sums.
+        kernels: "auto", "fused" or "library".
+        early_copies: when asynchronous copies land.
+        tf32: whether products of float32 may round their factors.
     """
     _, library = _library()
-    library.set_backwards(backwards)
-    library.set_device(ctypes.c_int64(scratch_bytes), ctypes.c_int64(blocks))
+    library.set_schedule(backwards, early_copies)
+    library.set_device(ctypes.c_int64(scratch_bytes), ctypes.c_int64(blocks), tf32)
+    library.set_kernels(kernels.encode())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small tensors, and the emulation has one thread anyway
     torch.use_deterministic_algorithms(True)  # fills what at::empty gives with NaN
@@ -79,6 +97,6 @@ def on_device(name: str, scratch_bytes: int) -> Iterator[str]:
     if not name.startswith("emulated"):
         yield name
         return
-    backwards = name == "emulated-backwards"
-    with emulated_kernels(backwards, scratch_bytes, 3 if backwards else 1000):
+    backwards, kernels = name.endswith("backwards"), "fused" if "fused" in name else "library"
+    with emulated_kernels(backwards, scratch_bytes, 3 if backwards else 1000, kernels, early_copies=backwards):
         yield "cpu"

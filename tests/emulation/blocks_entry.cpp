@@ -11,7 +11,7 @@
 namespace fastdense {
 namespace {
 
-CudaContext context{nullptr, 0, 0, false};
+CudaContext context{nullptr, 0, 0, true, false};
 
 struct EmulatedDenseBlock {
   using Guard = c10::Device;  // nothing to guard
@@ -78,10 +78,15 @@ TORCH_LIBRARY_IMPL(fastdense_emulated, CPU, m) {
 }  // namespace fastdense
 
 extern "C" {
-void set_backwards(bool value) { fastdense::emulation::backwards = value; }
-void set_device(int64_t scratch_bytes, int64_t blocks) {
+void set_schedule(bool backwards, bool early_copies) {
+  fastdense::emulation::backwards = backwards;
+  fastdense::emulation::early_copies = early_copies;
+}
+void set_device(int64_t scratch_bytes, int64_t blocks, bool tf32) {
   fastdense::context.scratch_bytes = scratch_bytes;
   fastdense::context.blocks = blocks;
+  fastdense::context.tf32 = tf32;
 }
+void set_kernels(const char* name) { fastdense::set_cuda_kernels(name); }
 int64_t launches() { return fastdense::emulation::launches; }
 }

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block operators with the fused CUDA kernels, emulated and on a GPU."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdense import _C
+from tests.emulation.blocks import FUSED_DEVICES, emulated_kernels, on_device
+from tests.random_block import check_bit_identical, low_precision_errors, relative
+from tests.test_dense_block import ALL, EMULATED_SCRATCH, Block, Case
+from tests.test_dual_path import Stage, StageCase
+
+# Growth 12 leaves rows that are aligned to 8 bytes.
+BC = Case(2, 24, 12, 3, width=48, size=(9, 8), tail="transition", dtype=torch.bfloat16)
+WIDE = Case(3, 72, 32, 2, width=128, size=(7, 7), tail="norm_relu", dtype=torch.bfloat16)
+
+
+@contextlib.contextmanager
+def chosen(kernels: str) -> Iterator[None]:
+    """On a GPU; emulated devices have their own choice."""
+    before = _C.build_info()["cuda_kernels"]
+    _C.set_cuda_kernels(kernels)
+    try:
+        yield
+    finally:
+        _C.set_cuda_kernels(before)
+
+
+@pytest.fixture(params=FUSED_DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on_device(request.param, EMULATED_SCRATCH) as device, chosen("fused"):
+        yield device
+
+
+def results(block: Block | Stage, memory: str | None = None) -> dict[str, Tensor]:
+    out, statistics = block.run(memory)
+    return {"out": out.detach(), "mean": statistics.mean, "var": statistics.var} | block.gradients(
+        out, torch.ones_like(out)
+    )
+
+
+def launches(case: Case, kernels: str, blocks: int = 8, tf32: bool = False) -> tuple[int, dict[str, Tensor]]:
+    """How many kernels a training step starts, and its results."""
+    block = Block(case)
+    with emulated_kernels(False, EMULATED_SCRATCH, blocks, kernels, tf32=tf32) as library:
+        before = library.launches()
+        values = results(block)
+        return library.launches() - before, values
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("case", "tf32", "fused"),
+    [
+        (BC, False, True),
+        (replace(WIDE, dtype=torch.float16), False, True),
+        (replace(BC, dtype=torch.float32), True, True),
+        (replace(BC, dtype=torch.float32), False, False),  # products of float32 are exact
+        (replace(BC, dtype=torch.float64), True, False),
+        (replace(BC, width=20), False, False),  # no kernel of this width
+        (replace(BC, in_channels=25), False, False),  # rows of 2 bytes
+    ],
+    ids=str,
+)
+def test_which_shapes_are_fused(case, tf32, fused):
+    library, expected = launches(case, "library", tf32=tf32)
+    count, actual = launches(case, "fused", tf32=tf32)
+    assert same(actual, expected) == (not fused)
+    assert (count < library) == fused
+
+
+@pytest.mark.parametrize(("blocks", "fused"), [(64, True), (8 * 19, False)])
+def test_small_images_stay_with_the_library(blocks, fused):
+    """144 pixels, and 18 multiprocessors at most."""
+    assert same(launches(BC, "auto", blocks)[1], launches(BC, "fused" if fused else "library", blocks)[1])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        BC,
+        WIDE,
+        replace(BC, dtype=torch.float16, drop_rate=0.2),
+        replace(BC, dtype=torch.float16, size=(17, 16), memory="min"),
+        replace(WIDE, width=160, growth_rate=40, tail="none"),
+        replace(WIDE, width=192, growth_rate=48, dtype=torch.float16, size=(5, 4, 3)),
+        replace(BC, width=96, growth_rate=24, size=(90,), active=(True, False, True)),
+        replace(BC, frozen=ALL),
+        replace(WIDE, frozen=("norm1",), memory="min"),
+        replace(BC, frozen=("norm2", "tail"), affine=False),
+    ],
+    ids=str,
+)
+def test_low_precision_is_no_worse_than_torch(device, case):
+    """Single gradients differ by flipped ReLUs, hence the sum."""
+    ours, theirs = low_precision_errors(Block, replace(case, device=device))
+    assert sum(ours) <= 1.3 * sum(theirs)
+
+
+@pytest.mark.parametrize("case", [BC, replace(WIDE, dtype=torch.float16)], ids=str)
+def test_memory_modes_are_bit_identical(device, case):
+    check_bit_identical(Block(replace(case, drop_rate=0.2, device=device)), ["balanced", "min", "balanced"])
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("case", [replace(BC, memory="min"), replace(WIDE, tail="none")], ids=str)
+def test_tf32(case, backwards):
+    """Its factors have 10 bits of mantissa, like float16."""
+    with emulated_kernels(backwards, EMULATED_SCRATCH, 100, "fused", not backwards, tf32=True):
+        ours, _ = low_precision_errors(Block, replace(case, dtype=torch.float32))
+    _, theirs = low_precision_errors(Block, replace(case, dtype=torch.float16))
+    assert sum(ours) <= sum(theirs)
+    assert ours[0] > 1e-5  # it was TF32
+
+
+@pytest.mark.parametrize("part", ["input", "1.conv1", "0.norm1.weight", "2.conv2"])
+def test_only_what_needs_a_gradient_gets_one(device, part):
+    block = Block(replace(BC, device=device))
+    wanted = results(block)[part]
+    for name, tensor in zip(["input", *block.names], [block.input, *block.parameters], strict=True):
+        tensor.requires_grad_(name == part)
+    leaf = block.input if part == "input" else block.parameters[block.names.index(part)]
+    out, _ = block.run()
+    assert torch.equal(torch.autograd.grad(out, [leaf], torch.ones_like(out))[0], wanted)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_values_propagate_as_in_torch(device, value):
+    block = Block(replace(BC, frozen=ALL, tail="norm_relu", device=device))
+    with torch.no_grad():
+        block.input[1, 2, 3, 3] = value
+    out, _ = block.run()
+    expected, _ = block.expected()
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    assert out.isnan().any()
+
+
+@pytest.mark.parametrize("memory", ["balanced", "min"])
+def test_dual_path_stage(device, memory):
+    """Whose first block reads one matrix."""
+    case = StageCase(
+        batch=2, residual_channels=32, growth_rate=8, first_dense=16, in_channels=24, width=48, width_behind=48,
+        groups=8, size=(8, 8), stride=2, device=device, dtype=torch.bfloat16, memory=memory,
+    )  # fmt: skip
+    ours, theirs = low_precision_errors(Stage, case)
+    assert sum(ours) <= 1.3 * sum(theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize(
+    ("case", "dtype"), list(itertools.product([BC, WIDE], [torch.bfloat16, torch.float32])), ids=str
+)
+def test_fused_and_library_agree_on_a_gpu(case, dtype, tf32):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        block = Block(replace(case, dtype=dtype, device="cuda", size=(30, 31)))
+        with chosen("library"):
+            expected = results(block)
+        with chosen("fused"):
+            actual = results(block)
+            assert same(results(block), actual)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    if dtype == torch.float32 and not tf32:
+        assert same(actual, expected)
+    for name in expected:
+        assert relative(actual[name], expected[name]) < (0.1 if dtype == torch.bfloat16 else 1e-2), name

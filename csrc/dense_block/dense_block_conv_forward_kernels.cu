@@ -282,7 +282,7 @@ inline int kernel_columns(int64_t columns) { return std::max(16, int((columns + 
 }  // namespace
 
 template <typename T>
-ConvPlan plan_conv_forward(const ConvShape& s, int64_t blocks, int64_t most_shared) {
+ConvPlan plan_conv_forward(const ConvShape& s, int64_t multiprocessors, int64_t most_shared) {
   // Whole weights first: parts of them read z again.
   for (const int pixels : {kConvPixels, kConvPixels / 2})
     for (int64_t parts = (s.k + kMostColumns - 1) / kMostColumns; parts <= 4; ++parts)
@@ -294,7 +294,7 @@ ConvPlan plan_conv_forward(const ConvShape& s, int64_t blocks, int64_t most_shar
         plan.channels = columns;
         plan.buffers = buffers;
         plan.parts = (s.k + columns - 1) / columns;
-        plan.splits = conv_splits(plan.tiles, blocks, plan.parts, 2 * plan.shared_bytes <= most_shared ? 2 : 1, 1);
+        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 2 * plan.shared_bytes <= most_shared ? 2 : 1, 1);
         return plan;
       }
   return {};

@@ -284,7 +284,7 @@ inline int part_channels(int64_t b) {
 }  // namespace
 
 template <typename T>
-ConvPlan plan_conv_input_gradient(const ConvShape& s, int64_t blocks, int64_t most_shared) {
+ConvPlan plan_conv_input_gradient(const ConvShape& s, int64_t multiprocessors, int64_t most_shared) {
   for (const int pixels : {kConvPixels, kConvPixels / 2})
     for (const int buffers : {2, 1})
       for (const int channels : {part_channels(s.b), 48}) {
@@ -294,7 +294,7 @@ ConvPlan plan_conv_input_gradient(const ConvShape& s, int64_t blocks, int64_t mo
         plan.channels = channels;
         plan.buffers = buffers;
         plan.parts = (s.b + channels - 1) / channels;
-        plan.splits = conv_splits(plan.tiles, blocks, plan.parts, 2 * plan.shared_bytes <= most_shared ? 2 : 1, 1);
+        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 2 * plan.shared_bytes <= most_shared ? 2 : 1, 1);
         return plan;
       }
   return {};

@@ -68,14 +68,13 @@ struct ConvShape {
   int64_t b, k;
 };
 
-// `blocks` fill the device if eight of them share a multiprocessor, as CudaContext counts them; `most_shared`: bytes
-// that a block may have.
+// most_shared: bytes of shared memory that a block may have.
 template <typename T>
-ConvPlan plan_conv_forward(const ConvShape&, int64_t blocks, int64_t most_shared);
+ConvPlan plan_conv_forward(const ConvShape&, int64_t multiprocessors, int64_t most_shared);
 template <typename T>
-ConvPlan plan_conv_input_gradient(const ConvShape&, int64_t blocks, int64_t most_shared);
+ConvPlan plan_conv_input_gradient(const ConvShape&, int64_t multiprocessors, int64_t most_shared);
 template <typename T>
-ConvPlan plan_conv_weight_gradient(const ConvShape&, int64_t blocks, int64_t most_shared);
+ConvPlan plan_conv_weight_gradient(const ConvShape&, int64_t multiprocessors, int64_t most_shared);
 
 // x = dropout(conv(relu(norm(z)))), and x's moments.
 template <typename T>
@@ -86,7 +85,7 @@ struct ConvForwardParams {
   int b, k;
   Matrix<T> x;
   DropoutParams dropout;
-  float* partial;   // [splits][2][k] as launch_finalise_moments takes them, relative to 0; nullptr: not wanted
+  float* partial;   // [splits][2][k] as launch_finalise_moments takes them, without pivot; nullptr: not wanted
   int64_t* counts;  // [splits]: pixels of each
 };
 template <typename T>
@@ -108,14 +107,13 @@ struct ConvInputGradientParams {
 template <typename T>
 cudaError_t launch_conv_input_gradient(const ConvInputGradientParams<T>&, const ConvPlan&, cudaStream_t);
 
-// dweight = d^T * relu(norm(z)) at each tap.
+// The weight's gradient d^T * relu(norm(z)) at each tap.
 template <typename T>
 struct ConvWeightGradientParams {
   const T *d, *z;
   NormParams<float> norm;
   int b, k;
-  float* partial;  // [splits][k][9][b]
-  float* dweight;  // [k][9][b]
+  float* partial;  // [splits][k][9][b], to be added up
 };
 template <typename T>
 cudaError_t launch_conv_weight_gradient(const ConvWeightGradientParams<T>&, const ConvPlan&, cudaStream_t);

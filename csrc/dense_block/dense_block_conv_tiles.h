@@ -172,13 +172,10 @@ __device__ __forceinline__ void load_fragments(uint32_t (&m)[4], const unsigned 
   for (int i = 0; i < 4; ++i) m[i] = operand<T>(m[i]);
 }
 
-__device__ __forceinline__ void clear(unsigned char* at, int bytes) {
-  for (int i = int(threadIdx.x) * 4; i < bytes; i += int(blockDim.x) * 4) *reinterpret_cast<uint32_t*>(at + i) = 0;
-}
-
-constexpr int kConvBlocksOfContext = 8;  // of CudaContext::blocks to a multiprocessor
-inline int64_t conv_splits(const ConvTiles& tiles, int64_t blocks, int64_t parts, int resident, int64_t least_tiles) {
-  const int64_t fill = std::max<int64_t>(1, blocks * resident / kConvBlocksOfContext / parts);
+// Among how many blocks tiles are shared, if `resident` have room on each multiprocessor.
+inline int64_t conv_splits(const ConvTiles& tiles, int64_t multiprocessors, int64_t parts, int resident,
+                           int64_t least_tiles) {
+  const int64_t fill = std::max<int64_t>(1, multiprocessors * resident / parts);
   return std::max<int64_t>(1, std::min(fill, (tiles.count() + least_tiles - 1) / least_tiles));
 }
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradient of the weight of dense_block_conv_launch.h's convolution.
-#include "common/for_each.h"
 #include "dense_block/dense_block_conv_tiles.h"
 
 namespace fastdense {
@@ -193,24 +192,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// Adds up what the blocks have, in their order.
-struct SumWeightGradients {
-  const float* partial;  // [splits][count]
-  float* to;
-  int64_t count, splits;
-  FASTDENSE_HD void operator()(int64_t i) const {
-    double sum = 0;
-    for (int64_t s = 0; s < splits; ++s) sum += double(partial[s * count + i]);
-    to[i] = float(sum);
-  }
-};
-
 inline int kernel_columns(int64_t k) { return std::max(16, int((k + 7) / 8 * 8)); }
 
 }  // namespace
 
 template <typename T>
-ConvPlan plan_conv_weight_gradient(const ConvShape& s, int64_t blocks, int64_t most_shared) {
+ConvPlan plan_conv_weight_gradient(const ConvShape& s, int64_t multiprocessors, int64_t most_shared) {
   constexpr int64_t kLeastTiles = 2;  // partial sums of a block are as much as some tiles
   const int64_t tall = s.b / kConvSteps;
   if (s.k > kMostColumns) return {};
@@ -223,7 +210,7 @@ ConvPlan plan_conv_weight_gradient(const ConvShape& s, int64_t blocks, int64_t m
       if (plan.shared_bytes > most_shared) continue;
       plan.channels = channels;
       plan.buffers = buffers;
-      plan.splits = conv_splits(plan.tiles, blocks, plan.parts, 1, kLeastTiles);
+      plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 1, kLeastTiles);
       return plan;
     }
   return {};
@@ -240,24 +227,18 @@ cudaError_t launch_conv_weight_gradient(const ConvWeightGradientParams<T>& p, co
                      dim3(kThreads), size_t(plan.shared_bytes), stream, p, plan);
     return cudaGetLastError();
   };
-  const auto launch_for = [&](int columns) {
-    switch (columns) {
-      case 16:
-        return launch(std::integral_constant<int, 16>());
-      case 24:
-        return launch(std::integral_constant<int, 24>());
-      case 32:
-        return launch(std::integral_constant<int, 32>());
-      case 40:
-        return launch(std::integral_constant<int, 40>());
-      default:
-        return launch(std::integral_constant<int, kMostColumns>());
-    }
-  };
-  const cudaError_t error = launch_for(kernel_columns(p.k));
-  if (error != cudaSuccess) return error;
-  const int64_t count = int64_t(p.k) * kTaps * p.b;
-  return for_each(count, SumWeightGradients{p.partial, p.dweight, count, plan.splits}, stream);
+  switch (kernel_columns(p.k)) {
+    case 16:
+      return launch(std::integral_constant<int, 16>());
+    case 24:
+      return launch(std::integral_constant<int, 24>());
+    case 32:
+      return launch(std::integral_constant<int, 32>());
+    case 40:
+      return launch(std::integral_constant<int, 40>());
+    default:
+      return launch(std::integral_constant<int, kMostColumns>());
+  }
 }
 
 #define FASTDENSE_CONV(T)                                                             \

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FILES = ["tests/test_mean_join.py", "tests/test_residual_dense_block.py", "tests/test_norm_relu_max_pool.py"]
 FILES += ["tests/test_dual_path.py", "tests/test_dense_block.py", "tests/test_sync_batch_norm.py"]
+FILES += ["tests/emulation/test_row_product_kernels.py", "tests/test_fused_blocks.py"]
 
 # (file below csrc, what stands there, what is planted)
 MUTANTS = [
@@ -126,6 +127,34 @@ CUDA_MUTANTS = [
     ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "s.channels_last ? s.channels : 1", "1"),
     ("norm_relu_max_pool/norm_relu_max_pool_cuda.h", "frozen ? A(0) : A(1.0 / double(args_.values()))", "A(1.0 / double(args_.values()))"),
     ("norm_relu_max_pool/norm_relu_max_pool_cuda.h", "others ? terms[0] : s.dbias", "s.dbias"),
+    ("common/row_product_forward_kernels.cu", "wait_copies<Shape::kStages - 2>();", "wait_copies<Shape::kStages - 1>();"),
+    ("common/row_product_forward_kernels.cu", "__syncthreads();\n      copy_step(step + Shape::kStages - 1, steps);", "copy_step(step + Shape::kStages - 1, steps);\n      __syncthreads();"),
+    ("common/row_product_forward_kernels.cu", "wait_copies<Shape::kStages - 2>();\n      __syncthreads();", "wait_copies<Shape::kStages - 2>();"),
+    ("common/row_product_forward_kernels.cu", "__syncthreads();  // the result takes the place of the stages", ""),
+    ("common/row_product_forward_kernels.cu", "__syncthreads();\n    write_tile", "write_tile"),
+    ("common/row_product_forward_kernels.cu", "__syncthreads();  // all have read before anybody writes anew", ""),
+    ("common/row_product_forward_kernels.cu", "s[w / 2]", "s[w % 2]"),
+    ("common/row_product_forward_kernels.cu", "step % 2 * Shape::kDepth", "0 * Shape::kDepth"),
+    ("common/row_product_forward_kernels.cu", "lane_ / 4 < count_)", "lane_ / 4 < Shape::kRows)"),
+    ("common/row_product_forward_kernels.cu", "int64_t(blockIdx.x) * Shape::kWidth", "int64_t(blockIdx.x + 1) * Shape::kWidth"),
+    ("common/row_product_backward_kernels.cu", "wait_copies<1>();", "wait_copies<2>();"),
+    ("common/row_product_backward_kernels.cu", "wait_copies<1>();\n      __syncthreads();", "wait_copies<1>();"),
+    ("common/row_product_backward_kernels.cu", "__syncthreads();  // y and the gradient are complete", ""),
+    ("common/row_product_backward_kernels.cu", "__syncthreads();  // the next copies go over this stage", ""),
+    ("common/row_product_backward_kernels.cu", "copy_stage(tile + gridDim.y, tiles, stage ^ 1);", "copy_stage(tile + gridDim.y, tiles, stage);"),
+    ("common/row_product_backward_kernels.cu", "__syncthreads();\n    float* partial", "float* partial"),
+    ("common/row_product_backward_kernels.cu", "dym * (vx[i] - n[i].mean)", "dym * vx[i]"),
+    ("common/row_product_backward_kernels.cu", "multiply_add<T>(dweight_[i][j], a[i], b.words[0][0], b.words[0][1]);", "multiply_add<T>(dweight_[i][j], a[i], b.words[1][0], b.words[1][1]);"),
+    ("common/row_product_backward_kernels.cu", "p_.add ? count : 0", "count"),
+    ("common/row_product_backward_kernels.cu", "s < splits && column < count; s += blockDim.y", "s < splits && column < count; s += 2 * blockDim.y"),
+    ("common/row_product_backward_kernels.cu", "2 * int64_t(blockIdx.y) * columns_ + first_", "int64_t(blockIdx.y) * columns_ + first_"),
+    ("common/shared_tile.h", "r < m.rows && left > 0", "left > 0"),
+    ("common/shared_tile.h", "left < kChunkBytes ? left : kChunkBytes) : 0", "kChunkBytes) : 0"),
+    ("common/shared_tile.h", "m.access == 8", "false"),
+    ("common/shared_tile.h", "lane % 8 + lane / 16 * 8, column / kPerChunk + lane / 8 % 2));\n    } else", "lane % 16, column / kPerChunk + lane / 16));\n    } else"),
+    ("common/row_product_cuda.h", "rows.finalise_moments(partial, nullptr, count, mean, var)", "rows.finalise_moments(partial, nullptr, count, var, mean)"),
+    ("common/row_product_cuda.h", "(sizeof(T) == 2 || cuda.tf32)", "true"),
+    ("common/row_product_cuda.h", "has_rows_of(4, x, columns)", "true"),
 ]  # fmt: skip
 
 

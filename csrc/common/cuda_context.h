@@ -20,8 +20,8 @@ inline CudaContext current_context() {
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   const bool tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
                     at::Float32Precision::TF32;
-  return {c10::cuda::getCurrentCUDAStream(), std::max(kLeastScratch, int64_t(l2) / 3), CudaContext::kBlocks * int64_t(multiprocessors),
-          major >= 8, tf32};
+  return {c10::cuda::getCurrentCUDAStream(), std::max(kLeastScratch, int64_t(l2) / 3),
+          CudaContext::kBlocks * int64_t(multiprocessors), major >= 8, tf32};
 }
 
 }  // namespace fastdense

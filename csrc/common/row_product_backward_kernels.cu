@@ -45,7 +45,9 @@ struct BackwardShape {
   static constexpr int kSharedBytes = kNormAt + kColumns * int(sizeof(NormCoefficients<float>));
   static_assert(kSharedBytes <= kMostSharedBytes && 2 * kRowWarps * kColumns * int(sizeof(float)) <= kStageBytes);
 
-  static constexpr int kLeastBlocks = std::max(1, (kFewBlocks ? 256 : 512) / kThreads);
+  // Sums a thread holds: of dy, of the norm and of dweight.
+  static constexpr int kSums = 2 * kWarpColumns + kWarpWeightRows * kWarpWeightColumns / 32;
+  static constexpr int kLeastBlocks = least_blocks(kThreads, kSharedBytes, kSums > 80);
 };
 
 template <typename T, typename Shape>
@@ -71,9 +73,8 @@ class BackwardBlock {
       copy_stage(tile + gridDim.y, tiles, stage ^ 1);
       wait_copies<1>();
       __syncthreads();
-      const int count = rows_of(tile);
       multiply_weight(stage);
-      consume(stage, count);
+      consume(stage);
       __syncthreads();  // y and the gradient are complete
       write_tile<Shape::kRows, Shape::kThreads>(gradient(stage), gradient_matrix(tile), first_);
       if (p_.dweight) multiply_left(stage);
@@ -142,8 +143,8 @@ class BackwardBlock {
     }
   }
 
-  // Through ReLU and norm: sums, the gradient, and y in the place of x.
-  __device__ void consume(int stage, int count) {
+  // Through ReLU and norm: sums, the gradient, and y in the place of x.  In rows that do not exist dz, and so dy, is 0.
+  __device__ void consume(int stage) {
     const Tile x = this->x(stage), g = gradient(stage);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
@@ -152,19 +153,17 @@ class BackwardBlock {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row0() + 8 * h + lane_ / 4;
-        const bool exists = row < count;
         uint32_t *at_x = x.word(row, column), *at_g = g.word(row, column);
         float vx[2], vg[2];
         load_pair<T>(at_x, vx[0], vx[1]);
         load_pair<T>(at_g, vg[0], vg[1]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float dy = exists ? dy_[j][2 * h + i] : 0.0f;
-          const float dym = norm_relu_gradient(dy, vx[i], n[i].scale, n[i].shift);
+          const float dym = norm_relu_gradient(dy_[j][2 * h + i], vx[i], n[i].scale, n[i].shift);
           s1_[j][i] += dym;
           s2_[j][i] += dym * (vx[i] - n[i].mean);
           vg[i] = mul_add(n[i].scale, dym, vg[i]);
-          vx[i] = exists ? norm_relu(vx[i], n[i].scale, n[i].shift) : 0.0f;
+          vx[i] = norm_relu(vx[i], n[i].scale, n[i].shift);
         }
         store_pair<T>(at_g, vg[0], vg[1]);
         store_pair<T>(at_x, vx[0], vx[1]);

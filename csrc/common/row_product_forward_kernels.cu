@@ -28,9 +28,8 @@ struct ForwardShape {
       std::max(kStages * kStageBytes + kScalesBytes, kSumsAt + kRowWarps * kWidth * int(sizeof(float)));
   static_assert(kSharedBytes <= kMostSharedBytes);
 
-  // Sums a thread holds: many of them leave registers for one block of 256 threads a multiprocessor, else for two.
-  static constexpr int kSums = kWarpRows * kWarpColumns / 32;
-  static constexpr int kLeastBlocks = std::max(1, (kSums > 64 || kFewBlocks ? 256 : 512) / kThreads);
+  static constexpr int kSums = kWarpRows * kWarpColumns / 32;  // that a thread holds
+  static constexpr int kLeastBlocks = least_blocks(kThreads, kSharedBytes, kSums > (sizeof(T) == 4 ? 48 : 64));
 };
 
 template <typename T, typename Shape>

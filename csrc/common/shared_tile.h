@@ -115,7 +115,7 @@ template <int kRows, int kThreads, typename T, typename Stored, int kColumns, ty
 __device__ __forceinline__ void for_each_chunk(const SharedTile<Stored, kColumns>& tile, const TileMatrix<T>& m,
                                                int column, const Body& body) {
   constexpr int kChunks = kColumns * int(sizeof(T)) / kChunkBytes, kPerChunk = kChunkBytes / int(sizeof(T));
-#pragma unroll
+#pragma unroll 1  // the addresses of many chunks at once would take registers from products
   for (int first = 0; first < kRows * kChunks; first += kThreads) {
     const int i = first + int(threadIdx.x), r = i / kChunks, chunk = i % kChunks;
     if (kRows * kChunks % kThreads != 0 && i >= kRows * kChunks) break;

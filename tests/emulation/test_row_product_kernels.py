@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused 1x1 kernels on the host: against float64, in every order of threads and copies, with mistakes planted."""
+"""The fused 1x1 kernels on the host: against float64, in every order of threads and copies, tests/mutants.py plants
+mistakes that they must notice."""
 
 import ctypes
 from dataclasses import dataclass
@@ -22,25 +23,14 @@ SOURCES = [ROOT / "csrc/common/row_product_forward_kernels.cu", ROOT / "csrc/com
 SOURCES += [HERE / "row_product_entry.cpp"]
 
 
-def build(plant: tuple[str, str, str] | None = None) -> ctypes.CDLL:
-    """The kernels, with a mistake in the file of that name if one is given."""
-    texts: dict = dict.fromkeys(SOURCES)
-    if plant is not None:
-        name, before, after = plant
-        path = next(source for source in SOURCES if source.name == name)
-        assert before in path.read_text(), f"{name} no longer contains {before!r}"
-        texts[path] = path.read_text().replace(before, after)
-    library = load(texts)
+@pytest.fixture(scope="module")
+def kernels() -> ctypes.CDLL:
+    library = load(dict.fromkeys(SOURCES))
     for dtype in NAMES.values():
         getattr(library, f"forward_{dtype}").restype = getattr(library, f"backward_{dtype}").restype = ctypes.c_char_p
         getattr(library, f"tile_{dtype}").restype = getattr(library, f"splits_{dtype}").restype = ctypes.c_int64
     library.sum_partials.restype = ctypes.c_char_p
     return library
-
-
-@pytest.fixture(scope="module")
-def kernels() -> ctypes.CDLL:
-    return build()
 
 
 @dataclass(frozen=True)
@@ -194,15 +184,64 @@ ODD = [
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("case", ODD, ids=str)
-def test_every_schedule(kernels, case, schedule):
+def test_emulated_kernels_in_every_schedule(kernels, case, schedule):
     check_forward(kernels, case, schedule)
     check_backward(kernels, case, schedule)
 
 
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_every_kernel(kernels, dtype, width):
+def test_every_emulated_kernel(kernels, dtype, width):
     for tile in (32, 64) if dtype == torch.float32 and width > 128 else (32, 64, 128):
         check_forward(kernels, Case(dtype, width, tile + 6, 56, 64, tile))
     check_backward(kernels, Case(dtype, width, 70, 56, 64, splits=1))
     check_backward(kernels, Case(dtype, width, 70, 56, 64, splits=2, add=False))
+
+
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
+def test_emulated_kernels_hand_nan_through(kernels, dtype):
+    p = Problem(Case(dtype, 48, 70, 40, 48))
+    p.x[5, 3] = torch.nan
+    p.dz[7, 2] = torch.nan
+    z = forward(kernels, p).z
+    assert z[5].isnan().all()
+    assert z.isfinite().sum() == 69 * 48
+    gradient, s1, s2, dweight = backward(kernels, p)
+    assert gradient[7].isnan().any()
+    assert gradient[torch.arange(70) != 7].isfinite().all()
+    passed = gradient[7].isnan()
+    assert torch.equal(s1.isnan(), passed)
+    passed[3] = True
+    assert torch.equal(s2.isnan(), passed)
+    assert dweight[:, 3].isnan().all()
+    assert dweight[2].isnan().all()
+    assert dweight.isfinite().sum() == 47 * 39
+
+
+def test_emulated_products_without_the_weights_gradient(kernels):
+    p = Problem(Case(splits=2))
+    case, gradient, partial = p.case, p.gradient.clone(), torch.full((2, 2, p.case.columns), torch.nan)
+    call(kernels, "backward", case.dtype, p.dz, p.x, case.ld, p.weight, p.weight.shape[1], gradient, p.norm, NORM_EPS,
+         partial, ctypes.c_void_p(), True, case.rows, case.columns, case.width, case.splits)  # fmt: skip
+    expected = backward(kernels, p)
+    assert torch.equal(gradient[:, : case.columns], expected.gradient)
+    assert torch.equal(partial.double().sum(0)[1], expected.s2)
+
+
+def test_tiles_fill_the_device(kernels):
+    """On 132 multiprocessors."""
+
+    def tile(rows: int, width: int, dtype: str = "bfloat16") -> int:
+        return getattr(kernels, f"tile_{dtype}")(*map(ctypes.c_int64, (rows, width, 132)))
+
+    assert [tile(64 * side**2, 128) for side in (56, 28, 14, 7)] == [128, 128, 64, 32]
+    assert tile(64 * 56**2, 192, "float32") == 64
+
+    def splits(rows: int, columns: int, dtype: str = "bfloat16") -> int:
+        return getattr(kernels, f"splits_{dtype}")(*map(ctypes.c_int64, (rows, columns, 132)))
+
+    assert splits(64 * 56**2, 64) == 264
+    assert splits(64 * 56**2, 65) == 132
+    assert splits(64 * 7**2, 512) == 12  # of 256 rows and more
+    assert splits(100, 4096) == 1
+    assert splits(64 * 56**2, 64, "float32") == 132

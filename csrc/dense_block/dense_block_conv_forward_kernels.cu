@@ -289,12 +289,12 @@ ConvPlan plan_conv_forward(const ConvShape& s, int64_t multiprocessors, int64_t 
       for (const int buffers : {2, 1}) {
         ConvPlan plan{conv_tiles(s.batch, int(s.height), int(s.width), pixels)};
         const int columns = kernel_columns((s.k + parts - 1) / parts);
-        plan.shared_bytes = ForwardLayout<T>(plan.tiles, int(s.b), columns, buffers).bytes;
-        if (plan.shared_bytes > most_shared) continue;
+        plan.shared_bytes = size_t(ForwardLayout<T>(plan.tiles, int(s.b), columns, buffers).bytes);
+        if (int64_t(plan.shared_bytes) > most_shared) continue;
         plan.channels = columns;
         plan.buffers = buffers;
         plan.parts = (s.k + columns - 1) / columns;
-        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 2 * plan.shared_bytes <= most_shared ? 2 : 1, 1);
+        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 2 * int64_t(plan.shared_bytes) <= most_shared ? 2 : 1, 1);
         return plan;
       }
   return {};
@@ -305,11 +305,11 @@ cudaError_t launch_conv_forward(const ConvForwardParams<T>& p, const ConvPlan& p
   int vector = kChunkNumbers<T>;  // the widest stores that the slice allows
   while (address_bits(p.x) % (vector * sizeof(T)) != 0) vector /= 2;
   const auto launch = [&](auto columns) {
-    constexpr int kColumns = decltype(columns)::value;
-    const cudaError_t error = FASTDENSE_ALLOW_SHARED((conv_forward_kernel<T, kColumns>), plan.shared_bytes);
+    const auto kernel = conv_forward_kernel<T, decltype(columns)::value>;
+    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.shared_bytes);
     if (error != cudaSuccess) return error;
-    FASTDENSE_LAUNCH((conv_forward_kernel<T, kColumns>), dim3(unsigned(plan.splits), unsigned(plan.parts)),
-                     dim3(kThreads), size_t(plan.shared_bytes), stream, p, plan, vector);
+    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)),
+                     dim3(kThreads), plan.shared_bytes, stream, p, plan, vector);
     return cudaGetLastError();
   };
   switch (plan.channels) {

@@ -289,12 +289,12 @@ ConvPlan plan_conv_input_gradient(const ConvShape& s, int64_t multiprocessors, i
     for (const int buffers : {2, 1})
       for (const int channels : {part_channels(s.b), 48}) {
         ConvPlan plan{conv_tiles(s.batch, int(s.height), int(s.width), pixels)};
-        plan.shared_bytes = InputLayout<T>(plan.tiles, int(s.k), channels, buffers).bytes;
-        if (plan.shared_bytes > most_shared) continue;
+        plan.shared_bytes = size_t(InputLayout<T>(plan.tiles, int(s.k), channels, buffers).bytes);
+        if (int64_t(plan.shared_bytes) > most_shared) continue;
         plan.channels = channels;
         plan.buffers = buffers;
         plan.parts = (s.b + channels - 1) / channels;
-        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 2 * plan.shared_bytes <= most_shared ? 2 : 1, 1);
+        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 2 * int64_t(plan.shared_bytes) <= most_shared ? 2 : 1, 1);
         return plan;
       }
   return {};
@@ -303,11 +303,11 @@ ConvPlan plan_conv_input_gradient(const ConvShape& s, int64_t multiprocessors, i
 template <typename T>
 cudaError_t launch_conv_input_gradient(const ConvInputGradientParams<T>& p, const ConvPlan& plan, cudaStream_t stream) {
   const auto launch = [&](auto channels) {
-    constexpr int kChannels = decltype(channels)::value;
-    const cudaError_t error = FASTDENSE_ALLOW_SHARED((conv_input_gradient_kernel<T, kChannels>), plan.shared_bytes);
+    const auto kernel = conv_input_gradient_kernel<T, decltype(channels)::value>;
+    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.shared_bytes);
     if (error != cudaSuccess) return error;
-    FASTDENSE_LAUNCH((conv_input_gradient_kernel<T, kChannels>), dim3(unsigned(plan.splits), unsigned(plan.parts)),
-                     dim3(kThreads), size_t(plan.shared_bytes), stream, p, plan);
+    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)),
+                     dim3(kThreads), plan.shared_bytes, stream, p, plan);
     return cudaGetLastError();
   };
   if (plan.channels == 48) return launch(std::integral_constant<int, 48>());

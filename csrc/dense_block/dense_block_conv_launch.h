@@ -58,7 +58,7 @@ struct ConvPlan {
   int channels = 0;  // of a part, 0 where nothing fits
   int64_t splits = 0, parts = 0;
   int buffers = 0;  // 2: the next tile is on its way while one is in work
-  int64_t shared_bytes = 0;
+  size_t shared_bytes = 0;
   explicit operator bool() const { return channels > 0; }
 };
 

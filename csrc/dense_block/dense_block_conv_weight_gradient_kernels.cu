@@ -206,8 +206,8 @@ ConvPlan plan_conv_weight_gradient(const ConvShape& s, int64_t multiprocessors, 
       ConvPlan plan{conv_tiles(s.batch, int(s.height), int(s.width), pixels)};
       plan.parts = (tall + kTallest - 1) / kTallest;
       const int channels = int((tall + plan.parts - 1) / plan.parts * kConvSteps);
-      plan.shared_bytes = WeightLayout<T>(plan.tiles, channels, kernel_columns(s.k), buffers).bytes;
-      if (plan.shared_bytes > most_shared) continue;
+      plan.shared_bytes = size_t(WeightLayout<T>(plan.tiles, channels, kernel_columns(s.k), buffers).bytes);
+      if (int64_t(plan.shared_bytes) > most_shared) continue;
       plan.channels = channels;
       plan.buffers = buffers;
       plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 1, kLeastTiles);
@@ -220,11 +220,11 @@ template <typename T>
 cudaError_t launch_conv_weight_gradient(const ConvWeightGradientParams<T>& p, const ConvPlan& plan,
                                         cudaStream_t stream) {
   const auto launch = [&](auto columns) {
-    constexpr int kColumns = decltype(columns)::value;
-    const cudaError_t error = FASTDENSE_ALLOW_SHARED((conv_weight_gradient_kernel<T, kColumns>), plan.shared_bytes);
+    const auto kernel = conv_weight_gradient_kernel<T, decltype(columns)::value>;
+    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.shared_bytes);
     if (error != cudaSuccess) return error;
-    FASTDENSE_LAUNCH((conv_weight_gradient_kernel<T, kColumns>), dim3(unsigned(plan.splits), unsigned(plan.parts)),
-                     dim3(kThreads), size_t(plan.shared_bytes), stream, p, plan);
+    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)),
+                     dim3(kThreads), plan.shared_bytes, stream, p, plan);
     return cudaGetLastError();
   };
   switch (kernel_columns(p.k)) {

@@ -143,7 +143,7 @@ class Problem:
         u = v.relu().to(c.dtype).double()
         x = self.rows(F.conv2d(self.image(u), self.kernel(), padding=1))
         if c.rate > 0:
-            keep = reference.dropout_mask(self.pixels * c.k, 3, int(self.seed), c.rate).view(self.pixels, c.k)
+            keep = reference.dropout_mask(self.pixels * c.k, int(self.seed), 3, c.rate).view(self.pixels, c.k)
             x = x * keep / (1 - c.rate)
         grad = self.image(self.d)
         du = self.rows(torch.nn.grad.conv2d_input(self.image(u).shape, self.kernel(), grad, padding=1))

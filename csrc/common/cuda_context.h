@@ -13,15 +13,22 @@ namespace fastdense {
 // A third of the L2 cache; a small cache is not worth the many launches of small chunks.
 inline CudaContext current_context() {
   constexpr int64_t kLeastScratch = int64_t(16) << 20;
-  int device = 0, l2 = 0, multiprocessors = 0, major = 0;
+  int device = 0, l2 = 0, multiprocessors = 0, major = 0, shared = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  const bool tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-                    at::Float32Precision::TF32;
-  return {c10::cuda::getCurrentCUDAStream(), std::max(kLeastScratch, int64_t(l2) / 3),
-          CudaContext::kBlocks * int64_t(multiprocessors), major >= 8, tf32};
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const auto tf32 = [](at::Float32Op op) {
+    return at::globalContext().float32Precision(at::Float32Backend::CUDA, op) == at::Float32Precision::TF32;
+  };
+  return {c10::cuda::getCurrentCUDAStream(),
+          std::max(kLeastScratch, int64_t(l2) / 3),
+          CudaContext::kBlocks * int64_t(multiprocessors),
+          major >= 8,
+          tf32(at::Float32Op::MATMUL),
+          tf32(at::Float32Op::CONV),
+          shared};
 }
 
 }  // namespace fastdense

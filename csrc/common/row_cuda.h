@@ -29,6 +29,8 @@ struct CudaContext {
   int64_t blocks;         // that fill the device: kBlocks a multiprocessor
   bool tensor_cores;      // kernels of tensor_core.h run on it
   bool tf32;              // products of float may round their factors to TF32
+  bool tf32_convolutions;
+  int64_t shared_bytes;   // that a block may have
 
   static constexpr int64_t kBlocks = 8;
   int64_t multiprocessors() const { return std::max<int64_t>(1, blocks / kBlocks); }
@@ -102,9 +104,10 @@ class CudaRows {
   Partials partials(int64_t rows, int64_t columns) const { return partials(rows, rows, columns); }
 
   // mean and var [columns] of a matrix from partial moments relative to `pivot`.
-  void finalise_moments(const Partials& partial, const T* pivot, int64_t rows, A* mean, A* var) const {
+  void finalise_moments(const Partials& partial, const T* pivot, int64_t rows, A* mean, A* var,
+                        const int64_t* counts = nullptr) const {
     const int64_t columns = partial.tensor.size(2);
-    check_launch(launch_finalise_moments<T>({sums(partial.tensor), pivot, mean, var, partial.step}, rows, columns,
+    check_launch(launch_finalise_moments<T>({sums(partial.tensor), pivot, mean, var, partial.step, counts}, rows, columns,
                                             partial.splits, cuda.stream));
     shared.moments(mean, var, columns, rows, options);
   }

@@ -61,8 +61,13 @@ class CudaRowGradients {
                      int64_t rows, int64_t columns) {
     const Partials partial = rows_.partials(rows, columns);
     rows_.sweep(launch_mask_reduce<T>, {du, z, norm, rows_.sums(partial.tensor)}, rows, columns);
+    norm_backward(args, norm, partial.tensor, du, z, rows, columns);
+  }
+  // From partial sums, as launch_mask_reduce takes them.
+  void norm_backward(const NormArgs& args, const NormParams<A>& norm, const at::Tensor& partial, const Matrix<T>& du,
+                     const Matrix<const T>& z, int64_t rows, int64_t columns) {
     const Sums s = sums(columns);
-    finalise(args, norm, partial.tensor, rows, {}, s);
+    finalise(args, norm, partial, rows, {}, s);
     set_norm(args, s);
     const A inv_count = args.frozen() ? A(0) : A(1.0 / double(rows));
     const bool shared = rows_.shared.shared() && !args.frozen();

@@ -181,7 +181,8 @@ __global__ void __launch_bounds__(FinaliseShape::kMostThreads)
     for (int64_t s = threadIdx.y; s < all_splits && column < columns; s += blockDim.y) {
       const int64_t begin = s / splits * p.chunk, chunk = rows - begin < p.chunk ? rows - begin : p.chunk;
       const int64_t rows_per_split = (chunk + splits - 1) / splits, left = chunk - s % splits * rows_per_split;
-      const double count = double(left < rows_per_split ? (left > 0 ? left : 0) : rows_per_split);
+      const int64_t even = left < rows_per_split ? (left > 0 ? left : 0) : rows_per_split;
+      const double count = double(p.counts ? p.counts[s] : even);
       body(count, double(p.partial[2 * s * columns + column]), double(p.partial[(2 * s + 1) * columns + column]));
     }
   };

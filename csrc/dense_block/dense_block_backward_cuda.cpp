@@ -2,6 +2,7 @@
 // Backward of the dense block on a CUDA device.  Layers in reverse; `gradient_` collects scale * dy of all consumers,
 // and shift_sum_, slope_sum_ the norm corrections, until a slice is finalised.
 #include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include "common/row_cuda_gradients.h"
@@ -13,7 +14,7 @@ namespace {
 template <typename T>
 class Backward : CudaBlock<T> {
   using Base = CudaBlock<T>;
-  using Base::args, Base::cuda, Base::ld, Base::pixels;
+  using Base::args, Base::cuda, Base::ld, Base::pixels, Base::plans;
   using typename Base::A;
   using Gradients = CudaRowGradients<T>;
 
@@ -30,7 +31,7 @@ class Backward : CudaBlock<T> {
 
   std::vector<at::Tensor> run(const at::Tensor& grad_output) {
     const int64_t lowest = args.lowest_layer(needs_);
-    this->pack_weights(lowest);
+    this->pack_weights(lowest, true);
     gradient_ = empty_channels_last(args.sizes(ld), this->options);
     g_ = this->data(gradient_);
     corrections_ = at::zeros({2, ld}, this->options.dtype(at::kDouble));
@@ -103,12 +104,10 @@ class Backward : CudaBlock<T> {
       return consume(layer.norm1, convolution(l, d, y), layer.channels, true, true);
     }
     const at::Tensor z = bottleneck(l, norm1);
-    const int64_t at = args.norm2_statistics(l), b = args.width;
+    const int64_t at = args.norm2_statistics(l);
     const NormParams<A> norm2 = this->norm_params(layer.norm2, mean_ + at, var_ + at);
-    const at::Tensor du = convolution(l, d, this->activated_image(this->const_data(z), b, norm2, b));
-    grads_.norm_backward(layer.norm2, norm2, {this->data(du), b}, {this->const_data(z), b}, pixels, b);
-    grads_.product_backward(layer.conv1, this->conv1(l), layer.norm1, norm1, du.movedim(1, -1).reshape({pixels, b}),
-                            {prefix(layer.channels, true)});
+    const at::Tensor dz = plans ? fused_convolution(l, d, z, norm2) : library_convolution(l, d, z, norm2);
+    grads_.product_backward(layer.conv1, this->conv1(l), layer.norm1, norm1, dz, {prefix(layer.channels, true)});
   }
 
   // The kept output of the 1x1, or the same made again.
@@ -117,6 +116,25 @@ class Backward : CudaBlock<T> {
     if (!z_again_.defined()) z_again_ = at::empty({pixels, args.width}, this->options);
     this->make_bottleneck(l, x_, norm1, z_again_);
     return z_again_;
+  }
+
+  // Gradient of z [pixels, b] from that of the slice; those of conv2 and norm2 go to their places.
+  at::Tensor fused_convolution(int64_t l, const at::Tensor& d, const at::Tensor& z, const NormParams<A>& norm2) {
+    const LayerArgs& layer = args.layers[size_t(l)];
+    const at::Tensor dv = at::empty_like(z);
+    const at::Tensor partial =
+        fused_conv_input_gradient<T>(*this, plans.input_gradient, d, this->conv2(l), z, norm2, dv);
+    if (grads_.needs(layer.conv2.at))
+      grads_.set(layer.conv2.at,
+                 fused_conv_weight_gradient<T>(*this, plans.weight_gradient, d, z, norm2, args.growth));
+    grads_.norm_backward(layer.norm2, norm2, partial, this->matrix(dv), this->const_matrix(z), pixels, args.width);
+    return dv;
+  }
+  at::Tensor library_convolution(int64_t l, const at::Tensor& d, const at::Tensor& z, const NormParams<A>& norm2) {
+    const int64_t b = args.width;
+    const at::Tensor du = convolution(l, d, this->activated_image(this->const_data(z), b, norm2, b));
+    grads_.norm_backward(args.layers[size_t(l)].norm2, norm2, {this->data(du), b}, this->const_matrix(z), pixels, b);
+    return du.movedim(1, -1).reshape({pixels, b});
   }
 
   // Gradient of the input u of conv2, packed; that of its weight goes to its place.

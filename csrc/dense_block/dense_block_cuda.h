@@ -8,6 +8,7 @@
 #include <ATen/ops/mm.h>
 
 #include "common/row_product_cuda.h"
+#include "dense_block/dense_block_conv_cuda.h"
 #include "dense_block/dense_block_ops.h"
 
 namespace fastdense {
@@ -35,6 +36,7 @@ class CudaBlock : public CudaRows<T> {
         args(args),
         pixels(args.pixels()),
         ld(args.channels()),
+        plans(args, cuda),
         seed_(args.drop_rate > 0 ? seed->const_data_ptr<int64_t>() : nullptr) {
     check_image_pixels("dense_block", args.conv.pixels());
   }
@@ -50,13 +52,19 @@ class CudaBlock : public CudaRows<T> {
             args.drop_rate < 1 ? 1 / (1 - args.drop_rate) : 0.0};
   }
 
-  // Weights of the layers from `first` on and of the tail, in the storage type with the channels innermost.
-  void pack_weights(int64_t first) {
+  // Weights of the layers from `first` on and of the tail, in the storage type with the channels innermost; those of
+  // fused convolutions for one direction.
+  void pack_weights(int64_t first, bool backward) {
     conv1_.resize(args.layers.size());
     conv2_.resize(args.layers.size());
     for (size_t l = size_t(first); l < args.layers.size(); ++l) {
       if (args.layers[l].dropped) continue;
       if (args.bottleneck) conv1_[l] = this->pack1x1(args.layers[l].conv1.weight);
+      if (plans && backward) {
+        conv2_[l] = this->pack(args.layers[l].conv2.weight.transpose(0, 1),
+                               this->scratch(args.width * args.conv.taps(), args.growth));
+        continue;
+      }
       conv2_[l] = this->pack(
           args.layers[l].conv2.weight,
           empty_channels_last(with_spatial({args.growth, args.layers[l].conv2.weight.size(1)}, args.conv.kernel),
@@ -66,7 +74,7 @@ class CudaBlock : public CudaRows<T> {
     this->launch_packs();
   }
   const at::Tensor& conv1(int64_t l) const { return conv1_[size_t(l)]; }  // [b, c]
-  const at::Tensor& conv2(int64_t l) const { return conv2_[size_t(l)]; }  // [k, b or c, kernel]
+  const at::Tensor& conv2(int64_t l) const { return conv2_[size_t(l)]; }  // [k, b or c, kernel], or fused [b * 9, k]
   const at::Tensor& tail_conv() const { return tail_conv_; }              // [co, C]
 
   // z [pixels, b] = relu(norm(prefix)) * conv1^T, the same in forward and, when z was not kept, in backward; and unless
@@ -101,6 +109,7 @@ class CudaBlock : public CudaRows<T> {
 
   const DenseBlockArgs& args;
   const int64_t pixels, ld;
+  const ConvPlans<T> plans;  // of fused convolutions
 
  private:
   std::vector<int64_t> with_spatial(std::vector<int64_t> sizes, const int64_t (&spatial)[3]) const {

@@ -10,7 +10,7 @@ namespace {
 template <typename T>
 class Forward : CudaBlock<T> {
   using Base = CudaBlock<T>;
-  using Base::args, Base::cuda, Base::ld, Base::pixels;
+  using Base::args, Base::cuda, Base::ld, Base::pixels, Base::plans;
   using typename Base::A;
 
  public:
@@ -23,7 +23,7 @@ class Forward : CudaBlock<T> {
         z_(o.z) {}
 
   void run(const at::Tensor& input, const DenseBlockOutputs& o) {
-    this->pack_weights(0);
+    this->pack_weights(0, false);
     o.buffer.narrow(1, 0, args.in_channels).copy_(input);
     if (args.any_batch_statistics()) this->statistics({x_, ld}, pixels, args.in_channels, mean_, var_);
     for (size_t l = 0; l < args.layers.size(); ++l)
@@ -51,8 +51,12 @@ class Forward : CudaBlock<T> {
     if (!kept && !one_z_.defined()) one_z_ = at::empty({pixels, b}, this->options);
     const at::Tensor z = kept ? z_[layer.kept] : one_z_;
     this->make_bottleneck(l, x_, norm1, z, wanted ? mean_ + at : nullptr, wanted ? var_ + at : nullptr);
-    convolution(
-        l, this->activated_image(this->const_data(z), b, this->norm_params(layer.norm2, mean_ + at, var_ + at), b));
+    const NormParams<A> norm2 = this->norm_params(layer.norm2, mean_ + at, var_ + at);
+    if (!plans) return convolution(l, this->activated_image(this->const_data(z), b, norm2, b));
+    const bool read = args.any_batch_statistics();
+    A *const mean = read ? mean_ + layer.channels : nullptr, *const var = read ? var_ + layer.channels : nullptr;
+    fused_conv<T>(*this, plans.forward, z, norm2, this->conv2(l), {x_ + layer.channels, ld}, this->dropout(l), mean,
+                  var);
   }
 
   // The slice of layer l = dropout(conv2(u)), with its statistics.

@@ -25,6 +25,9 @@ SOURCES += [
     for stem in ("row_forward", "row_backward", "row_product_forward", "row_product_backward")
 ]
 SOURCES += [
+    f"csrc/dense_block/dense_block_conv_{stem}_kernels.cu" for stem in ("forward", "input_gradient", "weight_gradient")
+]
+SOURCES += [
     "csrc/common/cuda_choice.cpp",
     "csrc/common/shared_statistics.cpp",
     "csrc/norm_relu_max_pool/norm_relu_max_pool_kernels.cu",

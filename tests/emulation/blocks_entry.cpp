@@ -12,7 +12,7 @@
 namespace fastdense {
 namespace {
 
-CudaContext context{nullptr, 0, 0, true, false};
+CudaContext context{nullptr, 0, 0, true, false, false, emulation::kMostShared};
 
 struct EmulatedDenseBlock {
   using Guard = c10::Device;  // nothing to guard
@@ -102,7 +102,7 @@ void set_schedule(bool backwards, bool early_copies) {
 void set_device(int64_t scratch_bytes, int64_t blocks, bool tf32) {
   fastdense::context.scratch_bytes = scratch_bytes;
   fastdense::context.blocks = blocks;
-  fastdense::context.tf32 = tf32;
+  fastdense::context.tf32 = fastdense::context.tf32_convolutions = tf32;
 }
 void set_kernels(const char* name) { fastdense::set_cuda_kernels(name); }
 int64_t launches() { return fastdense::emulation::launches; }

@@ -380,5 +380,5 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 #define FASTDENSE_ALLOW_SHARED(kernel, bytes) \
   ((bytes) <= ::fastdense::emulation::kMostShared ? cudaSuccess : cudaErrorLaunchFailure)
 #define FASTDENSE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                   \
-  ::fastdense::emulation::launch([](auto... arguments) { kernel(arguments...); }, dim3(grid), dim3(block), \
+  ::fastdense::emulation::launch([&](auto... arguments) { kernel(arguments...); }, dim3(grid), dim3(block), \
                                  size_t(shared_bytes), cudaStream_t(stream), __VA_ARGS__)

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// The fused kernels of dense_block_conv_launch.h on tensors, and when they are used.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <limits>
+#include <type_traits>
+
+#include "common/cuda_choice.h"
+#include "common/row_cuda.h"
+#include "common/row_product_launch.h"
+#include "dense_block/dense_block.h"
+#include "dense_block/dense_block_conv_launch.h"
+
+namespace fastdense {
+
+// The plans of a block's 3x3 convolutions, none where the library's way is taken.
+//
+// The library's way writes u = relu(norm2(z)) and reads it again, copies the result into the slice, and in backward
+// makes u anew for the weight's gradient and takes the sums of norm2 in a pass of its own: per pixel and layer 3b + 3k
+// numbers for b + k forward, 7b + 3k for 4b + 3k backward.  So the fused way is expected to win wherever its blocks
+// fill the device: with less than one tile of 128 pixels for every fourth multiprocessor most would be idle.  All this
+// is counted, nothing of it measured.
+template <typename T>
+struct ConvPlans {
+  ConvPlan forward, input_gradient, weight_gradient;
+
+  ConvPlans(const DenseBlockArgs& args, const CudaContext& cuda) {
+    if constexpr (!std::is_same_v<T, double>) {
+      const ConvGeometry& g = args.conv;
+      constexpr int64_t kLongest = std::numeric_limits<int32_t>::max() / 2;  // side of an image
+      const bool possible = cuda.tensor_cores && (sizeof(T) == 2 || cuda.tf32_convolutions) && args.bottleneck &&
+                            args.spatial.size() == 2 && g.kernel[0] == 3 && g.kernel[1] == 3 && args.pixels() > 0 &&
+                            args.width % 16 == 0 && args.growth * sizeof(T) % 4 == 0 &&
+                            std::max(g.size[0], g.size[1]) < kLongest;
+      if (!possible) return;
+      const ConvShape shape{args.batch, g.size[0], g.size[1], args.width, args.growth};
+      const int64_t processors = cuda.multiprocessors();
+      const ConvPlans plans{plan_conv_forward<T>(shape, processors, cuda.shared_bytes),
+                            plan_conv_input_gradient<T>(shape, processors, cuda.shared_bytes),
+                            plan_conv_weight_gradient<T>(shape, processors, cuda.shared_bytes)};
+      const bool fit = plans.forward && plans.input_gradient && plans.weight_gradient;
+      if (use_fused(fit, 4 * plans.forward.tiles.count() >= processors)) *this = plans;
+    }
+  }
+  explicit operator bool() const { return bool(forward); }
+
+ private:
+  ConvPlans(const ConvPlan& forward, const ConvPlan& input_gradient, const ConvPlan& weight_gradient)
+      : forward(forward), input_gradient(input_gradient), weight_gradient(weight_gradient) {}
+};
+
+// The slice x = dropout(conv(relu(norm(z)))) with the weight packed [k, b, 3, 3], channels innermost, and unless they
+// are nullptr mean and variance of its channels.
+template <typename T>
+void fused_conv(const CudaRows<T>& rows, const ConvPlan& plan, const at::Tensor& z,
+                const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed, const Matrix<T>& x,
+                const DropoutParams& dropout, accumulate_t<T>* mean, accumulate_t<T>* var) {
+  if constexpr (!std::is_same_v<T, double>) {
+    const int64_t k = packed.size(0), b = packed.size(1), pixels = z.size(0);
+    typename CudaRows<T>::Partials partial;
+    at::Tensor counts;
+    if (mean) {
+      partial = {rows.numbers({plan.splits, 2, k}), pixels, plan.splits, plan.splits * 2 * k};
+      counts = at::empty({plan.splits}, rows.options.dtype(at::kLong));
+    }
+    int64_t* count = mean ? counts.template mutable_data_ptr<int64_t>() : nullptr;
+    check_launch(launch_conv_forward<T>({rows.const_data(z), norm, rows.const_data(packed), int(b), int(k), x, dropout,
+                                         mean ? partial.of_chunk(0) : nullptr, count},
+                                        plan, rows.cuda.stream));
+    if (mean) rows.finalise_moments(partial, nullptr, pixels, mean, var, count);
+  }
+}
+
+// Gradient dv [pixels, b] in front of the ReLU of norm(z) from the gradient d of the convolution, with the weight
+// packed [b * 9, k]; the result is the partial sums of the norm's gradient.
+template <typename T>
+at::Tensor fused_conv_input_gradient(const CudaRows<T>& rows, const ConvPlan& plan, const at::Tensor& d,
+                                     const at::Tensor& exchanged, const at::Tensor& z,
+                                     const NormParams<accumulate_t<T>>& norm, const at::Tensor& dv) {
+  const int64_t b = z.size(1), k = exchanged.size(1);
+  const at::Tensor partial = rows.numbers({plan.splits, 2, b});
+  if constexpr (!std::is_same_v<T, double>)
+    check_launch(launch_conv_input_gradient<T>(
+        {rows.const_data(d), rows.const_data(exchanged), exchanged.stride(0), rows.const_data(z), norm, int(b), int(k),
+         rows.data(dv), rows.sums(partial)},
+        plan, rows.cuda.stream));
+  return partial;
+}
+
+// Gradient of the weight [k, b, 3, 3], channels innermost.
+template <typename T>
+at::Tensor fused_conv_weight_gradient(const CudaRows<T>& rows, const ConvPlan& plan, const at::Tensor& d,
+                                      const at::Tensor& z, const NormParams<accumulate_t<T>>& norm, int64_t k) {
+  const int64_t b = z.size(1), count = k * 9 * b;
+  const at::Tensor dweight = rows.numbers({k, 3, 3, b});
+  if constexpr (!std::is_same_v<T, double>) {
+    const at::Tensor parts = plan.splits > 1 ? rows.numbers({plan.splits, count}) : dweight;
+    check_launch(launch_conv_weight_gradient<T>(
+        {rows.const_data(d), rows.const_data(z), norm, int(b), int(k), rows.sums(parts)}, plan, rows.cuda.stream));
+    if (plan.splits > 1)
+      check_launch(launch_sum_partials(rows.sums(parts), plan.splits, count, rows.sums(dweight), rows.cuda.stream));
+  }
+  return dweight.permute({0, 3, 1, 2});
+}
+
+}  // namespace fastdense

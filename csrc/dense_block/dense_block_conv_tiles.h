@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of dense_block_conv_launch.h share: tiles in shared memory, fragments; included by .cu files only.
+#pragma once
+
+#include <type_traits>
+
+#include "common/row_columns.h"
+#include "common/tensor_core.h"
+#include "dense_block/dense_block_conv_launch.h"
+
+namespace fastdense {
+
+constexpr int kChunk = 16;  // bytes of the widest access
+template <typename T>
+constexpr int kChunkNumbers = kChunk / int(sizeof(T));
+template <typename T>
+constexpr int kStep = 2 * kChunkNumbers<T>;  // depth of a product
+constexpr int kTaps = 9;
+
+FASTDENSE_HD constexpr int chunks_of(int64_t bytes) { return int((bytes + kChunk - 1) / kChunk); }
+// Bytes from row to row in shared memory: an odd number of chunks, so that eight rows lie in all banks.
+FASTDENSE_HD constexpr int row_stride(int chunks) { return (chunks | 1) * kChunk; }
+
+// Distance from a pixel of a tile with its ring to what tap `t` reads of it.
+FASTDENSE_HD constexpr int tap_distance(int t, int columns) { return (t / 3 - 1) * (columns + 2) + t % 3 - 1; }
+
+// Shared memory, taken piece by piece in the same order on host and device.
+class SharedLayout {
+ public:
+  FASTDENSE_HD int take(int64_t bytes) {
+    const int at = size_;
+    size_ += int((bytes + 127) / 128 * 128);
+    return at;
+  }
+  FASTDENSE_HD int size() const { return size_; }
+
+ private:
+  int size_ = 0;
+};
+
+// Tile `n`: where its first pixel lies.
+struct TilePlace {
+  int64_t image;
+  int y, x;
+  __device__ TilePlace(const ConvTiles& t, int64_t n) {
+    const int64_t across = t.across(), of_image = t.down() * across, group = n / of_image, in = n - group * of_image;
+    image = group * t.images;
+    y = int(in / across) * t.rows;
+    x = int(in % across) * t.columns;
+  }
+};
+
+// The pixels of tiles and of the ring around them, which are the same for all tiles but for their place.
+class TilePixels {
+ public:
+  static FASTDENSE_HD int64_t bytes(const ConvTiles& t) { return (t.halo() + kConvPixels) * int64_t(sizeof(int)); }
+  // Writes the tables: readers need a barrier.
+  __device__ TilePixels(const ConvTiles& t, unsigned char* shared)
+      : t_(t), where_(reinterpret_cast<int*>(shared)), centre_(where_ + t.halo()) {
+    const int wide = t.columns + 2, high = t.rows + 2, halo = t.halo(), pixels = t.pixels();
+    for (int p = int(threadIdx.x); p < halo; p += int(blockDim.x)) {
+      const int line = p / wide, i = line / high;
+      where_[p] = i << 16 | (line - i * high) << 8 | (p - line * wide);
+    }
+    for (int p = int(threadIdx.x); p < kConvPixels; p += int(blockDim.x)) {
+      const int line = p / t.columns, i = line / t.rows;
+      centre_[p] = p < pixels ? (i * high + line - i * t.rows + 1) * wide + p - line * t.columns + 1 : -1;
+    }
+  }
+  // Place of pixel p of a tile among those with the ring, -1 beyond the last.
+  __device__ int centre(int p) const { return centre_[p]; }
+  // Row of z of a pixel of the tile with its ring, -1 outside the image.
+  __device__ int64_t halo_row(const TilePlace& place, int p) const {
+    const int where = where_[p];
+    const int64_t image = place.image + (where >> 16);
+    const int y = place.y + (where >> 8 & 0xff) - 1, x = place.x + (where & 0xff) - 1;
+    const bool inside = image < t_.batch && 0 <= y && y < t_.height && 0 <= x && x < t_.width;
+    return inside ? (image * t_.height + y) * t_.width + x : -1;
+  }
+  __device__ int64_t row(const TilePlace& place, int p) const {
+    return centre_[p] < 0 ? -1 : halo_row(place, centre_[p]);
+  }
+
+ private:
+  const ConvTiles& t_;
+  int *const where_, *const centre_;
+};
+
+// body(pixel, chunk) for what falls to this thread, in an order that gives a thread few chunks and many pixels.
+template <int kThreads, typename Body>
+__device__ __forceinline__ void for_each_chunk(int pixels, int chunks, const Body& body) {
+  constexpr int kAcross = 8;
+  for (int chunk = int(threadIdx.x) % kAcross; chunk < chunks; chunk += kAcross)
+    for (int p = int(threadIdx.x) / kAcross; p < pixels; p += kThreads / kAcross) body(p, chunk);
+}
+
+// Copies a row of `bytes` to shared memory, or clears it, in pieces that its address allows: 16, 8 or 4 bytes.
+__device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned char* from, int bytes, int piece) {
+  if (piece == 16) {
+    copy_async<16>(to, from, bytes);
+  } else if (piece == 8) {
+    for (int at = 0; at < kChunk; at += 8) {
+      const int valid = bytes - at < 0 ? 0 : bytes - at < 8 ? bytes - at : 8;
+      copy_async<8>(to + at, valid > 0 ? from + at : from, valid);
+    }
+  } else {
+    for (int at = 0; at < kChunk; at += 4) {
+      const int valid = bytes - at < 4 ? 0 : 4;
+      copy_async<4>(to + at, valid > 0 ? from + at : from, valid);
+    }
+  }
+}
+
+// The widest piece that rows of `bytes` from an aligned address on allow.
+FASTDENSE_HD constexpr int widest_piece(int64_t bytes) { return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4; }
+
+// Rows [pixels][chunks] of a tile from the first `channels` of a matrix's rows, zeros beyond these; row_of(p) is -1 where
+// there is none and zeros take its place.
+template <int kThreads, typename T, typename RowOf>
+__device__ __forceinline__ void copy_pixels(unsigned char* to, int stride, int pixels, int chunks, const T* from,
+                                            int64_t ld, int channels, const RowOf& row_of) {
+  const int bytes = channels * int(sizeof(T)), piece = widest_piece(ld * int64_t(sizeof(T)));
+  for_each_chunk<kThreads>(pixels, chunks, [&](int p, int chunk) {
+    const int64_t row = row_of(p);
+    const int left = row < 0 ? 0 : bytes - chunk * kChunk;
+    const auto* source = reinterpret_cast<const unsigned char*>(from);
+    copy_chunk(to + p * stride + chunk * kChunk,
+               left > 0 ? source + row * ld * int64_t(sizeof(T)) + chunk * kChunk : source,
+               left < 0 ? 0 : left < kChunk ? left : kChunk, piece);
+  });
+}
+
+// z becomes u = relu(norm(z)) in the chunks that this thread copied; rounded as Activate does.  What lies outside the
+// image stays zero.
+template <int kThreads, typename T, typename RowOf>
+__device__ __forceinline__ void activate_pixels(unsigned char* z, int stride, int pixels, int channels,
+                                                const float* scale, const float* shift, const RowOf& row_of) {
+  constexpr int V = kChunkNumbers<T>;
+  int known = -1;
+  float a[V], b[V];
+  for_each_chunk<kThreads>(pixels, chunks_of(channels * int(sizeof(T))), [&](int p, int chunk) {
+    if (chunk != known) {
+      known = chunk;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        a[i] = scale[chunk * V + i];
+        b[i] = shift[chunk * V + i];
+      }
+    }
+    if (row_of(p) < 0) return;
+    auto* at = reinterpret_cast<Vector<T, V>*>(z + p * stride + chunk * kChunk);
+    Vector<T, V> v = *at;
+#pragma unroll
+    for (int i = 0; i < V; ++i) v.v[i] = store<T>(norm_relu(load(v.v[i]), a[i], b[i]));
+    *at = v;
+  });
+}
+
+// Words of fragments as products take them.
+template <typename T>
+__device__ __forceinline__ uint32_t operand(uint32_t word) {
+  if constexpr (sizeof(T) == 4) {
+    return tf32_bits(bit_cast<float>(word));
+  } else {
+    return word;
+  }
+}
+template <typename T>
+__device__ __forceinline__ void load_fragments(uint32_t (&m)[4], const unsigned char* row) {
+  load_matrices(m, row);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) m[i] = operand<T>(m[i]);
+}
+
+// Among how many blocks tiles are shared, if `resident` have room on each multiprocessor.
+inline int64_t conv_splits(const ConvTiles& tiles, int64_t multiprocessors, int64_t parts, int resident,
+                           int64_t least_tiles) {
+  const int64_t fill = std::max<int64_t>(1, multiprocessors * resident / parts);
+  return std::max<int64_t>(1, std::min(fill, (tiles.count() + least_tiles - 1) / least_tiles));
+}
+
+}  // namespace fastdense

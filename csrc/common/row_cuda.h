@@ -30,7 +30,7 @@ struct CudaContext {
   bool tensor_cores;      // kernels of tensor_core.h run on it
   bool tf32;              // products of float may round their factors to TF32
   bool tf32_convolutions;
-  int64_t shared_bytes;   // that a block may have
+  int64_t shared_bytes;  // that a block may have
 
   static constexpr int64_t kBlocks = 8;
   int64_t multiprocessors() const { return std::max<int64_t>(1, blocks / kBlocks); }
@@ -107,8 +107,8 @@ class CudaRows {
   void finalise_moments(const Partials& partial, const T* pivot, int64_t rows, A* mean, A* var,
                         const int64_t* counts = nullptr) const {
     const int64_t columns = partial.tensor.size(2);
-    check_launch(launch_finalise_moments<T>({sums(partial.tensor), pivot, mean, var, partial.step, counts}, rows, columns,
-                                            partial.splits, cuda.stream));
+    check_launch(launch_finalise_moments<T>({sums(partial.tensor), pivot, mean, var, partial.step, counts}, rows,
+                                            columns, partial.splits, cuda.stream));
     shared.moments(mean, var, columns, rows, options);
   }
 

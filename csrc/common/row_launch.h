@@ -120,7 +120,7 @@ struct FinaliseMomentsParams {
   const accumulate_t<T>* partial;  // [chunks * splits][2][columns]
   const T* pivot;                  // what the moments are relative to, as x's first row; nullptr: zeros
   accumulate_t<T>*mean, *var;
-  int64_t chunk;                     // rows of a chunk
+  int64_t chunk;                    // rows of a chunk
   const int64_t* counts = nullptr;  // [splits] of a single chunk that is not shared out evenly: rows of each
 };
 template <typename T>

@@ -125,8 +125,7 @@ class Backward : CudaBlock<T> {
     const at::Tensor partial =
         fused_conv_input_gradient<T>(*this, plans.input_gradient, d, this->conv2(l), z, norm2, dv);
     if (grads_.needs(layer.conv2.at))
-      grads_.set(layer.conv2.at,
-                 fused_conv_weight_gradient<T>(*this, plans.weight_gradient, d, z, norm2, args.growth));
+      grads_.set(layer.conv2.at, fused_conv_weight_gradient<T>(*this, plans.weight_gradient, d, z, norm2, args.growth));
     grads_.norm_backward(layer.norm2, norm2, partial, this->matrix(dv), this->const_matrix(z), pixels, args.width);
     return dv;
   }

@@ -83,10 +83,10 @@ at::Tensor fused_conv_input_gradient(const CudaRows<T>& rows, const ConvPlan& pl
   const int64_t b = z.size(1), k = exchanged.size(1);
   const at::Tensor partial = rows.numbers({plan.splits, 2, b});
   if constexpr (!std::is_same_v<T, double>)
-    check_launch(launch_conv_input_gradient<T>(
-        {rows.const_data(d), rows.const_data(exchanged), exchanged.stride(0), rows.const_data(z), norm, int(b), int(k),
-         rows.data(dv), rows.sums(partial)},
-        plan, rows.cuda.stream));
+    check_launch(
+        launch_conv_input_gradient<T>({rows.const_data(d), rows.const_data(exchanged), exchanged.stride(0),
+                                       rows.const_data(z), norm, int(b), int(k), rows.data(dv), rows.sums(partial)},
+                                      plan, rows.cuda.stream));
   return partial;
 }
 

@@ -124,8 +124,7 @@ class ForwardBlock {
   __device__ void load_tile(int64_t tile, int buffer) {
     const TilePlace place(plan_.tiles, tile);
     copy_pixels<kThreads>(shared_ + at_.u + buffer * at_.u_bytes, at_.u_stride, plan_.tiles.halo(),
-                          p_.b / kChunkNumbers<T>, p_.z, p_.b, p_.b,
-                          [&](int q) { return pixels_.halo_row(place, q); });
+                          p_.b / kChunkNumbers<T>, p_.z, p_.b, p_.b, [&](int q) { return pixels_.halo_row(place, q); });
     commit_copies();
   }
 
@@ -294,7 +293,8 @@ ConvPlan plan_conv_forward(const ConvShape& s, int64_t multiprocessors, int64_t 
         plan.channels = columns;
         plan.buffers = buffers;
         plan.parts = (s.k + columns - 1) / columns;
-        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 2 * int64_t(plan.shared_bytes) <= most_shared ? 2 : 1, 1);
+        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts,
+                                  2 * int64_t(plan.shared_bytes) <= most_shared ? 2 : 1, 1);
         return plan;
       }
   return {};
@@ -308,8 +308,8 @@ cudaError_t launch_conv_forward(const ConvForwardParams<T>& p, const ConvPlan& p
     const auto kernel = conv_forward_kernel<T, decltype(columns)::value>;
     const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.shared_bytes);
     if (error != cudaSuccess) return error;
-    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)),
-                     dim3(kThreads), plan.shared_bytes, stream, p, plan, vector);
+    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)), dim3(kThreads), plan.shared_bytes,
+                     stream, p, plan, vector);
     return cudaGetLastError();
   };
   switch (plan.channels) {
@@ -326,8 +326,8 @@ cudaError_t launch_conv_forward(const ConvForwardParams<T>& p, const ConvPlan& p
   }
 }
 
-#define FASTDENSE_CONV(T)                                                            \
-  template ConvPlan plan_conv_forward<T>(const ConvShape&, int64_t, int64_t);        \
+#define FASTDENSE_CONV(T)                                                     \
+  template ConvPlan plan_conv_forward<T>(const ConvShape&, int64_t, int64_t); \
   template cudaError_t launch_conv_forward<T>(const ConvForwardParams<T>&, const ConvPlan&, cudaStream_t);
 FASTDENSE_CONV(float)
 FASTDENSE_CONV(bfloat16)

@@ -124,10 +124,10 @@ class InputGradientBlock {
   __device__ void load_tile(int64_t tile, int buffer) {
     const TilePlace place(plan_.tiles, tile);
     copy_pixels<kThreads>(shared_ + at_.d + buffer * at_.d_bytes, at_.d_stride, plan_.tiles.halo(),
-                               gradient_chunks<T>(p_.k), p_.d, p_.k, p_.k,
-                               [&](int q) { return pixels_.halo_row(place, q); });
+                          gradient_chunks<T>(p_.k), p_.d, p_.k, p_.k,
+                          [&](int q) { return pixels_.halo_row(place, q); });
     copy_pixels<kThreads>(z(buffer, 0), at_.z_stride, plan_.tiles.pixels(), kChunks, p_.z + first_, p_.b, channels_,
-                               [&](int q) { return pixels_.row(place, q); });
+                          [&](int q) { return pixels_.row(place, q); });
     commit_copies();
   }
 
@@ -294,7 +294,8 @@ ConvPlan plan_conv_input_gradient(const ConvShape& s, int64_t multiprocessors, i
         plan.channels = channels;
         plan.buffers = buffers;
         plan.parts = (s.b + channels - 1) / channels;
-        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 2 * int64_t(plan.shared_bytes) <= most_shared ? 2 : 1, 1);
+        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts,
+                                  2 * int64_t(plan.shared_bytes) <= most_shared ? 2 : 1, 1);
         return plan;
       }
   return {};
@@ -306,8 +307,8 @@ cudaError_t launch_conv_input_gradient(const ConvInputGradientParams<T>& p, cons
     const auto kernel = conv_input_gradient_kernel<T, decltype(channels)::value>;
     const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.shared_bytes);
     if (error != cudaSuccess) return error;
-    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)),
-                     dim3(kThreads), plan.shared_bytes, stream, p, plan);
+    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)), dim3(kThreads), plan.shared_bytes,
+                     stream, p, plan);
     return cudaGetLastError();
   };
   if (plan.channels == 48) return launch(std::integral_constant<int, 48>());

@@ -114,8 +114,8 @@ __device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned cha
 // The widest piece that rows of `bytes` from an aligned address on allow.
 FASTDENSE_HD constexpr int widest_piece(int64_t bytes) { return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4; }
 
-// Rows [pixels][chunks] of a tile from the first `channels` of a matrix's rows, zeros beyond these; row_of(p) is -1 where
-// there is none and zeros take its place.
+// Rows [pixels][chunks] of a tile from the first `channels` of a matrix's rows, zeros beyond these; row_of(p) is -1
+// where there is none and zeros take its place.
 template <int kThreads, typename T, typename RowOf>
 __device__ __forceinline__ void copy_pixels(unsigned char* to, int stride, int pixels, int chunks, const T* from,
                                             int64_t ld, int channels, const RowOf& row_of) {
@@ -126,7 +126,10 @@ __device__ __forceinline__ void copy_pixels(unsigned char* to, int stride, int p
     const auto* source = reinterpret_cast<const unsigned char*>(from);
     copy_chunk(to + p * stride + chunk * kChunk,
                left > 0 ? source + row * ld * int64_t(sizeof(T)) + chunk * kChunk : source,
-               left < 0 ? 0 : left < kChunk ? left : kChunk, piece);
+               left < 0        ? 0
+               : left < kChunk ? left
+                               : kChunk,
+               piece);
   });
 }
 

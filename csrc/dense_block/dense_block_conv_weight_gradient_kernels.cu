@@ -129,7 +129,7 @@ class WeightGradientBlock {
             if (2 * n + i / 2 < kTiles) right[2 * n + i / 2 < kTiles ? 2 * n + i / 2 : 0][i % 2] = b[i];
         }
         const unsigned char* left = pixel(first + lane_ / 16 * 8 + lane_ % 8) + lane_ / 8 % 2 * kChunk;
-        multiply(tall, right, [&](int m, uint32_t(&a)[4]) { load_matrices_transposed(a, left + 2 * kChunk * m); });
+        multiply(tall, right, [&](int m, uint32_t (&a)[4]) { load_matrices_transposed(a, left + 2 * kChunk * m); });
       } else {
         const int t = lane_ % 4, g = lane_ / 4;
         const auto word = [](const unsigned char* row, int i) {
@@ -140,7 +140,7 @@ class WeightGradientBlock {
 #pragma unroll
           for (int i = 0; i < 2; ++i) right[n][i] = word(d + (first + t + 4 * i) * at_.d_stride, 8 * n + g);
         const unsigned char *near = pixel(first + t), *far = pixel(first + t + 4);
-        multiply(tall, right, [&](int m, uint32_t(&a)[4]) {
+        multiply(tall, right, [&](int m, uint32_t (&a)[4]) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) a[i] = word(i < 2 ? near : far, kConvSteps * m + i % 2 * 8 + g);
         });
@@ -223,8 +223,8 @@ cudaError_t launch_conv_weight_gradient(const ConvWeightGradientParams<T>& p, co
     const auto kernel = conv_weight_gradient_kernel<T, decltype(columns)::value>;
     const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.shared_bytes);
     if (error != cudaSuccess) return error;
-    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)),
-                     dim3(kThreads), plan.shared_bytes, stream, p, plan);
+    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)), dim3(kThreads), plan.shared_bytes,
+                     stream, p, plan);
     return cudaGetLastError();
   };
   switch (kernel_columns(p.k)) {
@@ -241,9 +241,10 @@ cudaError_t launch_conv_weight_gradient(const ConvWeightGradientParams<T>& p, co
   }
 }
 
-#define FASTDENSE_CONV(T)                                                             \
-  template ConvPlan plan_conv_weight_gradient<T>(const ConvShape&, int64_t, int64_t); \
-  template cudaError_t launch_conv_weight_gradient<T>(const ConvWeightGradientParams<T>&, const ConvPlan&, cudaStream_t);
+#define FASTDENSE_CONV(T)                                                                                  \
+  template ConvPlan plan_conv_weight_gradient<T>(const ConvShape&, int64_t, int64_t);                      \
+  template cudaError_t launch_conv_weight_gradient<T>(const ConvWeightGradientParams<T>&, const ConvPlan&, \
+                                                      cudaStream_t);
 FASTDENSE_CONV(float)
 FASTDENSE_CONV(bfloat16)
 FASTDENSE_CONV(half)

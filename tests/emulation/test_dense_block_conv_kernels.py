@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused 3x3 kernels on the host: against float64, in every order of threads and copies, with mistakes planted."""
+"""The fused 3x3 kernels on the host: against float64, in every order of threads and copies. tests/mutants.py plants
+mistakes that they must notice."""
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -25,24 +26,13 @@ SOURCES += [ROOT / "csrc/common/row_forward_kernels.cu", ROOT / "csrc/common/row
 SOURCES += [HERE / "dense_block_conv_entry.cpp"]
 
 
-def build(plant: tuple[str, str, str] | None = None) -> ctypes.CDLL:
-    """The kernels, with a mistake in the file of that name if one is given."""
-    texts: dict = dict.fromkeys(SOURCES)
-    if plant is not None:
-        name, before, after = plant
-        path = next(source for source in SOURCES if name in source.name)
-        assert before in path.read_text(), f"{path.name} no longer contains {before!r}"
-        texts[path] = path.read_text().replace(before, after)
-    library = load(texts)
+@pytest.fixture(scope="module")
+def kernels() -> ctypes.CDLL:
+    library = load(dict.fromkeys(SOURCES))
     for dtype in NAMES.values():
         for stem in STEMS:
             getattr(library, f"{stem}_{dtype}").restype = ctypes.c_char_p
     return library
-
-
-@pytest.fixture(scope="module")
-def kernels() -> ctypes.CDLL:
-    return build()
 
 
 @dataclass(frozen=True)
@@ -203,11 +193,29 @@ CASES = [
     Case(batch=3, height=21, width=1, k=10, first=3, behind=2),
     Case(batch=1, height=19, width=13, dtype=torch.float32, first=5),
     Case(batch=3, b=96, k=24, first=8, dtype=torch.float16),
+    Case(height=9, width=10, b=128, k=48, first=16, dtype=torch.float16, shared=SMALL, rate=0.3),
 ]
 
 
 @pytest.mark.parametrize(("backwards", "early"), SCHEDULES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels(kernels, case, backwards, early):
+def test_emulated_kernels_in_every_schedule(kernels, case, backwards, early):
     schedule(kernels, backwards, early)
     check(Problem(case), kernels)
+
+
+def test_plans(kernels):
+    """The cases above run with the next tile on its way and without, with whole weights and with parts of them."""
+
+    def plan(case: Case) -> tuple[int, ...]:
+        shape = (ctypes.c_int64 * 5)(case.batch, case.height, case.width, case.b, case.k)
+        values = (ctypes.c_int64 * 4)()
+        kernels.forward_plan(shape, ctypes.c_int64(case.processors), ctypes.c_int64(case.shared), values)
+        return tuple(values)
+
+    plans = [plan(case) for case in CASES]
+    assert {buffers for _, buffers, _, _ in plans} == {1, 2}
+    assert min(parts for _, _, parts, _ in plans) == 1
+    assert max(parts for _, _, parts, _ in plans) > 1
+    assert all(0 < used <= case.shared for (_, _, _, used), case in zip(plans, CASES, strict=True))
+    assert plan(Case(b=192, k=48, shared=SMALL))[3] == 0  # nothing fits

@@ -219,7 +219,6 @@ CUDA_MUTANTS = [
     ("dense_block/dense_block_conv_tiles.h", "bytes % 8 == 0 ? 8 : 4", "8"),
     ("dense_block/dense_block_conv_cuda.h", "(sizeof(T) == 2 || cuda.tf32_convolutions)", "true"),
     ("dense_block/dense_block_conv_cuda.h", "args.growth * sizeof(T) % 4 == 0", "true"),
-    ("dense_block/dense_block_conv_cuda.h", "g.kernel[0] == 3 && ", ""),
     ("dense_block/dense_block_conv_cuda.h", "plan.splits * 2 * k}", "plan.splits * k}"),
     ("dense_block/dense_block_conv_cuda.h", "if (plan.splits > 1)\n      check_launch", "if (plan.splits > 2)\n      check_launch"),
     ("dense_block/dense_block_conv_cuda.h", "nullptr, pixels, mean, var, count", "nullptr, pixels, var, mean, count"),

@@ -39,8 +39,8 @@ class Forward : CudaBlock<T> {
     if (!args.bottleneck) return convolution(l, this->activated_image(x_, ld, norm1, layer.channels));
     const int64_t at = args.norm2_statistics(l), b = args.width;
     const bool wanted = !layer.norm2.frozen(), kept = z_.size(0) > 0;
-    if (!wanted && !kept) {
-      // Nobody asks for z itself, as in inference; backward makes it again.
+    if (!plans && !wanted && !kept) {
+      // Nobody asks for z itself, as in inference; backward makes it again.  A fused convolution takes z.
       const at::Tensor u = this->packed_image(b), rows = u.movedim(1, -1).reshape({pixels, b});
       if (fuses_row_product<T>(cuda, {x_, ld}, this->conv1(l), rows)) {
         const NormParams<A> norm2 = this->norm_params(layer.norm2, nullptr, nullptr);

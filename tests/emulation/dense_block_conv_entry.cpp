@@ -78,7 +78,7 @@ FASTDENSE_CONV(float32, float)
 // How many tiles, buffers and parts the forward plan has.
 void forward_plan(const ConvShape* s, int64_t processors, int64_t shared, int64_t* plan) {
   const ConvPlan p = plan_conv_forward<bfloat16>(*s, processors, shared);
-  const int64_t values[] = {p.tiles.count(), p.buffers, p.parts, int64_t(p.shared_bytes)};
+  const int64_t values[] = {p ? p.tiles.count() : 0, p.buffers, p.parts, int64_t(p.shared_bytes)};
   std::copy_n(values, 4, plan);
 }
 }

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdense import reference
+from fastdense.ops import dropout_mask
 from tests.emulation.build import HERE, ROOT, load
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -70,7 +70,7 @@ class Problem:
         # weight, bias, mean, var
         b = c.b
         self.norm = torch.stack([normal(b).abs() + 0.5, normal(b) * 0.3 + 0.2, normal(b) * 0.2, normal(b).abs() + 0.5])
-        self.seed = torch.tensor([1234])
+        self.seed = torch.tensor(1234)
 
     def _call(self, library: ctypes.CDLL, stem: str, *arguments: object) -> None:
         c = self.case
@@ -133,7 +133,7 @@ class Problem:
         u = v.relu().to(c.dtype).double()
         x = self.rows(F.conv2d(self.image(u), self.kernel(), padding=1))
         if c.rate > 0:
-            keep = reference.dropout_mask(self.pixels * c.k, int(self.seed), 3, c.rate).view(self.pixels, c.k)
+            keep = dropout_mask(self.seed, 3, self.pixels, c.k, c.rate).view(self.pixels, c.k)
             x = x * keep / (1 - c.rate)
         grad = self.image(self.d)
         du = self.rows(torch.nn.grad.conv2d_input(self.image(u).shape, self.kernel(), grad, padding=1))

@@ -48,11 +48,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def convert(model: Model, *, memory: str = "balanced") -> Model:
     """Lets every dense block of ``model`` run on one shared buffer, and every dual path stage on its output.
 
-    Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, the blocks of timm's DPNs, and
-    those of models that contain them. Dense blocks and residual dense blocks of any other classes are found by the
-    widths of their layers, and fused where a trial on random numbers, on a copy, gives the results of such a block. A
-    module only changes its class: parameters, buffers, hooks, ``state_dict`` keys and outputs stay what they are, an
-    existing optimizer keeps working.
+    Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, the blocks of the dual path
+    networks of timm, segmentation_models_pytorch and pretrainedmodels, and those of models that contain them. Dense
+    blocks and residual dense blocks of any other classes are found by the widths of their layers, and fused where a
+    trial on random numbers, on a copy, gives the results of such a block. A module only changes its class: parameters,
+    buffers, hooks, ``state_dict`` keys and outputs stay what they are, an existing optimizer keeps working.
 
     Args:
         model: any module; changed in place.

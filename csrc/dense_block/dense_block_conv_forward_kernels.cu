@@ -7,6 +7,7 @@ namespace {
 
 // Eight warps: four share the pixels of a tile, 16 by 16 in turns, two the depth of the sums.
 constexpr int kThreads = 256, kPixelGroups = 4, kDepthGroups = 2, kTallest = kConvPixels / kConvSteps / kPixelGroups;
+static_assert(32 * kPixelGroups * kDepthGroups == kThreads);
 
 // What a block holds in shared memory; host and device agree on it.
 template <typename T>

@@ -10,6 +10,7 @@ namespace {
 
 // Eight warps: four share the pixels of a tile, 16 by 16 in turns, two the channels of a part.
 constexpr int kThreads = 256, kPixelGroups = 4, kChannelGroups = 2;
+static_assert(32 * kPixelGroups * kChannelGroups == kThreads);
 constexpr int kTallest = kConvPixels / kConvSteps / kPixelGroups;
 
 // Chunks of the depth, tap by tap; an odd number gets one more of zeros.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads plain dual path blocks, as :mod:`fastdense.nn.structure` reads dense ones."""
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +23,19 @@ from fastdense.nn.structure import (
 from fastdense.ops import DualPathWeights, ProjectionWeights
 
 # Classes that are known to add and to concatenate, and those of their children; by name, as no library need be loaded.
+_LIBRARIES = ("timm.models.dpn", "segmentation_models_pytorch.encoders._dpn", "pretrainedmodels.models.dpn")
 DUAL_PATH_BLOCKS = (
-    ("timm.models.dpn", "DualPathBlock"),
+    *((library, "DualPathBlock") for library in _LIBRARIES),
     ("fastdense.nn.dual_path", "PlainDualPathBlock"),
 )
-_CONVOLUTIONS = (("timm.models.dpn", "BnActConv2d"), ("fastdense.nn.dual_path", "NormReluConv"))
-_NORMS = (("timm.models.dpn", "BnAct"), ("fastdense.nn.dual_path", "NormRelu"))
+_CONVOLUTIONS = (*((library, "BnActConv2d") for library in _LIBRARIES), ("fastdense.nn.dual_path", "NormReluConv"))
+# What joins both paths in front of a norm where blocks hand them on as a pair: in all but timm's later versions.
+_JOIN = "CatBnAct"
+_NORMS = (
+    *((library, _JOIN) for library in _LIBRARIES),
+    ("timm.models.dpn", "BnAct"),
+    ("fastdense.nn.dual_path", "NormRelu"),
+)
 
 
 class NormConv(NamedTuple):
@@ -86,12 +94,22 @@ def read_dual_path_block(module: Any) -> DualPath:
     return DualPath(projection, a, b, c, int(module.num_1x1_c), stride, depth)
 
 
+def hands_on_pairs(module: nn.Module) -> bool:
+    """Whether the plain block returns its residual and its dense path as a tuple, not as one tensor."""
+    for base in type(module).__mro__:
+        if (base.__module__, base.__qualname__) in DUAL_PATH_BLOCKS:
+            return hasattr(sys.modules.get(base.__module__), _JOIN)
+    return False
+
+
 def _read_norm(module: Any, name: str, classes: tuple[tuple[str, str], ...], children: set[str]) -> Any:
     inner: Any = child(module, name)
-    if inner is None or not runs_as(inner, classes) or set(inner.__dict__["_modules"]) - {"relu"} != children:
+    found = set(inner.__dict__["_modules"]) if inner is not None else set()
+    relu = "act" if "act" in found else "relu"
+    if inner is None or not runs_as(inner, classes) or found - {relu} != children:
         raise NotFusible(f"{name} is a {type(inner).__name__}, not the known norm and ReLU in front of a convolution")
     check_quiet(inner, name)
-    return check_norm_relu(inner, "bn", "relu", f"{name}.")
+    return check_norm_relu(inner, "bn", relu, f"{name}.")
 
 
 def _read_norm_conv(module: Any, name: str, kernel: int | None, *, stride: int = 1, grouped: bool = False) -> NormConv:

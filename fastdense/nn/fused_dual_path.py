@@ -13,6 +13,7 @@ from fastdense.nn.dual_path_structure import (
     DualPath,
     block_weights,
     fit_together,
+    hands_on_pairs,
     projection_weights,
     read_dual_path_block,
 )
@@ -24,37 +25,57 @@ from fastdense.ops import BatchStatistics, dual_path_stage
 from fastdense.ops.arguments import count_pixels
 from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 
+# Both paths in one tensor, or as a tuple of two tensors; the library's own blocks know the former only.
+Paths = Any
+
 
 class FusedDualPathBlock(FusedModule):
-    """A dual path block; a row of them in a :class:`fastdense.nn.fused.FusedSequential` runs as one stage."""
+    """A dual path block; a row of them in a :class:`fastdense.nn.fused.FusedSequential` runs as stages."""
 
     memory_modes = DUAL_PATH_MEMORY_MODES
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Paths) -> Paths:
         if is_traced(x):
             return self.plain_forward(x)
         try:
-            return run_stage(x, [read_dual_path_block(self)], self.memory)
+            return self._hand_on(run_stage(_joined(x), [read_dual_path_block(self)], self.memory))
         except NotFusible as reason:
             return self.fall_back(x, reason)
 
     def fused_run(self, behind: Sequence[nn.Module]) -> Run | None:
-        blocks: list[DualPath] = []
+        stages: list[list[DualPath]] = []
         try:
             for module in (self, *behind):
                 if type(module).forward is not FusedDualPathBlock.forward or module.memory != self.memory:
                     break
-                if not is_quiet(module):
+                if not is_quiet(module) or hands_on_pairs(module) != hands_on_pairs(self):
                     break
                 block = read_dual_path_block(module)
-                if blocks and not fit_together(blocks, block):
-                    break
-                blocks.append(block)
+                if stages and fit_together(stages[-1], block):
+                    stages[-1].append(block)
+                else:
+                    stages.append([block])
         except NotFusible:
-            pass  # the stage ends in front of what cannot be fused
-        if not blocks:
+            pass  # the row ends in front of what cannot be fused
+        if not stages:
             return None
-        return Run(len(blocks), lambda x: run_stage(x, blocks, self.memory))
+
+        def call(x: Paths) -> Paths:
+            x = _joined(x)
+            for blocks in stages:
+                x = run_stage(x, blocks, self.memory)
+            return self._hand_on(x)
+
+        return Run(sum(map(len, stages)), call)
+
+    def _hand_on(self, out: Tensor) -> Paths:
+        """Both paths as the plain block returns them."""
+        residual: Any = self.num_1x1_c
+        return (out[:, :residual], out[:, residual:]) if hands_on_pairs(self) else out
+
+
+def _joined(x: Paths) -> Tensor:
+    return torch.cat(x, 1) if isinstance(x, tuple) else x
 
 
 Factor = float | Tensor

@@ -85,11 +85,12 @@ def extension() -> cpp_extension.CppExtension:
     host += [f"-ffile-prefix-map={path}/=" for path in (ROOT, TORCH_INCLUDE)]
     # at::parallel_for is OpenMP code in a header. Compiled, but not linked, with OpenMP: the calls
     # then find torch's own runtime; a second one would keep a second pool of spinning threads.
-    cxx = [*host, "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", f"-isystem{TORCH_INCLUDE}"]
+    cxx = ["-std=c++20", *host, "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", f"-isystem{TORCH_INCLUDE}"]
     # GCC's own AVX-512 header starts from registers of undefined content.
     cxx += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     cxx += [f'-DFASTDENSE_{name}="{value}"' for name, value in macros.items()]
-    nvcc = [host[0], "-fmad=false", f"-Xcompiler={','.join(host)}", *os.environ.get("NVCC_FLAGS", "").split()]
+    nvcc = ["-std=c++20", host[0], "-fmad=false", f"-Xcompiler={','.join(host)}"]
+    nvcc += os.environ.get("NVCC_FLAGS", "").split()
     target = "CUDA {CUDA_VERSION} for {CUDA_ARCH_LIST}".format(**macros) if cuda else "CPU only"
     print(f"fastdense: torch {torch.__version__}, {target}, {len(sources)} sources", file=sys.stderr)
     return (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(

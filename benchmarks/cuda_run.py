@@ -4,24 +4,26 @@
     python -m benchmarks.cuda_run [--out DIR] [--stages build,test,sanitize,kernels,...]
 
 The stages are build, test, sanitize, kernels, layers, super_resolution, bench and compile.
-Every stage goes on where another failed. `DIR` ($OUT, or build/cuda) gets cuda_run.json, what each stage printed, and
-the samples of each benchmark. The exit code is 0 when all stages went well.
+Every stage goes on where another failed. `DIR` ($OUT, or build/cuda) gets cuda_run.json, and cuda_run.tar.gz with what
+each stage printed and the samples of each benchmark. The exit code is 0 when all stages went well.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from fastdense._support import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 # Against the eager network, and as one replayed graph; batch sizes where launches and where memory count.
@@ -46,41 +48,63 @@ SANITIZERS = {
 }
 # Small blocks of every kind; each launch takes many times as long under a sanitizer.
 SANITIZED_FILES = ["tests/test_dense_block.py", "tests/test_dual_path.py", "tests/test_residual_dense_block.py"]
+SANITIZED_FILES += ["tests/test_fused_blocks.py"]
 SANITIZED_TESTS = "cuda and (test_parity_of_special_cases or test_low_precision or test_many_norms"
-SANITIZED_TESTS += " or test_values_and_gradients or test_every_type_and_alignment)"
+SANITIZED_TESTS += " or test_values_and_gradients or test_every_type_and_alignment or test_every_gradient)"
 
 
 class Report:
-    """What the stages found, written after each of them."""
+    """What the stages found, written after each of them; ``folder`` is for their files."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
+        self.folder = ROOT / "build" / "cuda_run"
         self.stages: dict[str, Any] = {}
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, command: list[str], **environment: str) -> bool:
         """Runs a command, keeps what it prints, and notes how it ended."""
         start = time.monotonic()
-        with open(self.out / f"{name}.log", "w", encoding="utf-8") as log:
+        with open(self.folder / f"{name}.log", "w", encoding="utf-8") as log:
             code = subprocess.run(
                 command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT
             ).returncode
-        last = (self.out / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        last = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         self.note(name, ok=code == 0, code=code, seconds=time.monotonic() - start, last_line=" ".join(last))
         return code == 0
 
     def note(self, name: str, **values: object) -> None:
         self.stages[name] = values
         print(f"{name}: {values}", flush=True)
-        write_json(self.out / "cuda_run.json", {"stages": self.stages})
+        # Without fastdense, which may not be built yet.
+        (self.out / "cuda_run.json").write_text(json.dumps({"stages": self.stages}, indent=2), encoding="utf-8")
+        with tarfile.open(self.out / "cuda_run.tar.gz", "w:gz") as archive:
+            archive.add(self.folder, "cuda_run")
 
 
 def build(report: Report) -> None:
     report.run("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], FORCE_CUDA="1")
 
 
+def gpu_tests() -> list[str]:
+    """The files with tests for a GPU, whatever else of the tests' requirements is installed."""
+    found = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"\bdevice\b|mark\.gpu", text) and not missing_modules(text):
+            found.append(str(path.relative_to(ROOT)))
+    return found
+
+
+def missing_modules(text: str) -> set[str]:
+    names = {name.partition(".")[0] for name in re.findall(r"^(?:import|from) ([\w.]+)", text, re.MULTILINE)}
+    return {name for name in names if name != "tests" and importlib.util.find_spec(name) is None}
+
+
 def test(report: Report) -> None:
-    report.run("test", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"])
+    report.run("test", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *gpu_tests()])
 
 
 def sanitize(report: Report) -> None:
@@ -170,11 +194,11 @@ def benches(report: Report, chosen: dict[str, list[str]]) -> None:
     for name, options in chosen.items():
         dtype = [] if "--dtype" in options else ["--dtype", "bfloat16"]
         command = [sys.executable, "-m", "fastdense", "bench", *common, *dtype, *options]
-        report.run(name, [*command, "--json", str(report.out / f"{name}.json")])
+        report.run(name, [*command, "--json", str(report.folder / f"{name}.json")])
 
 
 def layers(report: Report) -> None:
-    command = [sys.executable, "-m", "benchmarks.cuda_kernels", "--json", str(report.out / "layers.json")]
+    command = [sys.executable, "-m", "benchmarks.cuda_kernels", "--json", str(report.folder / "layers.json")]
     report.run("layers", command)
 
 

@@ -219,9 +219,12 @@ CUDA_MUTANTS = [
     ("dense_block/dense_block_conv_tiles.h", "bytes % 8 == 0 ? 8 : 4", "8"),
     ("dense_block/dense_block_conv_cuda.h", "(sizeof(T) == 2 || cuda.tf32_convolutions)", "true"),
     ("dense_block/dense_block_conv_cuda.h", "args.growth * sizeof(T) % 4 == 0", "true"),
-    ("dense_block/dense_block_conv_cuda.h", "plan.splits * 2 * k}", "plan.splits * k}"),
     ("dense_block/dense_block_conv_cuda.h", "if (plan.splits > 1)\n      check_launch", "if (plan.splits > 2)\n      check_launch"),
     ("dense_block/dense_block_conv_cuda.h", "nullptr, pixels, mean, var, count", "nullptr, pixels, var, mean, count"),
+    ("common/row_cuda_gradients.h", "has_rows_of(4, segments[0].gradient, segments[0].columns)", "true"),
+    ("common/row_cuda.h", "same && aligned &&", "same &&"),
+    ("common/row_cuda.h", "std::max<int64_t>(1, whole <= most ? whole : even)", "whole <= most ? whole : even"),
+    ("common/row_product_shapes.h", "mean = 0, var = 1;", "mean = 0, var = 0;"),
 ]  # fmt: skip
 
 

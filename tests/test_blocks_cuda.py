@@ -17,6 +17,7 @@ from tests import test_residual_dense_block as residual
 from tests.random_block import RandomBlock, relative
 from tests.test_dense_block import Block, Case
 from tests.test_dual_path import Stage, StageCase
+from tests.test_fused_blocks import chosen
 
 pytestmark = pytest.mark.gpu
 
@@ -34,13 +35,13 @@ CASES = pytest.mark.parametrize(
 AnyCase = Case | StageCase | residual.Case
 
 
-@pytest.fixture(autouse=True)
-def reproducible_convolutions() -> Iterator[None]:
-    """Same bits on every run, and float32 products in float32."""
+@pytest.fixture(autouse=True, params=["library", "fused"])
+def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways; same bits on every run, and float32 products in float32."""
     flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    with flags:
+    with flags, chosen(request.param):
         yield
     torch.backends.cuda.matmul.allow_tf32 = before
 

@@ -378,6 +378,10 @@ def test_errors_of_options():
         dense_block(block.input, block.layers, drop_rate=1.5, seed=block.seed)
     with pytest.raises(ValueError, match="seed to be given"):
         dense_block(block.input, block.layers, drop_rate=0.5)
+    with pytest.raises(TypeError, match="dense_block: expected seed to be int64, got float32"):
+        dense_block(block.input, block.layers, drop_rate=0.5, seed=torch.zeros(()))
+    with pytest.raises(ValueError, match=r"dense_block: expected seed to have 0 dimensions, got shape \[1\]"):
+        dense_block(block.input, block.layers, drop_rate=0.5, seed=block.seed[None])
     tail = Block(Case(tail="transition")).tail
     with pytest.raises(ValueError, match="at least 2 in front of the transition"):
         dense_block(block.input[..., :1], block.layers, tail=tail)

@@ -203,13 +203,14 @@ def test_dual_path_stage(device, memory):
     ("case", "dtype"), list(itertools.product([BC, WIDE], [torch.bfloat16, torch.float32])), ids=str
 )
 def test_fused_and_library_agree_on_a_gpu(case, dtype, tf32):
+    flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
-        block = Block(replace(case, dtype=dtype, device="cuda", size=(30, 31)))
-        with chosen("library"):
+        block = PassingBlock(replace(case, dtype=dtype, device="cuda", size=(30, 31)))
+        with flags, chosen("library"):
             expected = results(block)
-        with chosen("fused"):
+        with flags, chosen("fused"):
             actual = results(block)
             assert same(results(block), actual)
     finally:
@@ -217,4 +218,41 @@ def test_fused_and_library_agree_on_a_gpu(case, dtype, tf32):
     if dtype == torch.float32 and not tf32:
         assert same(actual, expected)
     for name in expected:
-        assert relative(actual[name], expected[name]) < (0.1 if dtype == torch.bfloat16 else 1e-2), name
+        if "norm1.bias" not in name:  # which vanish where all passes: rounding is what is left
+            assert relative(actual[name], expected[name]) < (0.1 if dtype == torch.bfloat16 else 1e-2), name
+
+
+def test_channels_that_fill_no_step(device):
+    """Those beyond the last have no variance, whatever eps is."""
+    block = Block(replace(BC, frozen=ALL, device=device))
+    with torch.no_grad():
+        block.layers = [
+            layer._replace(norm1=layer.norm1._replace(eps=0.0), norm2=layer.norm2._replace(eps=0.0))
+            for layer in block.layers
+        ]
+    assert all(value.isfinite().all() for value in results(block).values())
+
+
+def test_weights_that_lie_anywhere(device):
+    """In the storage type with their channels innermost they are read where they lie, but at odd addresses."""
+
+    def moved(weight: Tensor) -> Tensor:
+        k, c, h, w = weight.shape
+        room = torch.empty(weight.numel() + 1, dtype=weight.dtype, device=weight.device)[1:]
+        return room.view(k, h, w, c).permute(0, 3, 1, 2).copy_(weight.detach())
+
+    block = Block(replace(WIDE, device=device))
+    expected = results(block)
+    block.layers = [layer._replace(conv1=moved(layer.conv1), conv2=moved(layer.conv2)) for layer in block.layers]
+    assert same(results(block), expected)
+
+
+@pytest.mark.parametrize("growth_rate", [7, 8])
+def test_an_odd_gradient_of_a_dual_path_stage(device, growth_rate):
+    """Rows of the input are whole words of 4 bytes, and those of its gradient are not where the growth rate is odd."""
+    case = StageCase(
+        batch=2, residual_channels=32, growth_rate=growth_rate, first_dense=16, width=48, width_behind=48, groups=8,
+        projection=False, size=(8, 8), device=device, dtype=torch.bfloat16,
+    )  # fmt: skip
+    ours, theirs = low_precision_errors(Stage, case)
+    assert sum(ours) <= 1.3 * sum(theirs)

@@ -98,7 +98,8 @@ class Block:
 
 
 def ramp(like: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, like.numel(), dtype=torch.float64).view(like.shape).to(like.device, like.dtype)
+    """Made on the device, which a copy would wait for."""
+    return torch.linspace(-1, 1, like.numel(), dtype=torch.float64, device=like.device).view(like.shape).to(like.dtype)
 
 
 def results(block: Block, run=residual_dense_block) -> list[Tensor]:

@@ -89,10 +89,19 @@ def test_operator_shares_statistics(processes, make, cases, device):
 
 @pytest.mark.parametrize(
     ("make", "case"),
-    [(Block, Case(batch=4, tail="transition")), (Stage, StageCase(batch=4)), (PooledStem, StemCase(batch=4))],
+    [
+        (Block, Case(batch=4, tail="transition")),
+        (Block, Case(batch=4, tail="norm_relu", width=0)),
+        (Stage, StageCase(batch=4)),
+        (PooledStem, StemCase(batch=4)),
+        (PooledStem, StemCase(batch=4, channels_last=True)),
+    ],
 )
-def test_a_process_may_have_no_values(processes, make, case):
-    processes.run(check_shared, make, case, "balanced", (4, 0), "cpu")
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_process_may_have_no_values(processes, make, case, device):
+    with on_device(device, 8 << 10):
+        pass  # compiled here once, not by both
+    processes.run(check_shared, make, case, "balanced", (4, 0), device)
 
 
 def check_too_few(rank, make, case, images):

@@ -2,6 +2,7 @@
 // The bicubic ops on CUDA.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -28,9 +29,11 @@ struct DeviceTable {
   at::Device device;
   at::ScalarType dtype;
   at::Tensor start, weight;
+  bool captured = false;  // by a graph, which reads it in every replay
 };
 
-// Copies a table to the device, once: a graph that is captured after a first call finds it there.
+// Copies a table to the device, once: a graph that is captured after a first call finds it there, and what it has found
+// stays for its replays.
 DeviceTable device_table(const std::shared_ptr<const BicubicTable>& table, at::Device device, at::ScalarType dtype) {
   constexpr size_t kMostEntries = 64;
   static std::mutex mutex;
@@ -41,6 +44,8 @@ DeviceTable device_table(const std::shared_ptr<const BicubicTable>& table, at::D
   });
   if (found != cache.end()) {
     cache.splice(cache.begin(), cache, found);
+    using c10::cuda::CaptureStatus;
+    found->captured |= c10::cuda::currentStreamCaptureStatusMayInitCtx() != CaptureStatus::None;
     return *found;
   }
   const at::Tensor start = at::empty({table->rows}, at::kInt),
@@ -51,7 +56,10 @@ DeviceTable device_table(const std::shared_ptr<const BicubicTable>& table, at::D
   if (dtype == at::kInt)
     std::transform(table->weight.begin(), table->weight.end(), typed.mutable_data_ptr<int32_t>(), fixed_weight);
   cache.push_front({table, device, dtype, start.to(device), typed.to(device)});
-  if (cache.size() > kMostEntries) cache.pop_back();
+  if (cache.size() > kMostEntries) {
+    const auto oldest = std::find_if(cache.rbegin(), cache.rend(), [](const DeviceTable& t) { return !t.captured; });
+    if (oldest != cache.rend()) cache.erase(std::next(oldest).base());
+  }
   return cache.front();
 }
 

@@ -50,6 +50,12 @@ inline void check_rank(const char* op, const char* arg, const at::Tensor& tensor
   check_rank_between(op, arg, tensor, rank, rank);
 }
 
+// Of the generator of dropout masks.
+inline void check_seed(const char* op, const at::Tensor& seed) {
+  check_dtype(op, "seed", seed, at::kLong);
+  check_rank(op, "seed", seed, 0);
+}
+
 // tensor [N, C, ...]
 inline void check_channels(const char* op, const char* arg, const at::Tensor& tensor, int64_t channels) {
   TORCH_CHECK_VALUE(tensor.dim() >= 2 && tensor.size(1) == channels, op, ": expected ", arg, " to have ", channels,

@@ -6,9 +6,23 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <map>
+#include <mutex>
+
 #include "common/row_cuda.h"
+#include "common/tensor_core_build.h"
 
 namespace fastdense {
+
+// Whether the kernels of this build use the tensor cores of a device; asked once.
+inline bool has_tensor_cores(int device) {
+  static std::mutex mutex;
+  static std::map<int, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, is_new] = known.try_emplace(device, false);
+  if (is_new) C10_CUDA_CHECK(has_tensor_core_build(&found->second));
+  return found->second;
+}
 
 // A third of the L2 cache; a small cache is not worth the many launches of small chunks.
 inline CudaContext current_context() {
@@ -25,7 +39,7 @@ inline CudaContext current_context() {
   return {c10::cuda::getCurrentCUDAStream(),
           std::max(kLeastScratch, int64_t(l2) / 3),
           CudaContext::kBlocks * int64_t(multiprocessors),
-          major >= 8,
+          major >= 8 && has_tensor_cores(device),
           tf32(at::Float32Op::MATMUL),
           tf32(at::Float32Op::CONV),
           shared};

@@ -80,18 +80,22 @@ class CudaRows {
   int64_t chunk_rows(int64_t rows, int64_t channels) const {
     constexpr int64_t kMultiple = 128;
     const int64_t most = std::max<int64_t>(1, cuda.scratch_bytes / (padded(channels) * int64_t(sizeof(T))));
-    const int64_t chunks = (rows + most - 1) / most, even = (rows + chunks - 1) / chunks;
+    const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most), even = (rows + chunks - 1) / chunks;
     const int64_t whole = (even + kMultiple - 1) / kMultiple * kMultiple;
-    return whole <= most ? whole : even;
+    return std::max<int64_t>(1, whole <= most ? whole : even);
   }
 
-  // body(first row, rows, chunk)
+  // body(first row, rows, chunk); once without rows where there are none, which still have sums.
   template <typename Body>
   void for_each_chunk(int64_t rows, int64_t step, const Body& body) const {
-    for (int64_t row = 0; row < rows; row += step) body(row, std::min(step, rows - row), row / step);
+    int64_t row = 0;
+    do {
+      body(row, std::min(step, rows - row), row / step);
+      row += step;
+    } while (row < rows);
   }
 
-  // Partial results of a sweep over a matrix in chunks of `step` rows.
+  // Partial results of a sweep over a matrix in chunks of `step` rows, none over no rows.
   struct Partials {
     at::Tensor tensor;             // [chunks * splits, 2, columns]
     int64_t step, splits, stride;  // rows of a chunk; blocks that share them; numbers of a chunk
@@ -101,7 +105,7 @@ class CudaRows {
     const int64_t chunks = (rows + step - 1) / step, shared = splits(std::min(step, rows), columns);
     return {numbers({chunks * shared, 2, columns}), step, shared, shared * 2 * columns};
   }
-  Partials partials(int64_t rows, int64_t columns) const { return partials(rows, rows, columns); }
+  Partials partials(int64_t rows, int64_t columns) const { return partials(rows, std::max<int64_t>(1, rows), columns); }
 
   // mean and var [columns] of a matrix from partial moments relative to `pivot`.
   void finalise_moments(const Partials& partial, const T* pivot, int64_t rows, A* mean, A* var,
@@ -144,7 +148,8 @@ class CudaRows {
     const bool same = weight.scalar_type() == options.dtype().toScalarType();
     const at::Tensor from = weight.reshape({weight.size(0), weight.size(1), -1});
     const int64_t taps = from.size(2), ld_to = to.dim() == 2 ? to.stride(0) : to.size(1);
-    if (same && to.strides() == weight.strides()) return weight;
+    const bool aligned = reinterpret_cast<uintptr_t>(const_data(weight)) % 16 == 0;  // kernels read so many bytes
+    if (same && aligned && to.strides() == weight.strides()) return weight;
     const auto note = [&](auto& list, const at::Tensor& source, auto* data) {
       kept_.push_back(source);
       list.push_back({data, this->data(to), source.size(0), source.size(1), taps, source.stride(0), source.stride(1),

@@ -100,7 +100,8 @@ class CudaRowGradients {
   // Backward of a 1x1 with the gradient dz [pixels, n] of its output, and of the norm and ReLU in front of it.
   void product_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args, const NormParams<A>& norm,
                         const at::Tensor& dz, const std::vector<Segment>& segments) {
-    if (segments.size() == 1 && fuses_row_product<T>(rows_.cuda, segments[0].x, packed, dz))
+    if (segments.size() == 1 && fuses_row_product<T>(rows_.cuda, segments[0].x, packed, dz) &&
+        has_rows_of(4, segments[0].gradient, segments[0].columns))
       return fused_product_backward(conv, packed, args, norm, dz, segments[0]);
     const int64_t pixels = dz.size(0), c = packed.size(1), step = rows_.chunk_rows(pixels, c);
     std::vector<Partials> partial;

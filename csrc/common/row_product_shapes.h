@@ -32,9 +32,9 @@ struct ChannelScale {
   float scale, shift;
 };
 
-// What a norm knows of a channel, read ahead of its use; zeros stand for a channel that does not exist.
+// What a norm knows of a channel, read ahead of its use; one that does not exist has a scale and a shift of zero.
 struct NormNumbers {
-  float weight = 0, bias = 0, mean = 0, var = 0;
+  float weight = 0, bias = 0, mean = 0, var = 1;
   __device__ NormNumbers() {}
   __device__ NormNumbers(const NormParams<float>& norm, int64_t channel)
       : weight(norm.weight ? norm.weight[channel] : 1.0f),

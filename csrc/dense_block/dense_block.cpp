@@ -123,6 +123,11 @@ DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions&
   check_probability(kOp, "drop_rate", drop_rate);
   TORCH_CHECK_VALUE(drop_rate == 0 || seed.has_value(), kOp, ": expected seed to be given when drop_rate is ",
                     drop_rate, ", got None");
+  if (drop_rate > 0) {
+    check_seed(kOp, *seed);
+    TORCH_CHECK_VALUE(seed->device() == options.device(), kOp, ": expected seed to be on ", options.device(),
+                      " like input, got ", seed->device());
+  }
   DenseBlockArgs args;
   args.tail = parse_tail(tail);
   const bool has_tail = args.tail != Tail::kNone;

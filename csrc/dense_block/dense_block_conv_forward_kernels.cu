@@ -291,6 +291,7 @@ ConvPlan plan_conv_forward(const ConvShape& s, int64_t multiprocessors, int64_t 
         const int columns = kernel_columns((s.k + parts - 1) / parts);
         plan.shared_bytes = size_t(ForwardLayout<T>(plan.tiles, int(s.b), columns, buffers).bytes);
         if (int64_t(plan.shared_bytes) > most_shared) continue;
+        plan.most_shared_bytes = size_t(most_shared);
         plan.channels = columns;
         plan.buffers = buffers;
         plan.parts = (s.k + columns - 1) / columns;
@@ -307,7 +308,7 @@ cudaError_t launch_conv_forward(const ConvForwardParams<T>& p, const ConvPlan& p
   while (address_bits(p.x) % (vector * sizeof(T)) != 0) vector /= 2;
   const auto launch = [&](auto columns) {
     const auto kernel = conv_forward_kernel<T, decltype(columns)::value>;
-    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.shared_bytes);
+    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.most_shared_bytes);
     if (error != cudaSuccess) return error;
     FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)), dim3(kThreads), plan.shared_bytes,
                      stream, p, plan, vector);

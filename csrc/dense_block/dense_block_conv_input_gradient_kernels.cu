@@ -292,6 +292,7 @@ ConvPlan plan_conv_input_gradient(const ConvShape& s, int64_t multiprocessors, i
         ConvPlan plan{conv_tiles(s.batch, int(s.height), int(s.width), pixels)};
         plan.shared_bytes = size_t(InputLayout<T>(plan.tiles, int(s.k), channels, buffers).bytes);
         if (int64_t(plan.shared_bytes) > most_shared) continue;
+        plan.most_shared_bytes = size_t(most_shared);
         plan.channels = channels;
         plan.buffers = buffers;
         plan.parts = (s.b + channels - 1) / channels;
@@ -306,7 +307,7 @@ template <typename T>
 cudaError_t launch_conv_input_gradient(const ConvInputGradientParams<T>& p, const ConvPlan& plan, cudaStream_t stream) {
   const auto launch = [&](auto channels) {
     const auto kernel = conv_input_gradient_kernel<T, decltype(channels)::value>;
-    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.shared_bytes);
+    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.most_shared_bytes);
     if (error != cudaSuccess) return error;
     FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)), dim3(kThreads), plan.shared_bytes,
                      stream, p, plan);

@@ -59,6 +59,8 @@ struct ConvPlan {
   int64_t splits = 0, parts = 0;
   int buffers = 0;  // 2: the next tile is on its way while one is in work
   size_t shared_bytes = 0;
+  // What a kernel is allowed: all that a device has, since threads with other plans may start the same kernel.
+  size_t most_shared_bytes = 0;
   explicit operator bool() const { return channels > 0; }
 };
 

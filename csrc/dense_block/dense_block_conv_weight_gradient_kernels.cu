@@ -208,6 +208,7 @@ ConvPlan plan_conv_weight_gradient(const ConvShape& s, int64_t multiprocessors, 
       const int channels = int((tall + plan.parts - 1) / plan.parts * kConvSteps);
       plan.shared_bytes = size_t(WeightLayout<T>(plan.tiles, channels, kernel_columns(s.k), buffers).bytes);
       if (int64_t(plan.shared_bytes) > most_shared) continue;
+      plan.most_shared_bytes = size_t(most_shared);
       plan.channels = channels;
       plan.buffers = buffers;
       plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 1, kLeastTiles);
@@ -221,7 +222,7 @@ cudaError_t launch_conv_weight_gradient(const ConvWeightGradientParams<T>& p, co
                                         cudaStream_t stream) {
   const auto launch = [&](auto columns) {
     const auto kernel = conv_weight_gradient_kernel<T, decltype(columns)::value>;
-    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.shared_bytes);
+    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.most_shared_bytes);
     if (error != cudaSuccess) return error;
     FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)), dim3(kThreads), plan.shared_bytes,
                      stream, p, plan);

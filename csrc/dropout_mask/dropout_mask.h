@@ -17,8 +17,7 @@ namespace fastdense {
 inline at::Tensor dropout_mask_prepare(const at::Tensor& seed, int64_t layer, int64_t rows, int64_t channels,
                                        double drop_rate) {
   constexpr const char* kOp = "dropout_mask";
-  check_dtype(kOp, "seed", seed, at::kLong);
-  check_rank(kOp, "seed", seed, 0);
+  check_seed(kOp, seed);
   check_at_least(kOp, "layer", layer, 0);
   check_at_most(kOp, "layer", layer, std::numeric_limits<uint32_t>::max());
   check_at_least(kOp, "rows", rows, 0);

@@ -37,7 +37,7 @@ class CudaStage : public CudaRows<T> {
         first_stride_(args.sampled.stride, args.sampled.stride + spatial_dims()),
         ones_(spatial_dims(), 1),
         zeros_(spatial_dims(), 0) {
-    check_image_pixels("dual_path_stage", args.in_pixels() / args.batch);
+    check_image_pixels("dual_path_stage", args.in_pixels() / std::max<int64_t>(1, args.batch));
     fill_three(args.kernel, kernel_);
     for (size_t d = 0; d < spatial_dims(); ++d) half_kernel_.push_back(kernel_[d] / 2);
   }

@@ -115,7 +115,7 @@ class Forward : CudaStage<T> {
       this->sweep(launch_activate<T>, {source.from_row(row), this->matrix(y), norm, true}, count, args.width_b);
       at::Tensor product = z.narrow(0, 0, count);
       at::mm_out(product, y.narrow(0, 0, count), this->conv_c(i).t());
-      if (chunk == 0 && wanted) {
+      if (chunk == 0 && count > 0 && wanted) {
         // The first row of the result, in a place of its own: in place, others read rows that are not yet added to.
         pivot.copy_(z[0]);
         pivot.narrow(0, 0, r).add_(residual[0]);

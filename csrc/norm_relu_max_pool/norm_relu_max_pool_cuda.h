@@ -83,7 +83,7 @@ class NormPoolCuda : CudaRows<T> {
     constexpr int64_t kBlockColumns = 256;
     if (shape_.channels_last) return Base::partials(rows, c_);
     const int64_t splits = this->splits(rows, kBlockColumns * c_);
-    return {this->numbers({splits, 2, c_}), rows, splits, splits * 2 * c_};
+    return {this->numbers({rows > 0 ? splits : 0, 2, c_}), rows, splits, splits * 2 * c_};
   }
 
   const NormPoolArgs& args_;

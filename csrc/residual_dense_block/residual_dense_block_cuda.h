@@ -36,7 +36,8 @@ class ResidualDenseBlockCuda : CudaRows<T> {
     T* x = this->data(buffer_);
     for (size_t l = 0; l < args_.layers.size(); ++l) {
       const ResidualLayerArgs& layer = args_.layers[l];
-      const at::Tensor bias = layer.bias.weight.defined() ? layer.bias.weight.to(this->accumulate()) : at::Tensor();
+      const at::Tensor bias =
+          layer.bias.weight.defined() ? layer.bias.weight.to(this->accumulate()).contiguous() : at::Tensor();
       const A* b = bias.defined() ? bias.template const_data_ptr<A>() : nullptr;
       for (const Stripe& s : stripes(layer)) {
         const at::Tensor sums = rows_of(
@@ -84,7 +85,8 @@ class ResidualDenseBlockCuda : CudaRows<T> {
   };
 
   std::vector<Stripe> stripes(const ResidualLayerArgs& layer) const {
-    const int64_t line = args_.width, area = args_.height * line, reach = layer.geometry.kernel[0] / 2;
+    const int64_t line = args_.width, area = std::max<int64_t>(1, args_.height * line),
+                  reach = layer.geometry.kernel[0] / 2;
     const int64_t most = std::max<int64_t>(1, cuda.scratch_bytes / (layer.channels * int64_t(sizeof(T))));
     std::vector<Stripe> all;
     if (area <= most) {
@@ -103,8 +105,8 @@ class ResidualDenseBlockCuda : CudaRows<T> {
   }
   // The largest of even parts of `count` of which none is larger than `most`.
   static int64_t even_step(int64_t count, int64_t most) {
-    const int64_t parts = (count + most - 1) / most;
-    return (count + parts - 1) / parts;
+    const int64_t parts = std::max<int64_t>(1, (count + most - 1) / most);
+    return std::max<int64_t>(1, (count + parts - 1) / parts);
   }
 
   std::vector<int64_t> padding(const ResidualLayerArgs& layer, const Stripe& s) const {

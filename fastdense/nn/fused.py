@@ -37,7 +37,7 @@ from fastdense.nn.structure import (
     tail_weights,
 )
 from fastdense.ops import BatchStatistics, dense_block, norm_relu_max_pool, update_running_stats_
-from fastdense.ops.arguments import count_pixels, devices
+from fastdense.ops.arguments import count_pixels, devices, is_exporting
 from fastdense.ops.dense_block import MEMORY_MODES
 from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 
@@ -117,7 +117,7 @@ def is_traced(input: Any) -> bool:
     """Whether a program for elsewhere is being recorded, by symbolic tracing or an export: of the plain modules."""
     if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
         refuse_torchscript()
-    return isinstance(input, fx.Proxy) or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return isinstance(input, fx.Proxy) or is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def refuse_torchscript() -> NoReturn:

@@ -14,6 +14,11 @@ _WITH_CUDA = ("dense_block", "dual_path_stage", "norm_relu_max_pool", "residual_
 _CUDA_OPERATORS = _WITH_CUDA if _C.build_info()["cuda"] else ()
 
 
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting()``, which is true in all that the compiler of torch 2.11 traces."""
+    return torch.compiler._is_exporting_flag
+
+
 def devices(op: str) -> tuple[str, ...]:
     """The device types on whose tensors this build runs a block operator."""
     return (*_DEVICES, "cuda") if op in _CUDA_OPERATORS else _DEVICES

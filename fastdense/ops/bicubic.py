@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdense import _C
+from fastdense.ops.arguments import is_exporting
 
 BORDERS = ("clamp", "drop", "symmetric")
 ROUNDINGS = {"floor": math.floor, "round": lambda size: math.floor(size + 0.5), "ceil": math.ceil}
@@ -163,7 +164,7 @@ def bicubic_resize(
     low, high = (-math.inf, math.inf) if clamp is None else (float(clamp[0]), float(clamp[1]))
     if not low <= high:
         raise _error("clamp", "a lowest and a highest value", clamp)
-    exports = torch.compiler.is_exporting()
+    exports = is_exporting()
     if exports and input.dim() == 4 and (a, antialias, border, rounding) == PRESETS["torch"][:4]:
         # Unlike a constant matrix it takes inputs of changing size.
         enlarged = F.interpolate(_widened(input), size, scale_factor, "bicubic", align_corners)

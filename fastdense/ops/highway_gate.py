@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdense.ops.arguments import empty_like_layout
+from fastdense.ops.arguments import empty_like_layout, is_exporting
 
 ACTIVATIONS = ("relu", "tanh", "identity")
 
@@ -44,7 +44,7 @@ def highway_gate(input: Tensor, projection: Tensor, activation: str = "relu") ->
     """
     if input.dtype != projection.dtype and torch.is_autocast_enabled(projection.device.type):
         input = input.to(projection.dtype)
-    if torch.compiler.is_exporting():  # torch's own operators, which every runtime knows
+    if is_exporting():  # torch's own operators, which every runtime knows
         return _exported(input, projection, activation)
     return torch.ops.fastdense.highway_gate(input, projection, activation)
 

@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from fastdense.ops.arguments import empty_like_layout
+from fastdense.ops.arguments import empty_like_layout, is_exporting
 
 
 def mean_join(inputs: Sequence[Tensor]) -> Tensor:
@@ -50,7 +50,7 @@ def mean_join(inputs: Sequence[Tensor]) -> Tensor:
         if any(t is not None for t in tangents):  # linear: the derivative of the result is that of the inputs, joined
             moved = [torch.zeros_like(x) if t is None else t for x, t in zip(primals, tangents, strict=True)]
             return forward_ad.make_dual(mean_join(primals), mean_join(moved))
-    if torch.compiler.is_exporting():  # torch's own operators, which every runtime knows
+    if is_exporting():  # torch's own operators, which every runtime knows
         return torch.stack(inputs).mean(0)
     return torch.ops.fastdense.mean_join(inputs)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers, spills and shared memory of every CUDA kernel: ``python -m benchmarks.ptxas [arch ...]``.
+"""Registers and spills of every CUDA kernel: ``python -m benchmarks.ptxas [arch or part of a file's name ...]``.
 
 Compiles each .cu file of csrc/ by nvcc alone, with the flags of setup.py and torch and with warnings as errors. Prints
 one line a kernel, over all its types and widths, and ends with an error if any kernel spills.
@@ -44,11 +44,14 @@ def kernel_name(mangled: str) -> str:
 
 
 def main() -> int:
-    architectures = sys.argv[1:] or list(ARCHITECTURES)
+    architectures = [word for word in sys.argv[1:] if word.isdigit()] or list(ARCHITECTURES)
+    parts = [word for word in sys.argv[1:] if not word.isdigit()] or [""]
     spills = 0
     print("| file, kernel | variants | " + " | ".join(f"sm_{arch}" for arch in architectures) + " |")
     print("| --- " * (2 + len(architectures)) + "|")
     for source in sorted((ROOT / "csrc").rglob("*.cu")):
+        if not any(part in source.name for part in parts):
+            continue
         registers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for mangled, arch, _, stores, loads, used in ENTRY.findall(compile_kernels(source, architectures)):
             name = kernel_name(mangled)

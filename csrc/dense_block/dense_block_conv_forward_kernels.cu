@@ -7,7 +7,7 @@ namespace {
 
 // Eight warps: four share the pixels of a tile, 16 by 16 in turns, two the depth of the sums.
 constexpr int kThreads = 256, kPixelGroups = 4, kDepthGroups = 2, kTallest = kConvPixels / kConvSteps / kPixelGroups;
-static_assert(32 * kPixelGroups * kDepthGroups == kThreads);
+static_assert(32 * kPixelGroups * kDepthGroups == kThreads && kTallest == 2 && kDepthGroups == 2);
 
 // What a block holds in shared memory; host and device agree on it.
 template <typename T>
@@ -138,7 +138,6 @@ class ForwardBlock {
     } else if (group <= tall) {
       multiply<1>(u, sum);
     }
-    static_assert(kTallest == 2 && kDepthGroups == 2);
     for (int turn = kDepthGroups - 1; turn >= 0; --turn) {
       if (warp_ / kPixelGroups == turn) add_to_sums(sum, turn < kDepthGroups - 1);
       if (turn > 0) __syncthreads();
@@ -273,11 +272,6 @@ __global__ void __launch_bounds__(kThreads, kColumns > 32 ? 1 : 2)
     ForwardBlock<T, kColumns>(p, plan, shared).run(vector);
   }
 }
-
-constexpr int kMostColumns = 48;
-
-// The narrowest kernel for so many columns.
-inline int kernel_columns(int64_t columns) { return std::max(16, int((columns + 7) / 8 * 8)); }
 
 }  // namespace
 

@@ -10,8 +10,8 @@ namespace {
 
 // Eight warps: four share the pixels of a tile, 16 by 16 in turns, two the channels of a part.
 constexpr int kThreads = 256, kPixelGroups = 4, kChannelGroups = 2;
-static_assert(32 * kPixelGroups * kChannelGroups == kThreads);
 constexpr int kTallest = kConvPixels / kConvSteps / kPixelGroups;
+static_assert(32 * kPixelGroups * kChannelGroups == kThreads && kTallest == 2);
 
 // Chunks of the depth, tap by tap; an odd number gets one more of zeros.
 template <typename T>
@@ -37,7 +37,8 @@ struct InputLayout {
     d_bytes = tiles.halo() * d_stride;
     d = shared.take(int64_t(buffers) * d_bytes);
     z_bytes = tiles.pixels() * z_stride;
-    z = shared.take(std::max<int64_t>(buffers * z_bytes, 2 * kPixelGroups * channels * sizeof(float)));
+    const int sums_bytes = 2 * kPixelGroups * channels * int(sizeof(float)), tiles_bytes = buffers * z_bytes;
+    z = shared.take(tiles_bytes > sums_bytes ? tiles_bytes : sums_bytes);
     scale = shared.take(channels * sizeof(float));
     shift = shared.take(channels * sizeof(float));
     mean = shared.take(channels * sizeof(float));
@@ -134,7 +135,6 @@ class InputGradientBlock {
 
   __device__ void multiply(int buffer) {
     const int group = warp_ % kPixelGroups, tall = (plan_.tiles.pixels() - 1) / kConvSteps;
-    static_assert(kTallest == 2);
     if (group + kPixelGroups <= tall) {
       multiply<kTallest>(buffer);
     } else if (group <= tall) {

@@ -175,6 +175,10 @@ __device__ __forceinline__ void load_fragments(uint32_t (&m)[4], const unsigned 
   for (int i = 0; i < 4; ++i) m[i] = operand<T>(m[i]);
 }
 
+// New channels that a block can take, and of the kernels for 16, 24, ... the narrowest for so many.
+constexpr int kMostColumns = 48;
+inline int kernel_columns(int64_t columns) { return std::max(16, int((columns + 7) / 8 * 8)); }
+
 // Among how many blocks tiles are shared, if `resident` have room on each multiprocessor.
 inline int64_t conv_splits(const ConvTiles& tiles, int64_t multiprocessors, int64_t parts, int resident,
                            int64_t least_tiles) {

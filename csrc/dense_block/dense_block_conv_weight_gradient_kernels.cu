@@ -6,7 +6,7 @@ namespace fastdense {
 namespace {
 
 // One warp a tap; each keeps its sums [channels of a part][k] for as long as the block lives.
-constexpr int kThreads = 32 * kTaps, kTallest = 4, kMostColumns = 48;
+constexpr int kThreads = 32 * kTaps, kTallest = 4;
 
 template <typename T>
 struct WeightLayout {
@@ -191,8 +191,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     WeightGradientBlock<T, kColumns>(p, plan, shared).run();
   }
 }
-
-inline int kernel_columns(int64_t k) { return std::max(16, int((k + 7) / 8 * 8)); }
 
 }  // namespace
 

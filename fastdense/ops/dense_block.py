@@ -187,7 +187,7 @@ def _(
     channels = in_channels + num_layers * growth
     buffer = empty_channels_last(input, [batch, channels, *spatial])
     mean = input.new_empty([channels + num_layers * width], dtype=statistics_dtype(input))
-    active = sum(weights[stride * layer + stride - 1].shape[1] != 0 for layer in range(num_layers))
+    active = sum(1 for layer in range(num_layers) if weights[stride * layer + stride - 1].shape[1] != 0)
     kept = active if keep_bottleneck and bottleneck else 0
     z = input.new_empty([kept, count_pixels(input), width])
     if tail == "none":

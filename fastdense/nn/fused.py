@@ -171,8 +171,8 @@ def run_block(
         statistics = order.statistics(statistics, channels)
         out = out if read_by is not None and read_by.conv is not None else order.from_buffer(out)
     next_offset = channels
-    bottlenecks = {id(layer.norm2) for layer in layers}
-    left_out = {id(norm) for layer, d in zip(layers, dropped, strict=True) if d for norm in (layer.norm1, layer.norm2)}
+    bottlenecks = {id(layer.norm2) for layer in layers if layer.norm2 is not None}
+    left_out = {id(norm) for layer, d in zip(layers, dropped, strict=True) if d for norm in norms_of([layer], None)}
     norms: list[tuple[Any, int]] = []
     for norm in norms_of(layers, tail):
         is_bottleneck = id(norm) in bottlenecks

@@ -109,7 +109,7 @@ def dense_block(
     if tail is not None and tail.conv is not None:
         convs.append(tail.conv)
     input = cast_input("dense_block", input, weights, convs)
-    bottleneck = bool(layers) and layers[0].conv1 is not None
+    bottleneck = len(layers) > 0 and layers[0].conv1 is not None
     keep = memory == "balanced" and records_gradient(input, weights)
     out, _, mean, var, _ = torch.ops.fastdense.dense_block(
         input,

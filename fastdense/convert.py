@@ -10,7 +10,13 @@ from torch import nn
 from fastdense.nn.dense_block import PlainDenseBlock
 from fastdense.nn.dual_path import PlainDualPathBlock
 from fastdense.nn.dual_path_structure import DUAL_PATH_BLOCKS, read_dual_path_block
-from fastdense.nn.found_structure import container_of_layers, looks_like_dense_block, read_found_block
+from fastdense.nn.found_structure import (
+    container_of_layers,
+    count_heads,
+    looks_like_dense_block,
+    read_found_block,
+    read_found_row,
+)
 from fastdense.nn.fused import (
     FusedDenseBlock,
     FusedModule,
@@ -22,7 +28,7 @@ from fastdense.nn.fused import (
     plain_class,
 )
 from fastdense.nn.fused_dual_path import FusedDualPathBlock
-from fastdense.nn.fused_found import FusedFoundBlock
+from fastdense.nn.fused_found import FusedFoundBlock, FusedFoundRow
 from fastdense.nn.fused_residual import FusedResidualDenseBlock, FusedSRDenseBlock
 from fastdense.nn.recomputed import looks_like_max_pool_transition, read_max_pool_transition
 from fastdense.nn.residual_structure import (
@@ -135,6 +141,11 @@ def _is_found_block(module: nn.Module) -> bool:
     return isinstance(module, FusedFoundBlock) or looks_like_dense_block(module)
 
 
+def _is_found_row(module: nn.Module) -> bool:
+    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return isinstance(module, FusedFoundRow) or (is_sequence and count_heads(module) > 0)
+
+
 def _is_dual_path_block(module: nn.Module) -> bool:
     return isinstance(module, FusedDualPathBlock) or runs_as(module, DUAL_PATH_BLOCKS)
 
@@ -170,6 +181,7 @@ KINDS = (
     Kind("max-pool transition", RecomputedTransition, _is_max_pool_transition, read_max_pool_transition, False),
     Kind("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True),
     Kind("residual dense", FusedResidualDenseBlock, _is_residual_dense_block, read_residual_block, True),
+    Kind("block", FusedFoundRow, _is_found_row, read_found_row, True),
     Kind("growing dense", FusedSRDenseBlock, _is_sr_dense_block, read_growing_block, True),
 )
 # A sequence that holds one of these looks for what runs together.

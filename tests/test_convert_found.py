@@ -185,6 +185,62 @@ def test_shared_batch_norms_are_tried_as_local_ones():
     assert fused_calls(fast, x) == FUSED
 
 
+def row(layer=Layer, **options) -> nn.Module:
+    """A transition and, in the same sequence, three layers."""
+    heads = [nn.Conv2d(3, 9, 3, padding=1), nn.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, C0, 1), nn.AvgPool2d(2)]
+    return randomise(nn.Sequential(*heads, *plain_sequence(3, layer, **options)).double())
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("layer", [Layer, NewestFirstLayer, SequenceLayer])
+def test_layers_at_the_end_of_a_sequence(layer, memory):
+    plain, fast = pair(row, memory, layer=layer)
+    x = images()
+    for _ in range(2):
+        assert_same(step(fast, x), step(plain, x))
+    assert fused_calls(fast.eval(), x) == [(3, "none")]
+    assert_same(step(fast, x), step(plain.eval(), x))
+    assert [(entry.layers, entry.runs) for entry in fastdense.report(fast).rows] == [(3, "fused")]
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), fastdense.convert(copy.deepcopy(fast))):
+        assert_same(step(twin, x), step(plain, x))
+        assert fused_calls(twin, x) == [(3, "none")]
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    fastdense.restore(fast)
+    assert [type(m) for m in fast.modules()] == [type(m) for m in plain.modules()]
+    assert [sorted(vars(m)) for m in fast.modules()] == [sorted(vars(m)) for m in plain.modules()]
+
+
+def test_hooks_in_a_sequence_that_ends_with_layers():
+    plain, fast = pair(row, drop=0.0)
+    seen: list[str] = []
+    fast[1].register_forward_hook(lambda *_: seen.append("head"))
+    x = images()
+    assert_same(step(fast, x), step(plain, x))
+    assert fused_calls(fast.eval(), x) == [(3, "none")]
+    fast.train()
+    handle = fast[-1].register_forward_hook(lambda *_: seen.append("layer"))
+    with one_warning("7 has hooks"):
+        assert_same(step(fast, x), step(plain, x))
+    assert seen == ["head", "head", "head", "layer"]
+    handle.remove()
+    assert fused_calls(fast, x) == [(3, "none")]
+
+
+def test_dropout_at_the_end_of_a_sequence():
+    _, fast = pair(row, drop=0.5)
+    x = images()
+    assert not torch.equal(fast(x), fast(x))
+    assert fused_calls(fast, x) == [(3, "none")]
+    assert torch.equal(fast.eval()(x), fast(x))
+
+
+def test_compile_a_sequence_that_ends_with_layers():
+    plain, fast = pair(row)
+    x = images()
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    assert_same(step(fast, x, run=compiled), step(plain, x))
+
+
 # --- what a trial leaves alone --------------------------------------------------------------------------
 
 

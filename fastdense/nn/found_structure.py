@@ -30,10 +30,14 @@ _OTHER_ACTIVATIONS = frozenset(nn.modules.activation.__all__) - {"ReLU"}
 
 
 class FoundBlock(NamedTuple):
-    """The layers of a block in order; ``newest_first``: new features stand in front of earlier ones."""
+    """The layers of a block in order; ``newest_first``: new features stand in front of earlier ones.
+
+    ``heads`` children of a sequence run in front of them.
+    """
 
     layers: list[Layer]
     newest_first: bool
+    heads: int = 0
 
 
 class _Form(NamedTuple):
@@ -53,14 +57,24 @@ def _has_numbers(module: nn.Module) -> bool:
     return any(isinstance(inner, _WITH_NUMBERS) for inner in module.modules())
 
 
-def _layer_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _layer_modules(module: nn.Module, heads: int = 0) -> Iterator[tuple[str, nn.Module]]:
     container = container_of_layers(module)
     prefix = "".join(f"{name}." for name, child in module.named_children() if child is container)
-    return ((prefix + name, child) for name, child in container.named_children() if _has_numbers(child))
+    children = list(container.named_children())[heads:]
+    return ((prefix + name, child) for name, child in children if _has_numbers(child))
 
 
 def count_layers(module: nn.Module) -> int:
-    return len(list(_layer_modules(module)))
+    return len(list(_layer_modules(module, count_heads(module))))
+
+
+def count_heads(module: nn.Module) -> int:
+    """How many children of a sequence run in front of others that look like the layers of a dense block, to its end."""
+    if not isinstance(module, nn.Sequential):
+        return 0
+    children = list(module.children())
+    behind = (at for at in range(len(children) - 1) if _has_numbers(children[at]))
+    return next((at for at in behind if _grow(child for child in children[at:] if _has_numbers(child))), 0)
 
 
 def looks_like_dense_block(module: nn.Module) -> bool:
@@ -70,8 +84,12 @@ def looks_like_dense_block(module: nn.Module) -> bool:
     """
     if type(module).forward is nn.Module.forward:  # a list
         return False
+    return _grow(layer for _, layer in _layer_modules(module))
+
+
+def _grow(layers: Iterable[nn.Module]) -> bool:
     channels = growth = count = 0
-    for count, (_, layer) in enumerate(_layer_modules(module), 1):
+    for count, layer in enumerate(layers, 1):
         convs = [inner for inner in layer.modules() if isinstance(inner, CONVS)]
         if not convs or layer is convs[0]:
             return False
@@ -86,26 +104,48 @@ def looks_like_dense_block(module: nn.Module) -> bool:
 
 def read_found_block(module: nn.Module) -> FoundBlock:
     """Reads the layers, whatever their modules are called, and tries the block once: see :mod:`fastdense.nn.trial`."""
+    return _read(module, 0)
+
+
+def read_found_row(module: nn.Module) -> FoundBlock:
+    """Reads the layers at the end of a sequence whose first children do something else."""
+    heads = count_heads(module)
+    if heads == 0:
+        raise NotFusible("it does not end with layers")
+    return _read(module, heads)
+
+
+def _read(module: nn.Module, heads: int) -> FoundBlock:
     check_no_global_hooks()
-    layers = _read_layers(module)
-    form = tried(module, _try_out)
+    layers = _read_layers(module, heads)
+    form = tried(module, lambda module: _try_out(_behind(module, heads)))
     rate = 0.0
     if form.drop_rate > 0:
-        modes = {inner.training for inner in module.modules() if not isinstance(inner, CONVS + NORMS)}
+        modes = {inner.training for _, inner in _modules_behind(module, heads) if not isinstance(inner, CONVS + NORMS)}
         if len(modes) > 1:
             raise NotFusible("it has dropout, and some of its modules are in training mode, some are not")
-        rate = form.drop_rate if module.training else 0.0
-    return FoundBlock([layer._replace(drop_rate=rate) for layer in layers], form.newest_first)
+        rate = form.drop_rate if modes == {True} else 0.0
+    return FoundBlock([layer._replace(drop_rate=rate) for layer in layers], form.newest_first, heads)
 
 
-def _read_layers(module: nn.Module) -> list[Layer]:
-    modules = list(module.named_modules())
+def _behind(module: nn.Module, heads: int) -> nn.Module:
+    return nn.Sequential(*list(module.children())[heads:]) if heads > 0 else module
+
+
+def _modules_behind(module: nn.Module, heads: int) -> list[tuple[str, nn.Module]]:
+    """All modules inside, without the first children."""
+    first = [name for name, _ in module.named_children()][:heads]
+    return [(name, inner) for name, inner in module.named_modules() if name.partition(".")[0] not in first]
+
+
+def _read_layers(module: nn.Module, heads: int = 0) -> list[Layer]:
+    modules = _modules_behind(module, heads)
     foreign = dict.fromkeys(class_name(inner) for _, inner in modules if _is_foreign(inner))
     if foreign:
         raise NotFusible(
             f"its layers have {', '.join(foreign)}: expected batch norms, ReLU, convolutions and dropout alone"
         )
-    parts: dict[str, list[tuple[str, nn.Module]]] = {name: [] for name, _ in _layer_modules(module)}
+    parts: dict[str, list[tuple[str, nn.Module]]] = {name: [] for name, _ in _layer_modules(module, heads)}
     if not parts:
         raise NotFusible("it has no layers")
     depth = 1 + next(iter(parts)).count(".")

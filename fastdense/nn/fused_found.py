@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdense.nn.found_structure import read_found_block
-from fastdense.nn.fused import FusedDenseBlock, plain_class, run_block
-from fastdense.nn.structure import Tail
+from fastdense.nn.found_structure import read_found_block, read_found_row
+from fastdense.nn.fused import FusedDenseBlock, FusedModule, check_runs_here, is_traced, plain_class, run_block
+from fastdense.nn.shared_statistics import process_group_of
+from fastdense.nn.structure import NotFusible, Tail, norms_of
 
 
 class FusedFoundBlock(FusedDenseBlock):
@@ -23,3 +24,21 @@ class FusedFoundBlock(FusedDenseBlock):
         return super().forward(inputs[0])
 
     run_forward = forward
+
+
+class FusedFoundRow(FusedModule):
+    """A sequence that ends with layers of a dense block, each of which hands on what it got beside what it made."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if is_traced(input):
+            return self.plain_forward(input)
+        try:
+            block = read_found_row(self)
+            # Whatever may keep the layers from being fused is found before other modules have run.
+            check_runs_here("dense_block", input)
+            process_group_of(norms_of(block.layers, None))
+        except NotFusible as reason:
+            return self.fall_back(input, reason)
+        for head in list(self.children())[: block.heads]:
+            input = head(input)
+        return run_block(input, block.layers, None, self.memory, newest_first=block.newest_first)

@@ -74,6 +74,35 @@ inline void store_result(const BicubicPlane<T, A>& p, int64_t row, int64_t at, i
   }
 }
 
+#if defined(FASTDENSE_TARGET_AVX512)
+// 16 elements whose taps lie within kPairs * 32 elements from `in` on, of which `rest` exist: picked in registers.
+template <int kPairs>
+inline void resample_in_registers(const float* in, int64_t rest, const int32_t* index, const float* weight,
+                                  int64_t taps, int64_t inner, float* out) {
+  __m512 part[2 * kPairs];
+#pragma GCC unroll 8
+  for (int i = 0; i < 2 * kPairs; ++i) {
+    const int64_t left = rest - 16 * i;
+    part[i] = _mm512_maskz_loadu_ps(left >= 16 ? __mmask16(-1)
+                                    : left > 0 ? __mmask16((1 << left) - 1)
+                                               : __mmask16(0),
+                                    in + 16 * i);
+  }
+  __m512i at = _mm512_loadu_si512(index);
+  const __m512i step = _mm512_set1_epi32(int(inner));
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t k = 0; k < taps; ++k, at = _mm512_add_epi32(at, step)) {
+    __m512 x = _mm512_permutex2var_ps(part[0], at, part[1]);
+#pragma GCC unroll 4
+    for (int pair = 1; pair < kPairs; ++pair)
+      x = _mm512_mask_mov_ps(x, _mm512_cmpge_epi32_mask(at, _mm512_set1_epi32(32 * pair)),
+                             _mm512_permutex2var_ps(part[2 * pair], at, part[2 * pair + 1]));
+    sum = _mm512_fmadd_ps(_mm512_loadu_ps(weight + k * 16), x, sum);
+  }
+  _mm512_storeu_ps(out, sum);
+}
+#endif
+
 // Block b of 16 elements of a row; `in` has `width` elements.
 template <typename A>
 inline void resample_block(const A* in, [[maybe_unused]] int64_t width, const BicubicLanes<A>& lanes, int64_t b,
@@ -85,26 +114,10 @@ inline void resample_block(const A* in, [[maybe_unused]] int64_t width, const Bi
   const int64_t first = lanes.first[b];
 #if defined(FASTDENSE_TARGET_AVX512)
   if constexpr (std::is_same_v<A, float>) {
-    // The taps of a block often lie within two or four vectors: then they are picked in registers.
-    const int64_t span = lanes.span[b];
-    if (span <= 64) {
-      __m512 part[4];
-      const int64_t rest = width - first;
-      const uint64_t inside = rest >= 64 ? ~uint64_t(0) : (uint64_t(1) << rest) - 1;
-      for (int i = 0; i < (span <= 32 ? 2 : 4); ++i)
-        part[i] = _mm512_maskz_loadu_ps(__mmask16(inside >> 16 * i), in + first + 16 * i);
-      __m512i at = _mm512_loadu_si512(index);
-      const __m512i step = _mm512_set1_epi32(int(inner)), half = _mm512_set1_epi32(32);
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t k = 0; k < taps; ++k, at = _mm512_add_epi32(at, step)) {
-        __m512 x = _mm512_permutex2var_ps(part[0], at, part[1]);
-        if (span > 32)
-          x = _mm512_mask_mov_ps(x, _mm512_test_epi32_mask(at, half), _mm512_permutex2var_ps(part[2], at, part[3]));
-        sum = _mm512_fmadd_ps(_mm512_loadu_ps(weight + k * 16), x, sum);
-      }
-      _mm512_storeu_ps(out, sum);
-      return;
-    }
+    const int64_t span = lanes.span[b], rest = width - first;
+    if (span <= 32) return resample_in_registers<1>(in + first, rest, index, weight, taps, inner, out);
+    if (span <= 64) return resample_in_registers<2>(in + first, rest, index, weight, taps, inner, out);
+    if (span <= 128) return resample_in_registers<4>(in + first, rest, index, weight, taps, inner, out);
   }
 #endif
   in += first;

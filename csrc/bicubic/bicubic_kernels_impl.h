@@ -56,6 +56,52 @@ inline void combine_rows(const RowCursor<R>& rows, const A* weight, int64_t taps
     combine_chunk<false, A, R>(rows, weight, taps, at, n, acc);
 }
 
+// Rows that are combined in one go, since neighbours read much of the same.
+constexpr int64_t kTogether = 2;
+#if defined(FASTDENSE_TARGET_AVX512)
+constexpr int kTogetherVectors = 8;
+#else
+constexpr int kTogetherVectors = 4;  // of half as many registers
+#endif
+template <typename A>
+constexpr int64_t kTogetherChunk = kTogetherVectors * Vec<A>::kLanes;
+
+// Rows o and o + 1 of the result, `out_stride` apart, a chunk of each; every row of the input is loaded once.
+template <typename A>
+inline void combine_together(const A* in, int64_t stride, const BicubicMatrix<A>& m, int64_t o, A* out,
+                             int64_t out_stride) {
+  using V = Vec<A>;
+  V sum[kTogether][kTogetherVectors];
+#pragma GCC unroll 4
+  for (auto& of_row : sum)
+#pragma GCC unroll 8
+    for (V& v : of_row) v = V::splat(0);
+  const int64_t shift = m.start[o + 1] - m.start[o];
+  const A* row = in + m.start[o] * stride;
+  const A *w0 = m.weight + o * m.taps, *w1 = w0 + m.taps;
+  const auto add = [&](int j, const A* weight) {
+    const V w = V::splat(*weight);
+#pragma GCC unroll 8
+    for (int u = 0; u < kTogetherVectors; ++u) sum[j][u] = V::fma(w, V::load(row + u * V::kLanes), sum[j][u]);
+  };
+  int64_t r = 0;
+  for (; r < shift; ++r, row += stride) add(0, w0 + r);
+  for (; r < m.taps; ++r, row += stride) {
+    const V a = V::splat(w0[r]), b = V::splat(w1[r - shift]);
+#pragma GCC unroll 8
+    for (int u = 0; u < kTogetherVectors; ++u) {
+      const V x = V::load(row + u * V::kLanes);
+      sum[0][u] = V::fma(a, x, sum[0][u]);
+      sum[1][u] = V::fma(b, x, sum[1][u]);
+    }
+  }
+  for (; r < shift + m.taps; ++r, row += stride) add(1, w1 + r - shift);
+#pragma GCC unroll 4
+  for (int j = 0; j < kTogether; ++j)
+#pragma GCC unroll 8
+    for (int u = 0; u < kTogetherVectors; ++u) sum[j][u].store(out + j * out_stride + u * V::kLanes);
+}
+
 template <typename A>
 inline void round_row(A* row, int64_t n) {
   for (int64_t i = 0; i < n; ++i) row[i] = round_between(row[i]);
@@ -190,19 +236,28 @@ void columns_then_rows(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, 
 template <typename T, typename A>
 void rows_then_columns(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* scratch) {
   const BicubicMatrix<A>& m = *p.rows;
-  const int64_t n = p.in_width();
-  A *row = scratch, *out = row + scratch_row<A>(n);
-  for (int64_t o = begin; o < end; ++o) {
-    const RowCursor<T> from{p.input + m.start[o] * n, n};
-    for (int64_t at = 0; at < n; at += kChunk<A>) {
-      const int64_t width = n - at < kChunk<A> ? n - at : kChunk<A>;
-      combine_rows<A, T>(from, m.weight + o * m.taps, m.taps, at, width, row + at);
-      if (!p.columns) store_result(p, o, at, width, row + at);
+  const int64_t n = p.in_width(), stride = scratch_row<A>(n);
+  A *rows = scratch, *out = rows + kTogether * stride;
+  for (int64_t o = begin; o < end;) {
+    int64_t count = 1, at = 0;
+    if constexpr (std::is_same_v<T, A>) {
+      if (o + kTogether <= end && m.start[o + 1] - m.start[o] < m.taps) {
+        count = kTogether;
+        for (; at + kTogetherChunk<A> <= n; at += kTogetherChunk<A>)
+          combine_together(p.input + at, n, m, o, rows + at, stride);
+      }
     }
-    if (!p.columns) continue;
-    if (p.round_between) round_row(row, n);
-    resample_columns(p, row, out);
-    store_result(p, o, 0, p.out_width(), out);
+    for (int64_t j = 0; j < count; ++j, ++o) {
+      A* row = rows + j * stride;
+      const RowCursor<T> from{p.input + m.start[o] * n, n};
+      for (int64_t rest = at; rest < n; rest += kChunk<A>) {
+        const int64_t width = n - rest < kChunk<A> ? n - rest : kChunk<A>;
+        combine_rows<A, T>(from, m.weight + o * m.taps, m.taps, rest, width, row + rest);
+      }
+      if (p.columns && p.round_between) round_row(row, n);
+      if (p.columns) resample_columns(p, row, out);
+      store_result(p, o, 0, p.out_width(), p.columns ? out : row);
+    }
   }
 }
 
@@ -225,8 +280,9 @@ void resample(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* scratc
 
 template <typename T, typename A>
 int64_t scratch_size(const BicubicPlane<T, A>& p) {
-  const int64_t ring = p.rows && p.columns && p.columns_first ? p.rows->taps : 1;
-  return ring * scratch_row<A>(p.out_width()) + scratch_row<A>(p.in_width()) + kChunk<A>;
+  const bool ring = p.rows && p.columns && p.columns_first;
+  return (ring ? p.rows->taps : 1) * scratch_row<A>(p.out_width()) +
+         (ring ? 1 : kTogether) * scratch_row<A>(p.in_width()) + kChunk<A>;
 }
 
 template <typename T, typename A>

@@ -49,8 +49,9 @@ struct Vec<float> {
   static constexpr int kLanes = 8;
   __m256 v;
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  // Single loads: on an AMD EPYC the instruction that gathers takes more than twice as long.
   static Vec gather(const float* p, const int32_t* i) {
-    return {_mm256_i32gather_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(i)), 4)};
+    return {_mm256_setr_ps(p[i[0]], p[i[1]], p[i[2]], p[i[3]], p[i[4]], p[i[5]], p[i[6]], p[i[7]])};
   }
   static Vec splat(float s) { return {_mm256_set1_ps(s)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }

@@ -14,7 +14,6 @@ from typing import Any
 
 import cv2
 import numpy
-import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -114,11 +113,6 @@ def rows(rounds: int) -> list[dict[str, Any]]:
     return made
 
 
-def touch_memory() -> None:
-    """Memory that a virtual machine gets from its host when it is first touched would be charged to whoever does so."""
-    torch.zeros(psutil.virtual_memory().available * 3 // 4, dtype=torch.uint8)
-
-
 def show(made: list[dict[str, Any]]) -> None:
     table = Table("case", "direction", "rival ms", "fastdense ms", "faster by", "of a copy")
     for row in made:
@@ -135,7 +129,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
     options = parser.parse_args()
     cv2.setNumThreads(torch.get_num_threads())
-    touch_memory()
     made = rows(options.rounds)
     show(made)
     if options.json:

@@ -15,11 +15,12 @@ constexpr int kChunkVectors = 8;
 template <typename A>
 constexpr int64_t kChunk = kChunkVectors * Vec<A>::kLanes;
 
-// acc[i] = sum_k weight[k] * row_k[at + i] for i < n <= kChunk; acc has room for a whole chunk.
-template <bool kWhole, typename A, typename R>
-inline void combine_chunk(const RowCursor<R>& rows, const A* weight, int64_t taps, int64_t at, int64_t n, A* acc) {
+// acc[i] = sum_k weight[k] * row_k[at + i] for i < n, in so many vectors; acc has room for all of them.
+template <int kVectors, bool kWhole, typename A, typename R>
+inline void combine_vectors(const RowCursor<R>& rows, const A* weight, int64_t taps, int64_t at, int64_t n, A* acc) {
   using V = Vec<A>;
-  V sum[kChunkVectors];
+  constexpr int64_t kCount = kVectors * V::kLanes;
+  V sum[kVectors];
 #pragma GCC unroll 8
   for (V& v : sum) v = V::splat(0);
   const R* row = rows.base + rows.slot * rows.stride + at;
@@ -28,13 +29,13 @@ inline void combine_chunk(const RowCursor<R>& rows, const A* weight, int64_t tap
     const V w = V::splat(weight[k]);
     const auto add = [&](const A* from) {
 #pragma GCC unroll 8
-      for (int u = 0; u < kChunkVectors; ++u) sum[u] = V::fma(w, V::load(from + u * V::kLanes), sum[u]);
+      for (int u = 0; u < kVectors; ++u) sum[u] = V::fma(w, V::load(from + u * V::kLanes), sum[u]);
     };
     if constexpr (kWhole && std::is_same_v<A, R>) {
       add(row);
     } else {
-      A converted[kChunk<A>];
-      for (int64_t i = 0; i < kChunk<A>; ++i) converted[i] = kWhole || i < n ? widen<A>(row[i]) : A(0);
+      A converted[kCount];
+      for (int64_t i = 0; i < kCount; ++i) converted[i] = kWhole || i < n ? widen<A>(row[i]) : A(0);
       add(converted);
     }
     if (++slot == rows.period) {
@@ -45,15 +46,24 @@ inline void combine_chunk(const RowCursor<R>& rows, const A* weight, int64_t tap
     }
   }
 #pragma GCC unroll 8
-  for (int u = 0; u < kChunkVectors; ++u) sum[u].store(acc + u * V::kLanes);
+  for (int u = 0; u < kVectors; ++u) sum[u].store(acc + u * V::kLanes);
 }
 
-template <typename A, typename R>
+// The same for n <= kChunk, in as few pieces as there are; acc has room for a whole chunk.
+template <typename A, typename R, int kVectors = kChunkVectors>
 inline void combine_rows(const RowCursor<R>& rows, const A* weight, int64_t taps, int64_t at, int64_t n, A* acc) {
-  if (n == kChunk<A>)
-    combine_chunk<true, A, R>(rows, weight, taps, at, n, acc);
+  constexpr int64_t kCount = kVectors * Vec<A>::kLanes;
+  if (n >= kCount) {
+    combine_vectors<kVectors, true, A, R>(rows, weight, taps, at, kCount, acc);
+    at += kCount;
+    n -= kCount;
+    acc += kCount;
+  }
+  if (n == 0) return;
+  if constexpr (kVectors > 1)
+    combine_rows<A, R, kVectors / 2>(rows, weight, taps, at, n, acc);
   else
-    combine_chunk<false, A, R>(rows, weight, taps, at, n, acc);
+    combine_vectors<1, false, A, R>(rows, weight, taps, at, n, acc);
 }
 
 // Rows that are combined in one go, since neighbours read much of the same.

@@ -99,6 +99,7 @@ def test_small_images_stay_with_the_library(blocks, fused):
         replace(BC, frozen=ALL),
         replace(WIDE, frozen=("norm1",), memory="min"),
         replace(BC, frozen=("norm2", "tail"), affine=False),
+        replace(BC, batch=4),  # two parts of the gradient of a 3x3's weight
     ],
     ids=str,
 )

@@ -226,6 +226,18 @@ def test_hooks_in_a_sequence_that_ends_with_layers():
     assert fused_calls(fast, x) == [(3, "none")]
 
 
+def test_parts_of_a_sequence_that_ends_with_layers():
+    plain, fast = pair(row)
+    x = images()
+    for net in (plain, fast):
+        net.eval()
+    middle = plain[:5](x)
+    with fastdense_warnings():
+        assert torch.equal(fast[:5](x), middle)
+    assert fused_calls(fast[5:], middle) == [(3, "none")]
+    assert_same(step(fast[5:], middle.detach()), step(plain[5:], middle.detach()))
+
+
 def test_dropout_at_the_end_of_a_sequence():
     _, fast = pair(row, drop=0.5)
     x = images()

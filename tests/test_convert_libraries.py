@@ -6,12 +6,15 @@ import warnings
 import pytest
 import segmentation_models_pytorch as smp
 import spandrel
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdense
+from fastdense.nn import fused_dual_path
 from fastdense.nn.fused import FusedModule
+from fastdense.nn.structure import NotFusible
 from tests.converted import assert_bit_equal, assert_same, images, pair, randomise, step
 
 DUAL_PATH = "encoder.features.conv3_2"
@@ -77,6 +80,23 @@ def test_a_plain_block_between_fused_ones():
     x = images(2, 96)
     with pytest.warns(UserWarning, match=f"{DUAL_PATH} runs as plain modules: c1x1_a has hooks"):
         assert_same(step(fast, x), step(plain, x))
+
+
+def test_what_stands_in_the_way_of_a_later_stage_is_found_before_the_first_has_run(monkeypatch):
+    """Else the first would run again by its modules, and its running statistics would move twice."""
+    plain, fast = pair(timm.create_model, model_name="dpn68")
+    last = fast.features.conv5_3.c3x3_b.bn
+
+    def refuse(norms):
+        if any(norm is last for norm in norms):
+            raise NotFusible("its norms share batch statistics with different processes")
+
+    monkeypatch.setattr(fused_dual_path, "process_group_of", refuse)
+    x = torch.randn(2, 3, 64, 64)
+    fast(x)
+    plain(x)
+    moved = [name for name, b in fast.named_buffers() if name.endswith("num_batches_tracked") and b != 1]
+    assert moved == []
 
 
 def test_spandrel():

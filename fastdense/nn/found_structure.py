@@ -108,11 +108,8 @@ def read_found_block(module: nn.Module) -> FoundBlock:
 
 
 def read_found_row(module: nn.Module) -> FoundBlock:
-    """Reads the layers at the end of a sequence whose first children do something else."""
-    heads = count_heads(module)
-    if heads == 0:
-        raise NotFusible("it does not end with layers")
-    return _read(module, heads)
+    """Reads the layers at the end of a sequence whose first children may do something else."""
+    return _read(module, count_heads(module))
 
 
 def _read(module: nn.Module, heads: int) -> FoundBlock:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdense.nn.dual_path_structure import (
     DualPath,
+    NormConv,
     block_weights,
     fit_together,
     hands_on_pairs,
@@ -38,7 +39,7 @@ class FusedDualPathBlock(FusedModule):
         if is_traced(x):
             return self.plain_forward(x)
         try:
-            return self._hand_on(run_stage(_joined(x), [read_dual_path_block(self)], self.memory))
+            return self._hand_on(run_stages(_joined(x), [[read_dual_path_block(self)]], self.memory))
         except NotFusible as reason:
             return self.fall_back(x, reason)
 
@@ -60,13 +61,7 @@ class FusedDualPathBlock(FusedModule):
         if not stages:
             return None
 
-        def call(x: Paths) -> Paths:
-            x = _joined(x)
-            for blocks in stages:
-                x = run_stage(x, blocks, self.memory)
-            return self._hand_on(x)
-
-        return Run(sum(map(len, stages)), call)
+        return Run(sum(map(len, stages)), lambda x: self._hand_on(run_stages(_joined(x), stages, self.memory)))
 
     def _hand_on(self, out: Tensor) -> Paths:
         """Both paths as the plain block returns them."""
@@ -81,18 +76,30 @@ def _joined(x: Paths) -> Tensor:
 Factor = float | Tensor
 
 
-def run_stage(x: Tensor, blocks: list[DualPath], memory: str) -> Tensor:
-    """One operator call for all blocks, or for each row of blocks between those that stochastic depth leaves out."""
+def run_stages(x: Tensor, stages: list[list[DualPath]], memory: str) -> Tensor:
+    """Stages one after the other; what keeps any of them from being fused is found before the first has run."""
     check_runs_here("dual_path_stage", x)
     if memory == "reversible" and _computes_in(x) not in (torch.float32, torch.float64):
         raise NotFusible(f'memory="reversible" is for float32 and float64, not for {_computes_in(x)}')
+    groups = [process_group_of(part.norm for block in blocks for part in _parts(block)) for blocks in stages]
+    for blocks, group in zip(stages, groups, strict=True):
+        x = _run_stage(x, blocks, memory, group)
+    return x
+
+
+def _parts(block: DualPath) -> list[NormConv]:
+    return [part for part in (block.projection, block.a, block.b, block.c) if part is not None]
+
+
+def _run_stage(x: Tensor, blocks: list[DualPath], memory: str, group: Any) -> Tensor:
+    """One operator call for all blocks, or for each row of blocks between those that stochastic depth leaves out."""
     factors = draw_factors(block.depth for block in blocks)
     begin = 0
     for index, factor in enumerate([*factors, 0.0]):
         if isinstance(factor, Tensor) or factor != 0:
             continue
         if index > begin:
-            x = _run_row(x, blocks[begin:index], factors[begin:index], memory)
+            x = _run_row(x, blocks[begin:index], factors[begin:index], memory, group)
         if index < len(blocks):
             x = _left_out(x, blocks[index])
         begin = index + 1
@@ -107,11 +114,9 @@ def _left_out(x: Tensor, block: DualPath) -> Tensor:
     return torch.cat([x, x.new_zeros(x.shape[0], block.growth, *x.shape[2:])], 1)
 
 
-def _run_row(x: Tensor, blocks: list[DualPath], factors: list[Factor], memory: str) -> Tensor:
+def _run_row(x: Tensor, blocks: list[DualPath], factors: list[Factor], memory: str, group: Any) -> Tensor:
     """One operator call, then the running statistics of all norms."""
     projection = blocks[0].projection
-    norms = [part.norm for block in blocks for part in (block.projection, block.a, block.b, block.c) if part]
-    group = process_group_of(norms)
     out, statistics = dual_path_stage(
         x,
         [block_weights(block, factor) for block, factor in zip(blocks, factors, strict=True)],

@@ -16,7 +16,8 @@ _CUDA_OPERATORS = _WITH_CUDA if _C.build_info()["cuda"] else ()
 
 def is_exporting() -> bool:
     """``torch.compiler.is_exporting()``, which is true in all that the compiler of torch 2.11 traces."""
-    return torch.compiler._is_exporting_flag
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def devices(op: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from tests.processes import Processes
+from tests.cases.processes import Processes
 
 # The same few examples in every run, or many new ones: make fuzz.
 patient = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

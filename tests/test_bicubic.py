@@ -11,25 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from fastdense import _C, bicubic_resize, reference
 from fastdense.ops.bicubic import PRESETS
-from tests.simd import LEVELS, available_levels, simd_level
-
-SHAPES = [((13, 17), (29, 40)), ((40, 33), (11, 9)), ((16, 16), (32, 7)), ((3, 70), (3, 71)), ((1, 9), (5, 4))]
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def expected(x: Tensor, size, preset: str) -> Tensor:
-    known = PRESETS[preset]
-    steps = [n / m for n, m in zip(x.shape[2:], size, strict=True)]
-    return reference.bicubic(x, size, steps, known.a, known.antialias, known.border, False)
-
+from tests.cases.bicubic import SHAPES, as_batch, expected, photograph, random
+from tests.cases.simd import LEVELS, available_levels, simd_level
 
 # Scalar maths and exact values
 
@@ -139,14 +125,6 @@ def test_width_one_with_antialias():
 
 
 # Bytes
-
-
-def photograph() -> numpy.ndarray:
-    return numpy.random.default_rng(0).integers(0, 256, (61, 47, 3), dtype=numpy.uint8)
-
-
-def as_batch(image: numpy.ndarray) -> Tensor:
-    return torch.from_numpy(image).movedim(-1, 0)[None]
 
 
 BYTE_SIZES = [(122, 94), (30, 23), (99, 47), (61, 100), (77, 33), (200, 5), (1, 1), (20, 16)]

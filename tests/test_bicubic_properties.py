@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdense import bicubic_resize, reference
 from fastdense.nn import BicubicResize, BicubicUpsample
 from fastdense.ops.bicubic import PRESETS
-from tests.test_bicubic import SHAPES, as_batch, expected, photograph, random
+from tests.cases.bicubic import SHAPES, as_batch, expected, photograph, random
 
 # Properties
 

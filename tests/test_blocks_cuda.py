@@ -13,11 +13,11 @@ from torch import Tensor
 
 import fastdense
 from fastdense import reference
-from tests import test_residual_dense_block as residual
-from tests.random_block import RandomBlock, relative
-from tests.test_dense_block import Block, Case
-from tests.test_dual_path import Stage, StageCase
-from tests.test_fused_blocks import chosen
+from tests.cases import residual_dense_block as residual
+from tests.cases.dense_block import Block, Case
+from tests.cases.dual_path import Stage, StageCase
+from tests.cases.random_block import RandomBlock, relative
+from tests.emulation.blocks import chosen
 
 pytestmark = pytest.mark.gpu
 

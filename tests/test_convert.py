@@ -14,7 +14,7 @@ import torchvision.models.densenet as tv_densenet
 from torch import nn
 
 import fastdense
-from tests.converted import (
+from tests.cases.converted import (
     FUSED,
     MEMORY,
     NETS,
@@ -29,7 +29,7 @@ from tests.converted import (
     timm_net,
     torchvision_net,
 )
-from tests.random_block import relative
+from tests.cases.random_block import relative
 
 # A block that falls back where the test does not expect it fails the test.
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]

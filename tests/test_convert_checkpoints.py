@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fastdense
-from tests.converted import assert_bit_equal, assert_same, fused_calls, step, timm_net, torchvision_net
-from tests.test_convert_monai import monai_net
+from tests.cases.converted import assert_bit_equal, assert_same, fused_calls, step, timm_net, torchvision_net
+from tests.cases.monai import monai_net
 
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]
 

@@ -17,10 +17,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import fastdense
 from fastdense import bicubic_resize, models
-from tests.converted import assert_same, images, pair, randomise, step, timm_net, torchvision_net
-from tests.random_block import relative
-from tests.random_norms import random_norms
-from tests.test_convert_monai import monai_net
+from tests.cases.converted import assert_same, images, pair, randomise, step, timm_net, torchvision_net
+from tests.cases.monai import monai_net
+from tests.cases.random_block import relative
+from tests.cases.random_norms import random_norms
 
 # A block that falls back where the test does not expect it fails the test.
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]

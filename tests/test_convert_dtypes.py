@@ -10,7 +10,7 @@ import torchvision.models.densenet as tv_densenet
 from torch import Tensor, nn
 
 import fastdense
-from tests.converted import (
+from tests.cases.converted import (
     MEMORY,
     NETS,
     assert_bit_equal,
@@ -23,7 +23,7 @@ from tests.converted import (
     step,
     torchvision_net,
 )
-from tests.random_block import relative
+from tests.cases.random_block import relative
 
 # A block that falls back where the test does not expect it fails the test.
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]

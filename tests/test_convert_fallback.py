@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fastdense
-from tests.converted import (
+from tests.cases.converted import (
     BLOCK,
     FUSED,
     TRANSITION,

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastdense
 from fastdense.nn.trial import double_copy
-from tests.converted import (
+from tests.cases.converted import (
     MEMORY,
     assert_same,
     fastdense_warnings,
@@ -24,7 +24,7 @@ from tests.converted import (
     randomise,
     step,
 )
-from tests.dense_layouts import (
+from tests.cases.dense_layouts import (
     C0,
     LAYOUTS,
     Collecting,

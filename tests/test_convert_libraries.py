@@ -15,7 +15,7 @@ import fastdense
 from fastdense.nn import fused_dual_path
 from fastdense.nn.fused import FusedModule
 from fastdense.nn.structure import NotFusible
-from tests.converted import assert_bit_equal, assert_same, images, pair, randomise, step
+from tests.cases.converted import assert_bit_equal, assert_same, images, pair, randomise, step
 
 DUAL_PATH = "encoder.features.conv3_2"
 

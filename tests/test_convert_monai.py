@@ -1,26 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """convert on MONAI's DenseNets in one to three dimensions: the same numbers, and what stays plain."""
 
-import monai.networks.nets.densenet as monai_densenet
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tests.converted import FUSED, MEMORY, assert_same, fastdense_warnings, fused_calls, pair, randomise, step
+from tests.cases.converted import FUSED, MEMORY, assert_same, fastdense_warnings, fused_calls, pair, step
+from tests.cases.monai import monai_net, volume
 
 pytestmark = pytest.mark.filterwarnings("error:fastdense")
-
-
-def monai_net(dims: int = 3, **options) -> nn.Module:
-    sizes = {"growth_rate": 6, "block_config": (2, 3), "init_features": 8}
-    return randomise(monai_densenet.DenseNet(dims, 1, 5, **sizes | options).double())
-
-
-VOLUMES = {1: (2, 1, 400), 2: (2, 1, 48, 40), 3: (2, 1, 24, 20, 28)}
-
-
-def volume(dims: int) -> Tensor:
-    return torch.randn(VOLUMES[dims], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("memory", MEMORY)

@@ -11,8 +11,8 @@ import torchvision
 from torch import nn
 
 import fastdense
-from tests.converted import fastdense_warnings, fused_calls, one_warning, randomise
-from tests.dense_layouts import C0, Joining, K, Layer, Net, NewLayer, SequenceLayer, plain_sequence
+from tests.cases.converted import fastdense_warnings, fused_calls, one_warning, randomise
+from tests.cases.dense_layouts import C0, Joining, K, Layer, Net, NewLayer, SequenceLayer, plain_sequence
 
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]
 

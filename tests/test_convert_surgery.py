@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import quantize_fx
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from tests.converted import (
+from tests.cases.converted import (
     BLOCK,
     FUSED,
     TRANSITION,
@@ -30,7 +30,7 @@ from tests.converted import (
     pair,
     step,
 )
-from tests.random_block import relative
+from tests.cases.random_block import relative
 
 # A block that falls back where the test does not expect it fails the test.
 pytestmark = [

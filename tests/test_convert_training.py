@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastdense
-from tests.converted import (
+from tests.cases.converted import (
     BLOCK,
     FUSED,
     MEMORY,
@@ -30,7 +30,7 @@ from tests.converted import (
     step,
     timm_net,
 )
-from tests.random_block import relative
+from tests.cases.random_block import relative
 
 # A block that falls back where the test does not expect it fails the test.
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]

@@ -2,17 +2,16 @@
 """The dense block operator against the concatenating reference: CPU, CUDA, and the CUDA code with emulated kernels."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastdense import reference
-from fastdense.ops import LayerWeights, TailWeights, dense_block, update_running_stats_
-from tests.emulation.blocks import DEVICES, emulated_kernels, on_device
-from tests.random_block import (
-    RandomBlock,
+from fastdense.ops import LayerWeights, dense_block, update_running_stats_
+from tests.cases.dense_block import ALL, EMULATED_SCRATCH, Block, Case
+from tests.cases.random_block import (
     check,
     check_any_output_gradient,
     check_bit_identical,
@@ -20,10 +19,8 @@ from tests.random_block import (
     low_precision_errors,
     relative,
 )
-from tests.simd import LEVELS, available_levels, simd_level
-
-# Small enough for several chunks of pixels in most cases.
-EMULATED_SCRATCH = 12 << 10
+from tests.cases.simd import LEVELS, available_levels, simd_level
+from tests.emulation.blocks import DEVICES, emulated_kernels, on_device
 
 
 @pytest.fixture(params=DEVICES)
@@ -31,81 +28,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where a test's tensors live."""
     with on_device(request.param, EMULATED_SCRATCH) as device:
         yield device
-
-
-@dataclass(frozen=True)
-class Case:
-    """A small block; `tail` names what reads it."""
-
-    batch: int = 3
-    in_channels: int = 10
-    growth_rate: int = 6
-    num_layers: int = 3
-    width: int = 20  # of the bottleneck, 0 for none
-    size: tuple[int, ...] = (7, 5)
-    tail: str = "none"
-    frozen: tuple[str, ...] = ()
-    affine: bool = True
-    dtype: torch.dtype = torch.float64
-    drop_rate: float = 0.0
-    memory: str = "balanced"
-    active: tuple[bool, ...] | None = None
-    device: str = "cpu"
-
-
-class Block(RandomBlock):
-    """Random parameters of a case, and both implementations."""
-
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        super().__init__(case, seed)
-        dims = len(case.size)
-        kernel, one = [3] * dims, [1] * dims
-        self.layers = []
-        for index in range(case.num_layers):
-            channels = case.in_channels + index * case.growth_rate
-            fan = case.width or channels
-            self.layers.append(
-                LayerWeights(
-                    self.norm(f"{index}.norm1", channels, 1e-5 * (index + 1)),
-                    self.weight(f"{index}.conv1", case.width, channels, *one) if case.width else None,
-                    self.norm(f"{index}.norm2", case.width, 1e-3) if case.width else None,
-                    self.weight(f"{index}.conv2", case.growth_rate, fan, *kernel),
-                )
-            )
-        channels = case.in_channels + case.num_layers * case.growth_rate
-        self.tail = None
-        if case.tail != "none":
-            norm = self.norm("tail.norm", channels, 1e-5)
-            conv = self.weight("tail.conv", 7, channels, *one) if case.tail == "transition" else None
-            self.tail = TailWeights(norm, conv, case.tail == "norm_relu")
-        shape = (case.batch, case.in_channels, *case.size)
-        self.input = (self.normal(*shape) + 0.5).requires_grad_()
-        self.seed = torch.tensor(1234, device=case.device)
-
-    def run(self, memory: str | None = None):
-        return dense_block(
-            self.input,
-            self.layers,
-            tail=self.tail,
-            drop_rate=self.case.drop_rate,
-            seed=self.seed,
-            memory=memory or self.case.memory,
-            process_group=self.process_group,
-            active=self.case.active,
-        )
-
-    def expected(self):
-        return reference.dense_block(
-            self.input,
-            self.layers,
-            tail=self.tail,
-            drop_rate=self.case.drop_rate,
-            seed=self.seed,
-            active=self.case.active,
-        )
-
-
-ALL = ("norm1", "norm2", "tail")
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])

@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.converted import FUSED, assert_same, fastdense_warnings, fused_calls, pair, step, torchvision_net
-from tests.dense_layouts import Net, plain_sequence
-from tests.test_sync_batch_norm import part_of
+from tests.cases.converted import FUSED, assert_same, fastdense_warnings, fused_calls, pair, step, torchvision_net
+from tests.cases.dense_layouts import Net, plain_sequence
+from tests.cases.processes import part_of
 
 replicate_module = importlib.import_module("torch.nn.parallel.replicate")  # a function hides it
 

@@ -16,8 +16,8 @@ from fastdense import models
 from fastdense.models.catalogue import CATALOGUE, count_model
 from fastdense.nn import DualPathBlock, DualPathStage
 from fastdense.nn.fused_dual_path import FusedDualPathBlock
-from tests.random_block import relative
-from tests.random_norms import random_norms
+from tests.cases.random_block import relative
+from tests.cases.random_norms import random_norms
 
 # name, parameters, multiply-adds at 224 in 1e9, size of the authors' file in MB, channels behind the stages
 PUBLISHED = [

@@ -10,7 +10,7 @@ from torch import nn
 import fastdense
 from fastdense.models import create
 from fastdense.models.fc_densenet import FCDenseNet
-from tests.converted import assert_same, fused_calls, randomise, step
+from tests.cases.converted import assert_same, fused_calls, randomise, step
 
 pytestmark = pytest.mark.filterwarnings("error:fastdense")
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block operators with the fused CUDA kernels, emulated and on a GPU."""
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,27 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdense import _C
 from fastdense.ops import NormWeights
-from tests.emulation.blocks import FUSED_DEVICES, emulated_kernels, on_device
-from tests.random_block import check_bit_identical, low_precision_errors, relative
-from tests.test_dense_block import ALL, EMULATED_SCRATCH, Block, Case
-from tests.test_dual_path import Stage, StageCase
+from tests.cases.dense_block import ALL, EMULATED_SCRATCH, Block, Case
+from tests.cases.dual_path import Stage, StageCase
+from tests.cases.random_block import check_bit_identical, low_precision_errors, relative
+from tests.emulation.blocks import FUSED_DEVICES, chosen, emulated_kernels, on_device
 
 # Growth 12 leaves rows that are aligned to 8 bytes.
 BC = Case(2, 24, 12, 3, width=48, size=(9, 8), tail="transition", dtype=torch.bfloat16)
 WIDE = Case(3, 72, 32, 2, width=128, size=(7, 7), tail="norm_relu", dtype=torch.bfloat16)
-
-
-@contextlib.contextmanager
-def chosen(kernels: str) -> Iterator[None]:
-    """On a GPU; emulated devices have their own choice."""
-    before = _C.build_info()["cuda_kernels"]
-    _C.set_cuda_kernels(kernels)
-    try:
-        yield
-    finally:
-        _C.set_cuda_kernels(before)
 
 
 @pytest.fixture(params=FUSED_DEVICES)

@@ -10,16 +10,8 @@ import torch
 from fastdense import _C
 from fastdense.ops import highway_gate
 from fastdense.ops.highway_gate import ACTIVATIONS
-from tests.simd import available_levels, simd_level
-
-FUNCTIONS = {"relu": torch.relu, "tanh": torch.tanh, "identity": lambda v: v}
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def reference(x, projection, activation):
-    first, second = projection.chunk(2, 1)
-    gate = torch.sigmoid(second)
-    return gate * FUNCTIONS[activation](first) + (1 - gate) * x
+from tests.cases.highway_gate import DTYPES, reference
+from tests.cases.simd import available_levels, simd_level
 
 
 def layouts(t):

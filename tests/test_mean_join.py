@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdense import reference
 from fastdense.ops import mean_join
-from tests.simd import available_levels, simd_level
+from tests.cases.simd import available_levels, simd_level
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (5, 3), (2, 3, 7), (2, 3, 5, 4), (2, 3, 2, 3, 4), (3, 5, 41, 43)]

@@ -20,7 +20,7 @@ import fastdense.models
 import fastdense.nn
 import fastdense.ops
 from fastdense.nn import DenseBlock, DenseFeatures, DenseLayer, Transition
-from tests.converted import (
+from tests.cases.converted import (
     MEMORY,
     assert_bit_equal,
     assert_same,

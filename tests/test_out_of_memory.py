@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.allocator import PLANTED, Watch, watched_allocator
-from tests.converted import pair
-from tests.fused_modules import MODULES, differences, make, step
+from tests.cases.allocator import PLANTED, Watch, watched_allocator
+from tests.cases.converted import pair
+from tests.cases.fused_modules import MODULES, differences, make, step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,13 +18,12 @@ from fastdense.ops.bicubic import PRESETS
 from fastdense.ops.dense_block import MEMORY_MODES
 from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 from fastdense.ops.highway_gate import ACTIVATIONS
-from tests import test_bicubic as bicubic
-from tests import test_dense_block as dense
-from tests import test_dual_path as dual_path
-from tests import test_highway_gate as highway
-from tests import test_residual_dense_block as residual
-from tests.random_block import RandomBlock, low_precision_errors
-from tests.simd import available_levels, simd_level
+from tests.cases import bicubic, dual_path
+from tests.cases import dense_block as dense
+from tests.cases import highway_gate as highway
+from tests.cases import residual_dense_block as residual
+from tests.cases.random_block import RandomBlock, low_precision_errors
+from tests.cases.simd import available_levels, simd_level
 
 LARGEST = {1: 40, 2: 12, 3: 5}  # spatial size by number of dimensions
 MEMORY_LAYOUTS = {

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdense
 from fastdense.models.fc_densenet import PlainTransitionDown, TransitionDown
-from tests.converted import assert_bit_equal, one_warning, randomise, step
+from tests.cases.converted import assert_bit_equal, one_warning, randomise, step
 
 pytestmark = pytest.mark.filterwarnings("error:fastdense")
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import fastdense  # noqa: F401  (registers the operators)
+from tests.cases.dense_block import ALL, Block, Case
+from tests.cases.dual_path import Stage, StageCase
+from tests.cases.norm_relu_max_pool import ALL as GIVEN
+from tests.cases.norm_relu_max_pool import Case as StemCase
+from tests.cases.norm_relu_max_pool import Stem
+from tests.cases.residual_dense_block import Block as ResidualBlock
+from tests.cases.residual_dense_block import Case as ResidualCase
 from tests.emulation.blocks import OPERATORS, emulated_kernels
-from tests.test_dense_block import ALL, Block, Case
-from tests.test_dual_path import Stage, StageCase
-from tests.test_norm_relu_max_pool import ALL as GIVEN
-from tests.test_norm_relu_max_pool import Case as StemCase
-from tests.test_norm_relu_max_pool import Stem
-from tests.test_residual_dense_block import Block as ResidualBlock
-from tests.test_residual_dense_block import Case as ResidualCase
 
 
 def dense_block_samples():

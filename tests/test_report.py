@@ -10,7 +10,7 @@ import torchvision
 import fastdense
 import fastdense.model_report
 from fastdense import report
-from tests.converted import torchvision_net
+from tests.cases.converted import torchvision_net
 
 
 def runs(made: object) -> list[tuple[str, str]]:

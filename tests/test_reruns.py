@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.allocator import watched_allocator
-from tests.fused_modules import MODULES, differences, make, step
+from tests.cases.allocator import watched_allocator
+from tests.cases.fused_modules import MODULES, differences, make, step
 
 RUNS = 50
 WITHOUT_DROPOUT = [name for name, module in MODULES.items() if name != "dense block, min"]

@@ -11,7 +11,7 @@ from torch import nn
 from fastdense import models
 from fastdense.models.resnet import ResidualBlock, Shortcut
 from fastdense.nn import StochasticDepth
-from tests.random_norms import random_norms
+from tests.cases.random_norms import random_norms
 
 
 def count(model: nn.Module) -> int:

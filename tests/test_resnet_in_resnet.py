@@ -10,7 +10,7 @@ from torch import nn
 
 from fastdense import models
 from fastdense.models.resnet_in_resnet import GeneralizedResidualBlock, RiRBlock
-from tests.random_norms import random_norms
+from tests.cases.random_norms import random_norms
 
 
 def image(channels: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import gc
 import pytest
 
 from benchmarks.soak import NETWORKS, training
-from tests.allocator import watched_allocator
+from tests.cases.allocator import watched_allocator
 
 WARM = 10
 WINDOWS, STEPS = 3, 30

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastdense
-from tests.converted import (
+from tests.cases.converted import (
     NETS,
     assert_bit_equal,
     assert_same,
@@ -24,7 +24,7 @@ from tests.converted import (
     timm_net,
     torchvision_net,
 )
-from tests.test_convert_monai import monai_net, volume
+from tests.cases.monai import monai_net, volume
 
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]
 

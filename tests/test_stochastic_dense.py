@@ -13,7 +13,7 @@ import fastdense
 from fastdense import models, reference
 from fastdense.nn import DenseBlock, DenseFeatures, DualPathStage, StochasticDepth, Transition, linear_decay
 from fastdense.nn.structure import layer_weights, read_block
-from tests.converted import assert_same, randomise, step
+from tests.cases.converted import assert_same, randomise, step
 
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]
 

@@ -12,13 +12,24 @@ import torch.distributed as dist
 from torch import nn
 
 import fastdense
-from tests.converted import FUSED, assert_same, fused_calls, images, pair, randomise, step, timm_net, torchvision_net
+from tests.cases.converted import (
+    FUSED,
+    assert_same,
+    fused_calls,
+    images,
+    pair,
+    randomise,
+    step,
+    timm_net,
+    torchvision_net,
+)
+from tests.cases.dense_block import Block, Case
+from tests.cases.dual_path import Stage, StageCase
+from tests.cases.norm_relu_max_pool import Case as StemCase
+from tests.cases.norm_relu_max_pool import Stem as PooledStem
+from tests.cases.processes import part_of
+from tests.cases.random_block import relative
 from tests.emulation.blocks import on_device
-from tests.random_block import relative
-from tests.test_dense_block import Block, Case
-from tests.test_dual_path import Stage, StageCase
-from tests.test_norm_relu_max_pool import Case as StemCase
-from tests.test_norm_relu_max_pool import Stem as PooledStem
 
 DEVICES = ["cpu", "emulated"]
 DENSE = [
@@ -42,10 +53,6 @@ STEMS = [
     (StemCase(batch=4, channels_last=True), "balanced", (3, 1)),
     (StemCase(batch=4, frozen=("norm",), affine=False), "balanced", (1, 3)),
 ]
-
-
-def part_of(rank: int, split: tuple[int, ...]) -> slice:
-    return slice(sum(split[:rank]), sum(split[: rank + 1]))
 
 
 def check_shared(rank, make, case, memory, split, device):

@@ -18,6 +18,7 @@ from fastdense._support import InputError
 from fastdense.train import NonFiniteLossError, TrainConfig, checkpoint, train
 from fastdense.train.data import augment, load_digits, load_folder, plan_epoch
 from fastdense.train.loop import learning_rate
+from tests.cases.training import assert_same_weights, tiny, weights
 
 # Trains with the JSON on the command line, again and again; each time a fork dies by SIGKILL in the n-th write of a
 # checkpoint, in the middle of the file or right behind it.
@@ -61,28 +62,6 @@ for kill_at, inside in kills:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
 """
-
-
-def tiny(out: Path, **changes: Any) -> TrainConfig:
-    fields: dict[str, Any] = {
-        "model_kwargs": {"depth": 10, "growth_rate": 4},
-        "epochs": 1,
-        "batch": 8,
-        "size": 8,
-        "threads": 1,
-        "out": out,
-    }
-    return TrainConfig(**{**fields, **changes})
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return torch.load(out / "checkpoint.pt", weights_only=True)["model"]
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    expected, found = weights(first), weights(second)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def paint(path: Path, colour: tuple[int, int, int], seed: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from fastdense import models
 from fastdense.train import TrainConfig, train
 from fastdense.train.processes import Processes
-from tests.test_train import tiny, weights
+from tests.cases.training import tiny, weights
 
 # No batch statistics, no dropout: both processes together make the step of one. And smooth: where a ReLU or a maximum
 # chooses, rounding can change the choice and with it the gradient.

@@ -10,9 +10,9 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.utils.data import DataLoader, Dataset
 
 import fastdense
-from tests.converted import FUSED, assert_bit_equal, assert_same, fused_calls, images, norms, pair, step
-from tests.random_block import relative
-from tests.test_convert_monai import monai_net, volume
+from tests.cases.converted import FUSED, assert_bit_equal, assert_same, fused_calls, images, norms, pair, step
+from tests.cases.monai import monai_net, volume
+from tests.cases.random_block import relative
 
 # A block that falls back where the test does not expect it fails the test.
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastdense import _C
 from tests.emulation.build import build_with_torch
 
 OPERATORS = ("dense_block", "_dense_block_backward", "dual_path_stage", "_dual_path_stage_backward")
@@ -106,3 +107,14 @@ def on_device(name: str, scratch_bytes: int) -> Iterator[str]:
     backwards, kernels = name.endswith("backwards"), "fused" if "fused" in name else "library"
     with emulated_kernels(backwards, scratch_bytes, 3 if backwards else 1000, kernels, early_copies=backwards):
         yield "cpu"
+
+
+@contextlib.contextmanager
+def chosen(kernels: str) -> Iterator[None]:
+    """On a GPU; emulated devices have their own choice."""
+    before = _C.build_info()["cuda_kernels"]
+    _C.set_cuda_kernels(kernels)
+    try:
+        yield
+    finally:
+        _C.set_cuda_kernels(before)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastdense import _C, bicubic_resize
 from fastdense.ops.bicubic import PRESETS
+from tests.cases.bicubic import random
+from tests.cases.simd import simd_level
 from tests.emulation.build import build
-from tests.simd import simd_level
-from tests.test_bicubic import random
 
 FLOATS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SIZES = [((9, 11), (20, 25)), ((5, 7), (5, 40)), ((33, 3), (70, 13)), ((1, 6), (3, 1)), ((40, 12), (90, 31))]

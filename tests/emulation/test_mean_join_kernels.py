@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+import fastdense  # noqa: F401  (registers the operators)
 from tests.emulation.build import build
 
 FLOATS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}

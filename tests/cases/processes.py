@@ -87,3 +87,7 @@ class Processes:
                 self.stop()
                 pytest.fail(str(problem) or "a process is gone")
         return [results[rank] for rank in range(WORLD)]
+
+
+def part_of(rank: int, split: tuple[int, ...]) -> slice:
+    return slice(sum(split[:rank]), sum(split[: rank + 1]))

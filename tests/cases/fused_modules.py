@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastdense import bicubic_resize
 from fastdense.nn import DenseBlock, DenseFeatures, DualPathStage, HighwayConv2d, ResidualDenseBlock, Transition
 from fastdense.ops import mean_join
-from tests.converted import randomise
+from tests.cases.converted import randomise
 
 SHAPE = (2, 10, 9, 8)
 

@@ -13,7 +13,7 @@ PLANTED = "planted: not enough memory"
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build_with_torch(["tests/allocator.cpp"])))
+    library = ctypes.CDLL(str(build_with_torch(["tests/cases/allocator.cpp"])))
     for name in ("allocations", "bytes_in_use"):
         getattr(library, name).restype = ctypes.c_int64
     return library

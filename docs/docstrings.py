@@ -24,7 +24,8 @@ def public_names(package: str) -> list[str]:
 def path_of(package: str, name: str) -> str:
     """Where griffe finds a public name: a module may have the same one."""
     path = f"{package}.{name}"
-    return f"{path}.{name}" if importlib.util.find_spec(path) else path
+    spec = importlib.util.find_spec(path)
+    return f"{path}.{name}" if spec and spec.name == path else path
 
 
 def apart(together: re.Match[str]) -> str:

@@ -25,7 +25,7 @@ def path_of(package: str, name: str) -> str:
     """Where griffe finds a public name: a module may have the same one."""
     path = f"{package}.{name}"
     spec = importlib.util.find_spec(path)
-    return f"{path}.{name}" if spec and spec.name == path else path
+    return f"{path}.{name}" if spec and spec.origin else path
 
 
 def apart(together: re.Match[str]) -> str:

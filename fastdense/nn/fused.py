@@ -37,7 +37,7 @@ from fastdense.nn.structure import (
     tail_weights,
 )
 from fastdense.ops import BatchStatistics, dense_block, norm_relu_max_pool, update_running_stats_
-from fastdense.ops.arguments import count_pixels, devices, is_exporting
+from fastdense.ops.arguments import count_pixels, devices, is_exporting, missing_kernels
 from fastdense.ops.dense_block import MEMORY_MODES
 from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 
@@ -132,7 +132,7 @@ def check_runs_here(op: str, input: Tensor) -> None:
     if forward_ad._current_level >= 0:
         raise NotFusible("forward-mode derivatives go through plain modules only")
     if input.device.type not in devices(op):
-        raise NotFusible(f"this build has no kernels for {input.device.type} tensors")
+        raise NotFusible(missing_kernels(input.device.type))
 
 
 def run_block(

@@ -84,7 +84,7 @@ sanitize: $(VENV_STAMP)  ## run the tests on a CPU build with address and undefi
 	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k 'not planted' $(PYTEST_ARGS)
 
 mutants: build  ## plant mistakes in the native code; the tests must notice each
-	@$(BIN)/python tests/mutants.py
+	@$(BIN)/python -m tests.plant_mutants
 
 lint: $(VENV_STAMP)  ## check style and types
 	@$(BIN)/ruff check --quiet .

@@ -22,10 +22,10 @@ VENV_STAMP := .venv/.installed-$(firstword $(shell cksum requirements/test.txt))
 
 SANITIZED := build/sanitized
 
-.PHONY: FORCE help venv build test fuzz soak sanitize mutants lint format demo bench docs sdist wheels clean
+.PHONY: FORCE help venv build test test-isa fuzz soak sanitize mutants lint format demo bench docs sdist wheels clean cuda-objects
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 venv: $(VENV_STAMP)  ## create .venv with the pinned requirements
 	@:
@@ -61,8 +61,21 @@ build/built: build/target $(VENV_STAMP) $(NATIVE) setup.py pyproject.toml
 
 FORCE:
 
+cuda-objects: $(VENV_STAMP)  ## compile the CUDA code alone, link nothing; FORCE_CUDA=1 needs no GPU
+	@$(BIN)/python setup.py -q cuda_objects
+
 test: build lint  ## lint, then run the tests (PYTEST_ARGS="-q -k name")
 	@$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+# What torch, oneDNN, MKL and fastdense then find; one thread, where sums have one order, and two.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FASTDENSE_SIMD=avx2
+SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 FASTDENSE_SIMD=baseline
+
+test-isa: build  ## run the tests as on processors without AVX-512 and without AVX2
+	@failed=; for threads in 1 2; do for isa in "$(AVX2)" "$(SSE)"; do \
+	  echo "OMP_NUM_THREADS=$$threads $$isa"; \
+	  env $$isa OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS) || failed=1; \
+	done; done; [ -z "$$failed" ]
 
 fuzz: build  ## try the operators on thousands of random cases, about ten minutes
 	@HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_random_cases.py

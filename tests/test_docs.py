@@ -91,6 +91,15 @@ def test_links_of_root_pages_lead_to_files(page):
     assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
 
 
+@pytest.mark.parametrize("page", PROSE)
+def test_files_that_pages_name_exist(page):
+    """In code, with their folder; names with a placeholder or a choice in them are left out."""
+    named = re.findall(
+        r"`((?:benchmarks|csrc|docs|examples|fastdense|requirements|tests)/[\w./]*)`", (ROOT / page).read_text()
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 class Page(HTMLParser):
     """Identifiers of a page, what a browser would fetch for it, and its text."""
 

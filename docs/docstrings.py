@@ -29,7 +29,8 @@ def path_of(package: str, name: str) -> str:
     """Where griffe finds a public name: a module may have the same one."""
     path = f"{package}.{name}"
     is_package = hasattr(importlib.import_module(package), "__path__")
-    return f"{path}.{name}" if is_package and importlib.util.find_spec(path) else path
+    spec = importlib.util.find_spec(path) if is_package else None
+    return f"{path}.{name}" if spec and spec.origin else path
 
 
 def apart(together: re.Match[str]) -> str:

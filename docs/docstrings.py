@@ -2,7 +2,6 @@
 """Reads the docstrings for mkdocstrings: roles become links, "Example:" a section, ``a, b: text`` two arguments."""
 
 import importlib
-import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -26,11 +25,10 @@ def public_names(package: str) -> list[str]:
 
 
 def path_of(package: str, name: str) -> str:
-    """Where griffe finds a public name: a module may have the same one."""
+    """Where griffe finds a public name: a file of the package may have the same one."""
     path = f"{package}.{name}"
-    is_package = hasattr(importlib.import_module(package), "__path__")
-    spec = importlib.util.find_spec(path) if is_package else None
-    return f"{path}.{name}" if spec and spec.origin else path
+    folders = getattr(importlib.import_module(package), "__path__", ())
+    return f"{path}.{name}" if any((Path(folder) / f"{name}.py").exists() for folder in folders) else path
 
 
 def apart(together: re.Match[str]) -> str:

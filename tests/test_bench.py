@@ -9,11 +9,11 @@ import pytest
 
 from fastdense._support import InputError, write_json
 from fastdense.bench import BenchConfig, BenchResult, Net, Row, SweepConfig, run_bench, run_sweep
-from fastdense.bench.floor import Ceilings, training_floor
 from fastdense.bench.memory import mib_per_image
 from fastdense.bench.nets import VARIANTS, build, cifar_densenet, plain_model
 from fastdense.bench.plots import save_bench, save_sweep
 from fastdense.bench.results import disagreement, median_ratio
+from fastdense.bench.roofline import Ceilings, training_roofline
 from fastdense.bench.run import count_ticks
 from fastdense.bench.tables import bench_table
 from fastdense.bench.worker import restored
@@ -110,7 +110,7 @@ def test_cifar_net_is_the_published_one():
 def test_variants_share_weights_and_only_fastdense_is_converted(net):
     import torch
 
-    from fastdense.nn.fused import FusedModule
+    from fastdense.fusion.base import FusedModule
 
     states = []
     for name, variant in VARIANTS.items():
@@ -147,19 +147,19 @@ def test_floors_agree_with_sums_by_hand():
     """One layer of a network with one layer a block, and what the modes add."""
     ceilings = Ceilings(1e12, 1e30)
     net = Net("densenet_cifar", depth=10, growth_rate=4)
-    floors = {name: training_floor(net, VARIANTS[name], 2, 16, 2, ceilings) for name in ("plain", "balanced", "min")}
+    floors = {name: training_roofline(net, VARIANTS[name], 2, 16, 2, ceilings) for name in ("plain", "balanced", "min")}
     assert all(floor.seconds == pytest.approx(floor.bytes / 1e12) for floor in floors.values())
     # min: one more product a layer, from c to 16 channels, at 16, 8 and 4 pixels a side with c = 8, 6, 5
     more = sum(2 * side * side * (c + 16) for side, c in ((16, 8), (8, 6), (4, 5)))
     assert floors["min"].bytes - floors["balanced"].bytes == 2 * more
     assert floors["plain"].bytes > 1.5 * floors["balanced"].bytes
     # fused kernels: 4 c + 16 b + 8 k numbers a pixel and layer become 4 c + 9 b + 6 k
-    fused = training_floor(net, VARIANTS["balanced"], 2, 16, 2, ceilings, tensor_cores=True)
+    fused = training_roofline(net, VARIANTS["balanced"], 2, 16, 2, ceilings, tensor_cores=True)
     less = sum(2 * side * side * (7 * 16 + 2 * 4) for side in (16, 8, 4))
     assert floors["balanced"].bytes - fused.bytes == 2 * less
-    assert training_floor(net, VARIANTS["compile"], 2, 16, 2, ceilings) is None
+    assert training_roofline(net, VARIANTS["compile"], 2, 16, 2, ceilings) is None
     # The arithmetic is that of the network: three products for every multiply-add of the forward pass.
-    densenet121 = training_floor(Net("densenet121"), VARIANTS["plain"], 1, 224, 4, ceilings)
+    densenet121 = training_roofline(Net("densenet121"), VARIANTS["plain"], 1, 224, 4, ceilings)
     assert densenet121.flops == pytest.approx(6 * 2.83e9, rel=0.05)
 
 
@@ -167,7 +167,7 @@ def test_table_shows_the_share_of_the_floor():
     rows = [Row("plain", seconds=[2e-6]), Row("compile", seconds=[2e-6]), Row("min", time_error="failed")]
     config = dataclasses.replace(TINY, variants=("plain", "compile", "min"))
     result = BenchResult(config, {}, "", [], rows, Ceilings(1e12, 1e15))
-    floor = training_floor(config.net, VARIANTS["plain"], config.batch, config.size, 4, result.ceilings)
+    floor = training_roofline(config.net, VARIANTS["plain"], config.batch, config.size, 4, result.ceilings)
     assert result.summary(rows[0])["floor_share"] == pytest.approx(floor.seconds / 2e-6)
     assert result.summary(rows[0])["gb_per_second"] == pytest.approx(floor.bytes / 2e-6 / 1e9)
     assert result.summary(rows[1])["floor_share"] is None

@@ -81,23 +81,23 @@ void resample_planes(const T* input, T* output, const T* residual, int64_t plane
   plane.round_between = finish.round_between;
   plane.low = A(std::max(finish.low, -kMost));
   plane.high = A(std::min(finish.high, kMost));
-  const BicubicKernel<T, A> kernel = bicubic_kernel<T, A>(simd_level());
+  const BicubicKernel<T, A> kernel = bicubic_kernel<T, A>(current_isa());
   const int64_t in_size = height * plane.in_width(), out_size = plane.out_rows() * plane.out_width();
   constexpr int64_t kLeastRows = 16, kGrain = 16384;
   const int64_t wanted = std::max<int64_t>(1, 4 * at::get_num_threads() / planes);
   const int64_t block = std::max(kLeastRows, (plane.out_rows() + wanted - 1) / wanted);
   const int64_t blocks = (plane.out_rows() + block - 1) / block;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, std::max(in_size, out_size) / blocks));
-  const int64_t room = kernel.scratch_size(plane);
+  const int64_t memory = kernel.workspace_size(plane);
   at::parallel_for(0, planes * blocks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<A> scratch(static_cast<size_t>(room));
+    std::vector<A> workspace(static_cast<size_t>(memory));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t p = task / blocks, first = task % blocks * block;
       BicubicPlane<T, A> one = plane;
       one.input = input + p * in_size;
       one.output = output + p * out_size;
       one.residual = residual ? residual + p * out_size : nullptr;
-      kernel.resample(one, first, std::min(first + block, plane.out_rows()), scratch.data());
+      kernel.resample(one, first, std::min(first + block, plane.out_rows()), workspace.data());
     }
   });
 }

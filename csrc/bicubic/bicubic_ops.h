@@ -8,8 +8,8 @@
 #include <cmath>
 
 #include "bicubic/bicubic.h"
-#include "common/checks.h"
-#include "common/storage.h"
+#include "core/checks.h"
+#include "core/storage.h"
 
 namespace fastdense {
 

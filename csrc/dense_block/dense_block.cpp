@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "common/checks.h"
+#include "core/checks.h"
 
 namespace fastdense {
 namespace {

@@ -27,8 +27,8 @@
 #include <string_view>
 #include <vector>
 
-#include "common/layout.h"
-#include "common/weights.h"
+#include "core/layout.h"
+#include "core/weights.h"
 #include "dense_block/dense_block_kernels.h"
 
 namespace fastdense {

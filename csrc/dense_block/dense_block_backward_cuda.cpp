@@ -5,7 +5,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
-#include "common/row_cuda_gradients.h"
+#include "cuda/block_backward.h"
 #include "dense_block/dense_block_cuda.h"
 
 namespace fastdense {
@@ -16,7 +16,7 @@ class Backward : CudaBlock<T> {
   using Base = CudaBlock<T>;
   using Base::args, Base::cuda, Base::ld, Base::pixels, Base::plans;
   using typename Base::A;
-  using Gradients = CudaRowGradients<T>;
+  using Gradients = CudaBlockBackward<T>;
 
  public:
   Backward(const DenseBlockArgs& args, const DenseBlockSaved& saved, const std::optional<at::Tensor>& seed,
@@ -67,8 +67,9 @@ class Backward : CudaBlock<T> {
   void consume(const NormArgs& norm, const at::Tensor& dy, int64_t c, bool relu, bool add) {
     const NormParams<A> params = this->norm_params(norm, mean_, var_);
     const typename Base::Partials partial = this->partials(pixels, c);
-    this->sweep(launch_accumulate<T>,
-                {{x_, ld}, {this->data(dy), c}, {g_, ld}, params, partial.of_chunk(0), relu, false, add}, pixels, c);
+    this->reduction(launch_accumulate<T>,
+                    {{x_, ld}, {this->data(dy), c}, {g_, ld}, params, partial.of_chunk(0), relu, false, add}, pixels,
+                    c);
     const typename Gradients::Sums sums = grads_.sums(c);
     grads_.finalise(norm, params, partial.tensor, pixels, corrections(), sums);
     grads_.set_norm(norm, sums);
@@ -77,15 +78,15 @@ class Backward : CudaBlock<T> {
   // Gradient of the channels [first, first + n), whose consumers are done, into a packed image.
   void finalised(int64_t first, int64_t n, const DropoutParams& dropout, const at::Tensor& to) {
     this->shared.means(corrections_.narrow(1, first, n), pixels);
-    this->sweep(launch_slice_gradient<T>,
-                {{g_ + first, ld},
-                 {x_ + first, ld},
-                 {this->data(to), n},
-                 mean_ + first,
-                 shift_sum_ + first,
-                 slope_sum_ + first,
-                 dropout},
-                pixels, n);
+    this->reduction(launch_slice_gradient<T>,
+                    {{g_ + first, ld},
+                     {x_ + first, ld},
+                     {this->data(to), n},
+                     mean_ + first,
+                     shift_sum_ + first,
+                     slope_sum_ + first,
+                     dropout},
+                    pixels, n);
   }
 
   void input() {

@@ -8,9 +8,9 @@
 #include <limits>
 #include <type_traits>
 
-#include "common/cuda_choice.h"
-#include "common/row_cuda.h"
-#include "common/row_product_launch.h"
+#include "cuda/block_forward.h"
+#include "cuda/conv1x1/conv1x1_launch.h"
+#include "cuda/kernel_choice.h"
 #include "dense_block/dense_block.h"
 #include "dense_block/dense_block_conv_launch.h"
 
@@ -55,12 +55,12 @@ struct ConvPlans {
 // The slice x = dropout(conv(relu(norm(z)))) with the weight packed [k, b, 3, 3], channels innermost, and unless they
 // are nullptr mean and variance of its channels.
 template <typename T>
-void fused_conv(const CudaRows<T>& rows, const ConvPlan& plan, const at::Tensor& z,
+void fused_conv(const CudaBlockForward<T>& rows, const ConvPlan& plan, const at::Tensor& z,
                 const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed, const Matrix<T>& x,
                 const DropoutParams& dropout, accumulate_t<T>* mean, accumulate_t<T>* var) {
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t k = packed.size(0), b = packed.size(1), pixels = z.size(0);
-    typename CudaRows<T>::Partials partial;
+    typename CudaBlockForward<T>::Partials partial;
     at::Tensor counts;
     if (mean) {
       partial = {rows.numbers({plan.splits, 2, k}), pixels, plan.splits, plan.splits * 2 * k};
@@ -77,7 +77,7 @@ void fused_conv(const CudaRows<T>& rows, const ConvPlan& plan, const at::Tensor&
 // Gradient dv [pixels, b] in front of the ReLU of norm(z) from the gradient d of the convolution, with the weight
 // packed [b * 9, k]; the result is the partial sums of the norm's gradient.
 template <typename T>
-at::Tensor fused_conv_input_gradient(const CudaRows<T>& rows, const ConvPlan& plan, const at::Tensor& d,
+at::Tensor fused_conv_input_gradient(const CudaBlockForward<T>& rows, const ConvPlan& plan, const at::Tensor& d,
                                      const at::Tensor& exchanged, const at::Tensor& z,
                                      const NormParams<accumulate_t<T>>& norm, const at::Tensor& dv) {
   const int64_t b = z.size(1), k = exchanged.size(1);
@@ -92,7 +92,7 @@ at::Tensor fused_conv_input_gradient(const CudaRows<T>& rows, const ConvPlan& pl
 
 // Gradient of the weight [k, b, 3, 3], channels innermost.
 template <typename T>
-at::Tensor fused_conv_weight_gradient(const CudaRows<T>& rows, const ConvPlan& plan, const at::Tensor& d,
+at::Tensor fused_conv_weight_gradient(const CudaBlockForward<T>& rows, const ConvPlan& plan, const at::Tensor& d,
                                       const at::Tensor& z, const NormParams<accumulate_t<T>>& norm, int64_t k) {
   const int64_t b = z.size(1), count = k * 9 * b;
   const at::Tensor dweight = rows.numbers({k, 3, 3, b});

@@ -237,16 +237,16 @@ class ForwardBlock {
   __device__ void write_moments() {
     const int column = int(threadIdx.x) % kColumns, lane = int(threadIdx.x) / kColumns;
     static_assert(3 * kThreads <= kConvPixels * 16);
-    float* room = floats(at_.sums);
-    room[threadIdx.x] = moments_.all.count;
-    room[kThreads + threadIdx.x] = moments_.all.mean;
-    room[2 * kThreads + threadIdx.x] = moments_.all.m2;
+    float* workspace = floats(at_.sums);
+    workspace[threadIdx.x] = moments_.all.count;
+    workspace[kThreads + threadIdx.x] = moments_.all.mean;
+    workspace[2 * kThreads + threadIdx.x] = moments_.all.m2;
     __syncthreads();
     if (lane > 0 || column >= columns_) return;
     Moments<float> all = moments_.all;
     for (int l = 1; l < kLanes; ++l) {
       const int at = l * kColumns + column;
-      all = combine_moments(all, {room[at], room[kThreads + at], room[2 * kThreads + at]});
+      all = combine_moments(all, {workspace[at], workspace[kThreads + at], workspace[2 * kThreads + at]});
     }
     float* to = p_.partial + 2 * int64_t(blockIdx.x) * p_.k + first_ + column;
     to[0] = all.mean + moments_.pivot;

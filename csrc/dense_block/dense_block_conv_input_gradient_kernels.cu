@@ -223,7 +223,7 @@ class InputGradientBlock {
 
   // Sums of the eight lanes that share a column, then of the groups of pixels.
   __device__ void write_sums() {
-    float* room = floats(at_.z);
+    float* workspace = floats(at_.z);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -235,8 +235,8 @@ class InputGradientBlock {
         }
         if (lane_ >= 4) continue;
         const int at = warp_ % kPixelGroups * kChannels + first_channel() + 8 * n + lane_ * 2 + i;
-        room[at] = first;
-        room[kPixelGroups * kChannels + at] = second;
+        workspace[at] = first;
+        workspace[kPixelGroups * kChannels + at] = second;
       }
     __syncthreads();
     for (int c = int(threadIdx.x); c < 2 * kChannels; c += kThreads) {
@@ -244,7 +244,7 @@ class InputGradientBlock {
       if (channel >= channels_) continue;
       float total = 0;
       for (int group = 0; group < kPixelGroups; ++group)
-        total += room[(which * kPixelGroups + group) * kChannels + channel];
+        total += workspace[(which * kPixelGroups + group) * kChannels + channel];
       p_.partial[(2 * int64_t(blockIdx.x) + which) * p_.b + first_ + channel] = total;
     }
   }

@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
-#include "common/row_columns.h"
-#include "common/tensor_core.h"
+#include "cuda/mma.h"
+#include "cuda/norm_relu/columns.h"
 #include "dense_block/dense_block_conv_launch.h"
 
 namespace fastdense {

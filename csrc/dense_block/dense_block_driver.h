@@ -2,7 +2,7 @@
 // What forward and backward of the CPU dense block share: slabs of the convolution, its weights, the bottleneck.
 #pragma once
 
-#include "common/tile_convolution_driver.h"
+#include "cpu/conv/conv2d_weights.h"
 #include "dense_block/dense_block.h"
 
 namespace fastdense {
@@ -12,15 +12,16 @@ class DenseBlockConvolution {
  public:
   using A = accumulate_t<T>;
 
-  DenseBlockConvolution(const DenseBlockArgs& args, RowDriver<T>& rows)
-      : kernels(dense_block_kernels<T>(simd_level())), args_(args) {
+  DenseBlockConvolution(const DenseBlockArgs& args, BlockForward<T>& rows)
+      : kernels(dense_block_kernels<T>(current_isa())), args_(args) {
     slab_planes_ = choose_slab(rows.workers);
     const int64_t taps = args.conv.taps() * args.growth;
     const int64_t tail = args.tail == Tail::kTransition ? args.tail_conv.weight.size(0) : 0;
-    rows.reserve_scratch(
+    rows.reserve_workspace(
         std::max(args.channels(), args.width), std::max({taps, args.width, tail}),
         slab_planes_ * args.conv.plane() * args.growth * int64_t(sizeof(A)) + 64 +
-            kernels.squares_bytes(args.conv, std::max(args.bottleneck ? 0 : args.channels(), args.width), args.growth));
+            kernels.winograd_bytes(args.conv, std::max(args.bottleneck ? 0 : args.channels(), args.width),
+                                   args.growth));
   }
 
   Dropout dropout(uint64_t seed, int64_t layer) const { return {args_.drop_rate, seed, uint32_t(layer)}; }
@@ -48,7 +49,7 @@ class DenseBlockConvolution {
 
 // z [pixels, b] = act(prefix) * conv1^T; partial [chunks, 2, b]: mean and M2 of each chunk, or nullptr.
 template <typename T>
-void make_bottleneck(const RowDriver<T>& rows, const LayerArgs& layer, int64_t pixels, const Source<T>& prefix, T* z,
+void make_bottleneck(const BlockForward<T>& rows, const LayerArgs& layer, int64_t pixels, const Source<T>& prefix, T* z,
                      double* partial) {
   const int64_t b = layer.conv1.weight.size(0);
   const at::Tensor panels = rows.pack_forward(layer.conv1.weight);
@@ -56,7 +57,7 @@ void make_bottleneck(const RowDriver<T>& rows, const LayerArgs& layer, int64_t p
       pixels, rows.kernels.chunk_rows(layer.channels), [&](int64_t worker, int64_t chunk, int64_t row, int64_t count) {
         double* moments = partial ? partial + 2 * chunk * b : nullptr;
         rows.kernels.product({prefix}, nullptr, row, count, rows.panels_of(panels),
-                             {{z, b, b, moments, moments ? moments + b : nullptr}}, rows.scratch(worker));
+                             {{z, b, b, moments, moments ? moments + b : nullptr}}, rows.workspace(worker));
       });
 }
 

@@ -42,9 +42,9 @@ class Forward : CudaBlock<T> {
     if (!plans && !wanted && !kept) {
       // Nobody asks for z itself, as in inference; backward makes it again.  A fused convolution takes z.
       const at::Tensor u = this->packed_image(b), rows = u.movedim(1, -1).reshape({pixels, b});
-      if (fuses_row_product<T>(cuda, {x_, ld}, this->conv1(l), rows)) {
+      if (fuses_conv1x1<T>(cuda, {x_, ld}, this->conv1(l), rows)) {
         const NormParams<A> norm2 = this->norm_params(layer.norm2, nullptr, nullptr);
-        row_product<T>(*this, {x_, ld}, norm1, this->conv1(l), rows, nullptr, nullptr, norm2);
+        conv1x1<T>(*this, {x_, ld}, norm1, this->conv1(l), rows, nullptr, nullptr, norm2);
         return convolution(l, u);
       }
     }
@@ -67,31 +67,31 @@ class Forward : CudaBlock<T> {
     const int64_t c = args.layers[size_t(l)].channels, k = args.growth;
     const bool wanted = args.any_batch_statistics();
     const typename Base::Partials partial = this->partials(pixels, k);
-    this->sweep(launch_slice_in<T>,
-                {{this->const_data(features), k},
-                 {x_ + c, ld},
-                 this->dropout(l),
-                 wanted ? partial.of_chunk(0) : nullptr,
-                 {},
-                 nullptr},
-                pixels, k);
+    this->reduction(launch_slice_in<T>,
+                    {{this->const_data(features), k},
+                     {x_ + c, ld},
+                     this->dropout(l),
+                     wanted ? partial.of_chunk(0) : nullptr,
+                     {},
+                     nullptr},
+                    pixels, k);
     if (wanted) this->finalise_moments(partial, x_ + c, pixels, mean_ + c, var_ + c);
   }
 
   void transition(const at::Tensor& out) {
     const int64_t rows = args.batch * args.pool.pixels(), step = this->chunk_rows(rows, ld);
     const NormParams<A> norm = this->norm_params(args.tail_norm, mean_, var_);
-    const at::Tensor y = this->scratch(std::min(step, rows), ld);
+    const at::Tensor y = this->workspace(std::min(step, rows), ld);
     const at::Tensor to = out.movedim(1, -1).reshape({rows, out.size(1)});
     this->for_each_chunk(rows, step, [&](int64_t row, int64_t count, int64_t) {
-      this->sweep(launch_activate_pooled<T>, {{x_, ld}, this->matrix(y), norm, args.pool, row}, count, ld);
+      this->reduction(launch_activate_pooled<T>, {{x_, ld}, this->matrix(y), norm, args.pool, row}, count, ld);
       at::Tensor chunk = to.narrow(0, row, count);
       at::mm_out(chunk, y.narrow(0, 0, count), this->tail_conv().t());
     });
   }
 
   void last_norm(const at::Tensor& out) {
-    this->sweep(
+    this->reduction(
         launch_activate<T>,
         {{x_, ld}, {this->data(out), ld}, this->norm_params(args.tail_norm, mean_, var_), args.tail == Tail::kNormRelu},
         pixels, ld);

@@ -7,8 +7,8 @@
 // and to the weight.  No wide im2col, no padding arithmetic, and every product is a plain matrix product.  Where the
 // 16 products of winograd.h are fewer, tiles of whole rows go that way instead.
 
-#include "common/conv_taps.h"
-#include "common/tile_convolution.h"
+#include "cpu/conv/conv2d_tile.h"
+#include "cpu/conv/conv_taps.h"
 
 namespace fastdense::FASTDENSE_TARGET {
 
@@ -45,16 +45,16 @@ inline void apply_dropout(const Dropout& dropout, int64_t row, int64_t rows, int
 
 template <typename T, typename A = accumulate_t<T>>
 void conv(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begin, int64_t end, const void* panels,
-          int64_t k, T* slice, int64_t lds, const Dropout& dropout, double* mean, double* m2, void* room) {
+          int64_t k, T* slice, int64_t lds, const Dropout& dropout, double* mean, double* m2, void* memory) {
   using G = Gemm<T>;
-  Scratch scratch(room);
+  Workspace workspace(memory);
   const int64_t plane = g.plane(), halo = g.kernel[0] / 2, slab = (end - begin) * plane;
   const int64_t n = g.taps() * k, ldt = round_up(n, G::kPanel);
   const int64_t step = chunk_rows<T>(s.channels > n ? s.channels : n);
-  A* out = scratch.take<A>(slab * k);
-  const Rows<T> u(scratch, step, s.channels);
+  A* out = workspace.take<A>(slab * k);
+  const Rows<T> u(workspace, step, s.channels);
   u.pad(step, s.channels);
-  A* t = scratch.take<A>(round_up(step, G::kAlign) * ldt);
+  A* t = workspace.take<A>(round_up(step, G::kAlign) * ldt);
   for (int64_t i = 0; i < slab * k; ++i) out[i] = 0;
   const int64_t last = (end + halo < g.size[0] ? end + halo : g.size[0]) * plane;
   for (int64_t pixel = (begin > halo ? begin - halo : 0) * plane; pixel < last; pixel += step) {
@@ -70,13 +70,13 @@ void conv(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begi
 
 // Transforms cost about a third of what products do.
 template <typename T>
-bool uses_squares(const ConvGeometry& g, int64_t k) {
+bool uses_winograd(const ConvGeometry& g, int64_t k) {
   constexpr int64_t kPanel = Gemm<T>::kPanel, kPerPixel = kWinogradProducts / (kWinogradStep * kWinogradStep);
   return uses_winograd<T>(g) && 4 * kPerPixel * round_up(k, kPanel) < 3 * round_up(g.taps() * k, kPanel);
 }
 
 template <typename T>
-bool uses_squares_backward(const ConvGeometry& g) {
+bool uses_winograd_backward(const ConvGeometry& g) {
   return uses_winograd<T>(g);
 }
 
@@ -92,32 +92,32 @@ int64_t square_rows(const ConvGeometry& g, int64_t channels) {
 
 // Beside the sums' gradient, a panel of what the kernels read and one of its gradient.
 template <typename T>
-int64_t square_rows_backward(const ConvGeometry& g, int64_t k) {
+int64_t winograd_rows_backward(const ConvGeometry& g, int64_t k) {
   return square_rows<T>(g, k + 2 * Gemm<T>::kPanel);
 }
 
 template <typename T>
-int64_t squares_bytes(const ConvGeometry& g, int64_t channels, int64_t k) {
+int64_t winograd_bytes(const ConvGeometry& g, int64_t channels, int64_t k) {
   if (!uses_winograd<T>(g)) return 0;
   const Tile forward{0, 0, square_rows<T>(g, channels), 0, g.size[1]};
-  const Tile backward{0, 0, square_rows_backward<T>(g, k), 0, g.size[1]};
+  const Tile backward{0, 0, winograd_rows_backward<T>(g, k), 0, g.size[1]};
   const Convolution<T> sums(g, backward, k);
   const int64_t of_forward = Convolution<T>(g, forward, channels).bytes();
-  const int64_t of_backward = sums.bytes() + SquaresWeightGradient<T>(g, sums).bytes();
+  const int64_t of_backward = sums.bytes() + WinogradWeightGradient<T>(g, sums).bytes();
   return of_forward > of_backward ? of_forward : of_backward;
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void conv_squares(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begin, int64_t end,
-                  const void* panels, int64_t k, T* slice, int64_t lds, const Dropout& dropout, double* mean,
-                  double* m2, void* room) {
+void conv_winograd(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begin, int64_t end,
+                   const void* panels, int64_t k, T* slice, int64_t lds, const Dropout& dropout, double* mean,
+                   double* m2, void* memory) {
   using G = Gemm<T>;
-  Scratch scratch(room);
+  Workspace workspace(memory);
   const int64_t plane = g.plane(), slab = (end - begin) * plane, row = image * g.pixels() + begin * plane;
-  A* out = scratch.take<A>(slab * k);
+  A* out = workspace.take<A>(slab * k);
   for (int64_t at = begin, step = square_rows<T>(g, s.channels); at < end; at += step) {
     const Tile tile{image, at, end - at < step ? end - at : step, 0, g.size[1]};
-    Scratch rest = scratch;
+    Workspace rest = workspace;
     Convolution<T> convolution(g, tile, s.channels);
     convolution.fill(rest, [&](int64_t pixel, int64_t j) {
       return norm_relu(A(load(s.x[pixel * s.ld + j])), s.scale[j], s.shift[j]);
@@ -135,33 +135,34 @@ void conv_squares(const Source<T>& s, const ConvGeometry& g, int64_t image, int6
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void conv_squares_backward(const Source<T>& s, const ConvGeometry& g, const Tile& tile, const void* d, int64_t k,
-                           const void* panels, const BackwardSink<T>& sink, void* room) {
+void conv_winograd_backward(const Source<T>& s, const ConvGeometry& g, const Tile& tile, const void* d, int64_t k,
+                            const void* panels, const BackwardEpilogue<T>& epilogue, void* memory) {
   using G = Gemm<T>;
-  Scratch scratch(room);
+  Workspace workspace(memory);
   Convolution<T> convolution(g, tile, k);
   const auto* gradient = unpacked<T>(d);
-  convolution.fill(scratch, [&](int64_t pixel, int64_t j) { return A(load(gradient[pixel * k + j])); });
-  SquaresWeightGradient<T> weight(g, convolution);
-  if (sink.dweight) weight.fill(scratch);
-  const auto sink_pixel = sink.accumulate ? sink_row<true, true, T> : sink_row<true, false, T>;
+  convolution.fill(workspace, [&](int64_t pixel, int64_t j) { return A(load(gradient[pixel * k + j])); });
+  WinogradWeightGradient<T> weight(g, convolution);
+  if (epilogue.dweight) weight.fill(workspace);
+  const auto epilogue_pixel = epilogue.accumulate ? epilogue_row<true, true, T> : epilogue_row<true, false, T>;
   const int64_t origin = tile.image * g.pixels() + tile.row * g.size[1];
   for (int64_t j = 0; j < s.channels; j += G::kPanel) {
     const int64_t n = s.channels - j < G::kPanel ? s.channels - j : G::kPanel;
-    if (sink.dweight)
+    if (epilogue.dweight)
       weight.add(
           n,
           [&](int64_t pixel, int64_t i) {
             return norm_relu(A(load(s.x[pixel * s.ld + j + i])), s.scale[j + i], s.shift[j + i]);
           },
-          sink.dweight + j, round_up(s.channels, G::kPanel));
-    if (!sink.gradient) continue;
+          epilogue.dweight + j, round_up(s.channels, G::kPanel));
+    if (!epilogue.gradient) continue;
     const A* sums = convolution.sums(panels, j);
     const int64_t row = sums_stride<T>(convolution.tile()) * G::kPanel;
     A sum[G::kPanel], weighted[G::kPanel];
-    sum_in_groups(tile.rows, tile.columns, n, sum, weighted, sink.sum + j, sink.weighted + j, [&](int64_t r) {
+    sum_in_groups(tile.rows, tile.columns, n, sum, weighted, epilogue.sum + j, epilogue.weighted + j, [&](int64_t r) {
       for (int64_t q = 0; q < tile.columns; ++q)
-        sink_pixel(s, sink, origin + r * tile.columns + q, j, n, sums + r * row + q * G::kPanel, A(1), sum, weighted);
+        epilogue_pixel(s, epilogue, origin + r * tile.columns + q, j, n, sums + r * row + q * G::kPanel, A(1), sum,
+                       weighted);
     });
   }
 }
@@ -180,26 +181,26 @@ void finalise(const T* g, const T* x, int64_t ld, int64_t row, int64_t rows, int
 
 template <typename T, typename A = accumulate_t<T>>
 void conv_backward(const Source<T>& s, const ConvGeometry& g, int64_t row, int64_t rows, const void* d, int64_t k,
-                   const void* panels, const BackwardSink<T>& sink, void* room) {
-  Scratch scratch(room);
+                   const void* panels, const BackwardEpilogue<T>& epilogue, void* memory) {
+  Workspace workspace(memory);
   const int64_t depth = g.taps() * k;
-  const Rows<T> left(scratch, rows, depth);
+  const Rows<T> left(workspace, rows, depth);
   left.pad(rows, depth);
   gather_taps<T>(g, row, rows, k, unpacked<T>(d), left);
-  backward<T>(s, nullptr, row, rows, left, depth, panels, sink, scratch);
+  backward<T>(s, nullptr, row, rows, left, depth, panels, epilogue, workspace);
 }
 
 template <typename T>
 const DenseBlockKernels<T>& dense_block_kernels() {
   static const DenseBlockKernels<T> kernels = {conv<T>,
-                                               conv_squares<T>,
+                                               conv_winograd<T>,
                                                finalise<T>,
                                                conv_backward<T>,
-                                               conv_squares_backward<T>,
-                                               uses_squares<T>,
-                                               uses_squares_backward<T>,
-                                               square_rows_backward<T>,
-                                               squares_bytes<T>,
+                                               conv_winograd_backward<T>,
+                                               uses_winograd<T>,
+                                               uses_winograd_backward<T>,
+                                               winograd_rows_backward<T>,
+                                               winograd_bytes<T>,
                                                products<T>,
                                                pack_kernels<T>,
                                                weight_gradient<T>};

@@ -13,8 +13,8 @@
 
 #include <tuple>
 
-#include "common/checks.h"
-#include "common/storage.h"
+#include "core/checks.h"
+#include "core/storage.h"
 #include "dense_block/dense_block.h"
 
 namespace fastdense {

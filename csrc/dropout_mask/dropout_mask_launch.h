@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/launch.h"
-#include "dropout_mask/dropout_mask_math.h"
+#include "core/dropout_math.h"
+#include "cuda/launch.h"
 
 namespace fastdense {
 

@@ -7,7 +7,7 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/zeros.h>
 
-#include "common/row_cuda_gradients.h"
+#include "cuda/block_backward.h"
 #include "dual_path/dual_path_cuda.h"
 
 namespace fastdense {
@@ -18,7 +18,7 @@ class Backward : CudaStage<T> {
   using Base = CudaStage<T>;
   using Base::args, Base::cuda, Base::ld, Base::pixels, Base::r;
   using typename Base::A;
-  using Gradients = CudaRowGradients<T>;
+  using Gradients = CudaBlockBackward<T>;
   using Segment = typename Gradients::Segment;
 
  public:
@@ -81,7 +81,7 @@ class Backward : CudaStage<T> {
   // to = `columns` columns of the gradient with their corrections; the same matrix, or another.
   void corrected(const Matrix<const T>& gradient, const Matrix<const T>& x, const Matrix<T>& to, const A* mean,
                  const CudaCorrections& c, int64_t rows, int64_t columns) const {
-    this->sweep(launch_slice_gradient<T>, {gradient, x, to, mean, c.shift_sum, c.slope_sum, {}}, rows, columns);
+    this->reduction(launch_slice_gradient<T>, {gradient, x, to, mean, c.shift_sum, c.slope_sum, {}}, rows, columns);
   }
 
   void block(int64_t i) {
@@ -129,13 +129,14 @@ class Backward : CudaStage<T> {
       share_corrections(of_dense(args.dense(i)), args.growth, pixels);
     }
     const bool needed = grads_.needs(conv.at), reverses = is_reversible() && i > 0;
-    const at::Tensor y = this->scratch(std::min(step, pixels), n);
+    const at::Tensor y = this->workspace(std::min(step, pixels), n);
     at::Tensor dweight;
     this->for_each_chunk(pixels, step, [&](int64_t row, int64_t count, int64_t) {
       const at::Tensor dz = merge_gradient(i, row, count), right = y.narrow(0, 0, count);
       at::Tensor to = dv.narrow(0, row, count);
       at::mm_out(to, dz, this->conv_c(i));
-      if (needed || reverses) this->sweep(launch_activate<T>, {b.from_row(row), this->matrix(y), norm, true}, count, n);
+      if (needed || reverses)
+        this->reduction(launch_activate<T>, {b.from_row(row), this->matrix(y), norm, true}, count, n);
       if (needed) grads_.add(dweight, grads_.over_pixels(dz, right));
       if (!reverses) return;
       at::Tensor residual = residual_.narrow(0, row, count);

@@ -9,7 +9,7 @@
 #include <array>
 #include <tuple>
 
-#include "common/row_driver.h"
+#include "cpu/block_forward.h"
 #include "dual_path/dual_path.h"
 
 namespace fastdense {
@@ -70,12 +70,12 @@ template <typename T>
 class DualPathBlocks {
  public:
   using A = accumulate_t<T>;
-  using Coefficients = typename RowDriver<T>::Coefficients;
+  using Coefficients = typename BlockForward<T>::Coefficients;
 
-  DualPathBlocks(const DualPathArgs& args, RowDriver<T>& rows, at::ScalarType dtype)
+  DualPathBlocks(const DualPathArgs& args, BlockForward<T>& rows, at::ScalarType dtype)
       : conv(args, dtype), args_(args), rows_(rows) {
     const int64_t widest = std::max({args.channels(), args.in_channels, args.width_a, args.width_b});
-    rows.reserve_scratch(widest, widest);
+    rows.reserve_workspace(widest, widest);
   }
 
   // What conv_a of block i reads; `dense` are the dense channels.
@@ -121,7 +121,7 @@ class DualPathBlocks {
         each[t]->mean = partial[t].template mutable_data_ptr<double>() + 2 * chunk * each[t]->columns;
         each[t]->m2 = each[t]->mean + each[t]->columns;
       }
-      rows_.kernels.product(sources, pool, row, count, rows_.panels_of(panels), to, rows_.scratch(worker));
+      rows_.kernels.product(sources, pool, row, count, rows_.panels_of(panels), to, rows_.workspace(worker));
     });
     const auto count = [&](int64_t chunk) { return rows_.chunk_count(pixels, most, chunk); };
     for (int t = 0; t < 2; ++t)
@@ -133,7 +133,7 @@ class DualPathBlocks {
 
  private:
   const DualPathArgs& args_;
-  const RowDriver<T>& rows_;
+  const BlockForward<T>& rows_;
 };
 
 }  // namespace fastdense

@@ -60,9 +60,9 @@ class Forward : CudaStage<T> {
   void project(const T* x) {
     const int64_t c = args.in_channels, step = this->chunk_rows(pixels, c);
     const NormParams<A> norm = this->norm_params(args.norm_w, mean_ + args.stats_w, var_ + args.stats_w);
-    const at::Tensor y = this->scratch(std::min(step, pixels), c), residual = after(0);
+    const at::Tensor y = this->workspace(std::min(step, pixels), c), residual = after(0);
     this->for_each_chunk(pixels, step, [&](int64_t row, int64_t count, int64_t) {
-      this->sweep(launch_activate_pooled<T>, {{x, c}, this->matrix(y), norm, args.sampled, row}, count, c);
+      this->reduction(launch_activate_pooled<T>, {{x, c}, this->matrix(y), norm, args.sampled, row}, count, c);
       const at::Tensor left = y.narrow(0, 0, count);
       at::Tensor first = residual.narrow(0, row, count);
       at::Tensor second = rows_.narrow(0, row, count).narrow(1, r, args.first_dense);
@@ -105,14 +105,14 @@ class Forward : CudaStage<T> {
     const NormParams<A> norm = this->norm_params(block.norm_c, mean_ + block.stats_c, var_ + block.stats_c);
     const int64_t k = args.growth, first = r + args.dense(i), step = this->chunk_rows(pixels, args.width_b + r + k);
     const bool wanted = statistics_ && i < args.num_blocks() - 1;
-    const at::Tensor y = this->scratch(std::min(step, pixels), args.width_b);
-    const at::Tensor z = this->scratch(std::min(step, pixels), r + k);
+    const at::Tensor y = this->workspace(std::min(step, pixels), args.width_b);
+    const at::Tensor z = this->workspace(std::min(step, pixels), r + k);
     const at::Tensor pivot = at::empty({r + k}, this->options);
     const Partials added = this->partials(pixels, step, r), appended = this->partials(pixels, step, k);
     const Matrix<T> source = this->matrix(b), from = this->matrix(z), add = this->matrix(residual);
     const Matrix<T> to = this->matrix(after(i)), dense{out_ + first, ld};
     this->for_each_chunk(pixels, step, [&](int64_t row, int64_t count, int64_t chunk) {
-      this->sweep(launch_activate<T>, {source.from_row(row), this->matrix(y), norm, true}, count, args.width_b);
+      this->reduction(launch_activate<T>, {source.from_row(row), this->matrix(y), norm, true}, count, args.width_b);
       at::Tensor product = z.narrow(0, 0, count);
       at::mm_out(product, y.narrow(0, 0, count), this->conv_c(i).t());
       if (chunk == 0 && count > 0 && wanted) {

@@ -12,8 +12,8 @@
 
 #include <tuple>
 
-#include "common/checks.h"
-#include "common/storage.h"
+#include "core/checks.h"
+#include "core/storage.h"
 #include "dual_path/dual_path.h"
 
 namespace fastdense {

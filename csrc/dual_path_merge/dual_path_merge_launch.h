@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "dual_path_merge/dual_path_merge_math.h"
 
 namespace fastdense {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "highway_gate/highway_gate_math.h"
 
 namespace fastdense {

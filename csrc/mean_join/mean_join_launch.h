@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "mean_join/mean_join_math.h"
 
 namespace fastdense {

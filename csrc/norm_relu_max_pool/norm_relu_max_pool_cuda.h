@@ -5,15 +5,15 @@
 
 #include <vector>
 
-#include "common/row_cuda_gradients.h"
+#include "cuda/block_backward.h"
 #include "norm_relu_max_pool/norm_relu_max_pool.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_launch.h"
 
 namespace fastdense {
 
 template <typename T>
-class NormPoolCuda : CudaRows<T> {
-  using Base = CudaRows<T>;
+class NormPoolCuda : CudaBlockForward<T> {
+  using Base = CudaBlockForward<T>;
   using Base::cuda, Base::shared;
   using typename Base::A, typename Base::Partials;
 
@@ -29,17 +29,17 @@ class NormPoolCuda : CudaRows<T> {
   void forward(const at::Tensor& input, const NormPoolOutputs& o) {
     const at::Tensor x = args_.layout.arrange(input);
     if (!args_.norm.frozen()) statistics(this->const_data(x), this->sums(o.mean), this->sums(o.var));
-    uint8_t* winners = o.winners.dim() > 1 ? o.winners.mutable_data_ptr<uint8_t>() : nullptr;
+    uint8_t* indices = o.indices.dim() > 1 ? o.indices.mutable_data_ptr<uint8_t>() : nullptr;
     check_launch(launch_norm_pool<T>({shape_, this->norm_params(args_.norm, this->sums(o.mean), this->sums(o.var)),
-                                      this->const_data(x), this->data(o.y), winners},
+                                      this->const_data(x), this->data(o.y), indices},
                                      o.y.numel(), cuda.stream));
   }
 
   std::vector<at::Tensor> backward(const NormPoolSaved& saved, const at::Tensor& grad_output,
                                    const std::vector<bool>& needs, at::TensorList weights) {
-    CudaRowGradients<T> gradients(*this, needs, weights);
+    CudaBlockBackward<T> gradients(*this, needs, weights);
     const at::Tensor x = args_.layout.arrange(saved.input), grad = args_.layout.arrange(grad_output);
-    const at::Tensor winners = args_.layout.arrange(saved.winners);
+    const at::Tensor indices = args_.layout.arrange(saved.indices);
     const NormParams<A> norm =
         this->norm_params(args_.norm, saved.mean.const_data_ptr<A>(), saved.var.const_data_ptr<A>());
     const auto s = gradients.sums(c_);
@@ -48,7 +48,7 @@ class NormPoolCuda : CudaRows<T> {
       const int64_t rows = args_.batch * args_.g.pooled_pixels();
       const Partials partial = partials(rows);
       check_launch(launch_norm_pool_sums<T>({shape_, this->const_data(x), this->const_data(grad),
-                                             winners.const_data_ptr<uint8_t>(), norm.mean, this->sums(partial.tensor)},
+                                             indices.const_data_ptr<uint8_t>(), norm.mean, this->sums(partial.tensor)},
                                             rows, partial.splits, cuda.stream));
       gradients.finalise(args_.norm, norm, partial.tensor, args_.values(), {}, s);
       gradients.set_norm(args_.norm, s);
@@ -59,7 +59,7 @@ class NormPoolCuda : CudaRows<T> {
     if (!needs[0]) return gradients.all();
     const at::Tensor dx = args_.layout.empty(saved.input.sizes(), saved.input.options());
     check_launch(launch_norm_pool_backward<T>(
-        {shape_, norm, this->const_data(x), this->const_data(grad), winners.const_data_ptr<uint8_t>(), this->data(dx),
+        {shape_, norm, this->const_data(x), this->const_data(grad), indices.const_data_ptr<uint8_t>(), this->data(dx),
          this->sums(others ? terms[0] : s.dbias), this->sums(others ? terms[1] : s.dweight),
          frozen ? A(0) : A(1.0 / double(args_.values()))},
         dx.numel(), cuda.stream));

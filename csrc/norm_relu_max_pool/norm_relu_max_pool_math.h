@@ -3,23 +3,23 @@
 //
 //   y[o] = max over w of relu(scale * x[o * stride - padding + w] + shift)
 //
-// over the positions w of the window that lie inside the image, counted with the last axis fastest.  The winner is the
+// over the positions w of the window that lie inside the image, counted with the last axis fastest.  The index is the
 // first position of a maximum that is not 0, or the last NaN, as in torch; where the maximum is 0 no gradient passes
-// the ReLU, and there is no winner.  For the gradient g of y, with sums over the pooled values that have a winner:
+// the ReLU, and there is no index.  For the gradient g of y, with sums over the pooled values that have a index:
 //
-//   dy[i] = sum of g[o] over the windows o that i won     dbias = sum g     dweight = sum g * xhat[winner]
+//   dy[i] = sum of g[o] over the windows o that i won     dbias = sum g     dweight = sum g * xhat[index]
 //   dx[i] = scale * (dy[i] - (dbias + xhat[i] * dweight) / M), without the correction where statistics are given.
 #pragma once
 
 #include <cstdint>
 
-#include "common/batch_norm_math.h"
-#include "common/scalar.h"
+#include "core/batch_norm_math.h"
+#include "core/scalar.h"
 
 namespace fastdense {
 
-// What stands for a winner where there is none; windows have at most so many positions.
-constexpr int kNoWinner = 255;
+// What stands for a index where there is none; windows have at most so many positions.
+constexpr int kNoIndex = 255;
 
 // Axes are outermost first, missing ones in front with size 1.
 struct MaxPoolGeometry {

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "common/tile_convolution_driver.h"
+#include "cpu/conv/conv2d_weights.h"
 #include "residual_dense_block/residual_dense_block_kernels.h"
 #include "residual_dense_block/residual_dense_block_ops.h"
 
@@ -16,8 +16,8 @@ class ResidualConvolution {
   using A = accumulate_t<T>;
 
  public:
-  ResidualConvolution(const ResidualDenseBlockArgs& args, const RowDriver<T>& rows)
-      : kernels(residual_dense_block_kernels<T>(simd_level())), args_(args), rows_(rows) {}
+  ResidualConvolution(const ResidualDenseBlockArgs& args, const BlockForward<T>& rows)
+      : kernels(residual_dense_block_kernels<T>(current_isa())), args_(args), rows_(rows) {}
 
   const ResidualDenseBlockKernels<T>& kernels;
 
@@ -63,7 +63,7 @@ class ResidualConvolution {
   static int64_t even(int64_t n) { return n + n % 2; }
 
   const ResidualDenseBlockArgs& args_;
-  const RowDriver<T>& rows_;
+  const BlockForward<T>& rows_;
 };
 
 }  // namespace fastdense

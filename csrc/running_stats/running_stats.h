@@ -7,7 +7,7 @@
 
 #include <optional>
 
-#include "common/checks.h"
+#include "core/checks.h"
 
 namespace fastdense {
 

@@ -3,7 +3,7 @@
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
-#include "common/batch_norm_math.h"
+#include "core/batch_norm_math.h"
 #include "running_stats/running_stats.h"
 
 namespace fastdense {

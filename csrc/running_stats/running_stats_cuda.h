@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "common/batch_norm_math.h"
-#include "common/storage.h"
+#include "core/batch_norm_math.h"
+#include "core/storage.h"
 #include "running_stats/running_stats.h"
 #include "running_stats/running_stats_launch.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "common/batch_norm_math.h"
+#include "core/batch_norm_math.h"
 #include "running_stats/running_stats_launch.h"
 
 namespace fastdense {

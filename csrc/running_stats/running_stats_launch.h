@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "common/launch.h"
-#include "common/scalar.h"
+#include "core/scalar.h"
+#include "cuda/launch.h"
 
 namespace fastdense {
 

@@ -27,9 +27,9 @@
 #include <string_view>
 #include <vector>
 
+#include "core/geometry.h"
 #include "core/layout.h"
 #include "core/weights.h"
-#include "dense_block/dense_block_kernels.h"
 
 namespace fastdense {
 

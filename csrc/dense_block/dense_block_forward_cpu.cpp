@@ -2,7 +2,7 @@
 // Forward of the dense block on the CPU: the loop over layers, chunk by chunk.
 #include <torch/library.h>
 
-#include "dense_block/dense_block_driver.h"
+#include "dense_block/dense_block_cpu.h"
 #include "dense_block/dense_block_ops.h"
 
 namespace fastdense {

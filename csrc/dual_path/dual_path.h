@@ -27,9 +27,9 @@
 #include <string_view>
 #include <vector>
 
+#include "core/geometry.h"
 #include "core/layout.h"
 #include "core/weights.h"
-#include "cpu/conv1x1/conv1x1_kernels.h"
 
 namespace fastdense {
 

@@ -3,7 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "dual_path/dual_path_driver.h"
+#include "dual_path/dual_path_cpu.h"
 #include "dual_path/dual_path_ops.h"
 
 namespace fastdense {

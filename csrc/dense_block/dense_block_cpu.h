@@ -4,6 +4,7 @@
 
 #include "cpu/conv/conv2d_weights.h"
 #include "dense_block/dense_block.h"
+#include "dense_block/dense_block_kernels.h"
 
 namespace fastdense {
 

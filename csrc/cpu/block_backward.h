@@ -66,9 +66,7 @@ class BlockBackward : public BlockForward<T> {
     if (needs(weight)) grads_[size_t(weight) + 1] = laid_out_like(value, weights_[size_t(weight)]);
   }
 
-  struct Sums {
-    double *sum, *weighted;
-  };
+  using Sums = GradientSums<double>;
 
   // Weight gradients [workers, depth, padded n] and sums, zeroed.
   at::Tensor worker_gradients(bool needed, int64_t depth, int64_t n) {
@@ -87,8 +85,7 @@ class BlockBackward : public BlockForward<T> {
 
   BackwardEpilogue<T> epilogue(int64_t worker, T* gradient, int64_t ld, bool accumulate, const A* mean,
                                const at::Tensor& dweight) {
-    const Sums s = worker_sums(worker);
-    return {gradient, ld, accumulate, mean, s.sum, s.weighted, of_worker(dweight, worker)};
+    return {gradient, ld, accumulate, mean, worker_sums(worker), of_worker(dweight, worker)};
   }
 
   // Parameter gradients of the channels [first, first + n) of a norm from their sums, in place: sum -> s1, weighted ->

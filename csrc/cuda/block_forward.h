@@ -108,19 +108,19 @@ class CudaBlockForward {
   }
   Partials partials(int64_t rows, int64_t columns) const { return partials(rows, std::max<int64_t>(1, rows), columns); }
 
-  // mean and var [columns] of a matrix from partial moments relative to `pivot`.
-  void finalise_moments(const Partials& partial, const T* pivot, int64_t rows, A* mean, A* var,
+  // Statistics of the columns of a matrix from partial moments relative to `pivot`.
+  void finalise_moments(const Partials& partial, const T* pivot, int64_t rows, const BatchStatistics<A>& to,
                         const int64_t* counts = nullptr) const {
     const int64_t columns = partial.tensor.size(2);
-    check_launch(launch_finalise_moments<T>({sums(partial.tensor), pivot, mean, var, partial.step, counts}, rows,
+    check_launch(launch_finalise_moments<T>({sums(partial.tensor), pivot, to.mean, to.var, partial.step, counts}, rows,
                                             columns, partial.splits, cuda.stream));
-    shared.moments(mean, var, columns, rows, options);
+    shared.moments(to.mean, to.var, columns, rows, options);
   }
 
-  void statistics(const Matrix<const T>& x, int64_t rows, int64_t columns, A* mean, A* var) const {
+  void statistics(const Matrix<const T>& x, int64_t rows, int64_t columns, const BatchStatistics<A>& to) const {
     const Partials partial = partials(rows, columns);
     reduction(launch_moments<T>, {x, sums(partial.tensor)}, rows, columns);
-    finalise_moments(partial, x.data, rows, mean, var);
+    finalise_moments(partial, x.data, rows, to);
   }
 
   // Rows of the workspace, apart by whole 16 bytes, which products like.

@@ -114,9 +114,8 @@ std::vector<int64_t> DenseBlockArgs::sizes(int64_t channels, bool pooled) const 
 }
 
 DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
-                                 at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
-                                 double drop_rate, const std::optional<at::Tensor>& seed,
-                                 std::string_view process_group) {
+                                 const DenseBlockOptions& how) {
+  const auto& [eps, num_layers, bottleneck, tail, drop_rate, seed, process_group] = how;
   TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, kOp,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
   check_at_least(kOp, "num_layers", num_layers, 0);

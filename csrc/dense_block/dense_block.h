@@ -69,14 +69,23 @@ struct DenseBlockArgs {
   std::vector<int64_t> sizes(int64_t channels, bool pooled = false) const;
 };
 
+// What the op takes beside the input and the weights.
+struct DenseBlockOptions {
+  at::ArrayRef<double> eps;  // of each norm
+  int64_t num_layers;
+  bool bottleneck;
+  std::string_view tail;
+  double drop_rate;
+  const std::optional<at::Tensor>& seed;
+  std::string_view process_group;
+};
+
 // Reads and checks the arguments.  `sizes` is the shape of the input; the lists are laid out as in ops/dense_block.py:
 // for each layer norm1 (weight, bias, running_mean, running_var), conv1, norm2 (4), conv2, then the tail's norm and
 // conv. A tensor without elements stands for an absent one; convolutions of no channels, [b, 0, 1...] and
 // [k, 0, kernel...], for a dropped layer's.
 DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
-                                 at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
-                                 double drop_rate, const std::optional<at::Tensor>& seed,
-                                 std::string_view process_group);
+                                 const DenseBlockOptions& how);
 
 struct DenseBlockOutputs {
   at::Tensor buffer, mean, var, z, out;

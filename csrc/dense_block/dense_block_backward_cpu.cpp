@@ -92,10 +92,11 @@ class Backward : BlockBackward<T> {
     const at::Tensor corrections = this->take(corrections_, c, k, pixels_);
     const A* shift_sum = corrections.const_data_ptr<A>();
     if (!d_.defined()) d_ = this->bytes(pixels_ * k * kernels.operand_bytes);
+    const Gradient<T> gradient{g_ + c, ld_, k, x_ + c, ld_, mean_ + c, shift_sum, shift_sum + k};
     void* out = d_.mutable_data_ptr();
     const Dropout dropout = conv_.dropout(seed_, l);
     this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
-      conv_.kernels.finalise(g_ + c, x_ + c, ld_, row, rows, k, mean_ + c, shift_sum, shift_sum + k, dropout, out);
+      conv_.kernels.finalise(gradient, row, rows, dropout, out);
     });
     return d_;
   }
@@ -150,9 +151,9 @@ class Backward : BlockBackward<T> {
     const at::Tensor weight = BlockForward<T>::tap_rows(layer.conv2.weight);
     const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), depth, n, n, 1);
     const at::Tensor dweight = this->worker_gradients(this->needs(layer.conv2.at), depth, n);
-    const void* dp = d.const_data_ptr();
+    const SliceGradient slice{d.const_data_ptr(), k};
     this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      conv_.kernels.conv_backward(source, args_.conv, row, rows, dp, k, this->panels_of(panels),
+      conv_.kernels.conv_backward(source, args_.conv, row, rows, slice, this->panels_of(panels),
                                   this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
                                   this->workspace(worker));
     });
@@ -170,11 +171,11 @@ class Backward : BlockBackward<T> {
     const bool needed = this->needs(layer.conv2.at);
     const at::Tensor panels = pack_tile_panels(*this, kernels, args_.conv, layer.conv2.weight, true);
     const at::Tensor dweight = this->worker_gradients(needed, kernels.products(args_.conv) * k, source.channels);
-    const void* dp = d.const_data_ptr();
+    const SliceGradient slice{d.const_data_ptr(), k};
     this->for_each_worker(args_.batch * tiles, [&](int64_t worker, int64_t unit) {
       const int64_t row = unit % tiles * rows;
       const Tile tile{unit / tiles, row, std::min(rows, height - row), 0, args_.conv.size[1]};
-      kernels.conv_winograd_backward(source, args_.conv, tile, dp, k, this->panels_of(panels),
+      kernels.conv_winograd_backward(source, args_.conv, tile, slice, this->panels_of(panels),
                                      this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
                                      this->workspace(worker));
     });

@@ -52,25 +52,26 @@ struct ConvPlans {
       : forward(forward), input_gradient(input_gradient), weight_gradient(weight_gradient) {}
 };
 
-// The slice x = dropout(conv(relu(norm(z)))) with the weight packed [k, b, 3, 3], channels innermost, and unless they
-// are nullptr mean and variance of its channels.
+// The slice x = dropout(conv(relu(norm(z)))) with the weight packed [k, b, 3, 3], channels innermost, and mean and
+// variance of its channels where wanted.
 template <typename T>
 void fused_conv(const CudaBlockForward<T>& rows, const ConvPlan& plan, const at::Tensor& z,
                 const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed, const Matrix<T>& x,
-                const DropoutParams& dropout, accumulate_t<T>* mean, accumulate_t<T>* var) {
+                const DropoutParams& dropout, const BatchStatistics<accumulate_t<T>>& statistics) {
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t k = packed.size(0), b = packed.size(1), pixels = z.size(0);
     typename CudaBlockForward<T>::Partials partial;
     at::Tensor counts;
-    if (mean) {
+    const bool wanted = statistics.mean;
+    if (wanted) {
       partial = {rows.numbers({plan.splits, 2, k}), pixels, plan.splits, plan.splits * 2 * k};
       counts = at::empty({plan.splits}, rows.options.dtype(at::kLong));
     }
-    int64_t* count = mean ? counts.template mutable_data_ptr<int64_t>() : nullptr;
+    int64_t* count = wanted ? counts.template mutable_data_ptr<int64_t>() : nullptr;
     check_launch(launch_conv_forward<T>({rows.const_data(z), norm, rows.const_data(packed), int(b), int(k), x, dropout,
-                                         mean ? partial.of_chunk(0) : nullptr, count},
+                                         wanted ? partial.of_chunk(0) : nullptr, count},
                                         plan, rows.cuda.stream));
-    if (mean) rows.finalise_moments(partial, nullptr, pixels, mean, var, count);
+    if (wanted) rows.finalise_moments(partial, nullptr, pixels, statistics, count);
   }
 }
 

@@ -75,9 +75,9 @@ class Forward : BlockForward<T> {
     const Dropout dropout = conv_.dropout(seed_, l);
     this->for_each_worker(units, [&](int64_t worker, int64_t unit) {
       const int64_t begin = unit % slabs * planes;
-      run(in, args_.conv, unit / slabs, begin, std::min(begin + planes, outer), w, k, x_ + layer.channels, ld_, dropout,
-          statistics ? p + 2 * unit * k : nullptr, statistics ? p + (2 * unit + 1) * k : nullptr,
-          this->workspace(worker));
+      double* moments = statistics ? p + 2 * unit * k : nullptr;
+      run(in, args_.conv, {unit / slabs, begin, std::min(begin + planes, outer)}, w,
+          {x_ + layer.channels, ld_, k, moments, moments ? moments + k : nullptr}, dropout, this->workspace(worker));
     });
     if (!statistics) return;
     const auto count = [&](int64_t u) {

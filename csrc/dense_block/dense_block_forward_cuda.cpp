@@ -25,7 +25,7 @@ class Forward : CudaBlock<T> {
   void run(const at::Tensor& input, const DenseBlockOutputs& o) {
     this->pack_weights(0, false);
     o.buffer.narrow(1, 0, args.in_channels).copy_(input);
-    if (args.any_batch_statistics()) this->statistics({x_, ld}, pixels, args.in_channels, mean_, var_);
+    if (args.any_batch_statistics()) this->statistics({x_, ld}, pixels, args.in_channels, {mean_, var_});
     for (size_t l = 0; l < args.layers.size(); ++l)
       if (!args.layers[l].dropped) layer(int64_t(l));
     if (args.tail == Tail::kTransition) transition(o.out);
@@ -44,19 +44,21 @@ class Forward : CudaBlock<T> {
       const at::Tensor u = this->packed_image(b), rows = u.movedim(1, -1).reshape({pixels, b});
       if (fuses_conv1x1<T>(cuda, {x_, ld}, this->conv1(l), rows)) {
         const NormParams<A> norm2 = this->norm_params(layer.norm2, nullptr, nullptr);
-        conv1x1<T>(*this, {x_, ld}, norm1, this->conv1(l), rows, nullptr, nullptr, norm2);
+        conv1x1<T>(*this, {x_, ld}, norm1, this->conv1(l), rows, {}, norm2);
         return convolution(l, u);
       }
     }
     if (!kept && !one_z_.defined()) one_z_ = at::empty({pixels, b}, this->options);
     const at::Tensor z = kept ? z_[layer.kept] : one_z_;
-    this->make_bottleneck(l, x_, norm1, z, wanted ? mean_ + at : nullptr, wanted ? var_ + at : nullptr);
+    this->make_bottleneck(l, x_, norm1, z, statistics_from(at, wanted));
     const NormParams<A> norm2 = this->norm_params(layer.norm2, mean_ + at, var_ + at);
     if (!plans) return convolution(l, this->activated_image(this->const_data(z), b, norm2, b));
-    const bool read = args.any_batch_statistics();
-    A *const mean = read ? mean_ + layer.channels : nullptr, *const var = read ? var_ + layer.channels : nullptr;
-    fused_conv<T>(*this, plans.forward, z, norm2, this->conv2(l), {x_ + layer.channels, ld}, this->dropout(l), mean,
-                  var);
+    fused_conv<T>(*this, plans.forward, z, norm2, this->conv2(l), {x_ + layer.channels, ld}, this->dropout(l),
+                  statistics_from(layer.channels, args.any_batch_statistics()));
+  }
+
+  BatchStatistics<A> statistics_from(int64_t first, bool wanted) const {
+    return wanted ? BatchStatistics<A>{mean_ + first, var_ + first} : BatchStatistics<A>{};
   }
 
   // The slice of layer l = dropout(conv2(u)), with its statistics.
@@ -75,7 +77,7 @@ class Forward : CudaBlock<T> {
                      {},
                      nullptr},
                     pixels, k);
-    if (wanted) this->finalise_moments(partial, x_ + c, pixels, mean_ + c, var_ + c);
+    if (wanted) this->finalise_moments(partial, x_ + c, pixels, statistics_from(c, wanted));
   }
 
   void transition(const at::Tensor& out) {

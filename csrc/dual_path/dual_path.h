@@ -74,12 +74,20 @@ struct DualPathArgs {
   std::vector<int64_t> sizes(int64_t channels, bool of_input = false) const;
 };
 
+// What the op takes beside the input, the weights and what to save.
+struct DualPathOptions {
+  at::ArrayRef<double> eps;  // of each norm
+  int64_t num_blocks;
+  bool projection;
+  int64_t residual_channels, stride;
+  std::string_view process_group;
+};
+
 // Reads and checks the arguments.  `sizes` is the shape of the input; the lists are laid out as in ops/dual_path.py:
 // norm (weight, bias, running_mean, running_var) and conv of the projection if there is one, then norm_a, conv_a,
 // norm_b, conv_b, norm_c, conv_c of each block.
 DualPathArgs parse_dual_path(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
-                             at::ArrayRef<double> eps, int64_t num_blocks, bool projection, int64_t residual_channels,
-                             int64_t stride, std::string_view process_group);
+                             const DualPathOptions& how);
 
 DualPathKeep parse_dual_path_memory(std::string_view memory);
 

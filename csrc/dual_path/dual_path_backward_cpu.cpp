@@ -105,7 +105,7 @@ class Backward : BlockBackward<T> {
     if (saved_.a.size(0) > 0) return static_cast<const T*>(saved_.a.const_data_ptr()) + args_.a_row(i) * args_.width_a;
     T* a = static_cast<T*>(a_again_.mutable_data_ptr());
     const Sources<T> sources = blocks_.sources(i, c, residual_before(i), {out_ + args_.residual, ld_});
-    blocks_.make_a(i, sources, a, nullptr, nullptr);
+    blocks_.make_a(i, sources, a, {});
     return a;
   }
 

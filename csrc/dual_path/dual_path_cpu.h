@@ -85,11 +85,11 @@ class DualPathBlocks {
             rows_.source(dense.data, dense.ld, c, args_.residual, c.n - args_.residual)};
   }
 
-  // a = conv_a(act(sources)); mean and var [ra] of the result, or nullptr.
-  void make_a(int64_t i, const Sources<T>& sources, T* a, A* mean, A* var) const {
+  // a = conv_a(act(sources)), and the batch statistics [ra] of the result where wanted.
+  void make_a(int64_t i, const Sources<T>& sources, T* a, const BatchStatistics<A>& statistics) const {
     const DualPathBlockArgs& block = args_.blocks[size_t(i)];
     product(block.conv_a.weight, sources, nullptr, args_.a_pixels(i), {{a, args_.width_a, args_.width_a}},
-            {{mean, var}});
+            {statistics});
   }
 
   // u = relu(norm_b(a)).
@@ -100,9 +100,7 @@ class DualPathBlocks {
         [&](int64_t, int64_t, int64_t row, int64_t count) { rows_.kernels.norm(source, true, row, count, u); });
   }
 
-  struct Statistics {
-    A *mean = nullptr, *var = nullptr;
-  };
+  using Statistics = BatchStatistics<A>;
 
   // Targets of act(sources) * weight for `pixels` rows, and the batch statistics of each where wanted.
   void product(const at::Tensor& weight, const Sources<T>& sources, const PoolGeometry* pool, int64_t pixels,

@@ -87,7 +87,7 @@ class Forward : BlockForward<T> {
     T* a = bottleneck_a(i);
     const bool batch_b = !block.norm_b.frozen();
     blocks_.make_a(i, blocks_.sources(i, ca, in, {out_ + args_.residual, ld_}), a,
-                   batch_b ? mean_ + block.stats_b : nullptr, batch_b ? var_ + block.stats_b : nullptr);
+                   batch_b ? Statistics{mean_ + block.stats_b, var_ + block.stats_b} : Statistics{});
     const at::Tensor b = bottleneck_b(i, a);
     const T* bp = static_cast<const T*>(b.const_data_ptr());
     if (!block.norm_c.frozen())

@@ -99,7 +99,7 @@ class WeightGradient {
       squares_.fill(workspace);
     } else {
       act_ = workspace.take<Operand>(round_up(weight_depth(left, tile), G::kAlign) * G::kPanel);
-      factor_ = G::transpose(left.pixels(), left.channels, left.data, left.ld,
+      factor_ = G::transpose(left.pixels(), left.channels, {left.data, left.ld},
                              workspace.take<Operand>(G::transposed_size(left.pixels(), left.ld)));
     }
   }
@@ -123,7 +123,7 @@ class WeightGradient {
     for (int64_t tap = 0; tap < g_.taps(); ++tap)
       G::multiply_transposed(depth, left.channels, G::kPanel,
                              factor_.from(tap / g_.kernel[1] * left.stride + tap % g_.kernel[1]), act_,
-                             dweight + tap * left.ld * ldw, ldw);
+                             {dweight + tap * left.ld * ldw, ldw});
   }
 
   const Convolution<T>& sums_;

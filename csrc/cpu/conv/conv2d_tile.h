@@ -163,15 +163,15 @@ class Convolution {
     const int64_t depth = g_.kernel[1] * halo_.ld, row = sums_stride<T>(tile_) * G::kPanel;
     for (int64_t t = 0; t < g_.kernel[0]; ++t)
       for (int64_t r = 0; r < tile_.rows; ++r)
-        G::multiply(tile_.columns, depth, G::kPanel, halo_.pixel(r + t, 0), halo_.ld, panel + t * depth * G::kPanel,
-                    sums_ + r * row, G::kPanel, t > 0);
+        G::multiply(tile_.columns, depth, G::kPanel, {halo_.pixel(r + t, 0), halo_.ld}, panel + t * depth * G::kPanel,
+                    {sums_ + r * row, G::kPanel}, t > 0);
   }
 
   void square_sums(const Operand* panel) const {
     if constexpr (std::is_same_v<Operand, A>) {
       for (int64_t p = 0; p < kWinogradProducts; ++p)
-        G::multiply(patches_.count(), halo_.ld, G::kPanel, patches_.data + p * patches_.plane(), halo_.ld,
-                    panel + p * halo_.ld * G::kPanel, made_.data + p * made_.plane(), G::kPanel);
+        G::multiply(patches_.count(), halo_.ld, G::kPanel, {patches_.data + p * patches_.plane(), halo_.ld},
+                    panel + p * halo_.ld * G::kPanel, {made_.data + p * made_.plane(), G::kPanel});
       const int64_t row = sums_stride<T>(tile_) * G::kPanel;
       for (int64_t r = 0; r < made_.down; ++r)
         for (int64_t q = 0; q < made_.across; ++q)
@@ -279,7 +279,7 @@ class WinogradWeightGradient {
       for (int64_t p = 0; p < kWinogradProducts; ++p)
         G::multiply_transposed(patches_.count(), sums_.halo().channels, G::kPanel,
                                {gradients_.data + p * gradients_.plane(), gradients_.ld},
-                               patches_.data + p * patches_.plane(), dweight + p * sums_.halo().ld * ldw, ldw);
+                               patches_.data + p * patches_.plane(), {dweight + p * sums_.halo().ld * ldw, ldw});
     }
   }
 

@@ -44,7 +44,7 @@ inline void for_each_tap(const ConvGeometry& g, const PixelIndex& p, int64_t beg
 // The gradient d[pixels, k] of all images gathered at the taps of the rows from `row` on: t[rows, taps * k].
 template <typename T>
 inline void gather_taps(const ConvGeometry& g, int64_t row, int64_t rows, int64_t k, const typename Gemm<T>::Operand* d,
-                        const Rows<T>& t) {
+                        const LeftFactor<T>& t) {
   using Operand = typename Gemm<T>::Operand;
   const int64_t pixels = g.pixels();
   int64_t image = row / pixels;

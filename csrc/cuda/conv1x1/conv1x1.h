@@ -37,21 +37,21 @@ bool fuses_conv1x1(const CudaContext& cuda, const Matrix<const T>& x, const at::
   }
 }
 
-// z [rows, width] = relu(norm(x)) * packed^T, and unless they are nullptr mean and variance of its columns; or with a
-// norm behind it relu(behind(z)) in the place of z.
+// z [rows, width] = relu(norm(x)) * packed^T, and mean and variance of its columns where wanted; or with a norm behind
+// it relu(behind(z)) in the place of z.
 template <typename T>
 void conv1x1(const CudaBlockForward<T>& rows, const Matrix<const T>& x, const NormParams<accumulate_t<T>>& norm,
-             const at::Tensor& packed, const at::Tensor& z, accumulate_t<T>* mean, accumulate_t<T>* var,
+             const at::Tensor& packed, const at::Tensor& z, const BatchStatistics<accumulate_t<T>>& statistics,
              const NormParams<accumulate_t<T>>& behind = {}) {
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t count = z.size(0), width = z.size(1);
     const int64_t tile = conv1x1_tile<T>(count, width, rows.cuda.multiprocessors());
     typename CudaBlockForward<T>::Partials partial;
-    if (mean) partial = {rows.numbers({(count + tile - 1) / tile, 2, width}), tile, 1, 2 * width};
+    if (statistics.mean) partial = {rows.numbers({(count + tile - 1) / tile, 2, width}), tile, 1, 2 * width};
     check_launch(launch_conv1x1<T>(
-        {x, rows.const_matrix(packed), rows.matrix(z), norm, mean ? partial.of_chunk(0) : nullptr, behind}, count,
-        packed.size(1), width, tile, rows.cuda.stream));
-    if (mean) rows.finalise_moments(partial, nullptr, count, mean, var);
+        {x, rows.const_matrix(packed), rows.matrix(z), norm, statistics.mean ? partial.of_chunk(0) : nullptr, behind},
+        count, packed.size(1), width, tile, rows.cuda.stream));
+    if (statistics.mean) rows.finalise_moments(partial, nullptr, count, statistics);
   }
 }
 

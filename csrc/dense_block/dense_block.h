@@ -13,11 +13,11 @@
 // The norm corrections of a channel's gradient are deferred (batch_norm_math.h) until its own layer takes it.
 //
 // Stochastic depth drops layers: a dropped one writes zeros, which later layers read like any other values (mean and
-// variance 0), and neither pass computes or keeps anything else for it.
+// variance 0), and neither pass computes or saves anything else for it.
 //
 // Saved: the buffer, mean and variance [C + L*b], and in `keep_bottleneck` mode the 1x1 outputs z [layers that are not
 // dropped, pixels, b].
-// Recomputed: norm + ReLU of every prefix, norm2 + ReLU, dropout masks, and z when it was not kept.
+// Recomputed: norm + ReLU of every prefix, norm2 + ReLU, dropout masks, and z when it was not saved.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -40,7 +40,7 @@ struct LayerArgs {
   ConvArgs conv1, conv2;  // [b, c, 1...], [k, b or c, kernel...]
   int64_t channels = 0;   // of the prefix that it reads
   bool dropped = false;   // the slice is zeros, and nothing is computed
-  int64_t kept = 0;       // layers before it that are not dropped: its place in z
+  int64_t z_index = 0;    // its place in z: layers before it that are not dropped
 };
 
 struct DenseBlockArgs {
@@ -54,7 +54,7 @@ struct DenseBlockArgs {
   ConvArgs tail_conv;  // [co, C, 1...]
   PoolGeometry pool{};
   double drop_rate = 0;
-  std::string process_group;  // see SharedStatistics
+  std::string process_group;  // see SyncBatchNorm
 
   int64_t channels() const { return in_channels + int64_t(layers.size()) * growth; }
   int64_t pixels() const { return batch * conv.pixels(); }

@@ -38,9 +38,9 @@ class Forward : CudaBlock<T> {
     const NormParams<A> norm1 = this->norm_params(layer.norm1, mean_, var_);
     if (!args.bottleneck) return convolution(l, this->activated_image(x_, ld, norm1, layer.channels));
     const int64_t at = args.norm2_statistics(l), b = args.width;
-    const bool wanted = !layer.norm2.frozen(), kept = z_.size(0) > 0;
-    if (!plans && !wanted && !kept) {
-      // Nobody asks for z itself, as in inference; backward makes it again.  A fused convolution takes z.
+    const bool wanted = !layer.norm2.frozen(), saved = z_.size(0) > 0;
+    if (!plans && !wanted && !saved) {
+      // Nothing needs z itself, as in inference; backward recomputes it.  A fused convolution reads z.
       const at::Tensor u = this->packed_image(b), rows = u.movedim(1, -1).reshape({pixels, b});
       if (fuses_conv1x1<T>(cuda, {x_, ld}, this->conv1(l), rows)) {
         const NormParams<A> norm2 = this->norm_params(layer.norm2, nullptr, nullptr);
@@ -48,8 +48,8 @@ class Forward : CudaBlock<T> {
         return convolution(l, u);
       }
     }
-    if (!kept && !one_z_.defined()) one_z_ = at::empty({pixels, b}, this->options);
-    const at::Tensor z = kept ? z_[layer.kept] : one_z_;
+    if (!saved && !one_z_.defined()) one_z_ = at::empty({pixels, b}, this->options);
+    const at::Tensor z = saved ? z_[layer.z_index] : one_z_;
     this->make_bottleneck(l, x_, norm1, z, statistics_from(at, wanted));
     const NormParams<A> norm2 = this->norm_params(layer.norm2, mean_ + at, var_ + at);
     if (!plans) return convolution(l, this->activated_image(this->const_data(z), b, norm2, b));

@@ -80,9 +80,9 @@ bool uses_winograd_backward(const ConvGeometry& g) {
   return uses_winograd<T>(g);
 }
 
-// Rows of whole squares whose transforms stay in L2.
+// Rows of a tile whose transforms stay in L2: whole 2x2 squares.
 template <typename T>
-int64_t square_rows(const ConvGeometry& g, int64_t channels) {
+int64_t winograd_rows(const ConvGeometry& g, int64_t channels) {
   constexpr int64_t kBytes = 512 * 1024, kCopies = 4;  // a pixel is in four patches
   const int64_t row = kCopies * round_up(g.size[1], kWinogradStep) * channels * int64_t(sizeof(accumulate_t<T>));
   const int64_t fit = kBytes / (row > 0 ? row : 1) / kWinogradStep * kWinogradStep;
@@ -90,19 +90,19 @@ int64_t square_rows(const ConvGeometry& g, int64_t channels) {
   return fit < kWinogradStep ? kWinogradStep : fit < all ? fit : all;
 }
 
-// Beside the sums' gradient, a panel of what the kernels read and one of its gradient.
+// Beside the gradient of the sums, L2 holds a panel of what the kernels read and one of its gradient.
 template <typename T>
 int64_t winograd_rows_backward(const ConvGeometry& g, int64_t k) {
-  return square_rows<T>(g, k + 2 * Gemm<T>::kPanel);
+  return winograd_rows<T>(g, k + 2 * Gemm<T>::kPanel);
 }
 
 template <typename T>
 int64_t winograd_bytes(const ConvGeometry& g, int64_t channels, int64_t k) {
   if (!uses_winograd<T>(g)) return 0;
-  const Tile forward{0, 0, square_rows<T>(g, channels), 0, g.size[1]};
+  const Tile forward{0, 0, winograd_rows<T>(g, channels), 0, g.size[1]};
   const Tile backward{0, 0, winograd_rows_backward<T>(g, k), 0, g.size[1]};
-  const Convolution<T> sums(g, backward, k);
-  const int64_t of_forward = Convolution<T>(g, forward, channels).bytes();
+  const Conv2dTile<T> sums(g, backward, k);
+  const int64_t of_forward = Conv2dTile<T>(g, forward, channels).bytes();
   const int64_t of_backward = sums.bytes() + WinogradWeightGradient<T>(g, sums).bytes();
   return of_forward > of_backward ? of_forward : of_backward;
 }
@@ -115,10 +115,10 @@ void conv_winograd(const Source<T>& s, const ConvGeometry& g, const Slab& slab, 
   const int64_t plane = g.plane(), pixels = (slab.end - slab.begin) * plane, k = slice.columns;
   const int64_t row = slab.image * g.pixels() + slab.begin * plane;
   A* out = workspace.take<A>(pixels * k);
-  for (int64_t at = slab.begin, step = square_rows<T>(g, s.channels); at < slab.end; at += step) {
+  for (int64_t at = slab.begin, step = winograd_rows<T>(g, s.channels); at < slab.end; at += step) {
     const Tile tile{slab.image, at, slab.end - at < step ? slab.end - at : step, 0, g.size[1]};
     Workspace rest = workspace;
-    Convolution<T> convolution(g, tile, s.channels);
+    Conv2dTile<T> convolution(g, tile, s.channels);
     convolution.fill(rest, [&](int64_t pixel, int64_t j) {
       return norm_relu(A(load(s.x[pixel * s.ld + j])), s.scale[j], s.shift[j]);
     });
@@ -140,7 +140,7 @@ void conv_winograd_backward(const Source<T>& s, const ConvGeometry& g, const Til
   using G = Gemm<T>;
   Workspace workspace(memory);
   const int64_t k = d.k;
-  Convolution<T> convolution(g, tile, k);
+  Conv2dTile<T> convolution(g, tile, k);
   const auto* gradient = unpacked<T>(d.d);
   convolution.fill(workspace, [&](int64_t pixel, int64_t j) { return A(load(gradient[pixel * k + j])); });
   WinogradWeightGradient<T> weight(g, convolution);

@@ -19,7 +19,7 @@
 
 namespace fastdense {
 
-// What forward kept for backward.
+// What forward saved for backward.
 struct DenseBlockSaved {
   const at::Tensor &buffer, &mean, &var, &z;
 };

@@ -14,8 +14,8 @@
 //
 // Saved: the input, the output, mean and variance of every norm, and by memory mode
 //   balanced     residual_1 ... residual_{n-1}, and a_i, b_i, the outputs of conv_a and conv_b
-//   min          residual_1 ... residual_{n-1}; a_i and b_i are made again
-//   reversible   a_i, b_i; residual_{i-1} = residual_i - conv_c(b_i) is made again
+//   min          residual_1 ... residual_{n-1}; a_i and b_i are recomputed
+//   reversible   a_i, b_i; residual_{i-1} = residual_i - conv_c(b_i) is recomputed
 //   nothing      for inference: the residual path is updated in place
 // The norm corrections of gradients are deferred (batch_norm_math.h): of a dense channel until the block that wrote it,
 // of the residual path until the block before.
@@ -55,7 +55,7 @@ struct DualPathArgs {
   int64_t width_a = 0, width_b = 0, groups = 1;
   int64_t statistics = 0;
   std::vector<int64_t> spatial, kernel;
-  std::string process_group;  // see SharedStatistics
+  std::string process_group;  // see SyncBatchNorm
   PoolGeometry sampled{};     // the pixels of the input that conv_w and conv_b are centred on
 
   int64_t num_blocks() const { return int64_t(blocks.size()); }

@@ -14,7 +14,7 @@ namespace fastdense {
 template <typename T>
 class NormPoolCuda : CudaBlockForward<T> {
   using Base = CudaBlockForward<T>;
-  using Base::cuda, Base::shared;
+  using Base::cuda, Base::sync;
   using typename Base::A, typename Base::Partials;
 
  public:
@@ -53,9 +53,9 @@ class NormPoolCuda : CudaBlockForward<T> {
       gradients.finalise(args_.norm, norm, partial.tensor, args_.values(), {}, s);
       gradients.set_norm(args_.norm, s);
     }
-    const bool others = shared.shared() && !frozen;
+    const bool others = sync.enabled() && !frozen;
     const at::Tensor terms = others ? at::stack({s.dbias, s.dweight}) : at::Tensor();
-    if (others) shared.sums(terms, args_.values());
+    if (others) sync.sums(terms, args_.values());
     if (!needs[0]) return gradients.all();
     const at::Tensor dx = args_.layout.empty(saved.input.sizes(), saved.input.options());
     check_launch(launch_norm_pool_backward<T>(

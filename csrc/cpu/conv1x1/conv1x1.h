@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of a chunk of rows, forward and backward, that the kernels of cpu/conv1x1/conv1x1_kernels.h and of the ops
-// are made of.
+// 1x1 convolutions of a chunk of pixel rows as matrix products, forward and backward: what the kernels of
+// cpu/conv1x1/conv1x1_kernels.h and of the ops are made of.
 #pragma once
 
 #include "cpu/gemm/gemm.h"
@@ -20,7 +20,7 @@ namespace fastdense::FASTDENSE_TARGET {
 constexpr int64_t kColumnBlock = 256;
 // Bytes of activated rows that a forward chunk keeps in L2.
 constexpr int64_t kForwardBytes = 192 * 1024;
-// Rows of a backward chunk: 16-bit factors leave room for more.
+// Rows of a backward chunk: more where factors have 16 bits.
 template <typename T>
 constexpr int64_t kBackwardRows = sizeof(typename Gemm<T>::Operand) == 2 ? 384 : 192;
 
@@ -51,7 +51,7 @@ const typename Gemm<T>::Operand* unpacked(const void* panels) {
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void product(const Sources<T>& sources, const PoolGeometry* pool, int64_t row, int64_t rows, const void* panels,
+void conv1x1(const Sources<T>& sources, const PoolGeometry* pool, int64_t row, int64_t rows, const void* panels,
              const Targets<T>& targets, void* memory) {
   using G = Gemm<T>;
   Workspace workspace(memory);
@@ -73,7 +73,7 @@ void product(const Sources<T>& sources, const PoolGeometry* pool, int64_t row, i
   store_rows(c + targets.first.columns, ldc, row, rows, targets.second);
 }
 
-// What a product's backward does block by block of columns, so that everything stays in cache:
+// The backward of a product, block by block of its columns, so that everything stays in cache:
 // dweight += left^T * source with `fill(begin, end, memory, panels)` for the source's columns as panels, unless dweight
 // is nullptr, and dy = left * weight, handed to `consume(begin, n, dy, row stride)`, unless `panels` of the weight are.
 template <typename T, typename Fill, typename Consume>
@@ -101,7 +101,7 @@ void backward_blocks(int64_t rows, int64_t channels, const LeftFactor<T>& left, 
   }
 }
 
-// The same behind an activation: ReLU mask, sums, gradient.
+// The same for a product that reads act(source): `epilogue` takes dy through the activation.
 template <typename T, typename A = accumulate_t<T>>
 void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const LeftFactor<T>& left,
               const void* panels, const BackwardEpilogue<T>& epilogue, Workspace workspace) {

@@ -47,7 +47,7 @@ void norm_gradient(const NormBackward<T>& norm, int64_t row, int64_t rows, T* dz
 }
 
 template <typename T>
-void norm_product_backward(const Source<T>& s, int64_t row, int64_t rows, const NormBackward<T>& norm,
+void conv1x1_norm_backward(const Source<T>& s, int64_t row, int64_t rows, const NormBackward<T>& norm,
                            const void* panels, const BackwardEpilogue<T>& epilogue, void* memory) {
   using Operand = typename Gemm<T>::Operand;
   Workspace workspace(memory);
@@ -75,7 +75,7 @@ inline void take_gradient(const Gradient<T>& segment, int64_t row, int64_t rows,
 }
 
 template <typename T>
-void product_backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows,
+void conv1x1_backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows,
                       const Gradients<T>& gradients, const void* panels, const BackwardEpilogue<T>& epilogue,
                       void* memory) {
   Workspace workspace(memory);
@@ -113,10 +113,10 @@ const Conv1x1Kernels<T>& conv1x1_kernels() {
                                             kBackwardRows<T>,
                                             pack<T>,
                                             moments<T>,
-                                            product<T>,
+                                            conv1x1<T>,
                                             finalise_rows<T>,
-                                            norm_product_backward<T>,
-                                            product_backward<T>,
+                                            conv1x1_norm_backward<T>,
+                                            conv1x1_backward<T>,
                                             norm<T>,
                                             norm_backward<T>,
                                             norm_gradient<T>,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elementwise loops over a chunk of rows: activations, moments, backward epilogues.  Plain loops over the scalar maths
-// of batch_norm_math.h that the compiler vectorises over channels.
+// Norm and ReLU of a chunk of rows: activations, moments, rounding of results, gradients.  Plain loops over the scalar
+// maths of batch_norm_math.h that the compiler vectorises over channels.
 #pragma once
 
 #include "cpu/simd/vec.h"

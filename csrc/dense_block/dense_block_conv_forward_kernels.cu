@@ -292,7 +292,7 @@ cudaError_t launch_conv_forward(const ConvForwardParams<T>& p, const ConvPlan& p
 #define FASTDENSE_CONV(T)                                                     \
   template ConvPlan plan_conv_forward<T>(const ConvShape&, int64_t, int64_t); \
   template cudaError_t launch_conv_forward<T>(const ConvForwardParams<T>&, const ConvPlan&, cudaStream_t);
-FASTDENSE_FOR_EACH_CONV_TYPE(FASTDENSE_CONV)
+FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE(FASTDENSE_CONV)
 #undef FASTDENSE_CONV
 
 }  // namespace fastdense

@@ -296,7 +296,7 @@ cudaError_t launch_conv_input_gradient(const ConvInputGradientParams<T>& p, cons
 #define FASTDENSE_CONV(T)                                                            \
   template ConvPlan plan_conv_input_gradient<T>(const ConvShape&, int64_t, int64_t); \
   template cudaError_t launch_conv_input_gradient<T>(const ConvInputGradientParams<T>&, const ConvPlan&, cudaStream_t);
-FASTDENSE_FOR_EACH_CONV_TYPE(FASTDENSE_CONV)
+FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE(FASTDENSE_CONV)
 #undef FASTDENSE_CONV
 
 }  // namespace fastdense

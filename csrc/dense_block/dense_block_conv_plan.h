@@ -82,7 +82,4 @@ auto with_columns(int columns, const Body& body) {
   }
 }
 
-// The storage types that there are kernels for; float as TF32.
-#define FASTDENSE_FOR_EACH_CONV_TYPE(X) X(float) X(bfloat16) X(half)
-
 }  // namespace fastdense

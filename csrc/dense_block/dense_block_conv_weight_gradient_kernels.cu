@@ -208,7 +208,7 @@ cudaError_t launch_conv_weight_gradient(const ConvWeightGradientParams<T>& p, co
   template ConvPlan plan_conv_weight_gradient<T>(const ConvShape&, int64_t, int64_t);                      \
   template cudaError_t launch_conv_weight_gradient<T>(const ConvWeightGradientParams<T>&, const ConvPlan&, \
                                                       cudaStream_t);
-FASTDENSE_FOR_EACH_CONV_TYPE(FASTDENSE_CONV)
+FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE(FASTDENSE_CONV)
 #undef FASTDENSE_CONV
 
 }  // namespace fastdense

@@ -108,9 +108,4 @@ auto with_width(int64_t width, const Body& body) {
   }
 }
 
-// The storage types that tensor cores multiply; float as TF32.  A build for tests may ask for fewer.
-#ifndef FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE
-#define FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE(X) X(float) X(bfloat16) X(half)
-#endif
-
 }  // namespace fastdense

@@ -23,17 +23,9 @@ def _is_command() -> bool:
 
 
 if TYPE_CHECKING or not _is_command():
-    from fastdense._library import (
-        bicubic_resize,
-        build_info,
-        convert,
-        models,
-        nn,
-        ops,
-        report,
-        restore,
-        upscale,
-    )
+    from fastdense import _extension, models, nn, ops  # noqa: F401  (says what to do if there is no torch or no build)
+    from fastdense._extension import build_info
+    from fastdense._library import bicubic_resize, convert, report, restore, upscale
 else:
 
     def __getattr__(name: str) -> Any:

@@ -55,8 +55,18 @@ def explain_missing_torch() -> str:
     return f"fastdense: torch is not installed for {sys.executable}. Run\n    {_python()} -m pip install '{_NEEDED}'"
 
 
+def explain_missing_build(package: Path = PACKAGE) -> str:
+    """What is there instead of a compiled module for this Python, and the commands that build one."""
+    where = "the source tree" if _is_source_tree(package.parent) else "the folder"
+    others = ", ".join(sorted(path.name for path in package.glob("_C.*.so")))
+    here = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+    found = f"has {others}, but no compiled module for {here}" if others else "has no compiled module: it was not built"
+    lines = [f"fastdense: {where} {package} {found}.", *_shadowed(package), "Build it:"]
+    return "\n".join([*lines, *build_commands(None, package)])
+
+
 def explain(error: ImportError, torch_version: str, torch_cuda: str | None, package: Path = PACKAGE) -> str:
-    """Why the compiled module does not load, and the commands that build one that does.
+    """What the compiled module that does not load was built with, what is here, and the commands that build one.
 
     Args:
         error: of the import.
@@ -64,22 +74,19 @@ def explain(error: ImportError, torch_version: str, torch_cuda: str | None, pack
         torch_cuda: the CUDA version of that torch, None for one without CUDA.
         package: the folder of the package.
     """
-    binary, facts = find_binary(package), read_facts(package)
-    if binary is None:
-        lines = [_missing(package), *_shadowed(package), "Build it:"]
-    else:
-        built = _torch_line(facts["torch"], facts["cuda"]) if facts else "unknown, as its .json file is missing"
-        lines = [
-            f"fastdense: {binary} does not load: {error}",
-            f"    built with  {built}",
-            f"    here        {_torch_line(torch_version, torch_cuda)}",
-        ]
-        if facts.get("cuda") and torch_cuda is None:
-            lines.append(
-                f"Install torch {facts['torch']} with CUDA again, or build fastdense for the torch that is here:"
-            )
-        else:
-            lines.append("Build it again for the torch that is here:")
+    facts = read_facts(package)
+    built = _torch_line(facts["torch"], facts["cuda"]) if facts else "unknown, as its .json file is missing"
+    again = "Build it again for the torch that is here:"
+    if facts.get("cuda") and torch_cuda is None:
+        again = (
+            f"Install torch {facts['torch']} with CUDA {facts['cuda']}, or build fastdense for the torch that is here:"
+        )
+    lines = [
+        f"fastdense: {find_binary(package)} does not load: {error}",
+        f"    built with  {built}",
+        f"    here        {_torch_line(torch_version, torch_cuda)}",
+        again,
+    ]
     return "\n".join([*lines, *build_commands(torch_cuda, package)])
 
 
@@ -90,15 +97,6 @@ def build_commands(torch_cuda: str | None, package: Path = PACKAGE) -> list[str]
         f"    {_python()} -m pip install {_TOOLS}",
         f"    {force}{_python()} -m pip install --no-build-isolation {_source(package.parent)}",
     ]
-
-
-def _missing(package: Path) -> str:
-    where = "the source tree" if _is_source_tree(package.parent) else "the folder"
-    others = sorted(path.name for path in package.glob("_C.*.so"))
-    if others:
-        here = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
-        return f"fastdense: {where} {package} has {', '.join(others)}, but no compiled module for {here}."
-    return f"fastdense: {where} {package} has no compiled module: nothing was built there."
 
 
 def _shadowed(package: Path) -> list[str]:

@@ -3,7 +3,16 @@
 
 from typing import TYPE_CHECKING
 
-from fastdense._build_info import ExtensionError, explain, explain_missing_torch
+from fastdense._build_info import (
+    ExtensionError,
+    explain,
+    explain_missing_build,
+    explain_missing_torch,
+    find_binary,
+)
+
+if find_binary() is None:
+    raise ExtensionError(explain_missing_build())
 
 try:
     import torch

@@ -12,6 +12,7 @@ MAX_JOBS, DEBUG=1, SANITIZE=address,undefined (what GCC's -fsanitize takes; "mak
 
 import atexit
 import contextlib
+import json
 import logging
 import os
 import re
@@ -232,6 +233,18 @@ def short_progress() -> Iterator[None]:
         os.close(before)
 
 
+def write_facts(binary: Path) -> None:
+    """Writes beside the compiled module what it was built with: what fastdense/_build_info.py reads."""
+    cuda = find_cuda()
+    facts = {
+        "version": PROJECT["version"],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cuda_arch_list": find_arch_list() if cuda else None,
+    }
+    binary.with_suffix(".json").write_text(json.dumps(facts) + "\n")
+
+
 class Build(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -244,6 +257,7 @@ class Build(cpp_extension.BuildExtension):
         print(f"fastdense: building for {describe_target()}", file=sys.stderr, flush=True)
         with short_progress():
             super().run()
+        write_facts(Path(self.get_ext_fullpath("fastdense._C")))
         if hint := cpu_build_hint():
             atexit.register(print, hint, file=sys.stderr)  # setuptools may have more to say
 
@@ -254,7 +268,9 @@ class CudaObjects(Build):
     def run(self) -> None:
         if not find_cuda():
             sys.exit(f"fastdense: cuda_objects: {find_toolkit()[1] or 'no GPU is visible; set FORCE_CUDA=1'}.")
-        super().run()
+        print(f"fastdense: compiling for {describe_target()}", file=sys.stderr, flush=True)
+        with short_progress():
+            cpp_extension.BuildExtension.run(self)
 
     def build_extension(self, ext: cpp_extension.CppExtension) -> None:
         ext.sources = [source for source in ext.sources if source.endswith((".cu", "_cuda.cpp"))]

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense import _C, models, ops, reference
+from fastdense import models, ops, reference
+from fastdense._choices import DualPathMemoryMode, MemoryMode, Preset
+from fastdense._extension import _C
 from fastdense.fusion.convert import restore
 
 # Of instruction sets, from the least to the most; FASTDENSE_SIMD takes the same names.
@@ -84,7 +86,7 @@ def _norm(t: dict[str, Tensor], name: str) -> ops.NormWeights:
     return ops.NormWeights(t[f"{name}.weight"], t[f"{name}.bias"], None, None, 1e-5)
 
 
-def _dense_block(size: tuple[int, ...], memory: str) -> _Case:
+def _dense_block(size: tuple[int, ...], memory: MemoryMode) -> _Case:
     n, dims = _Numbers(1), len(size)
     channels, growth, width, layers = 24, 16, 64, 3
     n.normal("input", 2, channels, *size, shift=0.5)
@@ -114,7 +116,7 @@ def _dense_block(size: tuple[int, ...], memory: str) -> _Case:
     return _Case(n.made, fast, plain)
 
 
-def _dual_path_stage(memory: str) -> _Case:
+def _dual_path_stage(memory: DualPathMemoryMode) -> _Case:
     n = _Numbers(2)
     channels, width, residual, growth, blocks, groups, dense = 24, 32, 32, 8, 2, 4, 16
     n.normal("input", 2, channels, 9, 7, shift=0.5)
@@ -229,7 +231,7 @@ def _bicubic(scale: float) -> _Case:
         # Computed in float64 wherever torch's own kernel rounds its coefficients to the type of the input.
         return F.interpolate(t["input"], scale_factor=scale, mode="bicubic", antialias=antialias)
 
-    preset = "torch_antialias" if antialias else "torch"
+    preset: Preset = "torch_antialias" if antialias else "torch"
     return _Case(n.made, lambda t: ops.bicubic_resize(t["input"], scale_factor=scale, preset=preset), plain)
 
 

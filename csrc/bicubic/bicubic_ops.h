@@ -9,6 +9,7 @@
 
 #include "bicubic/bicubic.h"
 #include "common/checks.h"
+#include "common/layout.h"
 #include "common/storage.h"
 
 namespace fastdense {
@@ -24,6 +25,7 @@ at::Tensor run_bicubic(const char* op, const at::Tensor& input, at::IntArrayRef 
                        const BicubicOptions& options, bool transposed, const std::optional<at::Tensor>& residual,
                        double low, double high) {
   check_floating(op, "input", input);
+  TORCH_CHECK_VALUE(low <= high, op, ": expected low to be at most high, got ", low, " and ", high);
   if (input.dim() == 5 && input.element_size() == 2) {  // keep what lies between the axes in float32
     const auto added = residual ? std::optional(residual->to(at::kFloat)) : residual;
     return run_bicubic<Engine>(op, input.to(at::kFloat), size, step, options, transposed, added, low, high)
@@ -32,7 +34,7 @@ at::Tensor run_bicubic(const char* op, const at::Tensor& input, at::IntArrayRef 
   const BicubicArgs args = parse_bicubic(op, input, size, step, options, transposed);
   at::Tensor out = args.empty_result();
   const at::Tensor added = bicubic_residual(op, residual, input, out);
-  if (out.numel() == 0) return out;
+  if (!has_values(out)) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bicubic", [&] {
     using T = typename Storage<scalar_t>::type;
     Engine::template resample<T, accumulate_t<T>>(args, added, out, {args.columns_first, false, low, high});
@@ -46,7 +48,7 @@ at::Tensor run_bicubic_uint8(const at::Tensor& input, at::IntArrayRef size, at::
   const ByteRounding rounded = check_bicubic_bytes(input, rounding);
   const BicubicArgs args = parse_bicubic("bicubic_uint8", input, size, step, options, false);
   at::Tensor out = args.empty_result();
-  if (out.numel() == 0) return out;
+  if (!has_values(out)) return out;
   if (args.unchanged()) return out.copy_(input);
   const bool columns_first = byte_columns_first(args, rounded, step);
   if (rounded == ByteRounding::kLast)

@@ -92,9 +92,10 @@ struct InputGradient {
 template <typename T, typename A>
 __device__ __forceinline__ void add_winner(const NormPoolSumsParams<T>& p, T grad, uint8_t winner, int64_t origin,
                                            int64_t start, A mean, A& sum, A& weighted) {
-  if (winner == kNoWinner) return;
+  const int64_t pixel = start + position_offset(p.shape.g, winner);
+  if (winner == kNoWinner || pixel < 0 || pixel >= p.shape.g.pixels()) return;  // a hook may have made up another
   const A g = load(grad);
-  const int64_t at = origin + (start + position_offset(p.shape.g, winner)) * pixel_step(p.shape);
+  const int64_t at = origin + pixel * pixel_step(p.shape);
   sum += g;
   weighted += g * (load(p.x[at]) - mean);
 }

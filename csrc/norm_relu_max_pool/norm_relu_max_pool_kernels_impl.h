@@ -186,10 +186,10 @@ void forward(const NormPoolForward<T>& p, int64_t line, A* room) {
 // g of a pooled value and the x that won it, or zeros; `at` is the pooled value's place, `origin` that of position 0.
 template <typename T, typename A = accumulate_t<T>>
 inline void winner_terms(const NormPoolBackward<T>& p, int64_t at, int64_t origin, A mean, A& sum, A& weighted) {
-  const uint8_t w = p.winners[at];
-  const bool won = w != kNoWinner;
+  const int64_t place = origin + p.offsets[p.winners[at]];
+  const bool won = uint64_t(place) < uint64_t(p.numbers);  // false where there is none, or a hook has made up another
   const A g = won ? A(load(p.grad[at])) : A(0);
-  const A deviation = won ? A(load(p.x[origin + p.offsets[w]])) - mean : A(0);
+  const A deviation = won ? A(load(p.x[place])) - mean : A(0);
   sum += g;
   weighted += g * deviation;
 }

@@ -13,8 +13,8 @@
 
 #include <tuple>
 
-#include "common/checks.h"
-#include "common/storage.h"
+#include "core/checks.h"
+#include "core/storage.h"
 #include "dense_block/dense_block.h"
 
 namespace fastdense {
@@ -27,8 +27,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_blo
   constexpr const char* kOp = "dense_block";
   check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
-  const DenseBlockArgs args = parse_dense_block(kOp, input.sizes(), input.options(), weights, eps, num_layers,
-                                                bottleneck, tail, drop_rate, seed, process_group);
+  const DenseBlockArgs args = parse_dense_block(kOp, input.sizes(), input.options(), weights,
+                                                {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group});
   const DenseBlockOutputs o = allocate_dense_block(args, input.options(), keep_bottleneck);
   if (!input.is_meta() && (args.pixels() > 0 || !process_group.empty()))  // the other processes wait for this one
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
@@ -60,8 +60,8 @@ std::vector<at::Tensor> dense_block_backward(const at::Tensor& grad_output,  // 
   check_at_most(kOp, "in_channels", in_channels, buffer.size(1));
   std::vector<int64_t> sizes = buffer.sizes().vec();
   sizes[1] = in_channels;
-  const DenseBlockArgs args = parse_dense_block(kOp, sizes, buffer.options(), weights, eps, num_layers, bottleneck,
-                                                tail, drop_rate, seed, process_group);
+  const DenseBlockArgs args = parse_dense_block(kOp, sizes, buffer.options(), weights,
+                                                {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group});
   const DenseBlockSaved saved = check_dense_block_saved(kOp, args, grad_output, {buffer, mean, var, z});
   const std::vector<bool> needs = read_needs(kOp, needs_grad, weights, args.constants);
   if (buffer.is_meta() || (args.pixels() == 0 && process_group.empty()))

@@ -9,9 +9,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "common/checks.h"
-#include "common/layout.h"
-#include "dropout_mask/dropout_mask_math.h"
+#include "core/checks.h"
+#include "core/dropout_math.h"
+#include "core/layout.h"
 
 namespace fastdense {
 

@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "common/checks.h"
-#include "common/shared_statistics.h"
+#include "core/checks.h"
+#include "core/sync_batch_norm.h"
 
 namespace fastdense {
 namespace {
@@ -105,16 +105,17 @@ std::vector<int64_t> DualPathArgs::sizes(int64_t channels, bool of_input) const 
 }
 
 DualPathArgs parse_dual_path(const char* op, at::IntArrayRef sizes, const at::TensorOptions& options,
-                             at::TensorList weights, at::ArrayRef<double> eps, int64_t num_blocks, bool projection,
-                             int64_t residual_channels, int64_t stride, std::string_view process_group) {
+                             at::TensorList weights, const DualPathOptions& how) {
+  const auto& [eps, num_blocks, projection, residual_channels, given_stride, process_group] = how;
   TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, op,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
   check_at_least(op, "input's channels", sizes[1], 1);
   check_at_least(op, "num_blocks", num_blocks, 1);
   check_at_most(op, "num_blocks", num_blocks, int64_t(weights.size()));  // so that no product of it is too large
   check_at_least(op, "residual_channels", residual_channels, 0);
-  check_at_least(op, "stride", stride, 1);
-  TORCH_CHECK_VALUE(projection || stride == 1, op, ": expected stride to be 1 without a projection, got ", stride);
+  check_at_least(op, "stride", given_stride, 1);
+  TORCH_CHECK_VALUE(projection || given_stride == 1, op, ": expected stride to be 1 without a projection, got ",
+                    given_stride);
   check_counts(op, weights, eps, num_blocks, projection);
   check_input(op, sizes, weights[4]);
   check_process_group(op, process_group);
@@ -126,7 +127,8 @@ DualPathArgs parse_dual_path(const char* op, at::IntArrayRef sizes, const at::Te
   args.process_group = process_group;
   args.spatial.assign(sizes.begin() + 2, sizes.end());
   fill_three(args.spatial, args.sampled.size);
-  stride = std::min(stride, std::max<int64_t>(1, *std::max_element(args.spatial.begin(), args.spatial.end())));
+  const int64_t stride =
+      std::min(given_stride, std::max<int64_t>(1, *std::max_element(args.spatial.begin(), args.spatial.end())));
   for (size_t d = 0; d < 3; ++d) {
     args.sampled.window[d] = 1;
     args.sampled.stride[d] = d < args.spatial.size() ? stride : 1;

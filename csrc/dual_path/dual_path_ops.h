@@ -11,8 +11,8 @@
 
 #include <tuple>
 
-#include "common/checks.h"
-#include "common/storage.h"
+#include "core/checks.h"
+#include "core/storage.h"
 #include "dual_path/dual_path.h"
 
 namespace fastdense {
@@ -25,8 +25,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   constexpr const char* kOp = "dual_path_stage";
   check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
-  const DualPathArgs args = parse_dual_path(kOp, input.sizes(), input.options(), weights, eps, num_blocks, projection,
-                                            residual_channels, stride, process_group);
+  const DualPathArgs args = parse_dual_path(kOp, input.sizes(), input.options(), weights,
+                                            {eps, num_blocks, projection, residual_channels, stride, process_group});
   const DualPathKeep keep = parse_dual_path_memory(kOp, memory);
   const DualPathOutputs o = allocate_dual_path(args, input.options(), keep);
   if (!input.is_meta() && (args.pixels() > 0 || !process_group.empty()))  // the other processes wait for this one
@@ -48,8 +48,8 @@ std::vector<at::Tensor> dual_path_stage_backward(const at::Tensor& grad_output, 
   constexpr const char* kOp = "_dual_path_stage_backward";
   check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
-  const DualPathArgs args = parse_dual_path(kOp, input.sizes(), input.options(), weights, eps, num_blocks, projection,
-                                            residual_channels, stride, process_group);
+  const DualPathArgs args = parse_dual_path(kOp, input.sizes(), input.options(), weights,
+                                            {eps, num_blocks, projection, residual_channels, stride, process_group});
   const DualPathSaved saved = check_dual_path_saved(kOp, args, grad_output, {input, out, residuals, a, b, mean, var});
   const std::vector<bool> needs = read_needs(kOp, needs_grad, weights, args.constants);
   if (input.is_meta() || (args.pixels() == 0 && process_group.empty()))

@@ -4,7 +4,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
-#include "common/cuda_context.h"
+#include "cuda/context.h"
 
 namespace fastdense {
 namespace {

@@ -91,13 +91,14 @@ struct CpuEngine {
     const auto c =
         block.coefficients(args.norm, saved.mean.const_data_ptr<A>(), saved.var.const_data_ptr<A>(), args.channels);
     int64_t offsets[kNoIndex + 1];
-    offsets[kNoIndex] = std::numeric_limits<int64_t>::min() / 2;
-    for (int w = 0; w < kNoIndex; ++w)
+    std::fill(offsets, offsets + kNoIndex + 1, std::numeric_limits<int64_t>::min() / 2);
+    for (int w = 0; w < int(args.g.volume()) && w < kNoIndex; ++w)
       offsets[w] = position_offset(args.g, w) * (args.layout.channels_last ? args.channels : 1);
     NormPoolBackward<T> p{norm_pool<T>(args, c, x),
                           static_cast<const T*>(grad.const_data_ptr()),
                           indices.const_data_ptr<uint8_t>(),
                           offsets,
+                          x.numel(),
                           nullptr,
                           nullptr,
                           nullptr,
@@ -127,6 +128,10 @@ struct CpuEngine {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) {
+  m.impl("norm_relu_max_pool", &norm_relu_max_pool<CpuEngine>);
+  m.impl("_norm_relu_max_pool_backward", &norm_relu_max_pool_backward<CpuEngine>);
+}
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) {
   m.impl("norm_relu_max_pool", &norm_relu_max_pool<CpuEngine>);
   m.impl("_norm_relu_max_pool_backward", &norm_relu_max_pool_backward<CpuEngine>);
 }

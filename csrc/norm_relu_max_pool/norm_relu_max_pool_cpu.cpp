@@ -108,7 +108,7 @@ struct CpuEngine {
     if (!args.norm.frozen() || needs[1] || needs[2])
       for_each_unit<T>(block, p, p.pooled_lines(args.batch), [&](int64_t worker, int64_t line, A* memory) {
         const auto epilogue = block.epilogue(worker, nullptr, 0, false, nullptr, no_weights);
-        kernels.sums(p, line, epilogue.sums.sum, epilogue.sums.weighted, memory);
+        kernels.sums(p, line, epilogue.sum, epilogue.weighted, memory);
       });
     const auto sums = block.norm_gradients(args.norm, c);
     at::Tensor memory;

@@ -111,6 +111,50 @@ def find_arch_list() -> str:
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or found or DEFAULT_ARCH_LIST
 
 
+# Instruction sets of the CPU kernels: when one is compiled, and what it is made of (csrc/cpu/simd/target.h).
+X86 = "defined(__x86_64__)"
+TARGETS = {"baseline": ("1", ("BASELINE",)), "avx2": (X86, ("AVX2",)), "avx512": (X86, ("AVX512",))}
+BF16_TARGETS = {
+    "avx512_bf16": ("defined(FASTDENSE_HAS_AVX512_BF16)", ("AVX512", "PAIRS")),
+    "amx": ("defined(FASTDENSE_HAS_AMX)", ("AMX", "AVX512", "PAIRS")),
+}
+KERNEL_SOURCE = """// Written by setup.py: {impl} for {target}.
+#include "{header}"
+
+#if {condition}
+#define FASTDENSE_TARGET {target}
+{sets}
+#include "cpu/simd/target.h"
+#include "{impl}"
+#include "cpu/simd/target_end.h"
+#endif
+"""
+
+
+def write_kernel_sources(csrc: Path, folder: Path) -> set[str]:
+    """Writes the files that compile each <op>_kernels_impl.h once for every instruction set."""
+    texts = {}
+    for impl in csrc.rglob("*_kernels_impl.h"):
+        header = impl.with_name(impl.name.replace("_impl.h", ".h"))
+        has_bf16_sets = "FASTDENSE_EACH_ISA_BF16" in header.read_text()
+        for target, (condition, sets) in (TARGETS | BF16_TARGETS if has_bf16_sets else TARGETS).items():
+            texts[folder / f"{header.stem}_{target}.cpp"] = KERNEL_SOURCE.format(
+                impl=impl.relative_to(csrc).as_posix(),
+                header=header.relative_to(csrc).as_posix(),
+                condition=condition,
+                target=target,
+                sets="\n".join(f"#define FASTDENSE_TARGET_{name}" for name in sets),
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in set(folder.glob("*.cpp")) - texts.keys():
+        stale.unlink()
+    for path, text in texts.items():
+        # A file that stays as it is keeps its time: ninja compiles it once.
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+    return {str(path) for path in texts}
+
+
 def describe_target() -> str:
     """What a build would be for; a build for something else is another build."""
     device = f"CUDA {torch.version.cuda} for {find_arch_list()}" if find_cuda() else "CPU only"
@@ -127,6 +171,7 @@ def object_folder() -> Path:
 def extension() -> cpp_extension.CppExtension:
     cuda, csrc = find_cuda(), Path("csrc")
     sources = {str(path) for path in csrc.rglob("*.cpp") if cuda or not path.stem.endswith("_cuda")}
+    sources |= write_kernel_sources(csrc, Path("build", "kernels"))
     macros = {"VERSION": PROJECT["version"], "TORCH_VERSION": torch.__version__}
     if cuda:
         cpp_extension.CUDA_HOME = cuda

@@ -19,7 +19,7 @@ import fastdense
 from fastdense import _C
 from fastdense._support import write_json
 from fastdense.bench.environment import describe
-from fastdense.bench.floor import Ceilings, measure_ceilings, tensor_core_kernels
+from fastdense.bench.roofline import Ceilings, measure_ceilings, tensor_core_kernels
 
 # Side of an image, channels of the prefix, growth rate: narrow and wide layers of every block.
 LAYERS = [(56, 64, 32), (56, 224, 32), (28, 128, 32), (28, 480, 32), (14, 256, 32), (14, 992, 32), (7, 512, 32)]
@@ -52,7 +52,7 @@ class Layer:
 def rate(times: Iterable[tuple[str, float]], pixels: int, c: int, k: int, ceilings: Ceilings) -> list[Kernel]:
     """Names and microseconds of launched kernels; of those of the model, what they reach.
 
-    A kernel that a layer launches several times, such as the sweeps, counts once with the sum of its times.
+    A kernel that a layer launches several times, such as column reductions, counts once with the sum of its times.
     """
     model = tensor_core_kernels(c, 4 * k, k)
     found = []

@@ -16,7 +16,7 @@ from torch import nn
 
 import fastdense
 from fastdense.bench.memory import resident_mib
-from fastdense.models.rrdbnet import RRDB
+from fastdense.models.sr.rrdbnet import RRDB
 
 _MOST_KIB_PER_STEP = 1.0
 _EVERY = 10  # steps between two samples

@@ -10,10 +10,10 @@
 #include <thread>
 
 #include "bicubic/bicubic_table.h"
-#include "common/cuda_choice.h"
-#include "common/scalar.h"
-#include "common/simd.h"
-#include "dropout_mask/dropout_mask_math.h"
+#include "core/dropout_math.h"
+#include "core/scalar.h"
+#include "cpu/simd/isa.h"
+#include "cuda/kernel_choice.h"
 #include "highway_gate/highway_gate_math.h"
 #include "residual_dense_block/residual_dense_block_math.h"
 
@@ -42,7 +42,7 @@ py::dict build_info() {
 #else
   info["compiler"] = "GCC " __VERSION__;
 #endif
-  info["simd"] = simd_name(simd_level());
+  info["simd"] = isa_name(current_isa());
   info["cuda_kernels"] = cuda_kernels_name(cuda_kernels());
   info["threads"] = std::thread::hardware_concurrency();
   return info;
@@ -133,7 +133,7 @@ void bind_bicubic(py::module_& m, py::module_& scalar) {
 
 void bind(py::module_& m) {
   m.def("build_info", &build_info);
-  m.def("set_simd_level", py::overload_cast<const char*>(&set_simd_level), py::arg("name"));
+  m.def("set_simd_level", py::overload_cast<const char*>(&set_isa), py::arg("name"));
   m.def("set_cuda_kernels", &set_cuda_kernels, py::arg("name"));
   py::module_ scalar = m.def_submodule("scalar", "Scalar functions shared by the CPU and CUDA kernels.");
   bind_arithmetic<double>(scalar, "");

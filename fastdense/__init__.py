@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING
 
 import torch  # noqa: F401  (loads the libraries that _C links against)
 
-from fastdense import _C, models, nn, ops
-from fastdense.convert import convert, restore
-from fastdense.model_report import report
+from fastdense import _C, _old_paths, models, nn, ops
+from fastdense.fusion.convert import convert, restore
+from fastdense.fusion.report import report
 from fastdense.ops import bicubic_resize
-from fastdense.upscaling import upscale
+from fastdense.sr.upscaling import upscale
 
 if TYPE_CHECKING:
     from fastdense._C import BuildInfo
+
+_old_paths.install()
 
 __version__: str = _C.build_info()["version"]
 

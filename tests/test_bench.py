@@ -4,19 +4,24 @@
 import copy
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from fastdense._support import InputError, write_json
 from fastdense.bench import BenchConfig, BenchResult, Net, Row, SweepConfig, run_bench, run_sweep
-from fastdense.bench.floor import Ceilings, training_floor
 from fastdense.bench.memory import mib_per_image
 from fastdense.bench.nets import VARIANTS, build, cifar_densenet, plain_model
 from fastdense.bench.plots import save_bench, save_sweep
 from fastdense.bench.results import disagreement, median_ratio
+from fastdense.bench.roofline import Ceilings, tensor_core_kernels, training_roofline
 from fastdense.bench.run import count_ticks
 from fastdense.bench.tables import bench_table
 from fastdense.bench.worker import restored
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = BenchConfig(
     net=Net("densenet_cifar", depth=10, growth_rate=4),
@@ -110,7 +115,7 @@ def test_cifar_net_is_the_published_one():
 def test_variants_share_weights_and_only_fastdense_is_converted(net):
     import torch
 
-    from fastdense.nn.fused import FusedModule
+    from fastdense.fusion.base import FusedModule
 
     states = []
     for name, variant in VARIANTS.items():
@@ -147,19 +152,19 @@ def test_floors_agree_with_sums_by_hand():
     """One layer of a network with one layer a block, and what the modes add."""
     ceilings = Ceilings(1e12, 1e30)
     net = Net("densenet_cifar", depth=10, growth_rate=4)
-    floors = {name: training_floor(net, VARIANTS[name], 2, 16, 2, ceilings) for name in ("plain", "balanced", "min")}
+    floors = {name: training_roofline(net, VARIANTS[name], 2, 16, 2, ceilings) for name in ("plain", "balanced", "min")}
     assert all(floor.seconds == pytest.approx(floor.bytes / 1e12) for floor in floors.values())
     # min: one more product a layer, from c to 16 channels, at 16, 8 and 4 pixels a side with c = 8, 6, 5
     more = sum(2 * side * side * (c + 16) for side, c in ((16, 8), (8, 6), (4, 5)))
     assert floors["min"].bytes - floors["balanced"].bytes == 2 * more
     assert floors["plain"].bytes > 1.5 * floors["balanced"].bytes
     # fused kernels: 4 c + 16 b + 8 k numbers a pixel and layer become 4 c + 9 b + 6 k
-    fused = training_floor(net, VARIANTS["balanced"], 2, 16, 2, ceilings, tensor_cores=True)
+    fused = training_roofline(net, VARIANTS["balanced"], 2, 16, 2, ceilings, tensor_cores=True)
     less = sum(2 * side * side * (7 * 16 + 2 * 4) for side in (16, 8, 4))
     assert floors["balanced"].bytes - fused.bytes == 2 * less
-    assert training_floor(net, VARIANTS["compile"], 2, 16, 2, ceilings) is None
+    assert training_roofline(net, VARIANTS["compile"], 2, 16, 2, ceilings) is None
     # The arithmetic is that of the network: three products for every multiply-add of the forward pass.
-    densenet121 = training_floor(Net("densenet121"), VARIANTS["plain"], 1, 224, 4, ceilings)
+    densenet121 = training_roofline(Net("densenet121"), VARIANTS["plain"], 1, 224, 4, ceilings)
     assert densenet121.flops == pytest.approx(6 * 2.83e9, rel=0.05)
 
 
@@ -167,7 +172,7 @@ def test_table_shows_the_share_of_the_floor():
     rows = [Row("plain", seconds=[2e-6]), Row("compile", seconds=[2e-6]), Row("min", time_error="failed")]
     config = dataclasses.replace(TINY, variants=("plain", "compile", "min"))
     result = BenchResult(config, {}, "", [], rows, Ceilings(1e12, 1e15))
-    floor = training_floor(config.net, VARIANTS["plain"], config.batch, config.size, 4, result.ceilings)
+    floor = training_roofline(config.net, VARIANTS["plain"], config.batch, config.size, 4, result.ceilings)
     assert result.summary(rows[0])["floor_share"] == pytest.approx(floor.seconds / 2e-6)
     assert result.summary(rows[0])["gb_per_second"] == pytest.approx(floor.bytes / 2e-6 / 1e9)
     assert result.summary(rows[1])["floor_share"] is None
@@ -210,7 +215,7 @@ def test_rates_of_kernels():
     from benchmarks.cuda_kernels import Layer, rate, table
 
     ceilings = Ceilings(1e12, 1e14)
-    times = [("void fastdense::row_product_kernel<bfloat16, 1>(Params)", 4.0), ("elementwise_kernel", 2.0)]
+    times = [("void fastdense::conv1x1_kernel<bfloat16, 1>(Params)", 4.0), ("elementwise_kernel", 2.0)]
     product, other = rate(times, 1000, 64, 32, ceilings)
     moved, computed = 2 * 1000 * (64 + 128), 1000 * 2 * 64 * 128
     assert product.gb_per_second == pytest.approx(moved / 4e-6 / 1e9)
@@ -218,5 +223,24 @@ def test_rates_of_kernels():
     assert product.floor_share == pytest.approx(max(moved / 1e12, computed / 1e14) / 4e-6)
     assert other.gb_per_second is None
     text = table(Layer(56, 64, 32, [product, other], {"fused": 6.0, "library": 9.0}))
-    assert "| row_product_kernel | 4.0 | 96 | 4.1 | 0.10 |" in text
+    assert "| conv1x1_kernel | 4.0 | 96 | 4.1 | 0.10 |" in text
     assert "6 us fused, 9 us by the library" in text
+
+
+def test_the_roofline_knows_kernels_by_their_names():
+    """A layer's kernels, or what a column reduction reduces."""
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.cu"))
+    for name in tensor_core_kernels(64, 128, 32):
+        assert re.search(rf"\b{name}\b", sources), name
+
+
+def test_every_operator_has_a_benchmark():
+    """Results are compared where the benchmark makes its runs."""
+    from benchmarks.bench_operators import CASES, make_runs
+
+    elsewhere = {"dense_block", "bicubic", "dual_path_split"}  # in files of their own; the merge's backward
+    names = [name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastdense::")]
+    assert {name.split()[0] for name in CASES} | elsewhere == {name for name in names if not name.startswith("_")}
+    for name in CASES:
+        for runs in make_runs(name, "channels_last", batch=1).values():
+            assert set(runs) == {"torch", "fastdense"}

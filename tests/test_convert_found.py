@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastdense
-from fastdense.nn.trial import double_copy
+from fastdense.fusion.equivalence import double_copy
 from tests.cases.converted import (
     MEMORY,
     assert_same,

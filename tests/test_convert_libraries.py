@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdense
-from fastdense.nn import fused_dual_path
-from fastdense.nn.fused import FusedModule
-from fastdense.nn.structure import NotFusible
+from fastdense.fusion.base import FusedModule
+from fastdense.fusion.checks import NotFusible
 from tests.cases.converted import assert_bit_equal, assert_same, images, pair, randomise, step
 
 DUAL_PATH = "encoder.features.conv3_2"
@@ -91,7 +90,7 @@ def test_what_stands_in_the_way_of_a_later_stage_is_found_before_the_first_has_r
         if any(norm is last for norm in norms):
             raise NotFusible("its norms share batch statistics with different processes")
 
-    monkeypatch.setattr(fused_dual_path, "process_group_of", refuse)
+    monkeypatch.setattr(fastdense.fusion.dual_path, "process_group_of", refuse)
     x = torch.randn(2, 3, 64, 64)
     fast(x)
     plain(x)

@@ -177,7 +177,7 @@ def test_weights_without_values_are_not_tried():
 
 
 def test_huge_blocks_are_not_tried(monkeypatch):
-    monkeypatch.setattr(fastdense.nn.trial, "_MOST_NUMBERS", 1000)
+    monkeypatch.setattr(fastdense.fusion.equivalence, "_MOST_NUMBERS", 1000)
     with pytest.warns(UserWarning, match="more than 1000 parameters, too many to try it"):
         fastdense.convert(nn.ModuleList([plain_sequence(3)]))
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import fastdense
 from fastdense import models
+from fastdense.fusion.dual_path import FusedDualPathBlock
 from fastdense.models.catalogue import CATALOGUE, count_model
 from fastdense.nn import DualPathBlock, DualPathStage
-from fastdense.nn.fused_dual_path import FusedDualPathBlock
 from tests.cases.random_block import relative
 from tests.cases.random_norms import random_norms
 
@@ -81,7 +81,9 @@ def test_blocks_keep_what_the_closed_form_says(name):
     assert round(4 * kept / 2**20, 1) == BLOCKS_KEEP[name]
     stem = 2 * 4 * maps[0].numel() + 3 * maps[0].numel()  # two maps; the pooled one and where its values come from
     head = 4 * maps[-1].numel() + 4 * maps[-1].shape[1]
-    assert abs(models.catalogue.kept_per_image(model, (3, 224, 224)) - (4 * kept + stem + head)) < 0.02 * 4 * kept
+    assert (
+        abs(models.catalogue.saved_bytes_per_image(model, (3, 224, 224)) - (4 * kept + stem + head)) < 0.02 * 4 * kept
+    )
 
 
 @pytest.mark.parametrize("name", [row[0] for row in PUBLISHED] + ["dpn48b"])

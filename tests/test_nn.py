@@ -335,7 +335,7 @@ def test_saved_bytes_are_far_below_plain_pytorch():
 
 # --- examples of the docstrings --------------------------------------------------------------------------------------
 
-DOCUMENTED = ["fastdense.models", "fastdense.convert"]
+DOCUMENTED = ["fastdense.models", "fastdense.fusion.convert"]
 for package in (fastdense.ops, fastdense.nn, fastdense.models):
     DOCUMENTED += [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
 

@@ -14,11 +14,11 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from fastdense import models
-from fastdense._enlarge import enlarge_samples
 from fastdense.cli import main
 from fastdense.models import save_super_resolution
 from fastdense.ops import bicubic_resize
-from fastdense.quality import evaluate_picture, luminance, psnr, rgb_to_ycbcr, ssim, ycbcr_to_rgb
+from fastdense.sr.quality import evaluate_image, luminance, psnr, rgb_to_ycbcr, ssim, ycbcr_to_rgb
+from fastdense.sr.upscale_samples import upscale_samples
 
 DATA = Path(skimage.__file__).parent / "data"
 
@@ -38,7 +38,7 @@ def photograph(name: str) -> numpy.ndarray:
     ],
 )
 def test_bicubic_baseline(name, expected):
-    made = [evaluate_picture(photograph(name), scale)[0].bicubic_psnr for scale in (2, 3, 4)]
+    made = [evaluate_image(photograph(name), scale)[0].bicubic_psnr for scale in (2, 3, 4)]
     assert made == pytest.approx(expected, abs=0.001)
 
 
@@ -80,7 +80,7 @@ class Nearest(models.SuperResolutionNet):
 @pytest.mark.parametrize("name", ["chelsea", "camera"])
 def test_a_network_is_compared_by_its_8_bit_input_and_output(colours, name):
     picture = photograph(name)[:201, :151]
-    quality, _, made = evaluate_picture(picture, 2, Nearest(colours))
+    quality, _, made = evaluate_image(picture, 2, Nearest(colours))
     picture = picture[:200, :150]
     planes = torch.from_numpy(picture.copy())[None, None] if picture.ndim == 2 else luminance(picture)
     if colours == 3 and picture.ndim == 3:
@@ -94,9 +94,9 @@ def test_a_network_is_compared_by_its_8_bit_input_and_output(colours, name):
 
 def test_errors_of_evaluation():
     with pytest.raises(ValueError, match="evaluate: expected scale to be 2 like the network's, got 3"):
-        evaluate_picture(photograph("camera"), 3, Nearest(1))
+        evaluate_image(photograph("camera"), 3, Nearest(1))
     with pytest.raises(ValueError, match="evaluate: expected a picture of 15 pixels or more, got 14 x 50"):
-        evaluate_picture(photograph("camera")[:50, :15], 2)
+        evaluate_image(photograph("camera")[:50, :15], 2)
 
 
 # Samples of all kinds -------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_samples_keep_channels_and_depth(dtype, channels, colours):
     peak = 1 if dtype == numpy.float32 else numpy.iinfo(dtype).max
     shape = (5, 4) if channels is None else (5, 4, channels)
     samples = (numpy.random.default_rng(0).random(shape) * peak).astype(dtype)
-    made = enlarge_samples(samples, Nearest(colours))
+    made = upscale_samples(samples, Nearest(colours))
     assert made.dtype == dtype and made.shape == (10, 8, *shape[2:])
     expected = samples.repeat(2, 0).repeat(2, 1).astype(numpy.float64)
     known = {None: slice(None), 1: 0, 2: 0, 3: slice(0, 3), 4: slice(0, 3)}[channels]  # alpha is smooth

@@ -178,7 +178,7 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck_with_the_cuda_code(name):
-    with emulated_kernels(False, scratch_bytes=12 << 10, blocks=8):
+    with emulated_kernels(False, workspace_bytes=12 << 10, blocks=8):
         test_opcheck(name)
 
 

@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 import fastdense
-import fastdense.model_report
+import fastdense.fusion.report
 from fastdense import report
 from tests.cases.converted import torchvision_net
 
@@ -65,4 +65,4 @@ def test_reasons_of_this_moment():
 
 
 def test_example():
-    assert doctest.testmod(fastdense.model_report, optionflags=doctest.ELLIPSIS).failed == 0
+    assert doctest.testmod(fastdense.fusion.report, optionflags=doctest.ELLIPSIS).failed == 0

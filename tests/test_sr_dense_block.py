@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import fastdense
 from fastdense.models import SRDenseNet
 from fastdense.nn.dense_block import DenseFeatures
-from fastdense.nn.sr_dense_block import PlainSRDenseBlock, SRDenseBlock
+from fastdense.nn.sr_dense_block import SRDenseBlock
+from fastdense.plain.sr_dense_block import PlainSRDenseBlock
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fastdense
 from fastdense import models, reference
+from fastdense.fusion.dense_layers import layer_weights, read_block
 from fastdense.nn import DenseBlock, DenseFeatures, DualPathStage, StochasticDepth, Transition, linear_decay
-from fastdense.nn.structure import layer_weights, read_block
 from tests.cases.converted import assert_same, randomise, step
 
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]

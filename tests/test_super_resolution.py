@@ -14,7 +14,7 @@ from torch import nn
 import fastdense
 from fastdense import models
 from fastdense.models import load_super_resolution, save_super_resolution
-from fastdense.models.ncnn import read_ncnn
+from fastdense.models.sr.ncnn import read_ncnn
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdense import models
-from fastdense.upscaling import plan_upscale, upscale
+from fastdense.sr.upscaling import plan_upscale, upscale
 
 NETS = {
     "rrdbnet": lambda: models.RRDBNet(4, 1, 6, 3),

@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/checks.h"
-#include "common/huge_pages.h"
-#include "common/layout.h"
+#include "core/checks.h"
+#include "core/huge_pages.h"
+#include "core/layout.h"
 
 namespace fastdense {
 namespace {

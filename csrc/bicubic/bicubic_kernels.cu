@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "bicubic/bicubic_launch.h"
-#include "common/for_each.h"
+#include "cuda/for_each.h"
 
 namespace fastdense {
 namespace {

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "bicubic/bicubic_table.h"
-#include "common/scalar.h"
-#include "common/simd.h"
+#include "core/scalar.h"
+#include "cpu/simd/dispatch.h"
 
 namespace fastdense {
 
@@ -59,25 +59,16 @@ struct BicubicPlane {
 template <typename T, typename A>
 struct BicubicKernel {
   // Rows [begin, end) of the output.
-  void (*resample)(const BicubicPlane<T, A>&, int64_t begin, int64_t end, A* scratch);
-  // Elements of scratch it needs.
-  int64_t (*scratch_size)(const BicubicPlane<T, A>&);
+  void (*resample)(const BicubicPlane<T, A>&, int64_t begin, int64_t end, A* workspace);
+  // Elements of workspace it needs.
+  int64_t (*workspace_size)(const BicubicPlane<T, A>&);
 };
 
-template <typename T, typename A>
-BicubicKernel<T, A> bicubic_kernel(SimdLevel level);
+FASTDENSE_EACH_ISA(template <typename T, typename A> BicubicKernel<T, A> bicubic_kernel();)
 
-namespace baseline {
 template <typename T, typename A>
-BicubicKernel<T, A> bicubic_kernel();
-}
-namespace avx2 {
-template <typename T, typename A>
-BicubicKernel<T, A> bicubic_kernel();
-}
-namespace avx512 {
-template <typename T, typename A>
-BicubicKernel<T, A> bicubic_kernel();
+inline BicubicKernel<T, A> bicubic_kernel(Isa isa) {
+  return FASTDENSE_DISPATCH(isa, bicubic_kernel<T, A>());
 }
 
 }  // namespace fastdense

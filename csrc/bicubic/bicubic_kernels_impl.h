@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels of bicubic_kernels.h for one target.
+#include "cpu/simd/vec.h"
+
 namespace fastdense::FASTDENSE_TARGET {
 
 // Rows stride apart, from `slot` on; a ring starts again after `period` rows.
@@ -203,36 +205,36 @@ inline void resample_columns(const BicubicPlane<T, A>& p, const A* in, A* out) {
     }
 }
 
-// A row of the input in the type of arithmetic: itself, or a copy in `room`.
+// A row of the input in the type of arithmetic: itself, or a copy in `memory`.
 template <typename T, typename A>
-inline const A* input_row(const BicubicPlane<T, A>& p, int64_t row, A* room) {
+inline const A* input_row(const BicubicPlane<T, A>& p, int64_t row, A* memory) {
   const T* in = p.input + row * p.in_width();
   if constexpr (std::is_same_v<T, A>) {
     return in;
   } else {
-    A* __restrict out = room;
+    A* __restrict out = memory;
     for (int64_t i = 0, n = p.in_width(); i < n; ++i) out[i] = widen<A>(in[i]);
-    return room;
+    return memory;
   }
 }
 
-// Length of a scratch row that is written in whole blocks and chunks.
+// Length of a workspace row that is written in whole blocks and chunks.
 template <typename A>
-constexpr int64_t scratch_row(int64_t n) {
+constexpr int64_t workspace_row(int64_t n) {
   return (n + kChunk<A> + kBicubicBlock - 1) / kBicubicBlock * kBicubicBlock;
 }
 
 template <typename T, typename A>
-void columns_then_rows(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* scratch) {
+void columns_then_rows(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* workspace) {
   const BicubicMatrix<A>& m = *p.rows;
-  const int64_t n = p.out_width(), stride = scratch_row<A>(n), period = m.taps;
-  A *ring = scratch, *room = ring + period * stride, *acc = room + scratch_row<A>(p.in_width());
+  const int64_t n = p.out_width(), stride = workspace_row<A>(n), period = m.taps;
+  A *ring = workspace, *memory = ring + period * stride, *acc = memory + workspace_row<A>(p.in_width());
   int64_t next = m.start[begin];
   for (int64_t o = begin; o < end; ++o) {
     const int64_t first = m.start[o];
     for (next = next < first ? first : next; next < first + m.taps; ++next) {
       A* row = ring + next % period * stride;
-      resample_columns(p, input_row(p, next, room), row);
+      resample_columns(p, input_row(p, next, memory), row);
       if (p.round_between) round_row(row, n);
     }
     for (int64_t at = 0; at < n; at += kChunk<A>) {
@@ -244,10 +246,10 @@ void columns_then_rows(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, 
 }
 
 template <typename T, typename A>
-void rows_then_columns(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* scratch) {
+void rows_then_columns(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* workspace) {
   const BicubicMatrix<A>& m = *p.rows;
-  const int64_t n = p.in_width(), stride = scratch_row<A>(n);
-  A *rows = scratch, *out = rows + kTogether * stride;
+  const int64_t n = p.in_width(), stride = workspace_row<A>(n);
+  A *rows = workspace, *out = rows + kTogether * stride;
   for (int64_t o = begin; o < end;) {
     int64_t count = 1, at = 0;
     if constexpr (std::is_same_v<T, A>) {
@@ -272,32 +274,32 @@ void rows_then_columns(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, 
 }
 
 template <typename T, typename A>
-void columns_only(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* scratch) {
-  A* out = scratch + scratch_row<A>(p.in_width());
+void columns_only(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* workspace) {
+  A* out = workspace + workspace_row<A>(p.in_width());
   for (int64_t o = begin; o < end; ++o) {
-    const A* row = input_row(p, o, scratch);
+    const A* row = input_row(p, o, workspace);
     if (p.columns) resample_columns(p, row, out);
     store_result(p, o, 0, p.out_width(), p.columns ? out : row);
   }
 }
 
 template <typename T, typename A>
-void resample(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* scratch) {
-  if (!p.rows) return columns_only(p, begin, end, scratch);
-  if (p.columns && p.columns_first) return columns_then_rows(p, begin, end, scratch);
-  rows_then_columns(p, begin, end, scratch);
+void resample(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* workspace) {
+  if (!p.rows) return columns_only(p, begin, end, workspace);
+  if (p.columns && p.columns_first) return columns_then_rows(p, begin, end, workspace);
+  rows_then_columns(p, begin, end, workspace);
 }
 
 template <typename T, typename A>
-int64_t scratch_size(const BicubicPlane<T, A>& p) {
+int64_t workspace_size(const BicubicPlane<T, A>& p) {
   const bool ring = p.rows && p.columns && p.columns_first;
-  return (ring ? p.rows->taps : 1) * scratch_row<A>(p.out_width()) +
-         (ring ? 1 : kTogether) * scratch_row<A>(p.in_width()) + kChunk<A>;
+  return (ring ? p.rows->taps : 1) * workspace_row<A>(p.out_width()) +
+         (ring ? 1 : kTogether) * workspace_row<A>(p.in_width()) + kChunk<A>;
 }
 
 template <typename T, typename A>
 BicubicKernel<T, A> bicubic_kernel() {
-  return {resample<T, A>, scratch_size<T, A>};
+  return {resample<T, A>, workspace_size<T, A>};
 }
 
 template BicubicKernel<float, float> bicubic_kernel<float, float>();

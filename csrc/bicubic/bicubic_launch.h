@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "bicubic/bicubic_math.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace fastdense {
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/scalar.h"
+#include "core/scalar.h"
 
 namespace fastdense {
 

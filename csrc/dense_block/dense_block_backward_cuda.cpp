@@ -5,7 +5,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
-#include "common/row_cuda_gradients.h"
+#include "cuda/block_backward.h"
 #include "dense_block/dense_block_cuda.h"
 
 namespace fastdense {
@@ -16,7 +16,7 @@ class Backward : CudaBlock<T> {
   using Base = CudaBlock<T>;
   using Base::args, Base::cuda, Base::ld, Base::pixels, Base::plans;
   using typename Base::A;
-  using Gradients = CudaRowGradients<T>;
+  using Gradients = CudaBlockBackward<T>;
 
  public:
   Backward(const DenseBlockArgs& args, const DenseBlockSaved& saved, const std::optional<at::Tensor>& seed,
@@ -56,7 +56,7 @@ class Backward : CudaBlock<T> {
 
   void transition(const at::Tensor& grad) {
     const at::Tensor rows = grad.movedim(1, -1).reshape({args.batch * args.pool.pixels(), grad.size(1)});
-    grads_.pooled_product_backward(args.tail_conv, this->tail_conv(), args.tail_norm,
+    grads_.pooled_conv1x1_backward(args.tail_conv, this->tail_conv(), args.tail_norm,
                                    this->norm_params(args.tail_norm, mean_, var_), args.pool, args.batch, rows,
                                    prefix(ld, false));
   }
@@ -67,8 +67,9 @@ class Backward : CudaBlock<T> {
   void consume(const NormArgs& norm, const at::Tensor& dy, int64_t c, bool relu, bool add) {
     const NormParams<A> params = this->norm_params(norm, mean_, var_);
     const typename Base::Partials partial = this->partials(pixels, c);
-    this->sweep(launch_accumulate<T>,
-                {{x_, ld}, {this->data(dy), c}, {g_, ld}, params, partial.of_chunk(0), relu, false, add}, pixels, c);
+    this->reduction(launch_accumulate<T>,
+                    {{x_, ld}, {this->data(dy), c}, {g_, ld}, params, partial.of_chunk(0), relu, false, add}, pixels,
+                    c);
     const typename Gradients::Sums sums = grads_.sums(c);
     grads_.finalise(norm, params, partial.tensor, pixels, corrections(), sums);
     grads_.set_norm(norm, sums);
@@ -76,16 +77,16 @@ class Backward : CudaBlock<T> {
 
   // Gradient of the channels [first, first + n), whose consumers are done, into a packed image.
   void finalised(int64_t first, int64_t n, const DropoutParams& dropout, const at::Tensor& to) {
-    this->shared.means(corrections_.narrow(1, first, n), pixels);
-    this->sweep(launch_slice_gradient<T>,
-                {{g_ + first, ld},
-                 {x_ + first, ld},
-                 {this->data(to), n},
-                 mean_ + first,
-                 shift_sum_ + first,
-                 slope_sum_ + first,
-                 dropout},
-                pixels, n);
+    this->sync.means(corrections_.narrow(1, first, n), pixels);
+    this->reduction(launch_slice_gradient<T>,
+                    {{g_ + first, ld},
+                     {x_ + first, ld},
+                     {this->data(to), n},
+                     mean_ + first,
+                     shift_sum_ + first,
+                     slope_sum_ + first,
+                     dropout},
+                    pixels, n);
   }
 
   void input() {
@@ -107,12 +108,12 @@ class Backward : CudaBlock<T> {
     const int64_t at = args.norm2_statistics(l);
     const NormParams<A> norm2 = this->norm_params(layer.norm2, mean_ + at, var_ + at);
     const at::Tensor dz = plans ? fused_convolution(l, d, z, norm2) : library_convolution(l, d, z, norm2);
-    grads_.product_backward(layer.conv1, this->conv1(l), layer.norm1, norm1, dz, {prefix(layer.channels, true)});
+    grads_.conv1x1_backward(layer.conv1, this->conv1(l), layer.norm1, norm1, dz, {prefix(layer.channels, true)});
   }
 
-  // The kept output of the 1x1, or the same made again.
+  // The saved output of the 1x1, or the same recomputed.
   at::Tensor bottleneck(int64_t l, const NormParams<A>& norm1) {
-    if (z_.size(0) > 0) return z_[args.layers[size_t(l)].kept];
+    if (z_.size(0) > 0) return z_[args.layers[size_t(l)].z_index];
     if (!z_again_.defined()) z_again_ = at::empty({pixels, args.width}, this->options);
     this->make_bottleneck(l, x_, norm1, z_again_);
     return z_again_;

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/row_launch.h"
+#include "cuda/norm_relu/norm_relu_launch.h"
 
 namespace fastdense {
 

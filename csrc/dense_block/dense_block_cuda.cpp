@@ -2,7 +2,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "common/cuda_context.h"
+#include "cuda/context.h"
 #include "dense_block/dense_block_cuda.h"
 
 namespace fastdense {

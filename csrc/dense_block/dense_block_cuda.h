@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dense block on a CUDA device: the loop over layers between the kernels of row_launch.h and the library's matrix
-// products and convolutions.
+// The dense block on a CUDA device: the loop over layers between the kernels of cuda/norm_relu/norm_relu_launch.h and
+// the library's matrix products and convolutions.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
-#include "common/row_product_cuda.h"
+#include "cuda/conv1x1/conv1x1.h"
 #include "dense_block/dense_block_conv_cuda.h"
 #include "dense_block/dense_block_ops.h"
 
@@ -26,13 +26,13 @@ std::vector<at::Tensor> dense_block_backward_cuda(const DenseBlockArgs& args, co
 
 // What forward and backward share.
 template <typename T>
-class CudaBlock : public CudaRows<T> {
+class CudaBlock : public CudaBlockForward<T> {
  public:
   using A = accumulate_t<T>;
 
   CudaBlock(const DenseBlockArgs& args, const at::TensorOptions& options, const std::optional<at::Tensor>& seed,
             const CudaContext& cuda)
-      : CudaRows<T>(options, cuda, args.process_group),
+      : CudaBlockForward<T>(options, cuda, args.process_group),
         args(args),
         pixels(args.pixels()),
         ld(args.channels()),
@@ -62,7 +62,7 @@ class CudaBlock : public CudaRows<T> {
       if (args.bottleneck) conv1_[l] = this->pack1x1(args.layers[l].conv1.weight);
       if (plans && backward) {
         conv2_[l] = this->pack(args.layers[l].conv2.weight.transpose(0, 1),
-                               this->scratch(args.width * args.conv.taps(), args.growth));
+                               this->workspace(args.width * args.conv.taps(), args.growth));
         continue;
       }
       conv2_[l] = this->pack(
@@ -77,26 +77,26 @@ class CudaBlock : public CudaRows<T> {
   const at::Tensor& conv2(int64_t l) const { return conv2_[size_t(l)]; }  // [k, b or c, kernel], or fused [b * 9, k]
   const at::Tensor& tail_conv() const { return tail_conv_; }              // [co, C]
 
-  // z [pixels, b] = relu(norm(prefix)) * conv1^T, the same in forward and, when z was not kept, in backward; and unless
-  // they are nullptr, mean and variance of its columns.
-  void make_bottleneck(int64_t l, const T* x, const NormParams<A>& norm1, const at::Tensor& z, A* mean = nullptr,
-                       A* var = nullptr) const {
-    if (fuses_row_product<T>(this->cuda, {x, ld}, conv1(l), z))
-      return row_product<T>(*this, {x, ld}, norm1, conv1(l), z, mean, var);
+  // z [pixels, b] = relu(norm(prefix)) * conv1^T, the same in forward and, when z was not saved, in backward; and mean
+  // and variance of its columns where wanted.
+  void make_bottleneck(int64_t l, const T* x, const NormParams<A>& norm1, const at::Tensor& z,
+                       const BatchStatistics<A>& statistics = {}) const {
+    if (fuses_conv1x1<T>(this->cuda, {x, ld}, conv1(l), z))
+      return conv1x1<T>(*this, {x, ld}, norm1, conv1(l), z, statistics);
     const int64_t c = args.layers[size_t(l)].channels, step = this->chunk_rows(pixels, c);
-    const at::Tensor y = this->scratch(std::min(step, pixels), c);
+    const at::Tensor y = this->workspace(std::min(step, pixels), c);
     this->for_each_chunk(pixels, step, [&](int64_t row, int64_t rows, int64_t) {
-      this->sweep(launch_activate<T>, {{x + row * ld, ld}, this->matrix(y), norm1, true}, rows, c);
+      this->reduction(launch_activate<T>, {{x + row * ld, ld}, this->matrix(y), norm1, true}, rows, c);
       at::Tensor out = z.narrow(0, row, rows);
       at::mm_out(out, y.narrow(0, 0, rows), conv1(l).t());
     });
-    if (mean) this->statistics({this->const_data(z), args.width}, pixels, args.width, mean, var);
+    if (statistics.mean) this->statistics({this->const_data(z), args.width}, pixels, args.width, statistics);
   }
 
   // relu(norm(x)) of a matrix as a packed image.
   at::Tensor activated_image(const T* x, int64_t ldx, const NormParams<A>& norm, int64_t channels) const {
     const at::Tensor y = packed_image(channels);
-    this->sweep(launch_activate<T>, {{x, ldx}, {this->data(y), channels}, norm, true}, pixels, channels);
+    this->reduction(launch_activate<T>, {{x, ldx}, {this->data(y), channels}, norm, true}, pixels, channels);
     return y;
   }
 
@@ -113,7 +113,7 @@ class CudaBlock : public CudaRows<T> {
 
  private:
   std::vector<int64_t> with_spatial(std::vector<int64_t> sizes, const int64_t (&spatial)[3]) const {
-    return CudaRows<T>::with_spatial(std::move(sizes), spatial, args.spatial.size());
+    return CudaBlockForward<T>::with_spatial(std::move(sizes), spatial, args.spatial.size());
   }
 
   const int64_t* seed_;

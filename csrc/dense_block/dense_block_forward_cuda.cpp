@@ -25,7 +25,7 @@ class Forward : CudaBlock<T> {
   void run(const at::Tensor& input, const DenseBlockOutputs& o) {
     this->pack_weights(0, false);
     o.buffer.narrow(1, 0, args.in_channels).copy_(input);
-    if (args.any_batch_statistics()) this->statistics({x_, ld}, pixels, args.in_channels, mean_, var_);
+    if (args.any_batch_statistics()) this->statistics({x_, ld}, pixels, args.in_channels, {mean_, var_});
     for (size_t l = 0; l < args.layers.size(); ++l)
       if (!args.layers[l].dropped) layer(int64_t(l));
     if (args.tail == Tail::kTransition) transition(o.out);
@@ -38,25 +38,27 @@ class Forward : CudaBlock<T> {
     const NormParams<A> norm1 = this->norm_params(layer.norm1, mean_, var_);
     if (!args.bottleneck) return convolution(l, this->activated_image(x_, ld, norm1, layer.channels));
     const int64_t at = args.norm2_statistics(l), b = args.width;
-    const bool wanted = !layer.norm2.frozen(), kept = z_.size(0) > 0;
-    if (!plans && !wanted && !kept) {
-      // Nobody asks for z itself, as in inference; backward makes it again.  A fused convolution takes z.
+    const bool wanted = !layer.norm2.frozen(), saved = z_.size(0) > 0;
+    if (!plans && !wanted && !saved) {
+      // Nothing needs z itself, as in inference; backward recomputes it.  A fused convolution reads z.
       const at::Tensor u = this->packed_image(b), rows = u.movedim(1, -1).reshape({pixels, b});
-      if (fuses_row_product<T>(cuda, {x_, ld}, this->conv1(l), rows)) {
+      if (fuses_conv1x1<T>(cuda, {x_, ld}, this->conv1(l), rows)) {
         const NormParams<A> norm2 = this->norm_params(layer.norm2, nullptr, nullptr);
-        row_product<T>(*this, {x_, ld}, norm1, this->conv1(l), rows, nullptr, nullptr, norm2);
+        conv1x1<T>(*this, {x_, ld}, norm1, this->conv1(l), rows, {}, norm2);
         return convolution(l, u);
       }
     }
-    if (!kept && !one_z_.defined()) one_z_ = at::empty({pixels, b}, this->options);
-    const at::Tensor z = kept ? z_[layer.kept] : one_z_;
-    this->make_bottleneck(l, x_, norm1, z, wanted ? mean_ + at : nullptr, wanted ? var_ + at : nullptr);
+    if (!saved && !one_z_.defined()) one_z_ = at::empty({pixels, b}, this->options);
+    const at::Tensor z = saved ? z_[layer.z_index] : one_z_;
+    this->make_bottleneck(l, x_, norm1, z, statistics_from(at, wanted));
     const NormParams<A> norm2 = this->norm_params(layer.norm2, mean_ + at, var_ + at);
     if (!plans) return convolution(l, this->activated_image(this->const_data(z), b, norm2, b));
-    const bool read = args.any_batch_statistics();
-    A *const mean = read ? mean_ + layer.channels : nullptr, *const var = read ? var_ + layer.channels : nullptr;
-    fused_conv<T>(*this, plans.forward, z, norm2, this->conv2(l), {x_ + layer.channels, ld}, this->dropout(l), mean,
-                  var);
+    fused_conv<T>(*this, plans.forward, z, norm2, this->conv2(l), {x_ + layer.channels, ld}, this->dropout(l),
+                  statistics_from(layer.channels, args.any_batch_statistics()));
+  }
+
+  BatchStatistics<A> statistics_from(int64_t first, bool wanted) const {
+    return wanted ? BatchStatistics<A>{mean_ + first, var_ + first} : BatchStatistics<A>{};
   }
 
   // The slice of layer l = dropout(conv2(u)), with its statistics.
@@ -67,31 +69,31 @@ class Forward : CudaBlock<T> {
     const int64_t c = args.layers[size_t(l)].channels, k = args.growth;
     const bool wanted = args.any_batch_statistics();
     const typename Base::Partials partial = this->partials(pixels, k);
-    this->sweep(launch_slice_in<T>,
-                {{this->const_data(features), k},
-                 {x_ + c, ld},
-                 this->dropout(l),
-                 wanted ? partial.of_chunk(0) : nullptr,
-                 {},
-                 nullptr},
-                pixels, k);
-    if (wanted) this->finalise_moments(partial, x_ + c, pixels, mean_ + c, var_ + c);
+    this->reduction(launch_slice_in<T>,
+                    {{this->const_data(features), k},
+                     {x_ + c, ld},
+                     this->dropout(l),
+                     wanted ? partial.of_chunk(0) : nullptr,
+                     {},
+                     nullptr},
+                    pixels, k);
+    if (wanted) this->finalise_moments(partial, x_ + c, pixels, statistics_from(c, wanted));
   }
 
   void transition(const at::Tensor& out) {
     const int64_t rows = args.batch * args.pool.pixels(), step = this->chunk_rows(rows, ld);
     const NormParams<A> norm = this->norm_params(args.tail_norm, mean_, var_);
-    const at::Tensor y = this->scratch(std::min(step, rows), ld);
+    const at::Tensor y = this->workspace(std::min(step, rows), ld);
     const at::Tensor to = out.movedim(1, -1).reshape({rows, out.size(1)});
     this->for_each_chunk(rows, step, [&](int64_t row, int64_t count, int64_t) {
-      this->sweep(launch_activate_pooled<T>, {{x_, ld}, this->matrix(y), norm, args.pool, row}, count, ld);
+      this->reduction(launch_activate_pooled<T>, {{x_, ld}, this->matrix(y), norm, args.pool, row}, count, ld);
       at::Tensor chunk = to.narrow(0, row, count);
       at::mm_out(chunk, y.narrow(0, 0, count), this->tail_conv().t());
     });
   }
 
   void last_norm(const at::Tensor& out) {
-    this->sweep(
+    this->reduction(
         launch_activate<T>,
         {{x_, ld}, {this->data(out), ld}, this->norm_params(args.tail_norm, mean_, var_), args.tail == Tail::kNormRelu},
         pixels, ld);

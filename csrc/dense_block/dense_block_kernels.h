@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU kernels of the dense block's convolution: what one thread does with one chunk of pixels.  Everything else that a
-// dense block does is done by the kernels of row_kernels.h, whose conventions hold here.
+// dense block does is done by the kernels of cpu/conv1x1/conv1x1_kernels.h, whose conventions hold here.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <type_traits>
 
-#include "common/conv_geometry.h"
-#include "common/row_kernels.h"
+#include "core/dropout_math.h"
+#include "core/geometry.h"
+#include "cpu/conv1x1/conv1x1_kernels.h"
+#include "cpu/simd/dispatch.h"
 
 namespace fastdense {
 
@@ -18,34 +20,43 @@ struct Dropout {
   uint32_t layer;
 };
 
+// A part of an image: outermost indices [begin, end).
+struct Slab {
+  int64_t image, begin, end;
+};
+
+// Gradient d [pixels, k] of a slice, as factors of products.
+struct SliceGradient {
+  const void* d;
+  int64_t k;
+};
+
 template <typename T>
 struct DenseBlockKernels {
   using A = accumulate_t<T>;
 
-  // slice[row, :k] = dropout(conv(act(source))) for the outermost indices [begin, end) of an image; the room is that of
-  // RowKernels for a product with taps * k columns, and slab * k numbers more
-  void (*conv)(const Source<T>&, const ConvGeometry&, int64_t image, int64_t begin, int64_t end, const void* panels,
-               int64_t k, T* slice, int64_t lds, const Dropout&, double* mean, double* m2, void* scratch);
+  // slice = dropout(conv(act(source))) at the pixels of a slab; the workspace is that of Conv1x1Kernels for a product
+  // with taps * k columns, and pixels * k numbers more
+  void (*conv)(const Source<T>&, const ConvGeometry&, const Slab&, const void* panels, const Target<T>& slice,
+               const Dropout&, void* workspace);
   // The same by Winograd's products (winograd.h), with panels of pack().
-  void (*conv_squares)(const Source<T>&, const ConvGeometry&, int64_t image, int64_t begin, int64_t end,
-                       const void* panels, int64_t k, T* slice, int64_t lds, const Dropout&, double* mean, double* m2,
-                       void* scratch);
-  // d[row, :n] = dropout factor * finalised gradient
-  void (*finalise)(const T* g, const T* x, int64_t ld, int64_t row, int64_t rows, int64_t n, const A* mean,
-                   const A* shift_sum, const A* slope_sum, const Dropout&, void* d);
+  void (*conv_winograd)(const Source<T>&, const ConvGeometry&, const Slab&, const void* panels, const Target<T>& slice,
+                        const Dropout&, void* workspace);
+  // d[row, :columns] = dropout factor * corrected gradient
+  void (*finalise)(const Gradient<T>&, int64_t row, int64_t rows, const Dropout&, void* d);
   // backward of a convolution: left = d gathered at the taps
-  void (*conv_backward)(const Source<T>&, const ConvGeometry&, int64_t row, int64_t rows, const void* d, int64_t k,
-                        const void* panels, const BackwardSink<T>&, void* scratch);
-  void (*conv_squares_backward)(const Source<T>&, const ConvGeometry&, const Tile&, const void* d, int64_t k,
-                                const void* panels, const BackwardSink<T>&, void* scratch);
+  void (*conv_backward)(const Source<T>&, const ConvGeometry&, int64_t row, int64_t rows, const SliceGradient&,
+                        const void* panels, const BackwardEpilogue<T>&, void* workspace);
+  void (*conv_winograd_backward)(const Source<T>&, const ConvGeometry&, const Tile&, const SliceGradient&,
+                                 const void* panels, const BackwardEpilogue<T>&, void* workspace);
 
-  // Whether Winograd's products are fewer, forward and backward; rows of a tile of the latter; bytes of scratch that
+  // Whether Winograd's products are fewer, forward and backward; rows of a tile of the latter; bytes of workspace that
   // they need, that of a slab not included.
-  bool (*uses_squares)(const ConvGeometry&, int64_t k);
-  bool (*uses_squares_backward)(const ConvGeometry&);
-  int64_t (*square_rows_backward)(const ConvGeometry&, int64_t k);
-  int64_t (*squares_bytes)(const ConvGeometry&, int64_t channels, int64_t k);
-  // As in tile_convolution.h.
+  bool (*uses_winograd)(const ConvGeometry&, int64_t k);
+  bool (*uses_winograd_backward)(const ConvGeometry&);
+  int64_t (*winograd_rows_backward)(const ConvGeometry&, int64_t k);
+  int64_t (*winograd_bytes)(const ConvGeometry&, int64_t channels, int64_t k);
+  // As in cpu/conv/conv2d_tile.h.
   int64_t (*products)(const ConvGeometry&);
   void (*pack)(const A* weight, const ConvGeometry&, bool reversed, int64_t depth, int64_t columns,
                int64_t depth_stride, int64_t column_stride, void* panel);
@@ -53,29 +64,11 @@ struct DenseBlockKernels {
                           A* weight);
 };
 
-template <typename T>
-const DenseBlockKernels<T>& dense_block_kernels(SimdLevel level);
+FASTDENSE_EACH_ISA_BF16(template <typename T> const DenseBlockKernels<T>& dense_block_kernels();)
 
-namespace baseline {
 template <typename T>
-const DenseBlockKernels<T>& dense_block_kernels();
-}
-namespace avx2 {
-template <typename T>
-const DenseBlockKernels<T>& dense_block_kernels();
-}
-namespace avx512 {
-template <typename T>
-const DenseBlockKernels<T>& dense_block_kernels();
-}
-
-namespace avx512_bf16 {  // for bfloat16
-template <typename T>
-const DenseBlockKernels<T>& dense_block_kernels();
-}
-namespace amx {  // for bfloat16
-template <typename T>
-const DenseBlockKernels<T>& dense_block_kernels();
+inline const DenseBlockKernels<T>& dense_block_kernels(Isa isa) {
+  FASTDENSE_RETURN_DISPATCH_BF16(T, isa, dense_block_kernels<T>());
 }
 
 }  // namespace fastdense

@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "common/checks.h"
-#include "dropout_mask/dropout_mask_math.h"
+#include "core/checks.h"
+#include "core/dropout_math.h"
 
 namespace fastdense {
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
+// The CUDA kernel of dropout_mask: one thread a block of four elements.  No torch header.
 #pragma once
 
-#include "common/launch.h"
-#include "dropout_mask/dropout_mask_math.h"
+#include "core/dropout_math.h"
+#include "cuda/launch.h"
 
 namespace fastdense {
 

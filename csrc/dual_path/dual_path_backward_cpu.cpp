@@ -6,16 +6,16 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "common/row_gradients.h"
-#include "dual_path/dual_path_driver.h"
+#include "cpu/block_backward.h"
+#include "dual_path/dual_path_cpu.h"
 #include "dual_path/dual_path_ops.h"
 
 namespace fastdense {
 namespace {
 
 template <typename T>
-class Backward : RowGradients<T> {
-  using Base = RowGradients<T>;
+class Backward : BlockBackward<T> {
+  using Base = BlockBackward<T>;
   using A = typename Base::A;
   using Base::kernels;
   using typename Base::Coefficients;
@@ -58,7 +58,7 @@ class Backward : RowGradients<T> {
  private:
   bool is_reversible() const { return saved_.residuals.size(0) == 0 && args_.num_blocks() > 1; }
 
-  // The residual path in front of block i; made again block by block in reversible mode.
+  // The residual path in front of block i; recomputed block by block in reversible mode.
   Columns<const T> residual_before(int64_t i) const {
     if (i == 0) return {x_, args_.in_channels};
     if (is_reversible()) return {static_cast<const T*>(residual_.const_data_ptr()), args_.residual};
@@ -69,22 +69,22 @@ class Backward : RowGradients<T> {
     return this->coefficients(norm, mean_ + at, var_ + at, n);
   }
 
-  // Columns [first, first + n) of the gradient buffer with their corrections, which `room` holds.
-  Gradient<T> corrected(int64_t first, int64_t n, Columns<const T> x, const A* mean, bool write, at::Tensor& room) {
-    room = this->take(corrections_, first, n, pixels_);
-    const A* shift_sum = room.const_data_ptr<A>();
+  // Columns [first, first + n) of the gradient buffer with their corrections, which `memory` holds.
+  Gradient<T> corrected(int64_t first, int64_t n, Columns<const T> x, const A* mean, bool write, at::Tensor& memory) {
+    memory = this->take(corrections_, first, n, pixels_);
+    const A* shift_sum = memory.const_data_ptr<A>();
     T* g = g_ + first;
     return {g, ld_, n, x.data, x.ld, mean, shift_sum, shift_sum + n, write ? g : nullptr};
   }
 
   // dy of the merge of block i: of the residual path behind it, and of its dense channels.  Behind the last block
   // nothing in this stage has read them.
-  Gradients<T> merge_gradients(int64_t i, at::Tensor (&room)[2]) {
+  Gradients<T> merge_gradients(int64_t i, at::Tensor (&memory)[2]) {
     const int64_t first = args_.residual + args_.dense(i);
     if (i == args_.num_blocks() - 1) return {{g_, ld_, args_.residual}, {g_ + first, ld_, args_.growth}};
     const A* mean = mean_ + args_.blocks[size_t(i) + 1].stats_a;
-    return {corrected(0, args_.residual, residual_before(i + 1), mean, true, room[0]),
-            corrected(first, args_.growth, {out_ + first, ld_}, mean + first, false, room[1])};
+    return {corrected(0, args_.residual, residual_before(i + 1), mean, true, memory[0]),
+            corrected(first, args_.growth, {out_ + first, ld_}, mean + first, false, memory[1])};
   }
 
   void block(int64_t i) {
@@ -96,16 +96,16 @@ class Backward : RowGradients<T> {
     T* dup = static_cast<T*>(du.mutable_data_ptr());
     mask(i, a, cb, dup);
     const Sums sums = this->norm_gradients(block.norm_b, cb);
-    at::Tensor room;
-    conv_a(i, ca, this->norm_backward(block.norm_b, cb, sums, dup, a, args_.a_pixels(i), room));
+    at::Tensor memory;
+    conv_a(i, ca, this->norm_backward(block.norm_b, cb, sums, dup, a, args_.a_pixels(i), memory));
   }
 
-  // The kept output of conv_a, or the same made again.
+  // The saved output of conv_a, or the same recomputed.
   const T* bottleneck_a(int64_t i, const Coefficients& c) {
     if (saved_.a.size(0) > 0) return static_cast<const T*>(saved_.a.const_data_ptr()) + args_.a_row(i) * args_.width_a;
     T* a = static_cast<T*>(a_again_.mutable_data_ptr());
     const Sources<T> sources = blocks_.sources(i, c, residual_before(i), {out_ + args_.residual, ld_});
-    blocks_.make_a(i, sources, a, nullptr, nullptr);
+    blocks_.make_a(i, sources, a, {});
     return a;
   }
 
@@ -122,8 +122,8 @@ class Backward : RowGradients<T> {
     T* dvp = static_cast<T*>(dv.mutable_data_ptr());
     merge(i, bp, cc, dvp);
     const Sums sums = this->norm_gradients(block.norm_c, cc);
-    at::Tensor room;
-    const NormBackward<T> norm_c = this->norm_backward(block.norm_c, cc, sums, dvp, bp, pixels_, room);
+    at::Tensor memory;
+    const NormBackward<T> norm_c = this->norm_backward(block.norm_c, cc, sums, dvp, bp, pixels_, memory);
     this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
       kernels.norm_input_gradient(norm_c, row, rows, dvp);
     });
@@ -136,20 +136,21 @@ class Backward : RowGradients<T> {
   // conv_c: dv = masked gradient behind norm_c.
   void merge(int64_t i, const T* b, const Coefficients& c, T* dv) {
     const DualPathBlockArgs& block = args_.blocks[size_t(i)];
-    at::Tensor room[2];
-    const Gradients<T> dy = merge_gradients(i, room);
-    product_backward(block.conv_c, this->source(b, args_.width_b, c), nullptr, dy, dv, args_.width_b, false, c.mean());
+    at::Tensor memory[2];
+    const Gradients<T> dy = merge_gradients(i, memory);
+    conv1x1_backward(block.conv_c, this->source(b, args_.width_b, c), nullptr, dy, dv, args_.width_b, false, c.mean());
   }
 
   // Backward of a 1x1 with the output gradients `dy`.
-  void product_backward(const ConvArgs& conv, const Source<T>& source, const PoolGeometry* pool, const Gradients<T>& dy,
+  void conv1x1_backward(const ConvArgs& conv, const Source<T>& source, const PoolGeometry* pool, const Gradients<T>& dy,
                         T* gradient, int64_t ld, bool accumulate, const A* mean) {
     const int64_t depth = dy.columns(), n = source.channels;
     const at::Tensor panels = this->pack_backward(conv.weight, 0, n);
     const at::Tensor dweight = this->worker_gradients(this->needs(conv.at), depth, n);
     this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      kernels.product_backward(source, pool, row, rows, dy, this->panels_of(panels),
-                               this->sink(worker, gradient, ld, accumulate, mean, dweight), this->scratch(worker));
+      kernels.conv1x1_backward(source, pool, row, rows, dy, this->panels_of(panels),
+                               this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
+                               this->workspace(worker));
     });
     if (this->needs(conv.at)) this->set(conv.at, this->total(dweight, depth, n));
   }
@@ -158,7 +159,7 @@ class Backward : RowGradients<T> {
   void reverse(int64_t i, const T* b, const Coefficients& c) {
     T* residual = static_cast<T*>(residual_.mutable_data_ptr());
     const at::Tensor weight = args_.blocks[size_t(i)].conv_c.weight.narrow(0, 0, args_.residual).neg();
-    blocks_.product(weight, {this->source(b, args_.width_b, c)}, nullptr, pixels_,
+    blocks_.conv1x1(weight, {this->source(b, args_.width_b, c)}, nullptr, pixels_,
                     {{residual, args_.residual, args_.residual, nullptr, nullptr, residual, args_.residual}}, {});
   }
 
@@ -166,11 +167,12 @@ class Backward : RowGradients<T> {
   void mask(int64_t i, const T* a, const Coefficients& c, T* du) {
     const Source<T> source = this->source(a, args_.width_a, c);
     const at::Tensor none = this->worker_gradients(false, 0, 0);
-    this->for_each_chunk(
-        args_.a_pixels(i), kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-          kernels.norm_backward(source, true, row, rows, du,
-                                this->sink(worker, du, args_.width_a, false, c.mean(), none), this->scratch(worker));
-        });
+    this->for_each_chunk(args_.a_pixels(i), kernels.backward_rows,
+                         [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+                           kernels.norm_backward(source, true, row, rows, du,
+                                                 this->epilogue(worker, du, args_.width_a, false, c.mean(), none),
+                                                 this->workspace(worker));
+                         });
   }
 
   // A run of columns that conv_a reads, the gradient that they add to, and the channel of their corrections.
@@ -202,13 +204,13 @@ class Backward : RowGradients<T> {
       const at::Tensor panels = this->pack_backward(block.conv_a.weight, s.first, s.n);
       const at::Tensor dweight = this->worker_gradients(needed, args_.width_a, s.n);
       const Source<T> source = this->source(s.x.data, s.x.ld, c, s.first, s.n);
-      this->for_each_chunk(args_.a_pixels(i), kernels.backward_rows,
-                           [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-                             kernels.norm_product_backward(
-                                 source, row, rows, norm_b, this->panels_of(panels),
-                                 this->sink(worker, s.gradient.data, s.gradient.ld, true, c.mean() + s.first, dweight),
-                                 this->scratch(worker));
-                           });
+      this->for_each_chunk(
+          args_.a_pixels(i), kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+            kernels.conv1x1_norm_backward(
+                source, row, rows, norm_b, this->panels_of(panels),
+                this->epilogue(worker, s.gradient.data, s.gradient.ld, true, c.mean() + s.first, dweight),
+                this->workspace(worker));
+          });
       if (needed) dweights.push_back(this->total(dweight, args_.width_a, s.n));
       const Sums sums = this->norm_sums(c, s.first, s.n);
       dnorms.push_back(this->vector(sums.weighted, s.n));
@@ -223,13 +225,13 @@ class Backward : RowGradients<T> {
   void projection() {
     const Coefficients c = coefficients_of(args_.norm_w, args_.stats_w, args_.in_channels);
     const int64_t r = args_.residual;
-    at::Tensor room;
+    at::Tensor memory;
     // The dense channels were read by all blocks but the first.
     const A* mean = mean_ + args_.blocks.back().stats_a + r;
     const Gradient<T> dense = args_.num_blocks() > 1
-                                  ? corrected(r, args_.first_dense, {out_ + r, ld_}, mean, false, room)
+                                  ? corrected(r, args_.first_dense, {out_ + r, ld_}, mean, false, memory)
                                   : Gradient<T>{g_ + r, ld_, args_.first_dense};
-    product_backward(args_.conv_w, this->source(x_, args_.in_channels, c), args_.strided() ? &args_.sampled : nullptr,
+    conv1x1_backward(args_.conv_w, this->source(x_, args_.in_channels, c), args_.strided() ? &args_.sampled : nullptr,
                      {{g_, ld_, r}, dense}, gi_, args_.in_channels, true, c.mean());
     const Sums s = this->norm_gradients(args_.norm_w, c);
     this->defer(args_.norm_w, c, s, 0, c.n, args_.in_pixels(), input_corrections_, 0);

@@ -7,7 +7,7 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/zeros.h>
 
-#include "common/row_cuda_gradients.h"
+#include "cuda/block_backward.h"
 #include "dual_path/dual_path_cuda.h"
 
 namespace fastdense {
@@ -18,7 +18,7 @@ class Backward : CudaStage<T> {
   using Base = CudaStage<T>;
   using Base::args, Base::cuda, Base::ld, Base::pixels, Base::r;
   using typename Base::A;
-  using Gradients = CudaRowGradients<T>;
+  using Gradients = CudaBlockBackward<T>;
   using Segment = typename Gradients::Segment;
 
  public:
@@ -67,10 +67,10 @@ class Backward : CudaStage<T> {
 
   // The consumers of `n` channels are done: their corrections, which stand for `count` values of this process.
   void share_corrections(int64_t at, int64_t n, int64_t count) const {
-    this->shared.means(corrections_.narrow(1, at, n), count);
+    this->sync.means(corrections_.narrow(1, at, n), count);
   }
 
-  // The residual path in front of block i; made again block by block in reversible mode.
+  // The residual path in front of block i; recomputed block by block in reversible mode.
   Matrix<const T> residual_before(int64_t i) const {
     if (i == 0) return {x_, args.in_channels};
     return {this->const_data(is_reversible() ? residual_ : saved_.residuals[i - 1]), r};
@@ -81,7 +81,7 @@ class Backward : CudaStage<T> {
   // to = `columns` columns of the gradient with their corrections; the same matrix, or another.
   void corrected(const Matrix<const T>& gradient, const Matrix<const T>& x, const Matrix<T>& to, const A* mean,
                  const CudaCorrections& c, int64_t rows, int64_t columns) const {
-    this->sweep(launch_slice_gradient<T>, {gradient, x, to, mean, c.shift_sum, c.slope_sum, {}}, rows, columns);
+    this->reduction(launch_slice_gradient<T>, {gradient, x, to, mean, c.shift_sum, c.slope_sum, {}}, rows, columns);
   }
 
   void block(int64_t i) {
@@ -90,10 +90,10 @@ class Backward : CudaStage<T> {
     const at::Tensor a = bottleneck_a(i, norm_a), da = this->rows_of(conv_b_backward(i, a, norm_b));
     grads_.norm_backward(block.norm_b, norm_b, {this->data(da), args.width_a}, {this->const_data(a), args.width_a},
                          args.a_pixels(i), args.width_a);
-    grads_.product_backward(block.conv_a, this->conv_a(i), block.norm_a, norm_a, da, segments(i));
+    grads_.conv1x1_backward(block.conv_a, this->conv_a(i), block.norm_a, norm_a, da, segments(i));
   }
 
-  // The kept output of conv_a, or the same made again.
+  // The saved output of conv_a, or the same recomputed.
   at::Tensor bottleneck_a(int64_t i, const NormParams<A>& norm) const {
     if (saved_.a.size(0) > 0) return saved_.a.narrow(0, args.a_row(i), args.a_pixels(i));
     const at::Tensor a = a_again_.narrow(0, 0, args.a_pixels(i));
@@ -129,13 +129,14 @@ class Backward : CudaStage<T> {
       share_corrections(of_dense(args.dense(i)), args.growth, pixels);
     }
     const bool needed = grads_.needs(conv.at), reverses = is_reversible() && i > 0;
-    const at::Tensor y = this->scratch(std::min(step, pixels), n);
+    const at::Tensor y = this->workspace(std::min(step, pixels), n);
     at::Tensor dweight;
     this->for_each_chunk(pixels, step, [&](int64_t row, int64_t count, int64_t) {
       const at::Tensor dz = merge_gradient(i, row, count), right = y.narrow(0, 0, count);
       at::Tensor to = dv.narrow(0, row, count);
       at::mm_out(to, dz, this->conv_c(i));
-      if (needed || reverses) this->sweep(launch_activate<T>, {b.from_row(row), this->matrix(y), norm, true}, count, n);
+      if (needed || reverses)
+        this->reduction(launch_activate<T>, {b.from_row(row), this->matrix(y), norm, true}, count, n);
       if (needed) grads_.add(dweight, grads_.over_pixels(dz, right));
       if (!reverses) return;
       at::Tensor residual = residual_.narrow(0, row, count);
@@ -190,7 +191,7 @@ class Backward : CudaStage<T> {
       corrected(dense, {out_ + r, ld}, dense, mean_ + args.blocks.back().stats_a + r, corrections(of_dense(0)), pixels,
                 args.first_dense);
     }
-    grads_.pooled_product_backward(args.conv_w, this->conv_w(), args.norm_w, norm_of(args.norm_w, args.stats_w),
+    grads_.pooled_conv1x1_backward(args.conv_w, this->conv_w(), args.norm_w, norm_of(args.norm_w, args.stats_w),
                                    args.sampled, args.batch, gradient_.narrow(1, 0, r + args.first_dense),
                                    input_segment(true));
   }

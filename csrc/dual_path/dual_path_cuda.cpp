@@ -4,7 +4,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "common/cuda_context.h"
+#include "cuda/context.h"
 
 namespace fastdense {
 namespace {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dual path stage on a CUDA device: the loop over blocks between the kernels of row_launch.h and the library's
-// matrix products and convolutions.
+// The dual path stage on a CUDA device: the loop over blocks between the kernels of cuda/norm_relu/norm_relu_launch.h
+// and the library's matrix products and convolutions.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
-#include "common/row_product_cuda.h"
+#include "cuda/conv1x1/conv1x1.h"
 #include "dual_path/dual_path_ops.h"
 
 namespace fastdense {
@@ -24,12 +24,12 @@ std::vector<at::Tensor> dual_path_backward_cuda(const DualPathArgs& args, const 
 
 // What forward and backward share.
 template <typename T>
-class CudaStage : public CudaRows<T> {
+class CudaStage : public CudaBlockForward<T> {
  public:
   using A = accumulate_t<T>;
 
   CudaStage(const DualPathArgs& args, const at::TensorOptions& options, const CudaContext& cuda)
-      : CudaRows<T>(options, cuda, args.process_group),
+      : CudaBlockForward<T>(options, cuda, args.process_group),
         args(args),
         pixels(args.pixels()),
         ld(args.channels()),
@@ -72,17 +72,17 @@ class CudaStage : public CudaRows<T> {
     return {{residual, 0, r}, {{out + r, ld}, r, args.dense(i)}};
   }
 
-  // a [pixels of block i, ra] = conv_a(relu(norm_a(sources))); the same in forward and, when a was not kept, backward.
+  // a [pixels of block i, ra] = conv_a(relu(norm_a(sources))); the same in forward and, when a was not saved, backward.
   void make_a(int64_t i, const std::vector<Source>& sources, const NormParams<A>& norm, const at::Tensor& a) const {
-    if (sources.size() == 1 && fuses_row_product<T>(this->cuda, sources[0].x, conv_a(i), a))
-      return row_product<T>(*this, sources[0].x, norm, conv_a(i), a, nullptr, nullptr);
+    if (sources.size() == 1 && fuses_conv1x1<T>(this->cuda, sources[0].x, conv_a(i), a))
+      return conv1x1<T>(*this, sources[0].x, norm, conv_a(i), a, {});
     const int64_t rows = args.a_pixels(i), c = args.blocks[size_t(i)].channels, step = this->chunk_rows(rows, c);
-    const at::Tensor y = this->scratch(std::min(step, rows), c);
+    const at::Tensor y = this->workspace(std::min(step, rows), c);
     this->for_each_chunk(rows, step, [&](int64_t row, int64_t count, int64_t) {
       for (const Source& s : sources)
-        this->sweep(launch_activate<T>,
-                    {s.x.from_row(row), this->matrix(y).from_column(s.first), norm.from_channel(s.first), true}, count,
-                    s.columns);
+        this->reduction(launch_activate<T>,
+                        {s.x.from_row(row), this->matrix(y).from_column(s.first), norm.from_channel(s.first), true},
+                        count, s.columns);
       at::Tensor to = a.narrow(0, row, count);
       at::mm_out(to, y.narrow(0, 0, count), conv_a(i).t());
     });
@@ -91,8 +91,9 @@ class CudaStage : public CudaRows<T> {
   // The input of conv_b of block i, relu(norm_b(a)), as a packed image.
   at::Tensor activated_image(int64_t i, const at::Tensor& a, const NormParams<A>& norm) const {
     const at::Tensor u = empty_channels_last(image_sizes(args.width_a, i == 0), this->options);
-    this->sweep(launch_activate<T>, {{this->const_data(a), args.width_a}, {this->data(u), args.width_a}, norm, true},
-                args.a_pixels(i), args.width_a);
+    this->reduction(launch_activate<T>,
+                    {{this->const_data(a), args.width_a}, {this->data(u), args.width_a}, norm, true}, args.a_pixels(i),
+                    args.width_a);
     return u;
   }
   at::Tensor convolution(int64_t i, const at::Tensor& u) const {

@@ -30,7 +30,7 @@ class Forward : CudaStage<T> {
     this->pack_weights(0);
     const at::Tensor x = to_channels_last(input), in = this->rows_of(x);
     const int64_t c = args.in_channels, at = args.blocks[0].stats_a;
-    if (statistics_) this->statistics(this->matrix(in), args.in_pixels(), c, mean_ + at, var_ + at);
+    if (statistics_) this->statistics(this->matrix(in), args.in_pixels(), c, statistics_from(at));
     at::Tensor residual = in.narrow(1, 0, args.projection ? 0 : r);
     if (args.projection) {
       copy_statistics(at, args.stats_w, c);
@@ -51,6 +51,8 @@ class Forward : CudaStage<T> {
     return keep_.residuals && i < args.num_blocks() - 1 ? o_.residuals[i] : rows_.narrow(1, 0, r);
   }
 
+  BatchStatistics<A> statistics_from(int64_t first) const { return {mean_ + first, var_ + first}; }
+
   void copy_statistics(int64_t from, int64_t to, int64_t count) const {
     if (!statistics_) return;
     for (const at::Tensor& t : {o_.mean, o_.var}) t.narrow(0, to, count).copy_(t.narrow(0, from, count));
@@ -60,9 +62,9 @@ class Forward : CudaStage<T> {
   void project(const T* x) {
     const int64_t c = args.in_channels, step = this->chunk_rows(pixels, c);
     const NormParams<A> norm = this->norm_params(args.norm_w, mean_ + args.stats_w, var_ + args.stats_w);
-    const at::Tensor y = this->scratch(std::min(step, pixels), c), residual = after(0);
+    const at::Tensor y = this->workspace(std::min(step, pixels), c), residual = after(0);
     this->for_each_chunk(pixels, step, [&](int64_t row, int64_t count, int64_t) {
-      this->sweep(launch_activate_pooled<T>, {{x, c}, this->matrix(y), norm, args.sampled, row}, count, c);
+      this->reduction(launch_activate_pooled<T>, {{x, c}, this->matrix(y), norm, args.sampled, row}, count, c);
       const at::Tensor left = y.narrow(0, 0, count);
       at::Tensor first = residual.narrow(0, row, count);
       at::Tensor second = rows_.narrow(0, row, count).narrow(1, r, args.first_dense);
@@ -71,7 +73,7 @@ class Forward : CudaStage<T> {
     });
     if (!statistics_ || args.num_blocks() == 1) return;
     const int64_t at = args.blocks[1].stats_a + r;
-    this->statistics({out_ + r, ld}, pixels, args.first_dense, mean_ + at, var_ + at);
+    this->statistics({out_ + r, ld}, pixels, args.first_dense, statistics_from(at));
   }
 
   // Block i reads `in` and adds to `residual`.
@@ -82,11 +84,9 @@ class Forward : CudaStage<T> {
     const int64_t rows = args.a_pixels(i);
     const at::Tensor a = keep_.bottlenecks ? o_.a.narrow(0, args.a_row(i), rows) : one_a_.narrow(0, 0, rows);
     this->make_a(i, this->sources(i, this->matrix(in), out_), norm_a, a);
-    if (!block.norm_b.frozen())
-      this->statistics(this->matrix(a), rows, args.width_a, mean_ + block.stats_b, var_ + block.stats_b);
+    if (!block.norm_b.frozen()) this->statistics(this->matrix(a), rows, args.width_a, statistics_from(block.stats_b));
     const at::Tensor b = bottleneck_b(i, this->convolution(i, this->activated_image(i, a, norm_b)));
-    if (!block.norm_c.frozen())
-      this->statistics(this->matrix(b), pixels, args.width_b, mean_ + block.stats_c, var_ + block.stats_c);
+    if (!block.norm_c.frozen()) this->statistics(this->matrix(b), pixels, args.width_b, statistics_from(block.stats_c));
     merge(i, b, residual);
   }
 
@@ -105,14 +105,14 @@ class Forward : CudaStage<T> {
     const NormParams<A> norm = this->norm_params(block.norm_c, mean_ + block.stats_c, var_ + block.stats_c);
     const int64_t k = args.growth, first = r + args.dense(i), step = this->chunk_rows(pixels, args.width_b + r + k);
     const bool wanted = statistics_ && i < args.num_blocks() - 1;
-    const at::Tensor y = this->scratch(std::min(step, pixels), args.width_b);
-    const at::Tensor z = this->scratch(std::min(step, pixels), r + k);
+    const at::Tensor y = this->workspace(std::min(step, pixels), args.width_b);
+    const at::Tensor z = this->workspace(std::min(step, pixels), r + k);
     const at::Tensor pivot = at::empty({r + k}, this->options);
     const Partials added = this->partials(pixels, step, r), appended = this->partials(pixels, step, k);
     const Matrix<T> source = this->matrix(b), from = this->matrix(z), add = this->matrix(residual);
     const Matrix<T> to = this->matrix(after(i)), dense{out_ + first, ld};
     this->for_each_chunk(pixels, step, [&](int64_t row, int64_t count, int64_t chunk) {
-      this->sweep(launch_activate<T>, {source.from_row(row), this->matrix(y), norm, true}, count, args.width_b);
+      this->reduction(launch_activate<T>, {source.from_row(row), this->matrix(y), norm, true}, count, args.width_b);
       at::Tensor product = z.narrow(0, 0, count);
       at::mm_out(product, y.narrow(0, 0, count), this->conv_c(i).t());
       if (chunk == 0 && count > 0 && wanted) {
@@ -128,9 +128,9 @@ class Forward : CudaStage<T> {
     });
     if (!wanted) return;
     const int64_t next = args.blocks[size_t(i) + 1].stats_a;
-    this->finalise_moments(added, this->const_data(pivot), pixels, mean_ + next, var_ + next);
+    this->finalise_moments(added, this->const_data(pivot), pixels, statistics_from(next));
     if (i > 0 || !args.projection) copy_statistics(block.stats_a + r, next + r, args.dense(i));
-    this->finalise_moments(appended, this->const_data(pivot) + r, pixels, mean_ + next + first, var_ + next + first);
+    this->finalise_moments(appended, this->const_data(pivot) + r, pixels, statistics_from(next + first));
   }
 
   void store(const SliceInParams<T>& params, int64_t rows, int64_t columns, int64_t splits) const {

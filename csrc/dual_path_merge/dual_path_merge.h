@@ -10,9 +10,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/layout.h"
-#include "common/storage.h"
+#include "core/checks.h"
+#include "core/layout.h"
+#include "core/storage.h"
 #include "dual_path_merge/dual_path_merge_math.h"
 
 namespace fastdense {

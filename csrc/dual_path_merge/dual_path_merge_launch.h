@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels of dual_path_merge and dual_path_split: one thread an element.  No torch header.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "dual_path_merge/dual_path_merge_math.h"
 
 namespace fastdense {

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/scalar.h"
+#include "core/scalar.h"
 
 namespace fastdense {
 

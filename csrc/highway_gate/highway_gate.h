@@ -10,9 +10,9 @@
 #include <string_view>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/layout.h"
-#include "common/storage.h"
+#include "core/checks.h"
+#include "core/layout.h"
+#include "core/storage.h"
 #include "highway_gate/highway_gate_math.h"
 
 namespace fastdense {

@@ -17,7 +17,7 @@ at::Tensor highway_gate_cpu(const at::Tensor& input, const at::Tensor& projectio
   if (call.output.numel() == 0) return call.output;
   dispatch_highway_gate(input.scalar_type(), activation, [&](auto type, auto act) {
     const auto gate = call.functor(type, act);
-    const auto loop = highway_loops<decltype(type), decltype(act)>(simd_level()).forward;
+    const auto loop = highway_loops<decltype(type), decltype(act)>(current_isa()).forward;
     at::parallel_for(0, call.output.numel(), kGrain, [&](int64_t begin, int64_t end) { loop(gate, begin, end); });
   });
   return call.output;
@@ -30,7 +30,7 @@ std::tuple<at::Tensor, at::Tensor> highway_gate_backward_cpu(const at::Tensor& g
   if (call.grad_input.numel() == 0) return {call.grad_input, call.grad_projection};
   dispatch_highway_gate(input.scalar_type(), activation, [&](auto type, auto act) {
     const auto gate = call.functor(type, act);
-    const auto loop = highway_loops<decltype(type), decltype(act)>(simd_level()).backward;
+    const auto loop = highway_loops<decltype(type), decltype(act)>(current_isa()).backward;
     at::parallel_for(0, call.grad_input.numel(), kGrain, [&](int64_t begin, int64_t end) { loop(gate, begin, end); });
   });
   return {call.grad_input, call.grad_projection};

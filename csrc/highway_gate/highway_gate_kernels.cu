@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "common/for_each.h"
+#include "cuda/for_each.h"
 #include "highway_gate/highway_gate_launch.h"
 
 namespace fastdense {

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/simd.h"
+#include "cpu/simd/dispatch.h"
 #include "highway_gate/highway_gate_math.h"
 
 namespace fastdense {
@@ -17,20 +17,11 @@ struct HighwayLoops {
   void (*backward)(const HighwayBackward<T, Activation>&, int64_t begin, int64_t end);
 };
 
-template <typename T, typename Activation>
-HighwayLoops<T, Activation> highway_loops(SimdLevel level);
+FASTDENSE_EACH_ISA(template <typename T, typename Activation> HighwayLoops<T, Activation> highway_loops();)
 
-namespace baseline {
 template <typename T, typename Activation>
-HighwayLoops<T, Activation> highway_loops();
-}
-namespace avx2 {
-template <typename T, typename Activation>
-HighwayLoops<T, Activation> highway_loops();
-}
-namespace avx512 {
-template <typename T, typename Activation>
-HighwayLoops<T, Activation> highway_loops();
+inline HighwayLoops<T, Activation> highway_loops(Isa isa) {
+  return FASTDENSE_DISPATCH(isa, highway_loops<T, Activation>());
 }
 
 }  // namespace fastdense

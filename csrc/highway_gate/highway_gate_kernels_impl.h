@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops of highway_gate_kernels.h for one instruction set; see common/target.h.
+// The loops of highway_gate_kernels.h for one instruction set; see cpu/simd/target.h.
 
 namespace fastdense {
 namespace FASTDENSE_TARGET {

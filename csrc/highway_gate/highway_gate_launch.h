@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels of highway_gate and its backward: one thread an element.  No torch header.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "highway_gate/highway_gate_math.h"
 
 namespace fastdense {

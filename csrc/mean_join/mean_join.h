@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/layout.h"
-#include "common/storage.h"
+#include "core/checks.h"
+#include "core/layout.h"
+#include "core/storage.h"
 #include "mean_join/mean_join_math.h"
 
 namespace fastdense {

@@ -11,7 +11,7 @@ namespace {
 at::Tensor mean_join_cpu(at::TensorList inputs) {
   return mean_join(inputs, [](const auto& functor, int64_t count) {
     constexpr int64_t kGrain = 1 << 14;
-    const auto loop = mean_join_loop(functor, simd_level());
+    const auto loop = mean_join_loop(functor, current_isa());
     at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) { loop(functor, begin, end); });
   });
 }

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/simd.h"
+#include "cpu/simd/dispatch.h"
 #include "mean_join/mean_join_math.h"
 
 namespace fastdense {
@@ -15,20 +15,11 @@ template <typename T>
 using MeanJoinLoop = void (*)(const MeanJoin<T>&, int64_t begin, int64_t end);
 
 // The argument names the type only.
-template <typename T>
-MeanJoinLoop<T> mean_join_loop(const MeanJoin<T>&, SimdLevel level);
+FASTDENSE_EACH_ISA(template <typename T> MeanJoinLoop<T> mean_join_loop();)
 
-namespace baseline {
 template <typename T>
-MeanJoinLoop<T> mean_join_loop();
-}
-namespace avx2 {
-template <typename T>
-MeanJoinLoop<T> mean_join_loop();
-}
-namespace avx512 {
-template <typename T>
-MeanJoinLoop<T> mean_join_loop();
+inline MeanJoinLoop<T> mean_join_loop(const MeanJoin<T>&, Isa isa) {
+  return FASTDENSE_DISPATCH(isa, mean_join_loop<T>());
 }
 
 }  // namespace fastdense

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+// The CUDA kernel of mean_join: one thread an element.  No torch header.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "mean_join/mean_join_math.h"
 
 namespace fastdense {

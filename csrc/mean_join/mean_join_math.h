@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "common/scalar.h"
+#include "core/scalar.h"
 
 namespace fastdense {
 

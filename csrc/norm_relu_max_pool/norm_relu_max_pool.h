@@ -21,10 +21,10 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/layout.h"
-#include "common/storage.h"
-#include "common/weights.h"
+#include "core/checks.h"
+#include "core/layout.h"
+#include "core/storage.h"
+#include "core/weights.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_math.h"
 
 namespace fastdense {
@@ -37,7 +37,7 @@ struct NormPoolArgs {
   MaxPoolGeometry g{};
   int64_t batch = 0, channels = 0;
   std::vector<int64_t> pooled_sizes;  // [N, C, pooled]
-  std::string process_group;          // see SharedStatistics
+  std::string process_group;          // see SyncBatchNorm
 
   int64_t values() const { return batch * g.pixels(); }  // behind each mean
   bool empty() const { return batch * channels == 0; }
@@ -58,7 +58,7 @@ inline MaxPoolGeometry parse_max_pool(const char* op, at::IntArrayRef size, at::
     const size_t d = axis + 3 - size.size();
     check_at_least(op, "every spatial size", size[axis], 1);
     check_at_least(op, "kernel_size", kernel_size[axis], 1);
-    check_at_most(op, "kernel_size", kernel_size[axis], kNoWinner);
+    check_at_most(op, "kernel_size", kernel_size[axis], kNoIndex);
     check_at_least(op, "stride", stride[axis], 1);
     check_at_least(op, "padding", padding[axis], 0);
     check_at_most(op, "padding", padding[axis], kernel_size[axis] / 2);
@@ -69,8 +69,8 @@ inline MaxPoolGeometry parse_max_pool(const char* op, at::IntArrayRef size, at::
     g.padding[d] = padding[axis];
     g.pooled[d] = (size[axis] + 2 * padding[axis] - kernel_size[axis]) / stride[axis] + 1;
   }
-  TORCH_CHECK_VALUE(g.volume() <= kNoWinner, op, ": expected kernel_size to have at most ", kNoWinner,
-                    " positions, got ", kernel_size);
+  TORCH_CHECK_VALUE(g.volume() <= kNoIndex, op, ": expected kernel_size to have at most ", kNoIndex, " positions, got ",
+                    kernel_size);
   return g;
 }
 
@@ -95,19 +95,19 @@ inline NormPoolArgs parse_norm_relu_max_pool(const char* op, const at::Tensor& i
 }
 
 struct NormPoolOutputs {
-  at::Tensor y, winners, mean, var;
+  at::Tensor y, indices, mean, var;
 };
 
-// What forward kept for backward.
+// What forward saved for backward.
 struct NormPoolSaved {
-  const at::Tensor &input, &winners, &mean, &var;
+  const at::Tensor &input, &indices, &mean, &var;
 };
 
-// input [N, C, spatial] -> y [N, C, pooled], winners of the same shape or [0], mean and var [C]
+// input [N, C, spatial] -> y [N, C, pooled], indices of the same shape or [0], mean and var [C]
 template <typename Engine>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_max_pool(
     const at::Tensor& input, at::TensorList norm, double eps, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-    at::IntArrayRef padding, bool keep_winners, std::string_view process_group) {
+    at::IntArrayRef padding, bool keep_indices, std::string_view process_group) {
   constexpr const char* kOp = "norm_relu_max_pool";
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
   const NormPoolArgs args =
@@ -115,20 +115,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_max_pool(
   const at::TensorOptions options = input.options(), bytes = options.dtype(at::kByte);
   const auto statistics = options.dtype(options.dtype() == at::kDouble ? at::kDouble : at::kFloat);
   const NormPoolOutputs o{args.layout.empty(args.pooled_sizes, options),
-                          keep_winners ? args.layout.empty(args.pooled_sizes, bytes) : at::empty({0}, bytes),
+                          keep_indices ? args.layout.empty(args.pooled_sizes, bytes) : at::empty({0}, bytes),
                           at::zeros({args.channels}, statistics), at::zeros({args.channels}, statistics)};
   if (!args.empty() || !process_group.empty())  // the other processes wait for this one
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
       Engine::template forward<typename Storage<scalar_t>::type>(args, input, o);
     });
-  return {o.y, o.winners, o.mean, o.var};
+  return {o.y, o.indices, o.mean, o.var};
 }
 
 // Gradients of the input and of the norm's tensors, empty where `needs_grad` says that none is wanted.
 template <typename Engine>
 std::vector<at::Tensor> norm_relu_max_pool_backward(const at::Tensor& grad_output,  // [N, C, pooled]
                                                     const at::Tensor& input,        // [N, C, spatial]
-                                                    const at::Tensor& winners,      // [N, C, pooled]
+                                                    const at::Tensor& indices,      // [N, C, pooled]
                                                     const at::Tensor& mean, const at::Tensor& var, at::TensorList norm,
                                                     double eps, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                                     at::IntArrayRef padding, c10::List<bool> needs_grad,
@@ -139,10 +139,10 @@ std::vector<at::Tensor> norm_relu_max_pool_backward(const at::Tensor& grad_outpu
       parse_norm_relu_max_pool(kOp, input, norm, eps, kernel_size, stride, padding, process_group);
   check_same_dtype(kOp, "grad_output", grad_output, "input", input);
   check_shape(kOp, "grad_output", grad_output, args.pooled_sizes);
-  check_dtype(kOp, "winners", winners, at::kByte);
-  check_shape(kOp, "winners", winners, args.pooled_sizes);
+  check_dtype(kOp, "winners", indices, at::kByte);
+  check_shape(kOp, "winners", indices, args.pooled_sizes);
   for (const at::Tensor& t : {mean, var}) check_shape(kOp, "mean and var", t, {args.channels});
-  for (const at::Tensor& t : {grad_output, winners, mean, var})
+  for (const at::Tensor& t : {grad_output, indices, mean, var})
     check_same_device(kOp, "all tensors", t, "input", input);
   check_at_least(kOp, "needs_grad", int64_t(needs_grad.size()), 5);
   const std::vector<bool> needs(needs_grad.begin(), needs_grad.end());
@@ -154,7 +154,7 @@ std::vector<at::Tensor> norm_relu_max_pool_backward(const at::Tensor& grad_outpu
     return grads;
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
-    grads = Engine::template backward<typename Storage<scalar_t>::type>(args, {input, winners, mean, var}, grad_output,
+    grads = Engine::template backward<typename Storage<scalar_t>::type>(args, {input, indices, mean, var}, grad_output,
                                                                         needs, norm);
   });
   return grads;

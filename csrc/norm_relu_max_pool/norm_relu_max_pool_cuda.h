@@ -5,16 +5,16 @@
 
 #include <vector>
 
-#include "common/row_cuda_gradients.h"
+#include "cuda/block_backward.h"
 #include "norm_relu_max_pool/norm_relu_max_pool.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_launch.h"
 
 namespace fastdense {
 
 template <typename T>
-class NormPoolCuda : CudaRows<T> {
-  using Base = CudaRows<T>;
-  using Base::cuda, Base::shared;
+class NormPoolCuda : CudaBlockForward<T> {
+  using Base = CudaBlockForward<T>;
+  using Base::cuda, Base::sync;
   using typename Base::A, typename Base::Partials;
 
  public:
@@ -28,18 +28,18 @@ class NormPoolCuda : CudaRows<T> {
 
   void forward(const at::Tensor& input, const NormPoolOutputs& o) {
     const at::Tensor x = args_.layout.arrange(input);
-    if (!args_.norm.frozen()) statistics(this->const_data(x), this->sums(o.mean), this->sums(o.var));
-    uint8_t* winners = o.winners.dim() > 1 ? o.winners.mutable_data_ptr<uint8_t>() : nullptr;
+    if (!args_.norm.frozen()) statistics(this->const_data(x), {this->sums(o.mean), this->sums(o.var)});
+    uint8_t* indices = o.indices.dim() > 1 ? o.indices.mutable_data_ptr<uint8_t>() : nullptr;
     check_launch(launch_norm_pool<T>({shape_, this->norm_params(args_.norm, this->sums(o.mean), this->sums(o.var)),
-                                      this->const_data(x), this->data(o.y), winners},
+                                      this->const_data(x), this->data(o.y), indices},
                                      o.y.numel(), cuda.stream));
   }
 
   std::vector<at::Tensor> backward(const NormPoolSaved& saved, const at::Tensor& grad_output,
                                    const std::vector<bool>& needs, at::TensorList weights) {
-    CudaRowGradients<T> gradients(*this, needs, weights);
+    CudaBlockBackward<T> gradients(*this, needs, weights);
     const at::Tensor x = args_.layout.arrange(saved.input), grad = args_.layout.arrange(grad_output);
-    const at::Tensor winners = args_.layout.arrange(saved.winners);
+    const at::Tensor indices = args_.layout.arrange(saved.indices);
     const NormParams<A> norm =
         this->norm_params(args_.norm, saved.mean.const_data_ptr<A>(), saved.var.const_data_ptr<A>());
     const auto s = gradients.sums(c_);
@@ -48,18 +48,18 @@ class NormPoolCuda : CudaRows<T> {
       const int64_t rows = args_.batch * args_.g.pooled_pixels();
       const Partials partial = partials(rows);
       check_launch(launch_norm_pool_sums<T>({shape_, this->const_data(x), this->const_data(grad),
-                                             winners.const_data_ptr<uint8_t>(), norm.mean, this->sums(partial.tensor)},
+                                             indices.const_data_ptr<uint8_t>(), norm.mean, this->sums(partial.tensor)},
                                             rows, partial.splits, cuda.stream));
       gradients.finalise(args_.norm, norm, partial.tensor, args_.values(), {}, s);
       gradients.set_norm(args_.norm, s);
     }
-    const bool others = shared.shared() && !frozen;
+    const bool others = sync.enabled() && !frozen;
     const at::Tensor terms = others ? at::stack({s.dbias, s.dweight}) : at::Tensor();
-    if (others) shared.sums(terms, args_.values());
+    if (others) sync.sums(terms, args_.values());
     if (!needs[0]) return gradients.all();
     const at::Tensor dx = args_.layout.empty(saved.input.sizes(), saved.input.options());
     check_launch(launch_norm_pool_backward<T>(
-        {shape_, norm, this->const_data(x), this->const_data(grad), winners.const_data_ptr<uint8_t>(), this->data(dx),
+        {shape_, norm, this->const_data(x), this->const_data(grad), indices.const_data_ptr<uint8_t>(), this->data(dx),
          this->sums(others ? terms[0] : s.dbias), this->sums(others ? terms[1] : s.dweight),
          frozen ? A(0) : A(1.0 / double(args_.values()))},
         dx.numel(), cuda.stream));
@@ -68,14 +68,14 @@ class NormPoolCuda : CudaRows<T> {
   }
 
  private:
-  void statistics(const T* x, A* mean, A* var) {
+  void statistics(const T* x, const BatchStatistics<A>& to) {
     const int64_t rows = args_.values();
-    if (shape_.channels_last) return Base::statistics({x, c_}, rows, c_, mean, var);
+    if (shape_.channels_last) return Base::statistics({x, c_}, rows, c_, to);
     const Partials partial = partials(rows);
     const at::Tensor pivot = at::empty({c_}, this->options);
     check_launch(launch_plane_moments<T>({x, args_.g.pixels(), this->sums(partial.tensor), this->data(pivot)}, rows, c_,
                                          partial.splits, cuda.stream));
-    this->finalise_moments(partial, this->const_data(pivot), rows, mean, var);
+    this->finalise_moments(partial, this->const_data(pivot), rows, to);
   }
 
   // Of planes a block takes one channel.

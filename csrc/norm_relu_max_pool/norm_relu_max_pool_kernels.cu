@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "common/column_sweep.h"
-#include "common/for_each.h"
-#include "common/row_columns.h"
+#include "cuda/for_each.h"
+#include "cuda/norm_relu/column_reduce.h"
+#include "cuda/norm_relu/columns.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_launch.h"
 
 namespace fastdense {
@@ -47,7 +47,7 @@ struct PooledValue {
     const IndexRange r0 = window_positions(g, 0, o.i0), r1 = window_positions(g, 1, o.i1),
                      r2 = window_positions(g, 2, o.i2);
     A best = 0;
-    int winner = kNoWinner;
+    int index = kNoIndex;
     for (int64_t w0 = r0.begin; w0 < r0.end; ++w0)
       for (int64_t w1 = r1.begin; w1 < r1.end; ++w1) {
         const int64_t line = window_start(g, 0, o.i0, o.i1, o.i2) + (w0 * g.size[1] + w1) * g.size[2];
@@ -55,15 +55,15 @@ struct PooledValue {
           const A value = mul_add(A(load(x[(line + w2) * step])), norm.scale, norm.shift);
           if (!takes_lead(value, best)) continue;
           best = value;
-          winner = int((w0 * g.window[1] + w1) * g.window[2] + w2);
+          index = int((w0 * g.window[1] + w1) * g.window[2] + w2);
         }
       }
     p.y[i] = store<T>(best);
-    if (p.winners) p.winners[i] = uint8_t(winner);
+    if (p.indices) p.indices[i] = uint8_t(index);
   }
 };
 
-// Gathers the gradients of the windows that an element won, in ascending order.
+// Gathers the gradients of the windows whose index is this element, in ascending order.
 template <typename T>
 struct InputGradient {
   using A = accumulate_t<T>;
@@ -81,7 +81,7 @@ struct InputGradient {
           const int64_t w0 = e.i0 + g.padding[0] - o0 * g.stride[0], w1 = e.i1 + g.padding[1] - o1 * g.stride[1],
                         w2 = e.i2 + g.padding[2] - o2 * g.stride[2];
           const int64_t at = origin + ((o0 * g.pooled[1] + o1) * g.pooled[2] + o2) * step;
-          if (p.winners[at] == (w0 * g.window[1] + w1) * g.window[2] + w2) dy += load(p.grad[at]);
+          if (p.indices[at] == (w0 * g.window[1] + w1) * g.window[2] + w2) dy += load(p.grad[at]);
         }
     p.dx[i] = store<T>(
         norm_input_gradient<A>(dy, load(p.x[i]), p.norm(e.channel), p.t1[e.channel], p.t2[e.channel], p.inv_count));
@@ -90,11 +90,11 @@ struct InputGradient {
 
 // Adds the terms of the pooled value at `at`, whose window starts at pixel `start`, which may lie outside.
 template <typename T, typename A>
-__device__ __forceinline__ void add_winner(const NormPoolSumsParams<T>& p, T grad, uint8_t winner, int64_t origin,
-                                           int64_t start, A mean, A& sum, A& weighted) {
-  if (winner == kNoWinner) return;
+__device__ __forceinline__ void add_at_index(const NormPoolSumsParams<T>& p, T grad, uint8_t index, int64_t origin,
+                                             int64_t start, A mean, A& sum, A& weighted) {
+  if (index == kNoIndex) return;
   const A g = load(grad);
-  const int64_t at = origin + (start + position_offset(p.shape.g, winner)) * pixel_step(p.shape);
+  const int64_t at = origin + (start + position_offset(p.shape.g, index)) * pixel_step(p.shape);
   sum += g;
   weighted += g * (load(p.x[at]) - mean);
 }
@@ -131,18 +131,18 @@ class RowSums : public Columns<NormPoolSumsParams<T>, V> {
     const int64_t c = p_.shape.channels, image = row / g.pooled_pixels(), origin = image * g.pixels() * c + first_;
     const int64_t start = start_in_image(g, uint32_t(row - image * g.pooled_pixels()));
     const Vector<T, V> grad = read<V>(p_.grad + row * c + first_, count_);
-    const Vector<uint8_t, V> winners = read<V>(p_.winners + row * c + first_, count_);
+    const Vector<uint8_t, V> indices = read<V>(p_.indices + row * c + first_, count_);
 #pragma unroll
     for (int i = 0; i < V; ++i)
       if (i < count_)
-        add_winner(p_, grad.v[i], winners.v[i], origin + i, start, mean_[i], state_.first(i), state_.second(i));
+        add_at_index(p_, grad.v[i], indices.v[i], origin + i, start, mean_[i], state_.first(i), state_.second(i));
   }
 
   const ColumnValues<A, V> mean_;
   State state_;
 };
 
-// Blocks take a channel of planes each, threads its values in turns; a split of them as in a sweep.
+// Blocks take a channel of planes each, threads its values in turns; a split of them as in a reduction.
 // body(plane, index in it)
 template <typename Body>
 __device__ void for_each_of_split(int64_t rows, int64_t pixels, int64_t channels, const Body& body) {
@@ -187,8 +187,8 @@ __global__ void plane_sums_kernel(const __grid_constant__ NormPoolSumsParams<T> 
   ColumnSums<A, 1> sums;
   for_each_of_split(rows, g.pooled_pixels(), p.shape.channels, [&](int64_t plane, int64_t i) {
     const int64_t at = plane * g.pooled_pixels() + i;
-    add_winner(p, p.grad[at], p.winners[at], plane * g.pixels(), start_in_image(g, uint32_t(i)), mean, sums.first(0),
-               sums.second(0));
+    add_at_index(p, p.grad[at], p.indices[at], plane * g.pixels(), start_in_image(g, uint32_t(i)), mean, sums.first(0),
+                 sums.second(0));
   });
   write_split<A>(sums, p.partial, p.shape.channels);
 }
@@ -200,8 +200,8 @@ struct PlaneShape {
   size_t shared_bytes;
   PlaneShape(int64_t channels, int64_t splits)
       : grid(unsigned(channels), unsigned(splits)),
-        block(1, kSweepThreads),
-        shared_bytes(State::kNumbers * sizeof(A) * kSweepThreads / 2) {}
+        block(1, kReduceThreads),
+        shared_bytes(State::kNumbers * sizeof(A) * kReduceThreads / 2) {}
 };
 
 }  // namespace
@@ -227,8 +227,8 @@ cudaError_t launch_norm_pool_sums(const NormPoolSumsParams<T>& p, int64_t rows, 
   const int64_t channels = p.shape.channels;
   if (rows == 0 || channels == 0) return cudaSuccess;
   if (p.shape.channels_last) {
-    const uintptr_t bits = address_bits(p.grad, channels) | reinterpret_cast<uintptr_t>(p.winners) * sizeof(T);
-    return launch_sweep<RowSums, T>(p, bits, rows, channels, splits, stream);
+    const uintptr_t bits = address_bits(p.grad, channels) | reinterpret_cast<uintptr_t>(p.indices) * sizeof(T);
+    return launch_column_reduce<RowSums, T>(p, bits, rows, channels, splits, stream);
   }
   const PlaneShape<A, ColumnSums<A, 1>> shape(channels, splits);
   FASTDENSE_LAUNCH(plane_sums_kernel, shape.grid, shape.block, shape.shared_bytes, stream, p, rows);

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/simd.h"
+#include "cpu/simd/dispatch.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_math.h"
 
 namespace fastdense {
@@ -41,15 +41,15 @@ struct NormPool {
 template <typename T>
 struct NormPoolForward : NormPool<T> {
   T* y;              // [N, C, pooled]
-  uint8_t* winners;  // [N, C, pooled], or nullptr
+  uint8_t* indices;  // [N, C, pooled], or nullptr
 };
 
 template <typename T>
 struct NormPoolBackward : NormPool<T> {
   using A = accumulate_t<T>;
   const T* grad;           // [N, C, pooled]
-  const uint8_t* winners;  // [N, C, pooled]
-  const int64_t* offsets;  // [kNoWinner + 1]: elements of x from a window's position 0 to the winner; far off if none
+  const uint8_t* indices;  // [N, C, pooled]
+  const int64_t* offsets;  // [kNoIndex + 1]: elements of x from a window's position 0 to the index; far off if none
   T* dx;                   // [N, C, size]
   const A *t1, *t2;        // [channels]: sums of g and of g * xhat
   A inv_count;             // 1 / M; 0 where statistics are given
@@ -58,30 +58,21 @@ struct NormPoolBackward : NormPool<T> {
 template <typename T>
 struct NormPoolKernels {
   using A = accumulate_t<T>;
-  // Numbers of scratch that any of these takes.
-  int64_t (*scratch)(const NormPool<T>&);
-  // A line of y and of winners.
-  void (*forward)(const NormPoolForward<T>&, int64_t line, A* scratch);
-  // sum += sum of g, weighted += sum of g * (x - mean) over a line of pooled values that have a winner.
-  void (*sums)(const NormPoolBackward<T>&, int64_t line, double* sum, double* weighted, A* scratch);
+  // Numbers of workspace that any of these takes.
+  int64_t (*workspace)(const NormPool<T>&);
+  // A line of y and of indices.
+  void (*forward)(const NormPoolForward<T>&, int64_t line, A* workspace);
+  // sum += sum of g, weighted += sum of g * (x - mean) over a line of pooled values that have an index.
+  void (*sums)(const NormPoolBackward<T>&, int64_t line, double* sum, double* weighted, A* workspace);
   // One of the gradient_units() of dx.
-  void (*input_gradient)(const NormPoolBackward<T>&, int64_t unit, A* scratch);
+  void (*input_gradient)(const NormPoolBackward<T>&, int64_t unit, A* workspace);
 };
 
-template <typename T>
-const NormPoolKernels<T>& norm_pool_kernels(SimdLevel level);
+FASTDENSE_EACH_ISA(template <typename T> const NormPoolKernels<T>& norm_pool_kernels();)
 
-namespace baseline {
 template <typename T>
-const NormPoolKernels<T>& norm_pool_kernels();
-}
-namespace avx2 {
-template <typename T>
-const NormPoolKernels<T>& norm_pool_kernels();
-}
-namespace avx512 {
-template <typename T>
-const NormPoolKernels<T>& norm_pool_kernels();
+inline const NormPoolKernels<T>& norm_pool_kernels(Isa isa) {
+  return FASTDENSE_DISPATCH(isa, norm_pool_kernels<T>());
 }
 
 }  // namespace fastdense

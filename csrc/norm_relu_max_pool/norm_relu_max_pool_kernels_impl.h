@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops of norm_relu_max_pool_kernels.h for one instruction set; see common/target.h.
+// The loops of norm_relu_max_pool_kernels.h for one instruction set; see cpu/simd/target.h.
 
 namespace fastdense {
 namespace FASTDENSE_TARGET {
@@ -45,9 +45,9 @@ template <typename A>
 struct Phases {
   A* data;
   int64_t stride, length;
-  Phases(A* room, const MaxPoolGeometry& g)
-      : data(room), stride(g.stride[2]), length((g.size[2] + stride - 1) / stride) {}
-  static int64_t room(const MaxPoolGeometry& g) { return g.size[2] + g.stride[2]; }
+  Phases(A* memory, const MaxPoolGeometry& g)
+      : data(memory), stride(g.stride[2]), length((g.size[2] + stride - 1) / stride) {}
+  static int64_t memory(const MaxPoolGeometry& g) { return g.size[2] + g.stride[2]; }
 
   // data of each index i of the line = value(i)
   template <typename Value>
@@ -84,8 +84,8 @@ struct Along {
 };
 
 template <typename T>
-int64_t scratch(const NormPool<T>& p) {
-  const int64_t planes = 2 * p.g.pooled[2] + Phases<accumulate_t<T>>::room(p.g);
+int64_t workspace(const NormPool<T>& p) {
+  const int64_t planes = 2 * p.g.pooled[2] + Phases<accumulate_t<T>>::memory(p.g);
   return p.channels_last ? 2 * p.channels : max_index(planes, p.gradient_lines() * p.g.size[2]);
 }
 
@@ -113,10 +113,10 @@ void for_each_window_of_line(const MaxPoolGeometry& g, int64_t i0, int64_t i1, c
 
 template <typename T, typename A>
 void store_pooled(int64_t count, const A* __restrict best, const Position<A>* __restrict position, T* __restrict y,
-                  uint8_t* __restrict winners) {
+                  uint8_t* __restrict indices) {
   for_each_lane<A>(0, count, [=](int64_t j) { y[j] = store<T>(best[j]); });
-  if (!winners) return;
-  for_each_lane<A>(0, count, [=](int64_t j) { winners[j] = uint8_t(position[j]); });
+  if (!indices) return;
+  for_each_lane<A>(0, count, [=](int64_t j) { indices[j] = uint8_t(position[j]); });
 }
 
 template <typename A>
@@ -127,18 +127,18 @@ inline void lead(A value, Position<A> w, A& best, Position<A>& position) {
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void forward_rows(const NormPoolForward<T>& p, int64_t number, A* room) {
+void forward_rows(const NormPoolForward<T>& p, int64_t number, A* memory) {
   const MaxPoolGeometry g = p.g;
   const Line line(number, g.pooled);
   const int64_t n = p.channels;
   const T* image = p.x + line.outer * g.pixels() * n;
   const A* __restrict scale = p.scale;
   const A* __restrict shift = p.shift;
-  A* __restrict best = room;
-  auto* __restrict position = reinterpret_cast<Position<A>*>(room + n);
+  A* __restrict best = memory;
+  auto* __restrict position = reinterpret_cast<Position<A>*>(memory + n);
   for (int64_t o = 0; o < g.pooled[2]; ++o) {
     for (int64_t j = 0; j < n; ++j) best[j] = 0;
-    for (int64_t j = 0; j < n; ++j) position[j] = kNoWinner;
+    for (int64_t j = 0; j < n; ++j) position[j] = kNoIndex;
     const IndexRange along = window_positions(g, 2, o);
     for_each_line_of_window(g, line.i0, line.i1, [&](int64_t first, int64_t offset) {
       for (int64_t w = along.begin; w < along.end; ++w) {
@@ -149,22 +149,22 @@ void forward_rows(const NormPoolForward<T>& p, int64_t number, A* room) {
       }
     });
     const int64_t at = (number * g.pooled[2] + o) * n;
-    store_pooled(n, best, position, p.y + at, p.winners ? p.winners + at : nullptr);
+    store_pooled(n, best, position, p.y + at, p.indices ? p.indices + at : nullptr);
   }
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void forward_plane(const NormPoolForward<T>& p, int64_t number, A* room) {
+void forward_plane(const NormPoolForward<T>& p, int64_t number, A* memory) {
   const MaxPoolGeometry g = p.g;
   const Line line(number, g.pooled);
   const int64_t n = g.pooled[2], channel = line.outer % p.channels;
   const T* plane = p.x + line.outer * g.pixels();
   const A scale = p.scale[channel], shift = p.shift[channel];
-  A* __restrict best = room;
-  auto* __restrict position = reinterpret_cast<Position<A>*>(room + n);
-  const Phases<A> phases(room + 2 * n, g);
+  A* __restrict best = memory;
+  auto* __restrict position = reinterpret_cast<Position<A>*>(memory + n);
+  const Phases<A> phases(memory + 2 * n, g);
   for (int64_t j = 0; j < n; ++j) best[j] = 0;
-  for (int64_t j = 0; j < n; ++j) position[j] = kNoWinner;
+  for (int64_t j = 0; j < n; ++j) position[j] = kNoIndex;
   for_each_line_of_window(g, line.i0, line.i1, [&](int64_t first, int64_t offset) {
     const T* x = plane + offset;
     phases.scatter(g.size[2], [=](int64_t i) { return mul_add(A(load(x[i])), scale, shift); });
@@ -175,35 +175,36 @@ void forward_plane(const NormPoolForward<T>& p, int64_t number, A* room) {
       for_each_lane<A>(along.begin, along.end, [=](int64_t o) { lead(phase[o], number, best[o], position[o]); });
     }
   });
-  store_pooled(n, best, position, p.y + number * n, p.winners ? p.winners + number * n : nullptr);
+  store_pooled(n, best, position, p.y + number * n, p.indices ? p.indices + number * n : nullptr);
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void forward(const NormPoolForward<T>& p, int64_t line, A* room) {
-  p.channels_last ? forward_rows(p, line, room) : forward_plane(p, line, room);
+void forward(const NormPoolForward<T>& p, int64_t line, A* memory) {
+  p.channels_last ? forward_rows(p, line, memory) : forward_plane(p, line, memory);
 }
 
-// g of a pooled value and the x that won it, or zeros; `at` is the pooled value's place, `origin` that of position 0.
+// Adds g of a pooled value, and g times the deviation of the x at its index; nothing where there is none.  `at` is the
+// place of the pooled value, `origin` that of position 0.
 template <typename T, typename A = accumulate_t<T>>
-inline void winner_terms(const NormPoolBackward<T>& p, int64_t at, int64_t origin, A mean, A& sum, A& weighted) {
-  const uint8_t w = p.winners[at];
-  const bool won = w != kNoWinner;
-  const A g = won ? A(load(p.grad[at])) : A(0);
-  const A deviation = won ? A(load(p.x[origin + p.offsets[w]])) - mean : A(0);
+inline void add_index_terms(const NormPoolBackward<T>& p, int64_t at, int64_t origin, A mean, A& sum, A& weighted) {
+  const uint8_t w = p.indices[at];
+  const bool has_index = w != kNoIndex;
+  const A g = has_index ? A(load(p.grad[at])) : A(0);
+  const A deviation = has_index ? A(load(p.x[origin + p.offsets[w]])) - mean : A(0);
   sum += g;
   weighted += g * deviation;
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void sums_rows(const NormPoolBackward<T>& p, int64_t number, double* sum, double* weighted, A* room) {
+void sums_rows(const NormPoolBackward<T>& p, int64_t number, double* sum, double* weighted, A* memory) {
   const MaxPoolGeometry& g = p.g;
   const Line line(number, g.pooled);
   const int64_t n = p.channels;
-  A *line_sum = room, *line_weighted = room + n;
-  for (int64_t j = 0; j < 2 * n; ++j) room[j] = 0;
+  A *line_sum = memory, *line_weighted = memory + n;
+  for (int64_t j = 0; j < 2 * n; ++j) memory[j] = 0;
   for (int64_t o = 0; o < g.pooled[2]; ++o) {
     const int64_t origin = window_start(g, line.outer, line.i0, line.i1, o) * n, at = (number * g.pooled[2] + o) * n;
-    for (int64_t j = 0; j < n; ++j) winner_terms(p, at + j, origin + j, p.mean[j], line_sum[j], line_weighted[j]);
+    for (int64_t j = 0; j < n; ++j) add_index_terms(p, at + j, origin + j, p.mean[j], line_sum[j], line_weighted[j]);
   }
   for (int64_t j = 0; j < n; ++j) sum[j] += double(line_sum[j]);
   for (int64_t j = 0; j < n; ++j) weighted[j] += double(line_weighted[j]);
@@ -216,19 +217,19 @@ void sums_plane(const NormPoolBackward<T>& p, int64_t number, double* sum, doubl
   const int64_t channel = line.outer % p.channels;
   A line_sum = 0, line_weighted = 0;
   for (int64_t o = 0; o < g.pooled[2]; ++o)
-    winner_terms(p, number * g.pooled[2] + o, window_start(g, line.outer, line.i0, line.i1, o), p.mean[channel],
-                 line_sum, line_weighted);
+    add_index_terms(p, number * g.pooled[2] + o, window_start(g, line.outer, line.i0, line.i1, o), p.mean[channel],
+                    line_sum, line_weighted);
   sum[channel] += double(line_sum);
   weighted[channel] += double(line_weighted);
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void sums(const NormPoolBackward<T>& p, int64_t line, double* sum, double* weighted, A* room) {
-  p.channels_last ? sums_rows(p, line, sum, weighted, room) : sums_plane(p, line, sum, weighted);
+void sums(const NormPoolBackward<T>& p, int64_t line, double* sum, double* weighted, A* memory) {
+  p.channels_last ? sums_rows(p, line, sum, weighted, memory) : sums_plane(p, line, sum, weighted);
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void input_gradient_rows(const NormPoolBackward<T>& p, int64_t number, A* room) {
+void input_gradient_rows(const NormPoolBackward<T>& p, int64_t number, A* memory) {
   const MaxPoolGeometry g = p.g;
   const Line line(number, g.size);
   const int64_t n = p.channels, image = line.outer * g.pooled_pixels();
@@ -238,7 +239,7 @@ void input_gradient_rows(const NormPoolBackward<T>& p, int64_t number, A* room) 
   const A* __restrict rstd = p.rstd;
   const A* __restrict t1 = p.t1;
   const A* __restrict t2 = p.t2;
-  A* __restrict dy = room;
+  A* __restrict dy = memory;
   for (int64_t i = 0; i < g.size[2]; ++i) {
     for (int64_t j = 0; j < n; ++j) dy[j] = 0;
     const IndexRange along = windows_of(g, 2, i);
@@ -246,9 +247,9 @@ void input_gradient_rows(const NormPoolBackward<T>& p, int64_t number, A* room) 
       for (int64_t o = along.begin; o < along.end; ++o) {
         const int64_t at = (image + offset + o) * n;
         const T* __restrict grad = p.grad + at;
-        const uint8_t* __restrict winners = p.winners + at;
+        const uint8_t* __restrict indices = p.indices + at;
         const auto position = Position<A>(first + i + g.padding[2] - o * g.stride[2]);  // a byte would not vectorise
-        for_each_lane<A>(0, n, [=](int64_t j) { dy[j] += winners[j] == position ? A(load(grad[j])) : A(0); });
+        for_each_lane<A>(0, n, [=](int64_t j) { dy[j] += indices[j] == position ? A(load(grad[j])) : A(0); });
       }
     });
     const int64_t at = (number * g.size[2] + i) * n;
@@ -263,13 +264,13 @@ void input_gradient_rows(const NormPoolBackward<T>& p, int64_t number, A* room) 
 
 // Scatters the gradients of all windows that reach into the lines, in ascending order.
 template <typename T, typename A = accumulate_t<T>>
-void input_gradient_plane(const NormPoolBackward<T>& p, int64_t number, A* room) {
+void input_gradient_plane(const NormPoolBackward<T>& p, int64_t number, A* memory) {
   const MaxPoolGeometry g = p.g;
   const int64_t lines = p.gradient_lines(), blocks = (g.size[1] + lines - 1) / lines, slice = number / blocks;
   const int64_t plane = slice / g.size[0], i0 = slice % g.size[0], first = number % blocks * lines;
   const int64_t last = min_index(first + lines, g.size[1]) - 1, channel = plane % p.channels;
   const int64_t begin = (slice * g.size[1] + first) * g.size[2], count = (last + 1 - first) * g.size[2];
-  A* __restrict dy = room;
+  A* __restrict dy = memory;
   for (int64_t i = 0; i < count; ++i) dy[i] = 0;
   const IndexRange r0 = windows_of(g, 0, i0);
   for (int64_t o0 = r0.begin; o0 < r0.end; ++o0)
@@ -277,7 +278,7 @@ void input_gradient_plane(const NormPoolBackward<T>& p, int64_t number, A* room)
       const int64_t at = ((plane * g.pooled[0] + o0) * g.pooled[1] + o1) * g.pooled[2];
       const int64_t start = window_start(g, plane, o0, o1, 0) - begin;
       for (int64_t o2 = 0; o2 < g.pooled[2]; ++o2) {
-        const int64_t i = start + o2 * g.stride[2] + p.offsets[p.winners[at + o2]];
+        const int64_t i = start + o2 * g.stride[2] + p.offsets[p.indices[at + o2]];
         if (0 <= i && i < count) dy[i] += load(p.grad[at + o2]);
       }
     }
@@ -291,15 +292,15 @@ void input_gradient_plane(const NormPoolBackward<T>& p, int64_t number, A* room)
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void input_gradient(const NormPoolBackward<T>& p, int64_t unit, A* room) {
-  p.channels_last ? input_gradient_rows(p, unit, room) : input_gradient_plane(p, unit, room);
+void input_gradient(const NormPoolBackward<T>& p, int64_t unit, A* memory) {
+  p.channels_last ? input_gradient_rows(p, unit, memory) : input_gradient_plane(p, unit, memory);
 }
 
 }  // namespace
 
 template <typename T>
 const NormPoolKernels<T>& norm_pool_kernels() {
-  static const NormPoolKernels<T> kernels = {scratch<T>, forward<T>, sums<T>, input_gradient<T>};
+  static const NormPoolKernels<T> kernels = {workspace<T>, forward<T>, sums<T>, input_gradient<T>};
   return kernels;
 }
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernels of norm_relu_max_pool that row_launch.h lacks.  No torch header.  Sums are partial ones
-// [splits][2][channels] over rows shared out evenly, for launch_finalise_moments and launch_finalise_sums.
+// CUDA kernels of norm_relu_max_pool that cuda/norm_relu/norm_relu_launch.h lacks.  No torch header.  Sums are partial
+// ones [splits][2][channels] over rows shared out evenly, for launch_finalise_moments and launch_finalise_sums.
 #pragma once
 
-#include "common/row_launch.h"
+#include "cuda/norm_relu/norm_relu_launch.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_math.h"
 
 namespace fastdense {
@@ -28,24 +28,24 @@ template <typename T>
 cudaError_t launch_plane_moments(const PlaneMomentsParams<T>&, int64_t rows, int64_t channels, int64_t splits,
                                  cudaStream_t);
 
-// y and, unless nullptr, winners of `count` pooled values.
+// y and, unless nullptr, indices of `count` pooled values.
 template <typename T>
 struct NormPoolForwardParams {
   NormPoolShape shape;
   NormParams<accumulate_t<T>> norm;
   const T* x;
   T* y;
-  uint8_t* winners;
+  uint8_t* indices;
 };
 template <typename T>
 cudaError_t launch_norm_pool(const NormPoolForwardParams<T>&, int64_t count, cudaStream_t);
 
-// Partial sums of g and g * (x - mean) over the pooled values that have a winner; rows are pooled pixels.
+// Partial sums of g and g * (x - mean) over the pooled values that have an index; rows are pooled pixels.
 template <typename T>
 struct NormPoolSumsParams {
   NormPoolShape shape;
   const T *x, *grad;
-  const uint8_t* winners;
+  const uint8_t* indices;
   const accumulate_t<T>* mean;
   accumulate_t<T>* partial;  // [splits][2][channels]
 };
@@ -58,7 +58,7 @@ struct NormPoolBackwardParams {
   NormPoolShape shape;
   NormParams<accumulate_t<T>> norm;
   const T *x, *grad;
-  const uint8_t* winners;
+  const uint8_t* indices;
   T* dx;
   const accumulate_t<T>*t1, *t2;  // [channels]: sums of g and of g * xhat
   accumulate_t<T> inv_count;      // 1 / M; 0 where statistics are given

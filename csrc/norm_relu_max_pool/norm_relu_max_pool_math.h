@@ -3,23 +3,24 @@
 //
 //   y[o] = max over w of relu(scale * x[o * stride - padding + w] + shift)
 //
-// over the positions w of the window that lie inside the image, counted with the last axis fastest.  The winner is the
-// first position of a maximum that is not 0, or the last NaN, as in torch; where the maximum is 0 no gradient passes
-// the ReLU, and there is no winner.  For the gradient g of y, with sums over the pooled values that have a winner:
+// over the positions w of the window that lie inside the image, counted with the last axis fastest.  The index of a
+// pooled value is the first position of a maximum that is not 0, or the last NaN, as in torch; where the maximum is 0
+// no gradient passes the ReLU, and there is no index.  For the gradient g of y, with sums over the pooled values that
+// have an index:
 //
-//   dy[i] = sum of g[o] over the windows o that i won     dbias = sum g     dweight = sum g * xhat[winner]
+//   dy[i] = sum of g[o] over the windows o whose index is i     dbias = sum g     dweight = sum g * xhat[index]
 //   dx[i] = scale * (dy[i] - (dbias + xhat[i] * dweight) / M), without the correction where statistics are given.
 #pragma once
 
 #include <cstdint>
 
-#include "common/batch_norm_math.h"
-#include "common/scalar.h"
+#include "core/batch_norm_math.h"
+#include "core/scalar.h"
 
 namespace fastdense {
 
-// What stands for a winner where there is none; windows have at most so many positions.
-constexpr int kNoWinner = 255;
+// Stands for an index where there is none; windows have at most so many positions.
+constexpr int kNoIndex = 255;
 
 // Axes are outermost first, missing ones in front with size 1.
 struct MaxPoolGeometry {

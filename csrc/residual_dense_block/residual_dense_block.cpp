@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "common/checks.h"
+#include "core/checks.h"
 
 namespace fastdense {
 namespace {

@@ -19,9 +19,9 @@
 #include <optional>
 #include <vector>
 
-#include "common/conv_geometry.h"
-#include "common/layout.h"
-#include "common/weights.h"
+#include "core/geometry.h"
+#include "core/layout.h"
+#include "core/weights.h"
 
 namespace fastdense {
 

@@ -4,15 +4,15 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "common/row_gradients.h"
-#include "residual_dense_block/residual_dense_block_driver.h"
+#include "cpu/block_backward.h"
+#include "residual_dense_block/residual_dense_block_cpu.h"
 
 namespace fastdense {
 namespace {
 
 template <typename T>
-class Backward : RowGradients<T> {
-  using Base = RowGradients<T>;
+class Backward : BlockBackward<T> {
+  using Base = BlockBackward<T>;
   using A = typename Base::A;
 
  public:
@@ -27,7 +27,7 @@ class Backward : RowGradients<T> {
     int64_t most = 0;
     for (const ResidualLayerArgs& layer : args.layers)
       most = std::max(most, convolution_.kernels.conv_backward_bytes(layer.out, layer.geometry, tiles(layer).first));
-    this->reserve_scratch(1, 1, most);
+    this->reserve_workspace(1, 1, most);
   }
 
   // grad: of the block's output, channels innermost.
@@ -65,7 +65,7 @@ class Backward : RowGradients<T> {
                                 this->of_worker(dweight, worker),
                                 needs_bias ? dbias.mutable_data_ptr<double>() + worker * layer.out : nullptr};
       convolution_.kernels.conv_backward(d, {x_ + layer.first, ld_, layer.channels}, layer.geometry, tile,
-                                         this->panels_of(panels), to, this->scratch(worker));
+                                         this->panels_of(panels), to, this->workspace(worker));
     });
     if (needs_bias) this->set(layer.bias.at, dbias.sum(0));
     if (needs_weight) this->set(layer.conv.at, convolution_.weight_gradient(layer, dweight));

@@ -14,15 +14,15 @@
 
 #include <vector>
 
-#include "common/row_cuda_gradients.h"
+#include "cuda/block_backward.h"
 #include "residual_dense_block/residual_dense_block_launch.h"
 #include "residual_dense_block/residual_dense_block_ops.h"
 
 namespace fastdense {
 
 template <typename T>
-class ResidualDenseBlockCuda : CudaRows<T> {
-  using Base = CudaRows<T>;
+class ResidualDenseBlockCuda : CudaBlockForward<T> {
+  using Base = CudaBlockForward<T>;
   using Base::cuda;
   using typename Base::A;
 
@@ -44,17 +44,17 @@ class ResidualDenseBlockCuda : CudaRows<T> {
             at::convolution(image(layer, s), weights_[l], {}, kOnes, padding(layer, s), kOnes, false, kZeros, 1));
         const Matrix<const T> from{this->const_data(sums), layer.out};
         if (args_.is_fusion(l))
-          this->sweep(launch_residual<T>,
-                      {from, Matrix<T>{this->data(out), layer.out}.from_row(s.first), b,
-                       Matrix<const T>{x, ld_}.from_row(s.first),
-                       outer.defined() ? Matrix<const T>{this->const_data(outer), layer.out}.from_row(s.first)
-                                       : Matrix<const T>{},
-                       A(args_.scale), A(args_.outer_scale)},
-                      s.rows, layer.out);
+          this->reduction(launch_residual<T>,
+                          {from, Matrix<T>{this->data(out), layer.out}.from_row(s.first), b,
+                           Matrix<const T>{x, ld_}.from_row(s.first),
+                           outer.defined() ? Matrix<const T>{this->const_data(outer), layer.out}.from_row(s.first)
+                                           : Matrix<const T>{},
+                           A(args_.scale), A(args_.outer_scale)},
+                          s.rows, layer.out);
         else
-          this->sweep(launch_append<T>,
-                      {from, Matrix<T>{x + layer.end(), ld_}.from_row(s.first), b, A(args_.negative_slope)}, s.rows,
-                      layer.out);
+          this->reduction(launch_append<T>,
+                          {from, Matrix<T>{x + layer.end(), ld_}.from_row(s.first), b, A(args_.negative_slope)}, s.rows,
+                          layer.out);
       }
     }
   }
@@ -62,7 +62,7 @@ class ResidualDenseBlockCuda : CudaRows<T> {
   // grad_output: packed.
   std::vector<at::Tensor> backward(const at::Tensor& grad_output, const std::vector<bool>& needs,
                                    at::TensorList weights) {
-    CudaRowGradients<T> grads(*this, needs, weights);
+    CudaBlockBackward<T> grads(*this, needs, weights);
     const int64_t lowest = args_.lowest_layer(needs);
     if (lowest == int64_t(args_.layers.size())) return grads.all();
     pack_weights(size_t(lowest));
@@ -87,7 +87,7 @@ class ResidualDenseBlockCuda : CudaRows<T> {
   std::vector<Stripe> stripes(const ResidualLayerArgs& layer) const {
     const int64_t line = args_.width, area = std::max<int64_t>(1, args_.height * line),
                   reach = layer.geometry.kernel[0] / 2;
-    const int64_t most = std::max<int64_t>(1, cuda.scratch_bytes / (layer.channels * int64_t(sizeof(T))));
+    const int64_t most = std::max<int64_t>(1, cuda.workspace_bytes / (layer.channels * int64_t(sizeof(T))));
     std::vector<Stripe> all;
     if (area <= most) {
       const int64_t step = even_step(args_.batch, most / area);
@@ -127,13 +127,13 @@ class ResidualDenseBlockCuda : CudaRows<T> {
     if (layer.channels == ld_ && s.halo == 0) return image_of(buffer_.narrow(0, s.first, s.rows), s);
     const int64_t around = s.halo * args_.width, rows = s.rows + 2 * around;
     const at::Tensor packed = at::empty({rows, layer.channels}, this->options);
-    this->sweep(launch_pack_rows<T>,
-                {{this->const_data(buffer_) + layer.first, ld_},
-                 {this->data(packed), layer.channels},
-                 s.first - around,
-                 s.begin,
-                 s.end},
-                rows, layer.channels);
+    this->reduction(launch_pack_rows<T>,
+                    {{this->const_data(buffer_) + layer.first, ld_},
+                     {this->data(packed), layer.channels},
+                     s.first - around,
+                     s.begin,
+                     s.end},
+                    rows, layer.channels);
     return image_of(packed, s);
   }
 
@@ -146,7 +146,7 @@ class ResidualDenseBlockCuda : CudaRows<T> {
     this->launch_packs();
   }
 
-  void layer_backward(CudaRowGradients<T>& grads, size_t l, const T* grad_output, bool wants_prefix) {
+  void layer_backward(CudaBlockBackward<T>& grads, size_t l, const T* grad_output, bool wants_prefix) {
     const ResidualLayerArgs& layer = args_.layers[l];
     const bool fusion = args_.is_fusion(l), needs_weight = grads.needs(layer.conv.at),
                needs_bias = grads.needs(layer.bias.at);
@@ -176,7 +176,7 @@ class ResidualDenseBlockCuda : CudaRows<T> {
       const auto [dx, part, none] =
           at::convolution_backward(image_of(d, s), image(layer, s), weights_[l], c10::nullopt, kOnes, padding(layer, s),
                                    kOnes, false, kZeros, 1, {wants_prefix, needs_weight, false});
-      if (needs_weight) CudaRowGradients<T>::add(dweight, part.to(this->accumulate()));
+      if (needs_weight) CudaBlockBackward<T>::add(dweight, part.to(this->accumulate()));
       if (wants_prefix) add_prefix(layer, s, rows_of(dx), !fusion);
     }
     if (needs_weight) grads.set(layer.conv.at, dweight);
@@ -189,19 +189,19 @@ class ResidualDenseBlockCuda : CudaRows<T> {
     const int64_t around = s.halo * args_.width, top = s.first - around;
     const int64_t first = std::max(top, s.begin), end = std::min(s.first + s.rows + around, s.end);
     const int64_t shared = s.first > s.begin ? s.first + around - first : 0;
-    this->sweep(launch_add_rows<T>,
-                {Matrix<const T>{this->const_data(dx), layer.channels}.from_row(first - top),
-                 Matrix<T>{g_ + layer.first, ld_}.from_row(first), add ? end - first : shared},
-                end - first, layer.channels);
+    this->reduction(launch_add_rows<T>,
+                    {Matrix<const T>{this->const_data(dx), layer.channels}.from_row(first - top),
+                     Matrix<T>{g_ + layer.first, ld_}.from_row(first), add ? end - first : shared},
+                    end - first, layer.channels);
   }
 
   at::Tensor input_gradient(const at::Tensor& gradient, const T* grad_output) const {
     const int64_t n = args_.in_channels;
     const at::Tensor dx = empty_channels_last(args_.sizes(n), this->options);
     if (!args_.fusion) return rows_of(dx).copy_(gradient.narrow(1, 0, n)), dx;
-    this->sweep(launch_residual<T>,
-                {{grad_output, n}, {this->data(dx), n}, nullptr, {g_, ld_}, {}, A(args_.outer_scale), A(1)},
-                args_.pixels(), n);
+    this->reduction(launch_residual<T>,
+                    {{grad_output, n}, {this->data(dx), n}, nullptr, {g_, ld_}, {}, A(args_.outer_scale), A(1)},
+                    args_.pixels(), n);
     return dx;
   }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "common/column_sweep.h"
-#include "common/row_columns.h"
+#include "cuda/norm_relu/column_reduce.h"
+#include "cuda/norm_relu/columns.h"
 #include "residual_dense_block/residual_dense_block_launch.h"
 
 namespace fastdense {
@@ -172,33 +172,35 @@ class AddRows : public Columns<AddRowsParams<T>, V> {
 template <typename T>
 cudaError_t launch_pack_rows(const PackRowsParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
                              cudaStream_t stream) {
-  return launch_sweep<PackRows, T>(p, address_bits(p.x) | address_bits(p.packed), rows, columns, splits, stream);
+  return launch_column_reduce<PackRows, T>(p, address_bits(p.x) | address_bits(p.packed), rows, columns, splits,
+                                           stream);
 }
 
 template <typename T>
 cudaError_t launch_append(const AppendParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
                           cudaStream_t stream) {
-  return launch_sweep<Append, T>(p, address_bits(p.sums) | address_bits(p.y), rows, columns, splits, stream);
+  return launch_column_reduce<Append, T>(p, address_bits(p.sums) | address_bits(p.y), rows, columns, splits, stream);
 }
 
 template <typename T>
 cudaError_t launch_residual(const ResidualParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
                             cudaStream_t stream) {
   const uintptr_t bits = address_bits(p.sums) | address_bits(p.y) | address_bits(p.inner) | address_bits(p.outer);
-  return launch_sweep<Residual, T>(p, bits, rows, columns, splits, stream);
+  return launch_column_reduce<Residual, T>(p, bits, rows, columns, splits, stream);
 }
 
 template <typename T>
 cudaError_t launch_sums_gradient(const SumsGradientParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
                                  cudaStream_t stream) {
   const uintptr_t bits = address_bits(p.gradient) | address_bits(p.y) | address_bits(p.d);
-  return launch_sweep<SumsGradient, T>(p, bits, rows, columns, splits, stream);
+  return launch_column_reduce<SumsGradient, T>(p, bits, rows, columns, splits, stream);
 }
 
 template <typename T>
 cudaError_t launch_add_rows(const AddRowsParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
                             cudaStream_t stream) {
-  return launch_sweep<AddRows, T>(p, address_bits(p.dx) | address_bits(p.gradient), rows, columns, splits, stream);
+  return launch_column_reduce<AddRows, T>(p, address_bits(p.dx) | address_bits(p.gradient), rows, columns, splits,
+                                          stream);
 }
 
 #define FASTDENSE_RESIDUAL(T)                                                                                          \

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU kernels of the residual dense block: what one thread does with one tile of an image or one chunk of pixel rows.
-// The conventions of row_kernels.h hold.
+// The conventions of cpu/conv1x1/conv1x1_kernels.h hold.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <type_traits>
 
-#include "common/conv_geometry.h"
-#include "common/row_kernels.h"
+#include "core/geometry.h"
+#include "cpu/conv1x1/conv1x1_kernels.h"
+#include "cpu/simd/dispatch.h"
+#include "residual_dense_block/residual_dense_block_math.h"
 
 namespace fastdense {
 
@@ -70,12 +72,13 @@ struct ResidualDenseBlockKernels {
   // A panel from its weights on; reversed: of the gradient of the input.
   void (*pack)(const A* weight, const ConvGeometry&, bool reversed, int64_t depth, int64_t columns,
                int64_t depth_stride, int64_t column_stride, void* panel);
-  void (*conv)(const Prefix<T>&, const ConvGeometry&, const Tile&, const void* panels, const Finish<T>&, void* scratch);
-  // bytes of scratch that this needs
+  void (*conv)(const Prefix<T>&, const ConvGeometry&, const Tile&, const void* panels, const Finish<T>&,
+               void* workspace);
+  // bytes of workspace that this needs
   int64_t (*conv_bytes)(int64_t channels, const ConvGeometry&, const Tile&);
   // `panels` are reversed
   void (*conv_backward)(const SumsGradient<T>&, const Prefix<T>&, const ConvGeometry&, const Tile&, const void* panels,
-                        const ConvGradients<T>&, void* scratch);
+                        const ConvGradients<T>&, void* workspace);
   int64_t (*conv_backward_bytes)(int64_t channels, const ConvGeometry&, const Tile&);
   // weight[k][n][taps] from those of all workers [workers][products][padded k][ld]
   void (*weight_gradient)(const A* by_worker, int64_t workers, const ConvGeometry&, int64_t k, int64_t n, int64_t ld,
@@ -85,28 +88,11 @@ struct ResidualDenseBlockKernels {
                          T* dx);
 };
 
-template <typename T>
-const ResidualDenseBlockKernels<T>& residual_dense_block_kernels(SimdLevel level);
+FASTDENSE_EACH_ISA_BF16(template <typename T> const ResidualDenseBlockKernels<T>& residual_dense_block_kernels();)
 
-namespace baseline {
 template <typename T>
-const ResidualDenseBlockKernels<T>& residual_dense_block_kernels();
-}
-namespace avx2 {
-template <typename T>
-const ResidualDenseBlockKernels<T>& residual_dense_block_kernels();
-}
-namespace avx512 {
-template <typename T>
-const ResidualDenseBlockKernels<T>& residual_dense_block_kernels();
-}
-namespace avx512_bf16 {  // for bfloat16
-template <typename T>
-const ResidualDenseBlockKernels<T>& residual_dense_block_kernels();
-}
-namespace amx {  // for bfloat16
-template <typename T>
-const ResidualDenseBlockKernels<T>& residual_dense_block_kernels();
+inline const ResidualDenseBlockKernels<T>& residual_dense_block_kernels(Isa isa) {
+  FASTDENSE_RETURN_DISPATCH_BF16(T, isa, residual_dense_block_kernels<T>());
 }
 
 }  // namespace fastdense

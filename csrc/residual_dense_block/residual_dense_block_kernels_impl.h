@@ -4,8 +4,8 @@
 // Backward, a tile of the gradient is convolved with the reversed kernel for the input's gradient, and meets the prefix
 // for the weight's, in the transforms of patches or shifted from tap to tap.
 
-#include "common/row_products.h"
-#include "common/tile_convolution.h"
+#include "cpu/conv/conv2d_tile.h"
+#include "cpu/conv1x1/conv1x1.h"
 
 namespace fastdense::FASTDENSE_TARGET {
 
@@ -33,16 +33,16 @@ inline void finish_pixel(const Finish<T>& f, const A* __restrict sums, int64_t p
 
 template <typename T>
 int64_t conv_bytes(int64_t channels, const ConvGeometry& g, const Tile& tile) {
-  return Convolution<T>(g, tile, channels).bytes();
+  return Conv2dTile<T>(g, tile, channels).bytes();
 }
 
 template <typename T, typename A = accumulate_t<T>>
 void conv(const Prefix<T>& prefix, const ConvGeometry& g, const Tile& tile, const void* panels, const Finish<T>& f,
-          void* room) {
+          void* memory) {
   using G = Gemm<T>;
-  Scratch scratch(room);
-  Convolution<T> convolution(g, tile, prefix.channels);
-  convolution.fill(scratch, [&](int64_t pixel, int64_t j) { return A(load(prefix.x[pixel * prefix.ld + j])); });
+  Workspace workspace(memory);
+  Conv2dTile<T> convolution(g, tile, prefix.channels);
+  convolution.fill(workspace, [&](int64_t pixel, int64_t j) { return A(load(prefix.x[pixel * prefix.ld + j])); });
   for (int64_t j = 0; j < f.channels; j += G::kPanel) {
     const int64_t n = f.channels - j < G::kPanel ? f.channels - j : G::kPanel;
     for_each_sum<T>(g, tile, convolution.tile(), convolution.sums(panels, j),
@@ -59,11 +59,11 @@ int64_t weight_depth(const HaloTile<T>& left, const Tile& tile) {
 template <typename T>
 int64_t conv_backward_bytes(int64_t channels, const ConvGeometry& g, const Tile& tile) {
   using G = Gemm<T>;
-  const Convolution<T> convolution(g, tile, channels);
+  const Conv2dTile<T> convolution(g, tile, channels);
   const HaloTile<T>& left = convolution.halo();
   int64_t bytes = convolution.bytes() + 4 * 64;
   if (convolution.winograd()) {
-    bytes += SquaresWeightGradient<T>(g, convolution).bytes();
+    bytes += WinogradWeightGradient<T>(g, convolution).bytes();
   } else {
     const int64_t act = round_up(weight_depth(left, tile), G::kAlign) * G::kPanel;
     const int64_t operands = act + G::transposed_size(left.pixels(), left.ld);
@@ -92,22 +92,22 @@ class WeightGradient {
   using Operand = typename G::Operand;
 
  public:
-  WeightGradient(Scratch& scratch, const Convolution<T>& sums, const ConvGeometry& g, const Tile& tile)
-      : sums_(sums), g_(g), tile_(tile), squares_(g, sums) {
+  WeightGradient(Workspace& workspace, const Conv2dTile<T>& sums, const ConvGeometry& g, const Tile& tile)
+      : sums_(sums), g_(g), tile_(tile), winograd_(g, sums) {
     const HaloTile<T>& left = sums.halo();
     if (sums.winograd()) {
-      squares_.fill(scratch);
+      winograd_.fill(workspace);
     } else {
-      act_ = scratch.take<Operand>(round_up(weight_depth(left, tile), G::kAlign) * G::kPanel);
-      factor_ = G::transpose(left.pixels(), left.channels, left.data, left.ld,
-                             scratch.take<Operand>(G::transposed_size(left.pixels(), left.ld)));
+      act_ = workspace.take<Operand>(round_up(weight_depth(left, tile), G::kAlign) * G::kPanel);
+      factor_ = G::transpose(left.pixels(), left.channels, {left.data, left.ld},
+                             workspace.take<Operand>(G::transposed_size(left.pixels(), left.ld)));
     }
   }
 
   // dweight[product][k][channels] += for `n` columns of the prefix from `column` on; taps are in reverse order.
   void add(const Prefix<T>& prefix, int64_t column, int64_t n, A* dweight, int64_t ldw) {
     if (sums_.winograd())
-      squares_.add(
+      winograd_.add(
           n, [&](int64_t pixel, int64_t j) { return A(load(prefix.x[pixel * prefix.ld + column + j])); }, dweight, ldw);
     else
       add_taps(prefix, column, n, dweight, ldw);
@@ -123,13 +123,13 @@ class WeightGradient {
     for (int64_t tap = 0; tap < g_.taps(); ++tap)
       G::multiply_transposed(depth, left.channels, G::kPanel,
                              factor_.from(tap / g_.kernel[1] * left.stride + tap % g_.kernel[1]), act_,
-                             dweight + tap * left.ld * ldw, ldw);
+                             {dweight + tap * left.ld * ldw, ldw});
   }
 
-  const Convolution<T>& sums_;
+  const Conv2dTile<T>& sums_;
   const ConvGeometry& g_;
   const Tile& tile_;
-  SquaresWeightGradient<T> squares_;
+  WinogradWeightGradient<T> winograd_;
   Operand* act_ = nullptr;
   typename G::Transposed factor_{};
 };
@@ -153,19 +153,19 @@ inline void add_bias_gradient(const HaloTile<T>& left, const Tile& tile, double*
 
 template <typename T, typename A = accumulate_t<T>>
 void conv_backward(const SumsGradient<T>& d, const Prefix<T>& prefix, const ConvGeometry& g, const Tile& tile,
-                   const void* panels, const ConvGradients<T>& to, void* room) {
+                   const void* panels, const ConvGradients<T>& to, void* memory) {
   using G = Gemm<T>;
-  Scratch scratch(room);
-  Convolution<T> convolution(g, tile, d.channels);
+  Workspace workspace(memory);
+  Conv2dTile<T> convolution(g, tile, d.channels);
   if (d.y)
-    convolution.fill(scratch, [&](int64_t pixel, int64_t j) {
+    convolution.fill(workspace, [&](int64_t pixel, int64_t j) {
       return leaky_relu_gradient(A(load(d.g[pixel * d.ldg + j])), A(load(d.y[pixel * d.ldy + j])), d.slope);
     });
   else
-    convolution.fill(scratch, [&](int64_t pixel, int64_t j) { return A(load(d.g[pixel * d.ldg + j])) * d.slope; });
+    convolution.fill(workspace, [&](int64_t pixel, int64_t j) { return A(load(d.g[pixel * d.ldg + j])) * d.slope; });
   if (to.bias) add_bias_gradient(convolution.halo(), tile, to.bias);
   std::optional<WeightGradient<T>> weight;
-  if (to.weight) weight.emplace(scratch, convolution, g, tile);
+  if (to.weight) weight.emplace(workspace, convolution, g, tile);
   const int64_t ldw = round_up(prefix.channels, G::kPanel);
   for (int64_t j = 0; j < prefix.channels; j += G::kPanel) {
     const int64_t n = prefix.channels - j < G::kPanel ? prefix.channels - j : G::kPanel;

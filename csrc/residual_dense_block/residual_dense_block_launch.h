@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA kernels of the residual dense block: everything but the convolutions, which are the library's.  No torch header.
-// The conventions of row_launch.h hold: rows are pixels, channels are innermost, sums are made in a fixed order.
+// The conventions of cuda/norm_relu/norm_relu_launch.h hold: rows are pixels, channels are innermost, sums are made in
+// a fixed order.
 #pragma once
 
-#include "common/row_launch.h"
+#include "cuda/norm_relu/norm_relu_launch.h"
 #include "residual_dense_block/residual_dense_block_math.h"
 
 namespace fastdense {

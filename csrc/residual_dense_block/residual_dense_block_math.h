@@ -3,7 +3,7 @@
 // shared by every device.
 #pragma once
 
-#include "common/scalar.h"
+#include "core/scalar.h"
 
 namespace fastdense {
 

@@ -13,9 +13,9 @@
 
 #include <tuple>
 
-#include "common/checks.h"
-#include "common/huge_pages.h"
-#include "common/storage.h"
+#include "core/checks.h"
+#include "core/huge_pages.h"
+#include "core/storage.h"
 #include "residual_dense_block/residual_dense_block.h"
 
 namespace fastdense {

@@ -12,14 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdense._pictures import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    CorruptPictureError,
-    find_pictures,
-    open_rgb,
-)
 from fastdense._support import InputError, MissingExtraError, extra
+from fastdense.sr.images import IMAGENET_MEAN, IMAGENET_STD, CorruptImageError, find_images, open_rgb
 
 # Files inside scikit-image's own data folder; read from there, so that nothing is downloaded.
 SCIKIT_IMAGE_FILES = (
@@ -107,7 +101,7 @@ def _scikit_image_files() -> list[Path]:
 def _folder_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"bench: expected --images to be a folder of pictures, got {folder}")
-    paths = find_pictures(folder)
+    paths = find_images(folder)
     if not paths:
         raise InputError(f"bench: expected --images to hold pictures, got none in {folder}")
     return paths
@@ -122,7 +116,7 @@ def _open_first(paths: Iterable[Path], count: int) -> tuple[list[NDArray[np.uint
             break
         try:
             pictures.append(np.asarray(open_rgb(path)))
-        except CorruptPictureError as error:
+        except CorruptImageError as error:
             skipped.append(str(error))
     return pictures, skipped
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fastdense._C import build_info
-from fastdense.bench.floor import Ceilings, training_floor
 from fastdense.bench.memory import mib_per_image
 from fastdense.bench.nets import PLAIN_LAYOUTS, VARIANTS, Net
+from fastdense.bench.roofline import Ceilings, training_roofline
 
 SCHEMA = 1
 
@@ -163,7 +163,9 @@ class BenchResult:
             element_size = 4 if config.dtype == "float32" else 2
             # The worker processes choose kernels by the same environment as this one.
             fused = element_size == 2 and build_info()["cuda_kernels"] != "library"
-            floor = training_floor(config.net, variant, config.batch, config.size, element_size, self.ceilings, fused)
+            floor = training_roofline(
+                config.net, variant, config.batch, config.size, element_size, self.ceilings, fused
+            )
         return {
             "gb_per_second": floor.bytes / row.median / 1e9 if floor else None,
             "floor_share": floor.seconds / row.median if floor else None,

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from fastdense.bench.environment import describe
-from fastdense.bench.floor import measure_ceilings
 from fastdense.bench.job import Job
 from fastdense.bench.photographs import PhotoBatch, load_batch
 from fastdense.bench.process import Worker, WorkerError
@@ -32,6 +31,7 @@ from fastdense.bench.results import (
     reference_row,
     relative_difference,
 )
+from fastdense.bench.roofline import measure_ceilings
 
 # Told, after each small part of the work, what was done.
 Tick = Callable[[str], None]

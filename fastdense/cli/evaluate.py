@@ -11,12 +11,12 @@ from typing import Any
 import numpy
 import torch
 
-from fastdense._pictures import CorruptPictureError, check_suffix, find_pictures, open_picture, write_samples
 from fastdense._support import InputError, check_output, extra, write_json
 from fastdense.bench.photographs import scikit_image_folder
 from fastdense.cli.bench import console, progress
 from fastdense.cli.upscale import load_net
-from fastdense.quality import Quality, evaluate_picture, luminance
+from fastdense.sr.images import CorruptImageError, check_suffix, find_images, open_image, write_samples
+from fastdense.sr.quality import Quality, evaluate_image, luminance
 
 PHOTOGRAPHS = "photographs"
 # Those of scikit-image with which the protocol's baseline is documented.
@@ -40,8 +40,8 @@ def run(options: argparse.Namespace) -> int:
         for path in paths:
             try:
                 picture = _read(path)
-                quality, bicubic, made = evaluate_picture(picture, scale, net)
-            except (CorruptPictureError, ValueError) as error:
+                quality, bicubic, made = evaluate_image(picture, scale, net)
+            except (CorruptImageError, ValueError) as error:
                 if isinstance(error, ValueError) and net is not None and net.scale != scale:
                     raise InputError(str(error)) from error
                 skipped.append(f"{path.name}: {error}")
@@ -67,14 +67,14 @@ def _paths(data: str) -> list[Path]:
     folder = Path(data)
     if not folder.is_dir():
         raise InputError(f"evaluate: expected --data to be {PHOTOGRAPHS!r} or a folder, got {data}")
-    found = find_pictures(folder)
+    found = find_images(folder)
     if not found:
         raise InputError(f"evaluate: expected --data to hold pictures, got none in {data}")
     return found
 
 
 def _read(path: Path) -> numpy.ndarray:
-    picture = open_picture(path)
+    picture = open_image(path)
     return numpy.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
 
 

@@ -10,16 +10,10 @@ from pathlib import Path
 import numpy
 import torch
 
-from fastdense._pictures import (
-    CorruptPictureError,
-    check_suffix,
-    picture_pairs,
-    read_samples,
-    write_samples,
-)
 from fastdense._support import InputError, check_output
 from fastdense.cli.bench import progress
 from fastdense.ops.bicubic import bicubic_resize
+from fastdense.sr.images import CorruptImageError, check_suffix, image_pairs, read_samples, write_samples
 
 Change = Callable[[numpy.ndarray], numpy.ndarray]
 
@@ -33,12 +27,12 @@ def run(options: argparse.Namespace) -> int:
     def change(samples: numpy.ndarray) -> numpy.ndarray:
         return resize_samples(samples, size, options.scale, options.preset, options.antialias)
 
-    return change_pictures("resize", options.input, options.output, change)
+    return change_images("resize", options.input, options.output, change)
 
 
-def change_pictures(command: str, source: Path, target: Path, change: Change) -> int:
+def change_images(command: str, source: Path, target: Path, change: Change) -> int:
     """Reads, changes and writes one picture or all pictures of a folder; what the command then returns."""
-    jobs = picture_pairs(command, source, target)
+    jobs = image_pairs(command, source, target)
     failed = []
     with progress(command, len(jobs)) as tick:
         for read, write in jobs:
@@ -46,7 +40,7 @@ def change_pictures(command: str, source: Path, target: Path, change: Change) ->
             check_output(f"{command}: expected OUT", write)
             try:
                 samples = read_samples(read)
-            except CorruptPictureError as error:
+            except CorruptImageError as error:
                 if source.is_file():
                     raise InputError(f"{command}: expected IN to be a picture, got {error}") from error
                 failed.append(str(error))

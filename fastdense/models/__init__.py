@@ -16,30 +16,22 @@ from fastdense.models.densenet import (
     densenet264,
     densenet_cifar,
 )
-from fastdense.models.dialects import load_densenet, torchvision_keys
 from fastdense.models.dpn import DPN, dpn48b, dpn68, dpn68b, dpn92, dpn98, dpn107, dpn131
 from fastdense.models.fc_densenet import FCDenseNet, fc_densenet56, fc_densenet67, fc_densenet103
 from fastdense.models.fractalnet import FractalNet, fractalnet
 from fastdense.models.highway import HighwayCifar, HighwayMlp, HighwayMnist, highway_cifar, highway_mlp, highway_mnist
-from fastdense.models.rdn import RDN, rdn
+from fastdense.models.key_mapping import load_densenet, torchvision_keys
 from fastdense.models.resnet import ResNet, preresnet_cifar, resnet_cifar, stochastic_depth_cifar
 from fastdense.models.resnet_in_resnet import ResNetInResNet, resnet_in_resnet
-from fastdense.models.rrdbnet import RRDBNet, rrdbnet
-from fastdense.models.sr_checkpoints import load_super_resolution, save_super_resolution
-from fastdense.models.super_resolution import (
-    DRCN,
-    EDSR,
-    SRCNN,
-    VDSR,
-    SRDenseNet,
-    SuperResolutionNet,
-    drcn,
-    edsr,
-    edsr_baseline,
-    srcnn,
-    srdensenet,
-    vdsr,
-)
+from fastdense.models.sr.base import SuperResolutionNet
+from fastdense.models.sr.checkpoints import load_super_resolution, save_super_resolution
+from fastdense.models.sr.drcn import DRCN, drcn
+from fastdense.models.sr.edsr import EDSR, edsr, edsr_baseline
+from fastdense.models.sr.rdn import RDN, rdn
+from fastdense.models.sr.rrdbnet import RRDBNet, rrdbnet
+from fastdense.models.sr.srcnn import SRCNN, srcnn
+from fastdense.models.sr.srdensenet import SRDenseNet, srdensenet
+from fastdense.models.sr.vdsr import VDSR, vdsr
 from fastdense.ops.dense_block import MEMORY_MODES
 from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 

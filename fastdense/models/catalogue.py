@@ -5,13 +5,13 @@ Everything is counted on tensors without memory (the meta device), so the larges
 smallest.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastdense.convert import restore
+from fastdense.fusion.convert import restore
+from fastdense.fusion.saved_memory import saved_bytes_per_image
 
 
 class ModelInfo(NamedTuple):
@@ -27,7 +27,10 @@ class ModelInfo(NamedTuple):
 
 
 _IMAGENET, _CIFAR, _MNIST = (3, 224, 224), (3, 32, 32), (1, 28, 28)
+
+
 _PATCH, _GREY_PATCH = (3, 48, 48), (1, 48, 48)  # of super-resolution, before it is enlarged
+
 
 CATALOGUE: dict[str, ModelInfo] = {
     "densenet121": ModelInfo("1608.06993", 2017, _IMAGENET, {}),
@@ -84,30 +87,9 @@ def count_model(model: nn.Module, shape: tuple[int, ...]) -> ModelCounts:
     from torch.utils.flop_counter import FlopCounterMode  # loads triton: too slow for every import of fastdense
 
     parameters = sum(p.numel() for p in model.parameters())
-    kept = kept_per_image(model, shape)
+    kept = saved_bytes_per_image(model, shape)
     restore(model)
-    plain = kept_per_image(model, shape)
+    plain = saved_bytes_per_image(model, shape)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         model.eval()(torch.empty(1, *shape, device="meta"))
     return ModelCounts(parameters, flops.get_total_flops() // 2, plain, kept)
-
-
-def kept_per_image(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Bytes saved for backward that grow with the batch, in eval mode: nothing is dropped at random."""
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    kept = [_kept(model, torch.empty(batch, *shape, dtype=dtype, device="meta")) for batch in (2, 4)]
-    return math.ceil((kept[1] - kept[0]) / 2)
-
-
-def _kept(model: nn.Module, x: Tensor) -> int:
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        storages[storage._cdata] = storage
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model.eval()(x)
-    del out
-    return sum(storage.nbytes() for storage in storages.values())

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense.nn import DenseFeatures, DualPathBlock, StochasticDepth, linear_decay
-from fastdense.nn.dual_path import NormRelu
+from fastdense.plain.dual_path import NormRelu
 
 _EPS = 1e-3  # of every norm, as in the authors' framework
 _POOL = 7  # side of the last map at 224, and of test-time pooling's windows

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdense.fusion.dense_block import RecomputedTransition
 from fastdense.nn import DenseBlock, linear_decay
-from fastdense.nn.fused import RecomputedTransition
 
 
 class PlainTransitionDown(nn.Sequential):

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense.nn.stochastic_depth import check_probability, statistics_move_if
 from fastdense.ops import mean_join
+from fastdense.plain.stochastic_depth import check_probability, statistics_move_if
 
 # Which columns a join averages, by step.
 Paths = Mapping[int, Sequence[int]]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense.nn.highway import HighwayConv2d, HighwayLinear
-from fastdense.nn.stochastic_depth import check_choice, check_probability
+from fastdense.plain.stochastic_depth import check_choice, check_probability
 
 
 def _plain(in_channels: int, out_channels: int, kernel_size: int, padding: int) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense.nn.stochastic_depth import StochasticDepth, check_choice, linear_decay
+from fastdense.plain.stochastic_depth import StochasticDepth, check_choice, linear_decay
 
 SHORTCUTS = ("subsample", "average")
 

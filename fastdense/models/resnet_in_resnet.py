@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense.models.resnet import Shortcut
-from fastdense.nn.stochastic_depth import check_choice
+from fastdense.plain.stochastic_depth import check_choice
 
 SHORTCUTS = ("zero_pad", "projection", "none")
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense.nn.stochastic_depth import check_choice
-from fastdense.nn.structure import is_quiet
+from fastdense.fusion.checks import has_no_hooks
+from fastdense.plain.stochastic_depth import check_choice
 
 SHARING = ("none", "source", "lag", "dual")
 
@@ -33,9 +33,9 @@ def _split(module: nn.Module) -> _Product | None:
     """None where ``module`` does not end in a layer that may be joined with others."""
     before: Sequence[nn.Module] = ()
     layer: Any = module
-    if type(module) is nn.Sequential and len(module) and is_quiet(module):
+    if type(module) is nn.Sequential and len(module) and has_no_hooks(module):
         *before, layer = module
-    if not is_quiet(layer):
+    if not has_no_hooks(layer):
         return None
     if type(layer) is nn.Linear:
         return _Product(before, layer)

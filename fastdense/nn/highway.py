@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastdense.nn.stochastic_depth import check_choice
 from fastdense.ops.highway_gate import ACTIVATIONS, highway_gate
+from fastdense.plain.stochastic_depth import check_choice
 
 
 def _check(op: str, channels: int, activation: str) -> None:

@@ -55,7 +55,7 @@ class BatchStatistics(NamedTuple):
 
 
 class Parameters:
-    """Flat lists in the order in which a native operator reads them (csrc/common/weights.h).
+    """Flat lists in the order in which a native operator reads them (csrc/core/weights.h).
 
     ``absent`` stands for what a norm does not have: lists with None are not differentiable in custom operators.
     """
@@ -117,7 +117,7 @@ def statistics_dtype(input: Tensor) -> torch.dtype:
 
 
 def empty_channels_last(like: Tensor, sizes: Sequence[int]) -> Tensor:
-    """As the native allocation of csrc/common/layout.h."""
+    """As the native allocation of csrc/core/layout.h."""
     strides = [1] * len(sizes)
     stride = sizes[1]
     for d in range(len(sizes) - 1, 1, -1):
@@ -128,7 +128,7 @@ def empty_channels_last(like: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def empty_in_layout(like: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Channels innermost in memory if those of ``like`` are, else contiguous: `Layout` of csrc/common/layout.h."""
+    """Channels innermost in memory if those of ``like`` are, else contiguous: `Layout` of csrc/core/layout.h."""
     if like.is_contiguous() or not like.movedim(1, -1).is_contiguous():
         return like.new_empty(sizes)
     return empty_channels_last(like, sizes)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fastdense._pictures import IMAGENET_MEAN, IMAGENET_STD, CorruptPictureError, find_pictures, open_rgb
 from fastdense._support import InputError, extra
+from fastdense.sr.images import IMAGENET_MEAN, IMAGENET_STD, CorruptImageError, find_images, open_rgb
 
 DIGITS = "digits"
 DIGITS_SIZE = 16
@@ -220,7 +220,7 @@ def _read(
     for path, label in files:
         try:
             images[kept] = _centre(path, size)
-        except CorruptPictureError as error:
+        except CorruptImageError as error:
             skipped.append(str(error))
             print(f"fastdense: skipped a corrupt picture: {error}", file=sys.stderr)
             continue
@@ -233,7 +233,7 @@ def _read(
 
 
 def _class_files(folder: Path) -> list[Path]:
-    files = find_pictures(folder)
+    files = find_images(folder)
     if not files:
         raise InputError(f"train: expected class folder {folder} to hold pictures, got none")
     return files

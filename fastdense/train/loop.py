@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fastdense import build_info, models
 from fastdense._support import InputError, extra, write_atomically, write_json
-from fastdense.convert import restore
+from fastdense.fusion.convert import restore
 from fastdense.train import checkpoint
 from fastdense.train import processes as several
 from fastdense.train.config import TrainConfig

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdense import models
-from fastdense._pictures import CorruptPictureError, find_pictures, open_picture
 from fastdense._support import InputError, extra, write_json
 from fastdense.bench.photographs import SCIKIT_IMAGE_FILES, scikit_image_folder
 from fastdense.models import SuperResolutionNet, save_super_resolution
 from fastdense.ops.bicubic import bicubic_resize
-from fastdense.quality import evaluate_picture, luminance
+from fastdense.sr.images import CorruptImageError, find_images, open_image
+from fastdense.sr.quality import evaluate_image, luminance
 from fastdense.train import checkpoint
 from fastdense.train.config import DTYPES
 from fastdense.train.loop import NonFiniteLossError, find_device
@@ -149,15 +149,15 @@ def load_pictures(data: str) -> tuple[list[NDArray[numpy.uint8]], list[NDArray[n
     else:
         if not Path(data).is_dir():
             raise InputError(f"train: expected --data to be {PHOTOGRAPHS!r} or a folder, got {data}")
-        files = find_pictures(Path(data))
+        files = find_images(Path(data))
         held = [at % 5 == 4 for at in range(len(files))]
     training: list[NDArray[numpy.uint8]] = []
     testing: list[NDArray[numpy.uint8]] = []
     skipped = []
     for path, is_held in zip(files, held, strict=True):
         try:
-            picture = open_picture(path)
-        except CorruptPictureError as error:
+            picture = open_image(path)
+        except CorruptImageError as error:
             skipped.append(str(error))
             continue
         samples = numpy.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
@@ -195,7 +195,7 @@ def train_super_resolution(config: SuperResolutionConfig, progress: bool = True)
     first = run.restore() if config.resume and path.exists() else 0
     run.steps(patches, first, progress)
     averaged = run.averaged.eval()
-    qualities = [evaluate_picture(picture, config.scale, averaged)[0] for picture in testing]
+    qualities = [evaluate_image(picture, config.scale, averaged)[0] for picture in testing]
     bicubic = sum(q.bicubic_psnr for q in qualities) / len(qualities)
     made = sum(q.psnr or 0.0 for q in qualities) / len(qualities)
     model, metrics = config.out / "model.pt", config.out / "metrics.json"

@@ -21,20 +21,17 @@ SOURCES = [
     for op in ("dense_block", "dual_path")
     for part in (".cpp", "_forward_cuda.cpp", "_backward_cuda.cpp")
 ]
-SOURCES += [
-    f"csrc/common/{stem}_kernels.cu"
-    for stem in ("row_forward", "row_backward", "row_product_forward", "row_product_backward")
-]
+SOURCES += [f"csrc/cuda/{op}/{op}_{step}.cu" for op in ("norm_relu", "conv1x1") for step in ("forward", "backward")]
 SOURCES += [
     f"csrc/dense_block/dense_block_conv_{stem}_kernels.cu" for stem in ("forward", "input_gradient", "weight_gradient")
 ]
 SOURCES += [
-    "csrc/common/cuda_choice.cpp",
-    "csrc/common/shared_statistics.cpp",
+    "csrc/cuda/kernel_choice.cpp",
+    "csrc/core/sync_batch_norm.cpp",
     "csrc/norm_relu_max_pool/norm_relu_max_pool_kernels.cu",
     "csrc/residual_dense_block/residual_dense_block.cpp",
     "csrc/residual_dense_block/residual_dense_block_kernels.cu",
-    "csrc/running_stats/running_stats_kernels.cu",
+    "csrc/update_running_stats/update_running_stats_kernels.cu",
     "tests/emulation/blocks_entry.cpp",
 ]
 
@@ -60,7 +57,7 @@ def _library() -> tuple[torch.library.Library, ctypes.CDLL]:
 @contextlib.contextmanager
 def emulated_kernels(
     backwards: bool,
-    scratch_bytes: int,
+    workspace_bytes: int,
     blocks: int,
     kernels: str = "library",
     early_copies: bool = False,
@@ -70,7 +67,7 @@ def emulated_kernels(
 
     Args:
         backwards: the order of threads and blocks.
-        scratch_bytes: what the activated prefix may take; little makes many chunks.
+        workspace_bytes: what the activated prefix may take; little makes many chunks.
         blocks: what fills the device; few give every thread many rows, many a lot of partial sums.
         kernels: "auto", "fused" or "library".
         early_copies: when asynchronous copies land.
@@ -78,7 +75,7 @@ def emulated_kernels(
     """
     _, library = _library()
     library.set_schedule(backwards, early_copies)
-    library.set_device(ctypes.c_int64(scratch_bytes), ctypes.c_int64(blocks), tf32)
+    library.set_device(ctypes.c_int64(workspace_bytes), ctypes.c_int64(blocks), tf32)
     library.set_kernels(kernels.encode())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small tensors, and the emulation has one thread anyway
@@ -98,14 +95,14 @@ def emulated_kernels(
 
 
 @contextlib.contextmanager
-def on_device(name: str, scratch_bytes: int) -> Iterator[str]:
-    """The device of one of DEVICES; by the order of threads, the rows of a sweep are shared among many blocks, or among
-    few with many rows a thread."""
+def on_device(name: str, workspace_bytes: int) -> Iterator[str]:
+    """The device of one of DEVICES; by the order of threads, many blocks share the rows of a reduction, or few blocks
+    with many rows a thread."""
     if not name.startswith("emulated"):
         yield name
         return
     backwards, kernels = name.endswith("backwards"), "fused" if "fused" in name else "library"
-    with emulated_kernels(backwards, scratch_bytes, 3 if backwards else 1000, kernels, early_copies=backwards):
+    with emulated_kernels(backwards, workspace_bytes, 3 if backwards else 1000, kernels, early_copies=backwards):
         yield "cpu"
 
 

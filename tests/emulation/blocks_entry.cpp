@@ -7,7 +7,7 @@
 #include "emulation.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_cuda.h"
 #include "residual_dense_block/residual_dense_block_cuda.h"
-#include "running_stats/running_stats_cuda.h"
+#include "update_running_stats/update_running_stats_cuda.h"
 
 namespace fastdense {
 namespace {
@@ -99,8 +99,8 @@ void set_schedule(bool backwards, bool early_copies) {
   fastdense::emulation::backwards = backwards;
   fastdense::emulation::early_copies = early_copies;
 }
-void set_device(int64_t scratch_bytes, int64_t blocks, bool tf32) {
-  fastdense::context.scratch_bytes = scratch_bytes;
+void set_device(int64_t workspace_bytes, int64_t blocks, bool tf32) {
+  fastdense::context.workspace_bytes = workspace_bytes;
   fastdense::context.blocks = blocks;
   fastdense::context.tf32 = fastdense::context.tf32_convolutions = tf32;
 }

@@ -316,7 +316,7 @@ inline void check_aligned(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) block.stop("a vector access at a misaligned address");
 }
 
-// ldmatrix.x4 and mma.m16n8; tensor_core.h says who holds what.
+// ldmatrix.x4 and mma.m16n8; cuda/mma.h says who holds what.
 inline void load_matrices(uint32_t (&m)[4], const void* row, bool transposed, int line) {
   check_aligned(row, 16);
   Block::Words words{};
@@ -379,6 +379,6 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 #define FASTDENSE_CHECK_ALIGNED(address, bytes) ::fastdense::emulation::check_aligned(address, bytes)
 #define FASTDENSE_ALLOW_SHARED(kernel, bytes) \
   ((bytes) <= ::fastdense::emulation::kMostShared ? cudaSuccess : cudaErrorLaunchFailure)
-#define FASTDENSE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                   \
+#define FASTDENSE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                    \
   ::fastdense::emulation::launch([&](auto... arguments) { kernel(arguments...); }, dim3(grid), dim3(block), \
                                  size_t(shared_bytes), cudaStream_t(stream), __VA_ARGS__)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small kernels with and without a mistake, to test the emulation itself.
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace {
 

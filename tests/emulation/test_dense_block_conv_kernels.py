@@ -22,7 +22,7 @@ LARGE, SMALL = 227 << 10, 99 << 10  # shared memory of a block: compute capabili
 
 STEMS = ("forward", "input_gradient", "weight_gradient")
 SOURCES = [ROOT / f"csrc/dense_block/dense_block_conv_{stem}_kernels.cu" for stem in STEMS]
-SOURCES += [ROOT / "csrc/common/row_forward_kernels.cu", ROOT / "csrc/common/row_backward_kernels.cu"]
+SOURCES += [ROOT / "csrc/cuda/norm_relu/norm_relu_forward.cu", ROOT / "csrc/cuda/norm_relu/norm_relu_backward.cu"]
 SOURCES += [HERE / "dense_block_conv_entry.cpp"]
 
 

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tensors [N, C, spatial] with the channels innermost in memory, in any number of spatial dimensions.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+
+#include <vector>
+
+namespace fastdense {
+
+// Uninitialised.
+inline at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  std::vector<int64_t> strides(sizes.size());
+  strides[1] = 1;
+  int64_t stride = sizes[1];
+  for (size_t d = sizes.size(); d-- > 2; stride *= sizes[d]) strides[d] = stride;
+  strides[0] = stride;
+  return at::empty_strided(sizes, strides, options);
+}
+
+// `t` with the channels innermost: itself if it is so already, else a copy.
+inline at::Tensor to_channels_last(const at::Tensor& t) { return t.movedim(1, -1).contiguous().movedim(-1, 1); }
+
+// Whether the channels are innermost and could be nowhere else.
+inline bool is_channels_last(const at::Tensor& t) { return !t.is_contiguous() && t.movedim(1, -1).is_contiguous(); }
+
+// `value`, which the caller owns, in the shape, type and layout of a parameter: autograd then takes a gradient without
+// copying it, and DDP does not warn about its strides.
+inline at::Tensor laid_out_like(const at::Tensor& value, const at::Tensor& parameter) {
+  const at::Tensor shaped = value.reshape(parameter.sizes());
+  if (shaped.scalar_type() == parameter.scalar_type() && shaped.is_contiguous() && parameter.is_contiguous())
+    return shaped.as_strided(parameter.sizes(), parameter.strides());  // those of single elements may differ
+  return at::empty_like(parameter).copy_(shaped);
+}
+
+// How the tensors of an elementwise op lie in memory: with channels innermost if those of `like` are, else contiguous.
+struct Layout {
+  bool channels_last;
+
+  explicit Layout(const at::Tensor& like) : channels_last(is_channels_last(like)) {}
+
+  at::Tensor arrange(const at::Tensor& t) const { return channels_last ? to_channels_last(t) : t.contiguous(); }
+
+  at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) const {
+    return channels_last ? empty_channels_last(sizes, options) : at::empty(sizes, options);
+  }
+};
+
+}  // namespace fastdense

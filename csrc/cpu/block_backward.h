@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the backward passes of blocks share on the CPU: which gradients are wanted, the deferred norm corrections, and
+// sums and weight gradients per worker, which are added in order: reruns with the same number of threads are
+// bit-identical.
+#pragma once
+
+#include <ATen/ops/zeros.h>
+
+#include <utility>
+#include <vector>
+
+#include "core/layout.h"
+#include "cpu/block_forward.h"
+
+namespace fastdense {
+
+// Two numbers per channel that collect the norm corrections of all consumers (batch_norm_math.h).
+class Corrections {
+ public:
+  explicit Corrections(int64_t channels) : shift_sum_(size_t(channels)), slope_sum_(size_t(channels)) {}
+
+  void add(int64_t channel, double shift, double slope) {
+    shift_sum_[size_t(channel)] += shift;
+    slope_sum_[size_t(channel)] += slope;
+  }
+
+  // [2, n] of the channels from `first` on, which start anew.
+  template <typename A>
+  at::Tensor take(int64_t first, int64_t n) {
+    at::Tensor t = BlockForward<A>::template temporary<A>({2, n});
+    A* out = t.mutable_data_ptr<A>();
+    for (int64_t j = 0; j < n; ++j) {
+      out[j] = A(std::exchange(shift_sum_[size_t(first + j)], 0));
+      out[n + j] = A(std::exchange(slope_sum_[size_t(first + j)], 0));
+    }
+    return t;
+  }
+
+ private:
+  std::vector<double> shift_sum_, slope_sum_;
+};
+
+template <typename T>
+class BlockBackward : public BlockForward<T> {
+ public:
+  using Base = BlockForward<T>;
+  using A = typename Base::A;
+  using typename Base::Coefficients;
+
+  // needs: whether the gradients of the input and of each weight are wanted.
+  BlockBackward(const std::vector<bool>& needs, at::TensorList weights, const at::TensorOptions& options,
+                int64_t widest_norm, const std::string& process_group = {})
+      : Base(process_group),
+        widest_(widest_norm),
+        needs_(needs),
+        weights_(weights),
+        options_(options),
+        grads_(needs.size()) {
+    for (at::Tensor& grad : grads_) grad = at::empty({0}, options);
+    sums_ = at::empty({this->workers, 2, widest_}, at::TensorOptions().dtype(at::kDouble));
+  }
+
+  bool needs(int64_t weight) const { return needs_[size_t(weight) + 1]; }
+  bool needs_input() const { return needs_[0]; }
+  void set(int64_t weight, const at::Tensor& value) {
+    if (needs(weight)) grads_[size_t(weight) + 1] = laid_out_like(value, weights_[size_t(weight)]);
+  }
+
+  using Sums = GradientSums<double>;
+
+  // Weight gradients [workers, depth, padded n] and sums, zeroed.
+  at::Tensor worker_gradients(bool needed, int64_t depth, int64_t n) {
+    sums_.zero_();
+    return at::zeros({needed ? this->workers : 0, this->padded_depth(depth), this->padded(n)},
+                     at::TensorOptions().dtype(Base::kAccumulate));
+  }
+  // Of worker_gradients(), those of one worker, or nullptr.
+  static A* of_worker(const at::Tensor& gradients, int64_t worker) {
+    return gradients.size(0) == 0 ? nullptr
+                                  : gradients.mutable_data_ptr<A>() + worker * gradients.size(1) * gradients.size(2);
+  }
+  static at::Tensor total(const at::Tensor& gradients, int64_t depth, int64_t n) {
+    return gradients.sum(0).narrow(0, 0, depth).narrow(1, 0, n);
+  }
+
+  BackwardEpilogue<T> epilogue(int64_t worker, T* gradient, int64_t ld, bool accumulate, const A* mean,
+                               const at::Tensor& dweight) {
+    return {gradient, ld, accumulate, mean, worker_sums(worker), of_worker(dweight, worker)};
+  }
+
+  // Parameter gradients of the channels [first, first + n) of a norm from their sums, in place: sum -> s1, weighted ->
+  // s2 (dbeta, dgamma).
+  Sums norm_sums(const Coefficients& c, int64_t first, int64_t n) {
+    const Sums s = total_sums(n);
+    for (int64_t j = 0; j < n; ++j) s.weighted[j] *= double(c.rstd()[first + j]);
+    return s;
+  }
+  Sums norm_gradients(const NormArgs& norm, const Coefficients& c) {
+    const Sums s = norm_sums(c, 0, c.n);
+    set_norm(norm, vector(s.weighted, c.n), vector(s.sum, c.n));
+    return s;
+  }
+  void set_norm(const NormArgs& norm, const at::Tensor& weight, const at::Tensor& bias) {
+    if (norm.weight.defined()) set(norm.at, weight);
+    if (norm.bias.defined()) set(norm.at + 1, bias);
+  }
+
+  // Defers the correction of channels [first, first + n) of a norm over `count` values.
+  static void defer(const NormArgs& norm, const Coefficients& c, const Sums& s, int64_t first, int64_t n, int64_t count,
+                    Corrections& corrections, int64_t channel) {
+    if (norm.frozen()) return;
+    for (int64_t j = 0; j < n; ++j) {
+      const double share = double(c.scale()[first + j]) / double(count);
+      corrections.add(channel + j, share * s.sum[j], share * s.weighted[j] * double(c.rstd()[first + j]));
+    }
+  }
+
+  // [2, n] of the channels from `first` on, which `count` values have; these corrections start anew.
+  at::Tensor take(Corrections& corrections, int64_t first, int64_t n, int64_t count) const {
+    const at::Tensor t = corrections.take<A>(first, n);
+    this->sync.means(t, count);
+    return t;
+  }
+
+  // What the backward of a norm needs to make the gradient of its input z from dv, that of its output, and from the
+  // sums of norm_gradients(); `workspace` holds the terms that the result points to.
+  NormBackward<T> norm_backward(const NormArgs& norm, const Coefficients& c, const Sums& s, const T* dv, const T* z,
+                                int64_t count, at::Tensor& workspace) const {
+    workspace = Base::template temporary<A>({2, c.n});
+    A* t = workspace.mutable_data_ptr<A>();
+    for (int64_t j = 0; j < c.n; ++j) {
+      t[j] = A(s.sum[j]);
+      t[c.n + j] = A(s.weighted[j]);
+    }
+    if (!norm.frozen()) this->sync.sums(workspace, count);
+    const A inv_count = norm.frozen() ? A(0) : A(1.0 / double(count));
+    return {dv, z, c.n, c.scale(), c.mean(), c.rstd(), t, t + c.n, inv_count};
+  }
+
+  static at::Tensor vector(const double* v, int64_t n) {
+    at::Tensor t = at::empty({n}, at::TensorOptions().dtype(at::kDouble));
+    std::copy(v, v + n, t.mutable_data_ptr<double>());
+    return t;
+  }
+
+  const at::TensorOptions& options() const { return options_; }
+  std::vector<at::Tensor>& grads() { return grads_; }
+
+ private:
+  Sums worker_sums(int64_t worker) {
+    double* s = sums_.mutable_data_ptr<double>() + worker * 2 * widest_;
+    return {s, s + widest_};
+  }
+  // Sums over all workers, in worker 0's place.
+  Sums total_sums(int64_t n) {
+    const Sums total = worker_sums(0);
+    for (int64_t w = 1; w < this->workers; ++w) {
+      const Sums s = worker_sums(w);
+      for (int64_t j = 0; j < n; ++j) {
+        total.sum[j] += s.sum[j];
+        total.weighted[j] += s.weighted[j];
+      }
+    }
+    return total;
+  }
+  const int64_t widest_;
+  const std::vector<bool>& needs_;
+  const at::TensorList weights_;
+  const at::TensorOptions options_;
+  at::Tensor sums_;  // [workers, 2, widest]
+  std::vector<at::Tensor> grads_;
+};
+
+}  // namespace fastdense

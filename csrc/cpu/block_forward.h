@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the blocks of layers share on the CPU, forward and backward: threads, chunks of pixel rows, workspace, packed
+// weights, norm coefficients, batch statistics.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <functional>
+#include <type_traits>
+
+#include "core/batch_norm_math.h"
+#include "core/storage.h"
+#include "core/sync_batch_norm.h"
+#include "core/weights.h"
+#include "cpu/conv1x1/conv1x1_kernels.h"
+
+namespace fastdense {
+
+template <typename T>
+class BlockForward {
+ public:
+  using A = accumulate_t<T>;
+  static constexpr at::ScalarType kAccumulate = std::is_same_v<A, double> ? at::kDouble : at::kFloat;
+
+  // process_group: whose processes share batch statistics; see SyncBatchNorm.
+  explicit BlockForward(const std::string& process_group = {})
+      : kernels(conv1x1_kernels<T>(current_isa())), workers(std::max(1, at::get_num_threads())), sync(process_group) {}
+
+  // Workspace for every worker: what Conv1x1Kernels need, and `extra` bytes.
+  void reserve_workspace(int64_t widest_source, int64_t widest_product, int64_t extra = 0) {
+    workspace_bytes_ = kernels.workspace_bytes(widest_source, widest_product) + extra;
+    workspace_ = bytes(workers * workspace_bytes_);
+  }
+  void* workspace(int64_t worker) const { return workspace_.mutable_data_ptr<uint8_t>() + worker * workspace_bytes_; }
+
+  template <typename V>
+  static at::Tensor temporary(at::IntArrayRef sizes) {
+    constexpr at::ScalarType type = std::is_same_v<V, double> ? at::kDouble : at::kFloat;
+    return at::empty(sizes, at::TensorOptions().dtype(type));
+  }
+
+  static at::Tensor bytes(int64_t count) { return at::empty({count}, at::TensorOptions().dtype(at::kByte)); }
+
+  // body(worker, chunk, first row, rows) for chunks of at most `most` rows.  Worker w always gets the same run of
+  // chunks, whichever thread runs it, so sums per worker do not depend on scheduling.
+  template <typename Body>
+  void for_each_chunk(int64_t rows, int64_t most, const Body& body) const {
+    const int64_t step = chunk_step(rows, most), chunks = num_chunks(rows, most);
+    for_each_worker(chunks, [&](int64_t worker, int64_t chunk) {
+      body(worker, chunk, chunk * step, std::min(step, rows - chunk * step));
+    });
+  }
+
+  int64_t num_chunks(int64_t rows, int64_t most) const {
+    const int64_t step = chunk_step(rows, most);
+    return (rows + step - 1) / step;
+  }
+
+  int64_t chunk_count(int64_t rows, int64_t most, int64_t chunk) const {
+    const int64_t step = chunk_step(rows, most);
+    return std::min(step, rows - chunk * step);
+  }
+
+  // body(worker, unit) for all units; contiguous runs of units per worker.
+  template <typename Body>
+  void for_each_worker(int64_t units, const Body& body) const {
+    const int64_t used = std::min(workers, units);
+    at::parallel_for(0, used, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker)
+        for (int64_t unit = worker * units / used; unit < (worker + 1) * units / used; ++unit) body(worker, unit);
+    });
+  }
+
+  // weight [n, depth] (or its transpose) in panels for the kernels; its data is at panels_of().
+  at::Tensor pack(const A* weight, int64_t depth, int64_t n, int64_t depth_stride, int64_t column_stride) const {
+    const int64_t panels = (n + kernels.panel - 1) / kernels.panel;
+    at::Tensor packed = bytes(panels * kernels.panel * padded_depth(depth) * kernels.operand_bytes);
+    void* out = packed.mutable_data_ptr();
+    for_each_worker(panels, [&](int64_t, int64_t panel) {
+      kernels.pack(weight, depth, n, depth_stride, column_stride, panel, panel + 1, out);
+    });
+    return packed;
+  }
+
+  // A 1x1 convolution [n, depth, 1...] for forward products.
+  at::Tensor pack_forward(const at::Tensor& conv) const {
+    const at::Tensor weight = accumulate_type(conv);
+    return pack(weight.template const_data_ptr<A>(), conv.size(1), conv.size(0), 1, conv.size(1));
+  }
+
+  // Input channels [first, first + n) of a 1x1 convolution [depth, channels, 1...] for backward products.
+  at::Tensor pack_backward(const at::Tensor& conv, int64_t first, int64_t n) const {
+    const at::Tensor weight = accumulate_type(conv);
+    return pack(weight.template const_data_ptr<A>() + first, conv.size(0), n, conv.size(1), 1);
+  }
+
+  static const void* panels_of(const at::Tensor& packed) { return packed.const_data_ptr(); }
+
+  int64_t padded(int64_t n) const { return (n + kernels.panel - 1) / kernels.panel * kernels.panel; }
+  int64_t padded_depth(int64_t depth) const { return (depth + kernels.align - 1) / kernels.align * kernels.align; }
+
+  static at::Tensor accumulate_type(const at::Tensor& t) { return t.to(kAccumulate).contiguous(); }
+
+  // conv [k, in, kernel...] as rows [taps * k, in].
+  static at::Tensor tap_rows(const at::Tensor& conv) {
+    const at::Tensor w = accumulate_type(conv);
+    return w.reshape({w.size(0), w.size(1), -1}).permute({2, 0, 1}).reshape({-1, w.size(1)}).contiguous();
+  }
+
+  struct Coefficients {
+    at::Tensor tensor;  // [4, n]: scale, shift, mean, rstd
+    int64_t n;
+    const A* row(int i) const { return tensor.const_data_ptr<A>() + i * n; }
+    const A* scale() const { return row(0); }
+    const A* shift() const { return row(1); }
+    const A* mean() const { return row(2); }
+    const A* rstd() const { return row(3); }
+  };
+
+  // From batch statistics, or from the running ones of a frozen norm.
+  Coefficients coefficients(const NormArgs& norm, const A* batch_mean, const A* batch_var, int64_t n) const {
+    Coefficients c{temporary<A>({4, n}), n};
+    A* out = c.tensor.template mutable_data_ptr<A>();
+    const at::Tensor weight = norm.weight.defined() ? accumulate_type(norm.weight) : norm.weight;
+    const at::Tensor bias = norm.bias.defined() ? accumulate_type(norm.bias) : norm.bias;
+    const at::Tensor mean = norm.frozen() ? accumulate_type(norm.running_mean) : norm.running_mean;
+    const at::Tensor var = norm.frozen() ? accumulate_type(norm.running_var) : norm.running_var;
+    const A* m = norm.frozen() ? mean.const_data_ptr<A>() : batch_mean;
+    const A* v = norm.frozen() ? var.const_data_ptr<A>() : batch_var;
+    const A* w = weight.defined() ? weight.const_data_ptr<A>() : nullptr;
+    const A* b = bias.defined() ? bias.const_data_ptr<A>() : nullptr;
+    for (int64_t j = 0; j < n; ++j) {
+      const auto k = norm_coefficients<A>(w ? w[j] : A(1), b ? b[j] : A(0), m[j], v[j], A(norm.eps));
+      out[j] = k.scale;
+      out[n + j] = k.shift;
+      out[2 * n + j] = k.mean;
+      out[3 * n + j] = k.rstd;
+    }
+    return c;
+  }
+
+  // `n` columns of x from channel `first` of the norm on.
+  static Source<T> source(const T* x, int64_t ld, const Coefficients& c, int64_t first, int64_t n) {
+    return {x, ld, n, c.scale() + first, c.shift() + first};
+  }
+  static Source<T> source(const T* x, int64_t ld, const Coefficients& c) { return source(x, ld, c, 0, c.n); }
+
+  // Moments [units, 2, n] of units of count(unit) rows each, combined in order.
+  void combine(const at::Tensor& partial, int64_t n, const std::function<int64_t(int64_t)>& count, A* mean,
+               A* var) const {
+    const double* p = partial.const_data_ptr<double>();
+    int64_t rows = 0;
+    for (int64_t u = 0; u < partial.size(0); ++u) rows += count(u);
+    for (int64_t j = 0; j < n; ++j) {
+      Moments<double> total{0, 0, 0};
+      for (int64_t u = 0; u < partial.size(0); ++u)
+        total = combine_moments<double>(total, {double(count(u)), p[2 * u * n + j], p[(2 * u + 1) * n + j]});
+      mean[j] = A(total.mean);
+      var[j] = A(total.m2 / total.count);
+    }
+    sync.moments(mean, var, n, rows, at::TensorOptions());
+  }
+
+  // Batch statistics of n columns of x[rows, ld].
+  void statistics(const T* x, int64_t ld, int64_t rows, int64_t n, A* mean, A* var) const {
+    constexpr int64_t kRows = 1024;
+    at::Tensor partial = temporary<double>({num_chunks(rows, kRows), 2, n});
+    double* p = partial.mutable_data_ptr<double>();
+    for_each_chunk(rows, kRows, [&](int64_t, int64_t chunk, int64_t row, int64_t count) {
+      kernels.moments(x + row * ld, ld, count, n, p + 2 * chunk * n, p + (2 * chunk + 1) * n);
+    });
+    combine(partial, n, [&](int64_t u) { return chunk_count(rows, kRows, u); }, mean, var);
+  }
+
+  const Conv1x1Kernels<T>& kernels;
+  const int64_t workers;
+  const SyncBatchNorm sync;
+
+ private:
+  // Enough chunks for all workers, equal in size, and rows a multiple of every tile where there are many.
+  int64_t chunk_step(int64_t rows, int64_t most) const {
+    const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
+    const int64_t balanced = (chunks + workers - 1) / workers * workers;
+    const int64_t step = (rows + balanced - 1) / balanced;
+    const int64_t multiple = std::max<int64_t>(kernels.align, 12), whole = (step + multiple - 1) / multiple * multiple;
+    return std::max<int64_t>(1, step > 48 && whole <= most ? whole : step);
+  }
+
+  int64_t workspace_bytes_ = 0;
+  at::Tensor workspace_;
+};
+
+}  // namespace fastdense

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// The fused kernels of cuda/conv1x1/conv1x1_launch.h on tensors, and when they are used.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <type_traits>
+
+#include "cuda/block_forward.h"
+#include "cuda/conv1x1/conv1x1_launch.h"
+#include "cuda/kernel_choice.h"
+
+namespace fastdense {
+
+// Whether a 1x1 with the weight packed [width, columns] that reads relu(norm(x)) runs as one kernel a direction; z
+// [rows, width] is its result, or that one's gradient.
+//
+// The library's way reads x, writes relu(norm(x)) to a workspace in the L2 cache and reads it from there, and takes the
+// statistics of z in a pass of its own; backward does the same with dy and y on top.  The fused kernels read x and the
+// gradient once and nothing else of that size: per pixel and layer c + 4b + 3k numbers for c + 3b + 3k and two passes
+// through the cache forward, 3c + 8b + 5k for 3c + 11b + 5k and four passes backward.  So the fused way is expected to
+// win wherever its blocks fill the device.  A block of the forward kernel walks along all of a prefix by itself, where
+// a library can share it out: with less than one tile of 32 rows for every fourth multiprocessor most would be idle.
+// All this is counted, nothing of it measured.
+template <typename T>
+bool fuses_conv1x1(const CudaContext& cuda, const Matrix<const T>& x, const at::Tensor& packed, const at::Tensor& z) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    const int64_t width = packed.size(0), columns = packed.size(1);
+    const bool possible = z.size(0) > 0 && cuda.tensor_cores && (sizeof(T) == 2 || cuda.tf32) &&
+                          is_conv1x1_width(width) && has_rows_of(4, x, columns) &&
+                          has_rows_of(4, CudaBlockForward<T>::const_matrix(packed), columns) &&
+                          has_rows_of(16, CudaBlockForward<T>::const_matrix(z), width) && z.stride(1) == 1;
+    constexpr int64_t kLeastRows = 32 / 4;  // a multiprocessor
+    return use_fused(possible, z.size(0) >= kLeastRows * cuda.multiprocessors());
+  }
+}
+
+// z [rows, width] = relu(norm(x)) * packed^T, and mean and variance of its columns where wanted; or with a norm behind
+// it relu(behind(z)) in the place of z.
+template <typename T>
+void conv1x1(const CudaBlockForward<T>& block, const Matrix<const T>& x, const NormParams<accumulate_t<T>>& norm,
+             const at::Tensor& packed, const at::Tensor& z, const BatchStatistics<accumulate_t<T>>& statistics,
+             const NormParams<accumulate_t<T>>& behind = {}) {
+  if constexpr (!std::is_same_v<T, double>) {
+    const int64_t count = z.size(0), width = z.size(1);
+    const int64_t tile = conv1x1_tile<T>(count, width, block.cuda.multiprocessors());
+    typename CudaBlockForward<T>::Partials partial;
+    if (statistics.mean) partial = {block.numbers({(count + tile - 1) / tile, 2, width}), tile, 1, 2 * width};
+    check_launch(launch_conv1x1<T>(
+        {x, block.const_matrix(packed), block.matrix(z), norm, statistics.mean ? partial.of_chunk(0) : nullptr, behind},
+        count, packed.size(1), width, tile, block.cuda.stream));
+    if (statistics.mean) block.finalise_moments(partial, nullptr, count, statistics);
+  }
+}
+
+// Partial sums of the norm's gradient [splits, 2, columns], and the gradient of the weight unless it is not wanted.
+struct Conv1x1Backward {
+  at::Tensor partial, dweight;
+};
+
+// Backward of the same with the gradient dz of z; adds to `gradient`, or writes it.
+template <typename T>
+Conv1x1Backward conv1x1_backward(const CudaBlockForward<T>& block, const Matrix<const T>& x,
+                                 const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed,
+                                 const at::Tensor& dz, const Matrix<T>& gradient, bool add, bool needs_weight) {
+  Conv1x1Backward g;
+  if constexpr (!std::is_same_v<T, double>) {
+    const int64_t count = dz.size(0), width = packed.size(0), columns = packed.size(1);
+    const int64_t splits = conv1x1_backward_splits<T>(count, columns, block.cuda.multiprocessors());
+    const auto numbers = [&](const at::Tensor& t) { return t.defined() ? block.sums(t) : nullptr; };
+    g.partial = block.numbers({splits, 2, columns});
+    if (needs_weight) g.dweight = block.numbers({width, columns});
+    const at::Tensor parts = needs_weight && splits > 1 ? block.numbers({splits, width, columns}) : g.dweight;
+    check_launch(launch_conv1x1_backward<T>({block.const_matrix(dz), x, block.const_matrix(packed), gradient, norm,
+                                             numbers(g.partial), numbers(parts), add},
+                                            count, columns, width, splits, block.cuda.stream));
+    if (needs_weight && splits > 1)
+      check_launch(launch_sum_partials(numbers(parts), splits, width * columns, numbers(g.dweight), block.cuda.stream));
+  }
+  return g;
+}
+
+}  // namespace fastdense

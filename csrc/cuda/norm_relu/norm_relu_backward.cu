@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward kernels of cuda/norm_relu/norm_relu_launch.h.
+#include "cuda/norm_relu/column_reduce.h"
+#include "cuda/norm_relu/columns.h"
+#include "cuda/norm_relu/norm_relu_launch.h"
+
+namespace fastdense {
+namespace {
+
+template <typename T, int V>
+class SliceGradient : public Columns<SliceGradientParams<T>, V> {
+  using A = accumulate_t<T>;
+  using Base = Columns<SliceGradientParams<T>, V>;
+  using Base::p_, Base::first_;
+
+ public:
+  using typename Base::Params;
+  static constexpr int kTileRows = 2;
+  using State = NoState;
+  __device__ SliceGradient(const Params& p, int64_t first, int count)
+      : Base(p, first, count),
+        mean_(p.mean, first, count),
+        shift_sum_(p.shift_sum, first, count),
+        slope_sum_(p.slope_sum, first, count) {}
+
+  template <int kRows>
+  __device__ void tile(int64_t row, int64_t step) {
+    Vector<T, V> g[kRows], x[kRows];
+    this->read_rows(p_.gradient, row, step, g);
+    this->read_rows(p_.x, row, step, x);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < V; ++i)
+        g[r].v[i] =
+            store<T>(finalise_gradient<A>(load(g[r].v[i]), load(x[r].v[i]), mean_[i], shift_sum_[i], slope_sum_[i]));
+      apply_dropout(p_.dropout, (row + r * step) * p_.d.ld + first_, g[r]);
+      this->write_row(p_.d, row + r * step, g[r]);
+    }
+  }
+
+ private:
+  const ColumnValues<A, V> mean_, shift_sum_, slope_sum_;
+};
+
+template <typename T, int V>
+class MaskReduce : public Columns<MaskReduceParams<T>, V> {
+  using A = accumulate_t<T>;
+  using Base = Columns<MaskReduceParams<T>, V>;
+  using Base::p_;
+
+ public:
+  using typename Base::Params;
+  static constexpr int kTileRows = 2;
+  using State = ColumnSums<A, V>;
+  __device__ MaskReduce(const Params& p, int64_t first, int count)
+      : Base(p, first, count), norm_(p.norm, first, count), mean_(p.norm.mean, first, count) {}
+
+  template <int kRows>
+  __device__ void tile(int64_t row, int64_t step) {
+    Vector<T, V> du[kRows], z[kRows];
+    this->read_rows(p_.du, row, step, du);
+    this->read_rows(p_.z, row, step, z);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const A value = load(z[r].v[i]);
+        const A dv = norm_relu_gradient<A>(load(du[r].v[i]), value, norm_.scale[i], norm_.shift[i]);
+        state_.first(i) += dv;
+        state_.second(i) += dv * (value - mean_[i]);
+      }
+  }
+  __device__ State& state() { return state_; }
+  __device__ A* partial() const { return p_.partial; }
+
+ private:
+  const ColumnScales<A, V> norm_;
+  const ColumnValues<A, V> mean_;
+  State state_;
+};
+
+template <typename T, int V>
+class InputGradient : public Columns<InputGradientParams<T>, V> {
+  using A = accumulate_t<T>;
+  using Base = Columns<InputGradientParams<T>, V>;
+  using Base::p_;
+
+ public:
+  using typename Base::Params;
+  static constexpr int kTileRows = 2;
+  using State = NoState;
+  __device__ InputGradient(const Params& p, int64_t first, int count)
+      : Base(p, first, count), t1_(p.t1, first, count), t2_(p.t2, first, count) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) norm_[i] = i < count ? p.norm(first + i) : NormCoefficients<A>{};
+  }
+
+  template <int kRows>
+  __device__ void tile(int64_t row, int64_t step) {
+    Vector<T, V> du[kRows], z[kRows];
+    this->read_rows(p_.du, row, step, du);
+    this->read_rows(p_.z, row, step, z);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const A value = load(z[r].v[i]);
+        const A dv = norm_relu_gradient<A>(load(du[r].v[i]), value, norm_[i].scale, norm_[i].shift);
+        du[r].v[i] = store<T>(norm_input_gradient(dv, value, norm_[i], t1_[i], t2_[i], p_.inv_count));
+      }
+      this->write_row(p_.du, row + r * step, du[r]);
+    }
+  }
+
+ private:
+  NormCoefficients<A> norm_[V];
+  const ColumnValues<A, V> t1_, t2_;
+};
+
+// Which row of dy belongs to a pixel, and how much of it.
+struct SameRow {
+  __device__ int64_t operator()(int64_t row) const { return row; }
+  template <typename A>
+  __device__ A share() const {
+    return A(1);
+  }
+};
+
+// Pixel by pixel of whole images; -1 outside all windows.  32-bit divisions, which GPUs have, within an image.
+class PooledRow {
+ public:
+  __device__ explicit PooledRow(const PoolGeometry& g) : g_(g), pixels_(g.size[0] * g.size[1] * g.size[2]) {}
+  __device__ int64_t operator()(int64_t row) {
+    while (row >= image_end_) {  // rows come in ascending order
+      const int64_t image = row / pixels_;
+      image_begin_ = image * pixels_;
+      image_end_ = image_begin_ + pixels_;
+      pooled_begin_ = image * g_.pixels();
+    }
+    const auto in = uint32_t(row - image_begin_);
+    const auto size1 = uint32_t(g_.size[1]), size2 = uint32_t(g_.size[2]);
+    const uint32_t line = in / size2, plane = line / size1;
+    const int64_t i0 = window_of(0, plane), i1 = window_of(1, line - plane * size1),
+                  i2 = window_of(2, in - line * size2);
+    if (i0 < 0 || i1 < 0 || i2 < 0) return -1;
+    return pooled_begin_ + (i0 * g_.pooled(1) + i1) * g_.pooled(2) + i2;
+  }
+  template <typename A>
+  __device__ A share() const {
+    return A(1) / A(g_.volume());
+  }
+
+ private:
+  // Windows may be narrower than the strides between them, but do not overlap.
+  __device__ int64_t window_of(int d, uint32_t at) const {
+    const auto stride = uint32_t(g_.stride[d]);
+    const uint32_t i = at / stride;
+    return i < g_.pooled(d) && at - i * stride < g_.window[d] ? int64_t(i) : -1;
+  }
+
+  const PoolGeometry& g_;
+  const int64_t pixels_;
+  int64_t image_begin_ = 0, image_end_ = 0, pooled_begin_ = 0;
+};
+
+template <typename T>
+struct AccumulatePooledParams : AccumulateParams<T> {
+  PoolGeometry pool;
+};
+
+template <typename T, int V, typename Pixel>
+class AccumulateRows : public Columns<AccumulateParams<T>, V> {
+  using A = accumulate_t<T>;
+  using Base = Columns<AccumulateParams<T>, V>;
+  using Base::p_;
+
+ public:
+  static constexpr int kTileRows = 2;
+  using State = ColumnSums<A, V>;
+  __device__ AccumulateRows(const AccumulateParams<T>& p, const Pixel& pixel, int64_t first, int count)
+      : Base(p, first, count), pixel_(pixel), norm_(p.norm, first, count), mean_(p.norm.mean, first, count) {}
+
+  template <int kRows>
+  __device__ void tile(int64_t row, int64_t step) {
+    Vector<T, V> dy[kRows], x[kRows], g[kRows] = {};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t from = pixel_(row + r * step);
+      dy[r] = from < 0 ? Vector<T, V>{} : this->read_row(p_.dy, from);
+      x[r] = this->read_row(p_.x, row + r * step);
+      if (p_.add) g[r] = this->read_row(p_.gradient, row + r * step);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) consume(i, load(x[r].v[i]), dy[r].v[i], g[r].v[i]);
+      this->write_row(p_.gradient, row + r * step, g[r]);
+      if (p_.keep_y) this->write_row(p_.dy, row + r * step, dy[r]);
+    }
+  }
+  __device__ State& state() { return state_; }
+  __device__ A* partial() const { return p_.partial; }
+
+ private:
+  // Channel i of a pixel; y takes dy's place.
+  __device__ void consume(int i, A x, T& dy, T& g) {
+    A gradient = load(dy) * share_;
+    if (p_.relu) gradient = norm_relu_gradient(gradient, x, norm_.scale[i], norm_.shift[i]);
+    g = store<T>(mul_add(norm_.scale[i], gradient, A(load(g))));
+    dy = store<T>(norm_relu(x, norm_.scale[i], norm_.shift[i]));
+    state_.first(i) += gradient;
+    state_.second(i) += gradient * (x - mean_[i]);
+  }
+
+  Pixel pixel_;
+  const A share_ = pixel_.template share<A>();
+  const ColumnScales<A, V> norm_;
+  const ColumnValues<A, V> mean_;
+  State state_;
+};
+
+template <typename T, int V>
+struct AccumulatePlain : AccumulateRows<T, V, SameRow> {
+  using Params = AccumulateParams<T>;
+  __device__ AccumulatePlain(const Params& p, int64_t first, int count)
+      : AccumulateRows<T, V, SameRow>(p, SameRow(), first, count) {}
+};
+
+template <typename T, int V>
+struct AccumulatePooled : AccumulateRows<T, V, PooledRow> {
+  using Params = AccumulatePooledParams<T>;
+  __device__ AccumulatePooled(const Params& p, int64_t first, int count)
+      : AccumulateRows<T, V, PooledRow>(p, PooledRow(p.pool), first, count) {}
+};
+
+template <typename A>
+__global__ void __launch_bounds__(FinaliseShape::kMostThreads)
+    finalise_sums_kernel(FinaliseSumsParams<A> p, int64_t columns) {
+  FASTDENSE_SHARED(shared);
+  const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  ColumnSums<double, 1> sums;
+  for (int64_t s = threadIdx.y; s < p.splits && column < columns; s += blockDim.y) {
+    sums.first(0) += double(p.partial[2 * s * columns + column]);
+    sums.second(0) += double(p.partial[(2 * s + 1) * columns + column]);
+  }
+  join_lanes<double>(sums, shared);
+  if (threadIdx.y > 0 || column >= columns) return;
+  const NormCoefficients<A> norm = p.norm(column);
+  const double s1 = sums.first(0), s2 = sums.second(0) * double(norm.rstd);
+  p.dbias[column] = A(s1);
+  p.dweight[column] = A(s2);
+  if (!p.shift_sum) return;
+  const double share = double(norm.scale) * p.inv_count;
+  p.shift_sum[column] += share * s1;
+  p.slope_sum[column] += share * s2 * double(norm.rstd);
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t launch_slice_gradient(const SliceGradientParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
+                                  cudaStream_t stream) {
+  return launch_column_reduce<SliceGradient, T>(p, address_bits(p.gradient) | address_bits(p.x) | address_bits(p.d),
+                                                rows, columns, splits, stream);
+}
+
+template <typename T>
+cudaError_t launch_mask_reduce(const MaskReduceParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
+                               cudaStream_t stream) {
+  return launch_column_reduce<MaskReduce, T>(p, address_bits(p.du) | address_bits(p.z), rows, columns, splits, stream);
+}
+
+template <typename T>
+cudaError_t launch_input_gradient(const InputGradientParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
+                                  cudaStream_t stream) {
+  return launch_column_reduce<InputGradient, T>(p, address_bits(p.du) | address_bits(p.z), rows, columns, splits,
+                                                stream);
+}
+
+template <typename T>
+cudaError_t launch_accumulate(const AccumulateParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
+                              cudaStream_t stream) {
+  return launch_column_reduce<AccumulatePlain, T>(p, address_bits(p.x) | address_bits(p.dy) | address_bits(p.gradient),
+                                                  rows, columns, splits, stream);
+}
+
+template <typename T>
+cudaError_t launch_accumulate_pooled(const AccumulateParams<T>& p, const PoolGeometry& pool, int64_t rows,
+                                     int64_t columns, int64_t splits, cudaStream_t stream) {
+  return launch_column_reduce<AccumulatePooled, T>(
+      {p, pool}, address_bits(p.x) | address_bits(p.dy) | address_bits(p.gradient), rows, columns, splits, stream);
+}
+
+template <typename A>
+cudaError_t launch_finalise_sums(const FinaliseSumsParams<A>& p, int64_t columns, cudaStream_t stream) {
+  if (columns == 0) return cudaSuccess;
+  const FinaliseShape shape(columns, p.splits);
+  FASTDENSE_LAUNCH(finalise_sums_kernel, shape.grid, shape.block, shape.shared_bytes, stream, p, columns);
+  return cudaGetLastError();
+}
+
+#define FASTDENSE_BACKWARD(T)                                                                                         \
+  template cudaError_t launch_slice_gradient<T>(const SliceGradientParams<T>&, int64_t, int64_t, int64_t,             \
+                                                cudaStream_t);                                                        \
+  template cudaError_t launch_mask_reduce<T>(const MaskReduceParams<T>&, int64_t, int64_t, int64_t, cudaStream_t);    \
+  template cudaError_t launch_input_gradient<T>(const InputGradientParams<T>&, int64_t, int64_t, int64_t,             \
+                                                cudaStream_t);                                                        \
+  template cudaError_t launch_accumulate<T>(const AccumulateParams<T>&, int64_t, int64_t, int64_t, cudaStream_t);     \
+  template cudaError_t launch_accumulate_pooled<T>(const AccumulateParams<T>&, const PoolGeometry&, int64_t, int64_t, \
+                                                   int64_t, cudaStream_t);
+FASTDENSE_FOR_EACH_STORAGE(FASTDENSE_BACKWARD)
+#undef FASTDENSE_BACKWARD
+template cudaError_t launch_finalise_sums<float>(const FinaliseSumsParams<float>&, int64_t, cudaStream_t);
+template cudaError_t launch_finalise_sums<double>(const FinaliseSumsParams<double>&, int64_t, cudaStream_t);
+
+}  // namespace fastdense

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// What forward and backward of the dense block share on the CPU: slabs of the convolution, and the bottleneck.
+#pragma once
+
+#include "cpu/conv/conv2d_weights.h"
+#include "dense_block/dense_block.h"
+#include "dense_block/dense_block_kernels.h"
+
+namespace fastdense {
+
+template <typename T>
+class DenseBlockConvolution {
+ public:
+  using A = accumulate_t<T>;
+
+  DenseBlockConvolution(const DenseBlockArgs& args, BlockForward<T>& block)
+      : kernels(dense_block_kernels<T>(current_isa())), args_(args) {
+    slab_planes_ = choose_slab(block.workers);
+    const int64_t taps = args.conv.taps() * args.growth;
+    const int64_t tail = args.tail == Tail::kTransition ? args.tail_conv.weight.size(0) : 0;
+    block.reserve_workspace(
+        std::max(args.channels(), args.width), std::max({taps, args.width, tail}),
+        slab_planes_ * args.conv.plane() * args.growth * int64_t(sizeof(A)) + 64 +
+            kernels.winograd_bytes(args.conv, std::max(args.bottleneck ? 0 : args.channels(), args.width),
+                                   args.growth));
+  }
+
+  Dropout dropout(uint64_t seed, int64_t layer) const { return {args_.drop_rate, seed, uint32_t(layer)}; }
+
+  int64_t slabs_per_image() const { return (args_.conv.size[0] + slab_planes_ - 1) / slab_planes_; }
+  int64_t slab_planes() const { return slab_planes_; }
+
+  const DenseBlockKernels<T>& kernels;
+
+ private:
+  // Outermost indices of a slab of the convolution: whole images where they share out evenly, else parts of them, whose
+  // halo is activated twice.
+  int64_t choose_slab(int64_t workers) const {
+    constexpr int64_t kMostElements = int64_t(1) << 22;
+    const int64_t outer = std::max<int64_t>(1, args_.conv.size[0]);
+    int64_t parts = 1;
+    while (parts * 4 < outer && args_.batch * parts < 8 * workers && args_.batch * parts % workers != 0) ++parts;
+    const int64_t fit = std::max<int64_t>(1, kMostElements / std::max<int64_t>(1, args_.conv.plane() * args_.growth));
+    return std::max<int64_t>(1, std::min((outer + parts - 1) / parts, std::max<int64_t>(fit, 4)));
+  }
+
+  const DenseBlockArgs& args_;
+  int64_t slab_planes_ = 1;
+};
+
+// z [pixels, b] = act(prefix) * conv1^T; partial [chunks, 2, b]: mean and M2 of each chunk, or nullptr.
+template <typename T>
+void make_bottleneck(const BlockForward<T>& block, const LayerArgs& layer, int64_t pixels, const Source<T>& prefix,
+                     T* z, double* partial) {
+  const int64_t b = layer.conv1.weight.size(0);
+  const at::Tensor panels = block.pack_forward(layer.conv1.weight);
+  block.for_each_chunk(
+      pixels, block.kernels.chunk_rows(layer.channels), [&](int64_t worker, int64_t chunk, int64_t row, int64_t count) {
+        double* moments = partial ? partial + 2 * chunk * b : nullptr;
+        block.kernels.conv1x1({prefix}, nullptr, row, count, block.panels_of(panels),
+                              {{z, b, b, moments, moments ? moments + b : nullptr}}, block.workspace(worker));
+      });
+}
+
+}  // namespace fastdense

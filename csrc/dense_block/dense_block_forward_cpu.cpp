@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of the dense block on the CPU: the loop over layers, chunk by chunk.
+#include <torch/library.h>
+
+#include "dense_block/dense_block_cpu.h"
+#include "dense_block/dense_block_ops.h"
+
+namespace fastdense {
+namespace {
+
+template <typename T>
+class Forward : BlockForward<T> {
+  using Base = BlockForward<T>;
+  using A = typename Base::A;
+  using Base::kernels;
+  using typename Base::Coefficients;
+
+ public:
+  Forward(const DenseBlockArgs& args, const DenseBlockOutputs& o, uint64_t seed)
+      : Base(args.process_group),
+        args_(args),
+        conv_(args, *this),
+        seed_(seed),
+        pixels_(args.pixels()),
+        ld_(args.channels()),
+        x_(static_cast<T*>(o.buffer.mutable_data_ptr())),
+        mean_(o.mean.mutable_data_ptr<A>()),
+        var_(o.var.mutable_data_ptr<A>()),
+        z_(o.z) {}
+
+  void run(const at::Tensor& input, const DenseBlockOutputs& o) {
+    o.buffer.narrow(1, 0, args_.in_channels).copy_(input);
+    if (args_.any_batch_statistics()) this->statistics(x_, ld_, pixels_, args_.in_channels, mean_, var_);
+    if (args_.bottleneck && z_.size(0) == 0 && args_.active_layers() > 0)
+      one_z_ = at::empty({pixels_, args_.width}, o.z.options());
+    for (size_t l = 0; l < args_.layers.size(); ++l)
+      if (!args_.layers[l].dropped) layer(int64_t(l));
+    if (args_.tail == Tail::kTransition) transition(static_cast<T*>(o.out.mutable_data_ptr()));
+    if (args_.tail == Tail::kNorm || args_.tail == Tail::kNormRelu) norm(static_cast<T*>(o.out.mutable_data_ptr()));
+  }
+
+ private:
+  void layer(int64_t l) {
+    const LayerArgs& layer = args_.layers[l];
+    const Coefficients c1 = this->coefficients(layer.norm1, mean_, var_, layer.channels);
+    const Source<T> prefix = this->source(x_, ld_, c1);
+    if (!args_.bottleneck) return conv(l, prefix);
+    T* z = static_cast<T*>((one_z_.defined() ? one_z_ : z_[layer.z_index]).mutable_data_ptr());
+    const int64_t at = args_.norm2_statistics(l);
+    bottleneck(layer, prefix, z, !layer.norm2.frozen(), at);
+    const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, args_.width);
+    conv(l, this->source(z, args_.width, c2));
+  }
+
+  void bottleneck(const LayerArgs& layer, const Source<T>& prefix, T* z, bool statistics, int64_t first) {
+    const int64_t b = args_.width, most = kernels.chunk_rows(layer.channels);
+    at::Tensor partial = this->template temporary<double>({statistics ? this->num_chunks(pixels_, most) : 0, 2, b});
+    make_bottleneck(*this, layer, pixels_, prefix, z, statistics ? partial.mutable_data_ptr<double>() : nullptr);
+    const auto count = [&](int64_t u) { return this->chunk_count(pixels_, most, u); };
+    if (statistics) this->combine(partial, b, count, mean_ + first, var_ + first);
+  }
+
+  void conv(int64_t l, const Source<T>& in) {
+    const LayerArgs& layer = args_.layers[l];
+    const int64_t k = args_.growth, outer = args_.conv.size[0], planes = conv_.slab_planes();
+    const int64_t slabs = conv_.slabs_per_image(), units = args_.batch * slabs;
+    const bool statistics = args_.any_batch_statistics();
+    const bool winograd = conv_.kernels.uses_winograd(args_.conv, k);
+    const at::Tensor panels = winograd ? pack_conv2d_weight(*this, conv_.kernels, args_.conv, layer.conv2.weight, false)
+                                       : taps(layer, in.channels);
+    const auto run = winograd ? conv_.kernels.conv_winograd : conv_.kernels.conv;
+    at::Tensor partial = this->template temporary<double>({statistics ? units : 0, 2, k});
+    double* p = partial.mutable_data_ptr<double>();
+    const void* w = this->panels_of(panels);
+    const Dropout dropout = conv_.dropout(seed_, l);
+    this->for_each_worker(units, [&](int64_t worker, int64_t unit) {
+      const int64_t begin = unit % slabs * planes;
+      double* moments = statistics ? p + 2 * unit * k : nullptr;
+      run(in, args_.conv, {unit / slabs, begin, std::min(begin + planes, outer)}, w,
+          {x_ + layer.channels, ld_, k, moments, moments ? moments + k : nullptr}, dropout, this->workspace(worker));
+    });
+    if (!statistics) return;
+    const auto count = [&](int64_t u) {
+      const int64_t begin = u % slabs * planes;
+      return (std::min(begin + planes, outer) - begin) * args_.conv.plane();
+    };
+    this->combine(partial, k, count, mean_ + layer.channels, var_ + layer.channels);
+  }
+
+  at::Tensor taps(const LayerArgs& layer, int64_t channels) const {
+    const at::Tensor weight = BlockForward<T>::tap_rows(layer.conv2.weight);
+    return this->pack(weight.template const_data_ptr<A>(), channels, args_.conv.taps() * args_.growth, 1, channels);
+  }
+
+  void transition(T* out) {
+    const int64_t co = args_.tail_conv.weight.size(0), most = kernels.chunk_rows(ld_);
+    const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
+    const at::Tensor panels = this->pack_forward(args_.tail_conv.weight);
+    this->for_each_chunk(args_.batch * args_.pool.pixels(), most,
+                         [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+                           kernels.conv1x1({this->source(x_, ld_, c)}, &args_.pool, row, rows, this->panels_of(panels),
+                                           {{out, co, co}}, this->workspace(worker));
+                         });
+  }
+
+  void norm(T* out) {
+    const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
+    this->for_each_chunk(pixels_, kernels.chunk_rows(ld_), [&](int64_t, int64_t, int64_t row, int64_t rows) {
+      kernels.norm(this->source(x_, ld_, c), args_.tail == Tail::kNormRelu, row, rows, out);
+    });
+  }
+
+  const DenseBlockArgs& args_;
+  const DenseBlockConvolution<T> conv_;
+  const uint64_t seed_;
+  const int64_t pixels_, ld_;
+  T* const x_;
+  A *const mean_, *const var_;
+  const at::Tensor z_;
+  at::Tensor one_z_;
+};
+
+struct ForwardEngine {
+  using Guard = c10::Device;  // nothing to guard
+  template <typename T>
+  static void forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
+                      const DenseBlockOutputs& o) {
+    const uint64_t value = args.drop_rate > 0 ? uint64_t(seed->item<int64_t>()) : 0;
+    Forward<T>(args, o, value).run(input, o);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("dense_block", &dense_block<ForwardEngine>); }
+
+}  // namespace fastdense

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// What forward and backward of the dual path stage share on the CPU: the inputs of conv_a, 1x1 convolutions with the
+// statistics of their results, and the grouped convolution.
+#pragma once
+
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <array>
+#include <tuple>
+
+#include "cpu/block_forward.h"
+#include "dual_path/dual_path.h"
+
+namespace fastdense {
+
+// conv_b through the library's convolution, on packed tensors with channels innermost.
+class GroupedConvolution {
+ public:
+  GroupedConvolution(const DualPathArgs& args, at::ScalarType dtype)
+      : args_(args), dtype_(dtype == at::kHalf ? at::kFloat : dtype) {  // for want of a fast product of halves
+    for (size_t d = 0; d < args.kernel.size(); ++d) padding_.push_back(args.kernel[d] / 2);
+    ones_.resize(args.kernel.size(), 1);
+    zeros_.resize(args.kernel.size(), 0);
+  }
+
+  // Rows [pixels, channels] of block i as an image [N, channels, spatial].
+  at::Tensor image(const at::Tensor& rows, int64_t i, bool behind) const {
+    std::vector<int64_t> sizes = args_.sizes(rows.size(1), i == 0 && !behind);
+    sizes.erase(sizes.begin() + 1);
+    sizes.push_back(rows.size(1));
+    return rows.view(sizes).movedim(-1, 1);
+  }
+
+  at::Tensor forward(int64_t i, const at::Tensor& u) const {
+    return at::convolution(image(u, i, false).to(dtype_), weight(i), {}, stride(i), padding_, ones_, false, zeros_,
+                           args_.groups);
+  }
+
+  // Gradients of u and of the weight; d is that of the output.
+  std::tuple<at::Tensor, at::Tensor> backward(int64_t i, const at::Tensor& d, const at::Tensor& u,
+                                              bool needs_weight) const {
+    const auto [du, dweight, dbias] = at::convolution_backward(
+        image(d, i, true).to(dtype_), image(u, i, false).to(dtype_), weight(i), at::OptionalIntArrayRef(), stride(i),
+        padding_, ones_, false, zeros_, args_.groups, {true, needs_weight, false});
+    return {to_channels_last(du.to(u.scalar_type())), dweight};
+  }
+
+ private:
+  at::Tensor weight(int64_t i) const { return args_.blocks[size_t(i)].conv_b.weight.to(dtype_); }
+  std::vector<int64_t> stride(int64_t i) const {
+    return std::vector<int64_t>(args_.kernel.size(), i == 0 ? args_.sampled.stride[0] : 1);
+  }
+
+  // Under autocast the library would choose types of its own.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
+  const DualPathArgs& args_;
+  const at::ScalarType dtype_;
+  std::vector<int64_t> padding_, ones_, zeros_;
+};
+
+// A matrix [rows, ld] of which the first columns are meant.
+template <typename T>
+struct Columns {
+  T* data;
+  int64_t ld;
+};
+
+template <typename T>
+class DualPathBlocks {
+ public:
+  using A = accumulate_t<T>;
+  using Coefficients = typename BlockForward<T>::Coefficients;
+
+  DualPathBlocks(const DualPathArgs& args, BlockForward<T>& block, at::ScalarType dtype)
+      : conv(args, dtype), args_(args), block_(block) {
+    const int64_t widest = std::max({args.channels(), args.in_channels, args.width_a, args.width_b});
+    block.reserve_workspace(widest, widest);
+  }
+
+  // What conv_a of block i reads; `dense` are the dense channels.
+  Sources<T> sources(int64_t i, const Coefficients& c, Columns<const T> residual, Columns<const T> dense) const {
+    if (i == 0) return {block_.source(residual.data, residual.ld, c)};
+    return {block_.source(residual.data, residual.ld, c, 0, args_.residual),
+            block_.source(dense.data, dense.ld, c, args_.residual, c.n - args_.residual)};
+  }
+
+  // a = conv_a(act(sources)), and the batch statistics [ra] of the result where wanted.
+  void make_a(int64_t i, const Sources<T>& sources, T* a, const BatchStatistics<A>& statistics) const {
+    const DualPathBlockArgs& block = args_.blocks[size_t(i)];
+    conv1x1(block.conv_a.weight, sources, nullptr, args_.a_pixels(i), {{a, args_.width_a, args_.width_a}},
+            {statistics});
+  }
+
+  // u = relu(norm_b(a)).
+  void activate_a(int64_t i, const T* a, const Coefficients& c, T* u) const {
+    const Source<T> source = block_.source(a, args_.width_a, c);
+    block_.for_each_chunk(
+        args_.a_pixels(i), block_.kernels.chunk_rows(args_.width_a),
+        [&](int64_t, int64_t, int64_t row, int64_t count) { block_.kernels.norm(source, true, row, count, u); });
+  }
+
+  using Statistics = BatchStatistics<A>;
+
+  // Targets of act(sources) * weight for `pixels` rows, and the batch statistics of each where wanted.
+  void conv1x1(const at::Tensor& weight, const Sources<T>& sources, const PoolGeometry* pool, int64_t pixels,
+               Targets<T> targets, std::array<Statistics, 2> statistics) const {
+    const at::Tensor panels = block_.pack_forward(weight);
+    const int64_t most = block_.kernels.chunk_rows(sources.channels()), chunks = block_.num_chunks(pixels, most);
+    at::Tensor partial[2];
+    Target<T>* target[2] = {&targets.first, &targets.second};
+    for (int t = 0; t < 2; ++t)
+      partial[t] = block_.template temporary<double>({statistics[t].mean ? chunks : 0, 2, target[t]->columns});
+    block_.for_each_chunk(pixels, most, [&](int64_t worker, int64_t chunk, int64_t row, int64_t count) {
+      Targets<T> to = targets;
+      Target<T>* each[2] = {&to.first, &to.second};
+      for (int t = 0; t < 2; ++t) {
+        if (!statistics[t].mean) continue;
+        each[t]->mean = partial[t].template mutable_data_ptr<double>() + 2 * chunk * each[t]->columns;
+        each[t]->m2 = each[t]->mean + each[t]->columns;
+      }
+      block_.kernels.conv1x1(sources, pool, row, count, block_.panels_of(panels), to, block_.workspace(worker));
+    });
+    const auto count = [&](int64_t chunk) { return block_.chunk_count(pixels, most, chunk); };
+    for (int t = 0; t < 2; ++t)
+      if (statistics[t].mean)
+        block_.combine(partial[t], target[t]->columns, count, statistics[t].mean, statistics[t].var);
+  }
+
+  const GroupedConvolution conv;
+
+ private:
+  const DualPathArgs& args_;
+  const BlockForward<T>& block_;
+};
+
+}  // namespace fastdense

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings the weights of blocks that put new features in front into the order of the shared buffer, and results back."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdense.ops import BatchStatistics, LayerWeights, NormWeights, TailWeights
+
+
+class PrependedFeatures(NamedTuple):
+    """Channels in the order ``y_l, ..., y_1, x`` of layers that make ``growth`` each; the buffer has ``x, y_1 ...``."""
+
+    growth: int
+    in_channels: int
+
+    def to_buffer(self, t: Tensor, dim: int) -> Tensor:
+        return torch.cat(self._split(t, dim, input_first=False)[::-1], dim)
+
+    def from_buffer(self, t: Tensor, dim: int = 1) -> Tensor:
+        return torch.cat(self._split(t, dim, input_first=True)[::-1], dim)
+
+    def _split(self, t: Tensor, dim: int, *, input_first: bool) -> tuple[Tensor, ...]:
+        sizes = [self.growth] * ((t.shape[dim] - self.in_channels) // self.growth)
+        return t.split([self.in_channels, *sizes] if input_first else [*sizes, self.in_channels], dim)
+
+    def norm(self, norm: NormWeights) -> NormWeights:
+        weight, bias, mean, var = (None if t is None else self.to_buffer(t, 0) for t in norm[:4])
+        return NormWeights(weight, bias, mean, var, norm.eps)
+
+    def layer(self, layer: LayerWeights) -> LayerWeights:
+        if layer.conv1 is None:
+            return layer._replace(norm1=self.norm(layer.norm1), conv2=self.to_buffer(layer.conv2, 1))
+        return layer._replace(norm1=self.norm(layer.norm1), conv1=self.to_buffer(layer.conv1, 1))
+
+    def tail(self, tail: TailWeights) -> TailWeights:
+        conv = None if tail.conv is None else self.to_buffer(tail.conv, 1)
+        return tail._replace(norm=self.norm(tail.norm), conv=conv)
+
+    def statistics(self, statistics: BatchStatistics, channels: int) -> BatchStatistics:
+        """Of a block of ``channels``: its own in the modules' order, those of the bottlenecks behind them as before."""
+        mean, var = (
+            torch.cat([self.from_buffer(t[:channels], 0), t[channels:]]) for t in (statistics.mean, statistics.var)
+        )
+        return BatchStatistics(mean, var)

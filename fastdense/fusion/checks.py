@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What keeps a module from being fused, whatever it computes.
+
+Everything is read again at each call, so that hooks, replaced sub-modules, frozen norms and changed parameters are
+seen when they matter. A fused operator does not call the inner modules. What relies on such calls raises
+:class:`NotFusible`, and the caller runs the plain modules instead.
+"""
+
+from typing import Any
+
+import torch.nn.modules.module as global_hooks
+from torch import nn
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+# timm's norms with an activation inside.
+_NORMS_WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct")
+
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+# Their methods that make the numbers.
+_METHODS = (
+    "forward",
+    "features",
+    "branch",
+    "bn_function",
+    "bottleneck_fn",
+    "any_requires_grad",
+    "call_checkpoint_bottleneck",
+)
+
+
+class NotFusible(Exception):
+    """The reason why a block has to run as plain modules."""
+
+
+class NotFusibleInTraining(NotFusible):
+    """A reason that goes away in eval mode: the block is converted, and runs plainly while it trains."""
+
+
+def has_no_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs its class's forward and nothing else."""
+    state = module.__dict__
+    return (
+        not any(state.get(hooks) for hooks in _HOOKS)
+        and "parametrizations" not in state["_modules"]
+        and "forward" not in state
+    )
+
+
+def check_no_hooks(module: nn.Module, name: str) -> None:
+    if not has_no_hooks(module):
+        raise NotFusible(f"{name} has hooks, a parametrization or a forward of its own")
+
+
+def is_known_class(module: nn.Module, known: tuple[tuple[str, str], ...]) -> bool:
+    """Whether ``module`` is of a known class, or of a subclass that leaves its methods alone."""
+    for base in type(module).__mro__:
+        if (base.__module__, base.__qualname__) in known:
+            return True
+        if any(method in base.__dict__ for method in _METHODS):
+            return False
+    return False
+
+
+def check_no_global_hooks() -> None:
+    if (
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    ):
+        raise NotFusible("global module hooks are installed")
+
+
+def child(module: nn.Module, name: str) -> nn.Module | None:
+    return module.__dict__["_modules"].get(name)
+
+
+def class_name(module: object) -> str:
+    """With its package where a class of another has the name of one of torch.nn, as in quantisation."""
+    kind = type(module)
+    borrowed = getattr(nn, kind.__name__, kind) is not kind
+    return f"{kind.__module__}.{kind.__name__}" if borrowed else kind.__name__
+
+
+def check_conv(
+    conv: Any, name: str, kernel: int | None, *, stride: int = 1, grouped: bool = False, bias: bool = False
+) -> nn.Conv2d:
+    """A convolution, padded by half its kernel; ``kernel`` None: any odd one; ``bias``: whether it may have one."""
+    if type(conv) not in CONVS:
+        raise NotFusible(f"{name} is a {class_name(conv)}, not a Conv1d, Conv2d or Conv3d")
+    check_no_hooks(conv, name)
+    plain = (
+        (conv.bias is None or bias)
+        and (conv.groups == 1 or grouped)
+        and all(s == stride for s in conv.stride)
+        and all(d == 1 for d in conv.dilation)
+        and conv.padding_mode == "zeros"
+        and all(k % 2 == 1 and (kernel is None or k == kernel) for k in conv.kernel_size)
+        and (
+            conv.padding == "same" and stride == 1
+            if isinstance(conv.padding, str)
+            else all(p == k // 2 for p, k in zip(conv.padding, conv.kernel_size, strict=True))
+        )
+    )
+    if not plain:
+        wanted = ("" if bias else "no bias, ") + f"stride {stride}, " + ("" if grouped else "groups 1, ")
+        raise NotFusible(f"{name} is {conv}: expected {wanted}'same' zero padding")
+    return conv
+
+
+def has_fused_relu(norm: nn.Module) -> bool:
+    """Whether ``norm`` is timm's norm with a plain ReLU inside."""
+    return (
+        type(norm).__name__ in _NORMS_WITH_ACTIVATION
+        and type(child(norm, "act")) is nn.ReLU
+        and type(child(norm, "drop")) is nn.Identity
+    )
+
+
+def check_norm(norm: Any, name: str) -> Any:
+    """A batch norm whose statistics can be taken, or used, and moved without a call of it."""
+    if norm is None or (type(norm) not in NORMS and not has_fused_relu(norm)):
+        raise NotFusible(f"{name} is a {class_name(norm)}, not a BatchNorm with ReLU")
+    check_no_hooks(norm, name)
+    for inner in norm.__dict__["_modules"].values():
+        check_no_hooks(inner, f"{name}'s activation")
+    if norm.running_mean is not None and norm.num_batches_tracked is None:
+        raise NotFusible(f"{name} has running statistics without num_batches_tracked")
+    return norm
+
+
+def check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> Any:
+    """A batch norm followed by ReLU: two modules, or one that does both."""
+    found = check_norm(child(module, norm), f"{where}{norm}")
+    activation = child(module, relu)
+    if has_fused_relu(found) == (activation is not None):
+        raise NotFusible(f"{where}{norm} is not followed by one ReLU")
+    if activation is not None:
+        if type(activation) is not nn.ReLU:
+            raise NotFusible(f"{where}{relu} is a {type(activation).__name__}, not a ReLU")
+        check_no_hooks(activation, f"{where}{relu}")
+    return found

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the dense and dual path blocks of an existing model fast, in place, and plain again."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from fastdense.fusion.base import FusedModule, check_memory, fused_class, plain_class
+from fastdense.fusion.checks import NotFusible, NotFusibleInTraining, is_known_class
+from fastdense.fusion.dense_block import FusedDenseBlock, FusedTransition, RecomputedTransition
+from fastdense.fusion.dense_layers import BLOCKS, is_transition, read_block, read_transition
+from fastdense.fusion.dual_path import FusedDualPathBlock
+from fastdense.fusion.dual_path_layers import DUAL_PATH_BLOCKS, read_dual_path_block
+from fastdense.fusion.equivalence import OUTCOME
+from fastdense.fusion.inferred_block import FusedInferredBlock, FusedInferredLayers
+from fastdense.fusion.inferred_layers import (
+    container_of_layers,
+    count_heads,
+    looks_like_dense_block,
+    read_inferred_block,
+    read_inferred_layers,
+)
+from fastdense.fusion.max_pool_transition import looks_like_max_pool_transition, read_max_pool_transition
+from fastdense.fusion.residual_dense_block import FusedResidualDenseBlock, FusedSRDenseBlock
+from fastdense.fusion.residual_layers import (
+    looks_like_growing_block,
+    looks_like_residual_block,
+    read_growing_block,
+    read_residual_block,
+)
+from fastdense.fusion.sequential import FusedSequential
+from fastdense.plain.dense_block import PlainDenseBlock
+from fastdense.plain.dual_path import PlainDualPathBlock
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert(model: Model, *, memory: str = "balanced") -> Model:
+    """Lets every dense block of ``model`` run on one shared buffer, and every dual path stage on its output.
+
+    Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, the blocks of the dual path
+    networks of timm, segmentation_models_pytorch and pretrainedmodels, and those of models that contain them. Dense
+    blocks and residual dense blocks of any other classes are found by the widths of their layers, and fused where a
+    trial on random numbers, on a copy, gives the results of such a block. A module only changes its class: parameters,
+    buffers, hooks, ``state_dict`` keys and outputs stay what they are, an existing optimizer keeps working.
+
+    Args:
+        model: any module; changed in place.
+        memory: "balanced" (default) keeps the outputs inside the bottlenecks for the backward pass, "min" computes them
+            again, "reversible", for dual path blocks alone, computes the residual path again. A converted model may be
+            converted again to change it.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if ``model`` contains no such block, or ``memory`` is not a mode of one that it contains.
+
+    Note:
+        What cannot be fused (another norm or activation, a convolution with bias, hooks on inner modules ...) stays
+        plain, with one warning that names the module and the reason. See :func:`restore`.
+
+    Example:
+        >>> import torchvision, fastdense
+        >>> model = fastdense.convert(torchvision.models.densenet121())
+    """
+    found = find(model)
+    if not any(kind.is_block for _, _, kind in found):
+        looked_for = ", ".join(".".join(known) for known in BLOCKS + DUAL_PATH_BLOCKS)
+        raise ValueError(
+            f"convert: expected model to contain residual dense blocks, dense or dual path blocks "
+            f"(looked for {looked_for}, and for layers that read all earlier features), got {type(model).__name__}"
+        )
+    for _, _, kind in found:
+        check_memory(memory, kind.mixin.memory_modes)
+    for kind in PATTERNS:
+        for name, module, its_kind in found:
+            if its_kind is kind:
+                _try_fuse(name, module, kind, memory)
+    forget_equivalence_checks(model)
+    for module in model.modules():
+        if type(module) is nn.Sequential and any(isinstance(inner, _IN_SEQUENCES) for inner in module.children()):
+            module.__class__ = fused_class(FusedSequential, nn.Sequential)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Gives the plain modules of a converted model back, in place.
+
+    Models of :mod:`fastdense.models` become plain PyTorch as well; :func:`convert` makes them fast again.
+
+    Args:
+        model: any module; one without fused modules is left as it is.
+
+    Returns:
+        ``model``.
+    """
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            module.__class__ = plain_class(type(module))
+            for name in ("_fallback_reason", "_fused_name", OUTCOME):
+                module.__dict__.pop(name, None)
+            if not isinstance(module, PlainDenseBlock | PlainDualPathBlock):
+                module.__dict__.pop("memory", None)
+    return model
+
+
+class Pattern(NamedTuple):
+    """Modules that can be fused: what they are called, the mixin, how to tell and to read one."""
+
+    name: str
+    mixin: type[FusedModule]
+    matches: Callable[[nn.Module], bool]
+    read: Callable[[Any], object]
+    is_block: bool
+
+
+def _is_dense_block(module: nn.Module) -> bool:
+    if isinstance(module, FusedDenseBlock):
+        return not isinstance(module, FusedInferredBlock)
+    return is_known_class(module, BLOCKS)
+
+
+def _is_inferred_block(module: nn.Module) -> bool:
+    return isinstance(module, FusedInferredBlock) or looks_like_dense_block(module)
+
+
+def _is_inferred_layers(module: nn.Module) -> bool:
+    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return isinstance(module, FusedInferredLayers) or (is_sequence and count_heads(module) > 0)
+
+
+def _is_dual_path_block(module: nn.Module) -> bool:
+    return isinstance(module, FusedDualPathBlock) or is_known_class(module, DUAL_PATH_BLOCKS)
+
+
+def _is_transition_like(module: nn.Module) -> bool:
+    """A sequence of exactly norm, (relu), conv, pool."""
+    if isinstance(module, FusedTransition):
+        return True
+    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return is_sequence and is_transition(module)
+
+
+def _is_max_pool_transition(module: nn.Module) -> bool:
+    if isinstance(module, RecomputedTransition):
+        return True
+    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return is_sequence and looks_like_max_pool_transition(list(module.children()))
+
+
+def _is_residual_dense_block(module: nn.Module) -> bool:
+    return isinstance(module, FusedResidualDenseBlock) or looks_like_residual_block(module)
+
+
+def _is_sr_dense_block(module: nn.Module) -> bool:
+    return isinstance(module, FusedSRDenseBlock) or looks_like_growing_block(module)
+
+
+_INFERRED = Pattern("block", FusedInferredBlock, _is_inferred_block, read_inferred_block, True)
+
+
+PATTERNS = (
+    Pattern("block", FusedDenseBlock, _is_dense_block, read_block, True),
+    _INFERRED,
+    Pattern("transition", FusedTransition, _is_transition_like, read_transition, False),
+    Pattern("max-pool transition", RecomputedTransition, _is_max_pool_transition, read_max_pool_transition, False),
+    Pattern("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True),
+    Pattern("residual dense", FusedResidualDenseBlock, _is_residual_dense_block, read_residual_block, True),
+    Pattern("block", FusedInferredLayers, _is_inferred_layers, read_inferred_layers, True),
+    Pattern("growing dense", FusedSRDenseBlock, _is_sr_dense_block, read_growing_block, True),
+)
+
+
+# A sequence that holds one of these looks for what runs together.
+_IN_SEQUENCES = (FusedDenseBlock, FusedDualPathBlock, FusedSRDenseBlock)
+
+
+def find(model: nn.Module) -> list[tuple[str, nn.Module, Pattern]]:
+    """All modules of a kind, in the model's order."""
+    found = [
+        (name, module, kind)
+        for name, module in model.named_modules()
+        if (kind := next((kind for kind in PATTERNS if kind.matches(module)), None)) is not None
+    ]
+    candidates = {id(module) for _, module, kind in found if kind is _INFERRED}
+    left_out = set()
+    for _, module, kind in found:
+        # A sequence of layers is the block where these join their features themselves, else the module around it.
+        inner = container_of_layers(module) if kind is _INFERRED else module
+        if inner is not module and id(inner) in candidates:
+            left_out.add(id(module) if _is_fusible(inner, kind) else id(inner))
+    return [entry for entry in found if id(entry[1]) not in left_out]
+
+
+def _is_fusible(module: nn.Module, kind: Pattern) -> bool:
+    try:
+        kind.read(module)
+    except NotFusible:
+        return False
+    return True
+
+
+def forget_equivalence_checks(model: nn.Module) -> None:
+    """Leaves modules that are not fused as they were."""
+    for module in model.modules():
+        if not isinstance(module, FusedModule):
+            module.__dict__.pop(OUTCOME, None)
+
+
+def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: str) -> None:
+    """Fuses a module, or warns why it stays plain."""
+    if not isinstance(module, FusedModule):
+        try:
+            kind.read(module)
+        except NotFusibleInTraining:
+            pass
+        except NotFusible as reason:
+            warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}", stacklevel=3)
+            return
+        module.__class__ = fused_class(kind.mixin, type(module))
+    module.__dict__["memory"] = memory
+    module.__dict__["_fused_name"] = name

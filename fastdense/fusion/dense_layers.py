@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads which plain modules form a dense block, a transition or a last norm, and their weights."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastdense.fusion.checks import (
+    NotFusible,
+    NotFusibleInTraining,
+    check_conv,
+    check_no_global_hooks,
+    check_no_hooks,
+    check_norm,
+    check_norm_relu,
+    child,
+    has_fused_relu,
+    is_known_class,
+)
+from fastdense.ops import LayerWeights, NormWeights, TailWeights
+from fastdense.plain.stochastic_depth import StochasticDepth
+
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+# Classes that are known to concatenate: blocks, and layers of norm1 ... conv2. By name, as no library need be loaded.
+BLOCKS = (
+    ("torchvision.models.densenet", "_DenseBlock"),
+    ("timm.models.densenet", "DenseBlock"),
+    ("monai.networks.nets.densenet", "_DenseBlock"),
+    ("fastdense.plain.dense_block", "PlainDenseBlock"),
+)
+
+
+_LAYERS = (
+    ("torchvision.models.densenet", "_DenseLayer"),
+    ("timm.models.densenet", "DenseLayer"),
+    ("monai.networks.nets.densenet", "_DenseLayer"),
+    ("fastdense.plain.dense_block", "DenseLayer"),
+)
+
+
+_TRANSITIONS = (["norm", "relu", "conv", "pool"], ["norm", "conv", "pool"])
+
+
+class Layer(NamedTuple):
+    """The modules of a dense layer; conv1 and norm2 are None without a bottleneck."""
+
+    norm1: nn.BatchNorm2d
+    conv1: nn.Conv2d | None
+    norm2: nn.BatchNorm2d | None
+    conv2: nn.Conv2d
+    drop_rate: float
+    depth: StochasticDepth | None = None
+
+
+class Tail(NamedTuple):
+    """The modules that read a finished block: norm and 1x1 of a transition, or a last norm alone."""
+
+    norm: nn.BatchNorm2d
+    conv: nn.Conv2d | None
+    relu: bool
+
+
+def is_transition(module: nn.Module) -> bool:
+    """Whether the children are exactly norm, (relu), conv, pool."""
+    return list(module.__dict__["_modules"]) in _TRANSITIONS
+
+
+def read_layer(module: Any, name: str) -> Layer:
+    """Reads norm1, relu1, conv1, norm2, relu2, conv2 (conv1 and norm2 may be missing together)."""
+    check_no_hooks(module, name)
+    if not is_known_class(module, _LAYERS):
+        raise NotFusible(f"{name} is a {type(module).__name__}, not a known dense layer")
+    where = f"{name}."
+    known = ["norm1", "relu1", "conv1", "norm2", "relu2", "conv2"]
+    if list(module.__dict__["_modules"]) == ["layers"]:  # MONAI's layer is a sequence of these, and perhaps a dropout
+        module, where = child(module, "layers"), f"{name}.layers."
+        check_no_hooks(module, f"{name}.layers")
+        if type(module) is not nn.Sequential or list(module._modules)[:6] != known:
+            raise NotFusible(f"{name}.layers is not a sequence of {', '.join(known)}")
+        known = [*known, "dropout"]
+    children = {key for key, value in module.__dict__["_modules"].items() if value is not None}
+    depth = read_stochastic_depth(module, where)
+    unknown = children - set(known) - ({"stochastic_depth"} if depth is not None else set())
+    if unknown:
+        raise NotFusible(f"{name} has unknown sub-modules {sorted(unknown)}")
+    norm1 = check_norm_relu(module, "norm1", "relu1", where)
+    conv1, norm2 = None, None
+    if "conv1" in children:
+        conv1 = check_conv(child(module, "conv1"), f"{where}conv1", 1)
+        norm2 = check_norm_relu(module, "norm2", "relu2", where)
+    conv2 = check_conv(child(module, "conv2"), f"{where}conv2", None)
+    return Layer(norm1, conv1, norm2, conv2, _drop_rate(module, where), depth)
+
+
+def read_stochastic_depth(module: Any, where: str) -> StochasticDepth | None:
+    """What leaves a layer or block out at random; only this library's own have one."""
+    depth = child(module, "stochastic_depth")
+    if type(depth) is not StochasticDepth:
+        return None
+    check_no_hooks(depth, f"{where}stochastic_depth")
+    if depth.draws_samples:
+        raise NotFusibleInTraining(f"{where}stochastic_depth drops single samples")
+    return depth
+
+
+def draw_factors(depths: Iterable[StochasticDepth | None]) -> list[float | torch.Tensor]:
+    """One mini-batch's factors of layers, in order; 0 for those left out."""
+    return [1.0 if depth is None else depth.draw() for depth in depths]
+
+
+def scaled(weight: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    """A last convolution whose output is multiplied by ``factor``."""
+    if isinstance(factor, torch.Tensor):
+        return weight * factor.to(weight)
+    return weight if factor in (0, 1) else weight * factor
+
+
+def _drop_rate(module: Any, where: str) -> float:
+    """Of an attribute, or of a module behind the layer; 0 outside training."""
+    dropout: Any = child(module, "dropout")
+    if dropout is None:
+        return float(getattr(module, "drop_rate", 0.0)) if module.training else 0.0
+    check_no_hooks(dropout, f"{where}dropout")
+    if not dropout.training or dropout.p == 0:
+        return 0.0
+    if type(dropout) is not nn.Dropout:
+        raise NotFusibleInTraining(f"{where}dropout is a {type(dropout).__name__}, not a Dropout of single features")
+    return float(dropout.p)
+
+
+def read_block(module: nn.Module) -> list[Layer]:
+    """Reads the layers of a dense block, in order."""
+    check_no_global_hooks()
+    return check_alike([read_layer(layer, name) for name, layer in module.named_children()])
+
+
+def check_alike(layers: list[Layer]) -> list[Layer]:
+    if len({_common(layer) for layer in layers}) > 1:
+        raise NotFusible("its layers differ in growth rate, bottleneck, kernel or drop_rate")
+    return layers
+
+
+def _common(layer: Layer) -> tuple[Any, ...]:
+    """What all layers of a fused block share: bottleneck, growth rate and kernel, drop rate."""
+    width = layer.conv1.weight.shape[0] if layer.conv1 is not None else 0
+    growth, _, *kernel = layer.conv2.weight.shape
+    return (width, growth, *kernel, layer.drop_rate)
+
+
+def read_transition(module: nn.Module) -> Tail:
+    """Reads norm, relu, conv, pool of a transition."""
+    check_no_global_hooks()
+    if not is_transition(module):
+        raise NotFusible(f"its modules are {', '.join(module._modules)}: expected norm, relu, conv, pool")
+    norm = check_norm_relu(module, "norm", "relu", "")
+    conv = check_conv(child(module, "conv"), "conv", 1)
+    pool: Any = child(module, "pool")
+    if type(pool) not in _POOLS:
+        raise NotFusible(f"pool is a {type(pool).__name__}, not an average pool")
+    check_no_hooks(pool, "pool")
+    kernel, stride, padding = (
+        {size} if isinstance(size, int) else set(size) for size in (pool.kernel_size, pool.stride, pool.padding)
+    )
+    if not (kernel == stride == {2} and padding == {0}) or pool.ceil_mode:
+        raise NotFusible(f"pool is {pool}: expected kernel and stride 2 without padding")
+    if getattr(pool, "divisor_override", None) is not None:
+        raise NotFusible("pool has a divisor_override")
+    return Tail(norm, conv, True)
+
+
+def read_last_norm(module: nn.Module) -> Tail:
+    """Reads a batch norm behind the last block, with or without a ReLU inside."""
+    check_no_global_hooks()
+    return Tail(check_norm(module, "norm"), None, has_fused_relu(module))
+
+
+def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.BatchNorm2d]:
+    """All norms in the order of the operator's arguments."""
+    for layer in layers:
+        yield layer.norm1
+        if layer.norm2 is not None:
+            yield layer.norm2
+    if tail is not None:
+        yield tail.norm
+
+
+def norm_weights(norm: Any) -> NormWeights:
+    # As in nn.BatchNorm: the running statistics normalise in eval mode, where there are any.
+    mean = var = None
+    if not norm.training and norm.running_mean is not None:
+        mean, var = norm.running_mean, norm.running_var
+        if torch.is_grad_enabled():  # saved for backward; a training step in between may move the buffers
+            mean, var = mean.clone(), var.clone()
+    return NormWeights(norm.weight, norm.bias, mean, var, norm.eps)
+
+
+def layer_weights(layer: Layer, factor: float | torch.Tensor = 1.0) -> LayerWeights:
+    return LayerWeights(
+        norm_weights(layer.norm1),
+        layer.conv1.weight if layer.conv1 is not None else None,
+        norm_weights(layer.norm2) if layer.norm2 is not None else None,
+        scaled(layer.conv2.weight, factor),
+    )
+
+
+def tail_weights(tail: Tail) -> TailWeights:
+    conv = tail.conv.weight if tail.conv is not None else None
+    return TailWeights(norm_weights(tail.norm), conv, tail.relu)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: Apache-2.0
+"""Tries a module of unknown code on random numbers, in a copy: what it computes decides what it is."""
+
+import contextlib
+import copy
+import random
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastdense.fusion.checks import CONVS, NORMS, NotFusible
+
+Outcome = TypeVar("Outcome")
+
+
+# Where a module keeps what its trial has told.
+OUTCOME = "_trial_outcome"
+
+
+# Attributes of every module, and those that conversion itself sets.
+_NOT_OF_CODE = frozenset([*nn.Module().__dict__, "memory", "_fused_name", "_fallback_reason"])
+
+
+_VALUES = (int, float, str, type(None), type, types.FunctionType, types.BuiltinFunctionType)
+
+
+# A trial takes about 30 bytes for each number: no more than 1 GB.
+_MOST_NUMBERS = 2**25
+
+
+class Code(NamedTuple):
+    """What decides what the code of a module does: classes; numbers, words, functions and plain tensors by place."""
+
+    classes: list[type]
+    attributes: dict[tuple[int, str], Any]
+
+    def still_holds(self, now: "Code") -> bool:
+        """Attributes that came later do not matter to code that ran without them; FSDP adds some."""
+        return self.classes == now.classes and all(
+            place in now.attributes and now.attributes[place] == value for place, value in self.attributes.items()
+        )
+
+
+def code_of(module: nn.Module) -> Code:
+    """Norms and convolutions are left out: they are read at each call. So is the class of the module itself."""
+    code = Code([], {})
+    for at, inner in enumerate(module.modules()):
+        if isinstance(inner, CONVS + NORMS):
+            continue
+        if inner is not module:
+            code.classes.append(type(inner))
+        for name, value in inner.__dict__.items():
+            if name in _NOT_OF_CODE:
+                continue
+            if isinstance(value, Tensor):
+                code.attributes[at, name] = (id(value), None if value.is_inference() else value._version)
+            elif isinstance(value, _VALUES):
+                code.attributes[at, name] = value
+            elif isinstance(value, list | tuple) and all(isinstance(item, _VALUES) for item in value):
+                code.attributes[at, name] = tuple(value)
+    return code
+
+
+def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome:
+    """What ``attempt`` finds out, or the reason why nothing: remembered until the module's code may do other things."""
+    if "forward" in module.__dict__:
+        raise NotFusible("it has a forward of its own")
+    code = code_of(module)
+    known = module.__dict__.get(OUTCOME)
+    if known is None or not known[0].still_holds(code):
+        if any(p.is_meta for p in module.parameters()):
+            raise NotFusible("its weights have no values to try it with")
+        outcome: Any
+        try:
+            outcome = attempt(module)
+        except NotFusible as reason:
+            outcome = str(reason)
+        known = module.__dict__[OUTCOME] = (code, outcome)
+    if isinstance(known[1], str):
+        raise NotFusible(known[1])
+    return known[1]
+
+
+def double_copy(module: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float64, with random parameters and statistics: zeros would hide what they multiply."""
+    if sum(p.numel() for p in module.parameters()) > _MOST_NUMBERS:
+        raise NotFusible(f"it has more than {_MOST_NUMBERS} parameters, too many to try it")
+    numbers = torch.Generator().manual_seed(0)
+    twin = copy.deepcopy(module).to("cpu", torch.float64)
+    dims = next(conv.weight.dim() - 2 for conv in twin.modules() if isinstance(conv, CONVS))
+    with torch.no_grad():
+        inner: Any
+        for inner in twin.modules():
+            is_norm = isinstance(inner, NORMS)
+            if type(inner) is nn.SyncBatchNorm:
+                inner.__class__ = NORMS[dims - 1]  # type: ignore[assignment]
+            elif isinstance(inner, nn.SyncBatchNorm):
+                raise NotFusible(f"a {type(inner).__name__} cannot be tried in one process: convert the model before")
+            for p in inner.parameters(recurse=False):
+                p.requires_grad_()
+                p.uniform_(-1, 1, generator=numbers)
+                if not is_norm:
+                    p.div_(p[0].numel() ** 0.5)
+            if is_norm and inner.weight is not None:
+                inner.weight.abs_().add_(0.5)
+            if is_norm and inner.running_mean is not None:
+                inner.running_mean.uniform_(-1, 1, generator=numbers)
+                inner.running_var.uniform_(0.5, 1.5, generator=numbers)
+    return twin
+
+
+def random_input(conv: Any, channels: int) -> Tensor:
+    """A small batch ``[2, channels, spatial]`` in as many dimensions as ``conv`` has."""
+    sizes = (4, 3, 2)[: conv.weight.dim() - 2]
+    return torch.randn(2, channels, *sizes, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def plain_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the plain class, without the hooks of the module itself."""
+    forward: Callable[..., Any] = getattr(module, "plain_forward", module.forward)
+    return forward
+
+
+class Dropouts(TorchFunctionMode):
+    """Puts a known mask in the place of every dropout of single features, and collects their rates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates: set[float] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.dropout:
+            return func(*args, **(kwargs or {}))
+        return self._dropout(*args, **(kwargs or {}))
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return input
+        self.rates.add(float(p))
+        return masked(input)
+
+
+def masked(x: Tensor) -> Tensor:
+    """``x`` times a mask that depends on the shape alone."""
+    return x * torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype).view(x.shape)
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Where foreign code runs: with gradients and without autocast; whatever it raises makes the reason.
+
+    Code that draws random numbers has no one result, and would shift those of the caller.
+    """
+    state, python_state = torch.get_rng_state(), random.getstate()
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.device("cpu"),
+        ):
+            yield
+        if not torch.equal(torch.get_rng_state(), state) or random.getstate() != python_state:
+            raise NotFusible("its forward draws random numbers")
+    except NotFusible:
+        raise
+    except Exception as error:
+        raise NotFusible(f"it cannot be tried on one tensor: {error}") from error
+    finally:
+        torch.set_rng_state(state)
+        random.setstate(python_state)

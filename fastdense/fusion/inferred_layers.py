@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads dense blocks of unknown classes: found by the widths of their layers, proved by a trial on random numbers."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdense.fusion.checks import (
+    CONVS,
+    NORMS,
+    NotFusible,
+    check_conv,
+    check_no_global_hooks,
+    check_no_hooks,
+    check_norm,
+    class_name,
+)
+from fastdense.fusion.dense_layers import Layer, check_alike
+from fastdense.fusion.equivalence import (
+    Dropouts,
+    code_of,
+    double_copy,
+    isolated,
+    masked,
+    plain_forward,
+    random_input,
+    tried,
+)
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+
+
+_WITH_NUMBERS = NORMS + CONVS
+
+
+_KNOWN = (*_WITH_NUMBERS, nn.ReLU, nn.Dropout, nn.Identity)
+
+
+# Modules that may have no parameters, by name, as libraries have their own.
+_OTHER_ACTIVATIONS = frozenset(nn.modules.activation.__all__) - {"ReLU"}
+
+
+class InferredBlock(NamedTuple):
+    """The layers of a block in order; ``prepends_features``: new features stand in front of earlier ones.
+
+    ``heads`` children of a sequence run in front of them.
+    """
+
+    layers: list[Layer]
+    prepends_features: bool
+    heads: int = 0
+
+
+class _Form(NamedTuple):
+    prepends_features: bool
+    drop_rate: float
+
+
+def container_of_layers(module: nn.Module) -> nn.Module:
+    """What holds the layers: the module, or its only child with norms or convolutions if that is a list or sequence."""
+    children = [child for child in module.children() if _has_numbers(child)]
+    if len(children) == 1 and type(children[0]) in (nn.Sequential, *_LISTS):
+        return children[0]
+    return module
+
+
+def _has_numbers(module: nn.Module) -> bool:
+    return any(isinstance(inner, _WITH_NUMBERS) for inner in module.modules())
+
+
+def _layer_modules(module: nn.Module, heads: int = 0) -> Iterator[tuple[str, nn.Module]]:
+    container = container_of_layers(module)
+    prefix = "".join(f"{name}." for name, child in module.named_children() if child is container)
+    children = list(container.named_children())[heads:]
+    return ((prefix + name, child) for name, child in children if _has_numbers(child))
+
+
+def count_layers(module: nn.Module) -> int:
+    return len(list(_layer_modules(module, count_heads(module))))
+
+
+def count_heads(module: nn.Module) -> int:
+    """How many children of a sequence run in front of others that look like the layers of a dense block, to its end."""
+    if not isinstance(module, nn.Sequential):
+        return 0
+    children = list(module.children())
+    behind = (at for at in range(len(children) - 1) if _has_numbers(children[at]))
+    return next((at for at in behind if _grow(child for child in children[at:] if _has_numbers(child))), 0)
+
+
+def looks_like_dense_block(module: nn.Module) -> bool:
+    """Whether the children are two layers or more, with norms, that read ``C0, C0 + k, C0 + 2 k ...`` channels.
+
+    Each layer's last convolution makes ``k``. Modules that run one behind the other never look like this.
+    """
+    if type(module).forward is nn.Module.forward:  # a list
+        return False
+    return _grow(layer for _, layer in _layer_modules(module))
+
+
+def _grow(layers: Iterable[nn.Module]) -> bool:
+    channels = growth = count = 0
+    for count, layer in enumerate(layers, 1):
+        convs = [inner for inner in layer.modules() if isinstance(inner, CONVS)]
+        if not convs or layer is convs[0]:
+            return False
+        if count == 1:
+            channels, growth = convs[0].in_channels, convs[-1].out_channels
+        if (convs[0].in_channels, convs[-1].out_channels) != (channels + (count - 1) * growth, growth):
+            return False
+        if not any("Norm" in type(inner).__name__ for inner in layer.modules()):
+            return False
+    return count > 1
+
+
+def read_inferred_block(module: nn.Module) -> InferredBlock:
+    """Reads the layers, whatever their modules are called, and checks the block once (:mod:`.equivalence`)."""
+    return _read(module, 0)
+
+
+def read_inferred_layers(module: nn.Module) -> InferredBlock:
+    """Reads the layers at the end of a sequence whose first children may do something else."""
+    return _read(module, count_heads(module))
+
+
+def _read(module: nn.Module, heads: int) -> InferredBlock:
+    check_no_global_hooks()
+    layers = _read_layers(module, heads)
+    form = tried(module, lambda module: _try_out(_behind(module, heads)))
+    rate = 0.0
+    if form.drop_rate > 0:
+        modes = {inner.training for _, inner in _modules_behind(module, heads) if not isinstance(inner, CONVS + NORMS)}
+        if len(modes) > 1:
+            raise NotFusible("it has dropout, and some of its modules are in training mode, some are not")
+        rate = form.drop_rate if modes == {True} else 0.0
+    return InferredBlock([layer._replace(drop_rate=rate) for layer in layers], form.prepends_features, heads)
+
+
+def _behind(module: nn.Module, heads: int) -> nn.Module:
+    return nn.Sequential(*list(module.children())[heads:]) if heads > 0 else module
+
+
+def _modules_behind(module: nn.Module, heads: int) -> list[tuple[str, nn.Module]]:
+    """All modules inside, without the first children."""
+    first = [name for name, _ in module.named_children()][:heads]
+    return [(name, inner) for name, inner in module.named_modules() if name.partition(".")[0] not in first]
+
+
+def _read_layers(module: nn.Module, heads: int = 0) -> list[Layer]:
+    modules = _modules_behind(module, heads)
+    foreign = dict.fromkeys(class_name(inner) for _, inner in modules if _is_foreign(inner))
+    if foreign:
+        raise NotFusible(
+            f"its layers have {', '.join(foreign)}: expected batch norms, ReLU, convolutions and dropout alone"
+        )
+    parts: dict[str, list[tuple[str, nn.Module]]] = {name: [] for name, _ in _layer_modules(module, heads)}
+    if not parts:
+        raise NotFusible("it has no layers")
+    depth = 1 + next(iter(parts)).count(".")
+    for name, inner in modules:
+        if inner is not module:
+            check_no_hooks(inner, name)
+        if isinstance(inner, _WITH_NUMBERS):
+            parts[".".join(name.split(".")[:depth])].append((name, inner))
+        elif _has_own(inner):
+            raise NotFusible(f"{name or 'it'} has parameters of its own")
+    return check_alike([_read_layer(part, name) for name, part in parts.items()])
+
+
+def _has_own(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(tensor is not None for tensor in tensors)
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    if isinstance(module, _KNOWN):
+        return False
+    return type(module).__name__ in _OTHER_ACTIVATIONS or (not module._modules and _has_own(module))
+
+
+def _read_layer(parts: list[tuple[str, nn.Module]], name: str) -> Layer:
+    kinds = [isinstance(part, CONVS) for _, part in parts]
+    if kinds not in ([False, True], [False, True, False, True]):
+        found = ", ".join(class_name(part) for _, part in parts)
+        raise NotFusible(f"{name} is {found}: expected norm, convolution, or norm, 1x1 convolution, norm, convolution")
+    norm1 = check_norm(parts[0][1], parts[0][0])
+    conv1 = norm2 = None
+    if len(parts) > 2:
+        conv1 = check_conv(parts[1][1], parts[1][0], 1)
+        norm2 = check_norm(parts[2][1], parts[2][0])
+    return Layer(norm1, conv1, norm2, check_conv(parts[-1][1], parts[-1][0], None), 0.0)
+
+
+def _try_out(module: nn.Module) -> _Form:
+    """Compares outputs, gradients and running statistics with the definition's, in training and in eval mode."""
+    with isolated():
+        twin = double_copy(module)
+        layers = _read_layers(twin)
+        first = layers[0].norm1.num_features
+        x = random_input(layers[0].conv2, first)
+        forward = plain_forward(twin)
+        made, rates, before = [], [], code_of(twin)
+        for mode in (True, False):
+            twin.train(mode)
+            with Dropouts() as dropouts:
+                made.append(_step(twin, forward, x))
+            rates.append(dropouts.rates)
+        if code_of(twin) != before:
+            raise NotFusible("its forward changes its attributes")
+        if len(rates[0]) > 1 or rates[1]:
+            raise NotFusible("its dropout has several rates, or one in eval mode")
+        for prepends_features in (False, True):
+            if all(
+                _same(
+                    _step(twin.train(mode), _definition(layers, prepends_features, mode and bool(rates[0])), x), plain
+                )
+                for mode, plain in zip((True, False), made, strict=True)
+            ):
+                return _Form(prepends_features, max(rates[0], default=0.0))
+    raise NotFusible(
+        "its results are not those of norm, ReLU and convolution on all earlier features, joined in front or behind"
+    )
+
+
+def _definition(layers: list[Layer], prepends_features: bool, dropped: bool) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        for layer in layers:
+            new = F.relu(layer.norm1(x))
+            if layer.conv1 is not None and layer.norm2 is not None:
+                new = F.relu(layer.norm2(layer.conv1(new)))
+            new = layer.conv2(new)
+            new = masked(new) if dropped else new
+            x = torch.cat([new, x] if prepends_features else [x, new], 1)
+        return x
+
+    return forward
+
+
+def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> list[Tensor | None]:
+    """Output, gradients and statistics of one pass; the statistics are put back."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    x = x.clone().requires_grad_()
+    out = forward(x)
+    if not isinstance(out, Tensor) or not out.requires_grad:
+        raise NotFusible("its result is not one tensor with gradients")
+    wanted = [x, *module.parameters()]
+    grads = torch.autograd.grad(out, wanted, torch.linspace(-1, 1, out.numel()).to(out).view_as(out), allow_unused=True)
+    statistics = [buffer.clone() for buffer in module.buffers()]
+    for buffer, old in zip(module.buffers(), before, strict=True):
+        buffer.copy_(old)
+    return [out.detach(), *grads, *statistics]
+
+
+def _same(actual: Iterable[Any], expected: Iterable[Any]) -> bool:
+    """To nine digits of each tensor's norm."""
+
+    def near(a: Tensor | None, b: Tensor | None) -> bool:
+        if a is None or b is None or a.shape != b.shape:
+            return a is b
+        return bool((a.double() - b.double()).norm() <= 1e-9 * b.double().norm())
+
+    return all(near(a, b) for a, b in zip(actual, expected, strict=True))

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norms in front of a max pool, computed again in the backward pass.
+
+A max pool does not commute with a 1x1 convolution, so that a transition with one cannot join the operator of its block.
+Plainly it keeps the normalised block, the convolution's result, a mask and the pool's indices: more than the block. So
+does a stem whose max pool :func:`fastdense.ops.norm_relu_max_pool` does not know. Here they keep their input alone; the
+numbers are the same, bit for bit.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdense.fusion.checks import (
+    NotFusible,
+    check_conv,
+    check_no_global_hooks,
+    check_no_hooks,
+    class_name,
+    has_fused_relu,
+)
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+
+_DROPOUTS: dict[type, Callable[..., Tensor]] = {
+    nn.Dropout: F.dropout,
+    nn.Dropout1d: F.dropout1d,
+    nn.Dropout2d: F.dropout2d,
+    nn.Dropout3d: F.dropout3d,
+}
+
+
+def looks_like_max_pool_transition(modules: Sequence[nn.Module]) -> bool:
+    """Whether these are a norm, ReLU, 1x1 convolution, perhaps dropout, and max pool."""
+    kinds: list[Any] = [nn.modules.batchnorm._BatchNorm, nn.ReLU, _CONVS, tuple(_DROPOUTS), POOLS]
+    if len(modules) == 4:
+        del kinds[3]
+    if len(modules) != len(kinds) or not all(isinstance(m, k) for m, k in zip(modules, kinds, strict=True)):
+        return False
+    conv: Any = modules[2]
+    return set(conv.kernel_size) == {1}
+
+
+def read_max_pool_transition(module: nn.Module) -> list[Any]:
+    """The modules, if nobody watches them."""
+    modules = list(module.children())
+    if not looks_like_max_pool_transition(modules):
+        raise NotFusible("its modules are not a norm, ReLU, 1x1 convolution, perhaps a dropout, and a max pool")
+    check_conv(modules[2], "conv", 1, bias=True)
+    check_unobserved(modules)
+    if not is_recomputable(modules[0]):
+        raise NotFusible(f"norm is a {class_name(modules[0])}, not a BatchNorm of one process")
+    return modules
+
+
+def check_unobserved(modules: Sequence[Any]) -> None:
+    """Raises NotFusible where somebody would see that the modules are run twice, or not at all."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        raise NotFusible("forward-mode derivatives and function transforms go through plain modules only")
+    check_no_global_hooks()
+    for index, module in enumerate(modules):
+        for inner in module.modules():
+            check_no_hooks(inner, f"module {index}")
+
+
+def is_recomputable(norm: Any) -> bool:
+    """Whether ``norm`` takes the statistics of its own process alone, so that it can be run again."""
+    return type(norm) in _NORMS or (has_fused_relu(norm) and isinstance(norm, _NORMS))
+
+
+def run_recomputed(modules: Sequence[Any], input: Tensor) -> Tensor:
+    """Runs modules that begin with a norm; keeps their input for the backward pass, which runs them again."""
+    compiled = torch.compiler.is_compiling()  # the compiler chooses what to keep
+    if compiled or not torch.is_grad_enabled() or not is_recomputable(modules[0]):
+        for module in modules:
+            input = module(input)
+        return input
+    run, draws = _runner(modules)
+    return checkpoint(run, input, use_reentrant=False, preserve_rng_state=draws)
+
+
+def _runner(modules: Sequence[Any]) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """Runs the modules in their mode of now; running statistics move in the forward pass only. And whether it draws."""
+    norm, *others = modules
+    mean, var = norm.running_mean, norm.running_var
+    uses_batch = norm.training or mean is None
+    if norm.training and not norm.track_running_stats:
+        mean = var = None
+    if mean is not None:  # in training, their numbers do not matter
+        mean, var = mean.clone(), var.clone()
+    drop_rates = [other.p if type(other) in _DROPOUTS and other.training else 0.0 for other in others]
+
+    def run(input: Tensor) -> Tensor:
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward:
+            x = F.batch_norm(input, mean, var, norm.weight, norm.bias, uses_batch, 0.0, norm.eps)
+            if has_fused_relu(norm):
+                x = F.relu(x, inplace=True)
+        else:
+            x = norm(input)
+        for other, drop_rate in zip(others, drop_rates, strict=True):
+            if type(other) not in _DROPOUTS:
+                x = other(x)
+            elif drop_rate > 0:
+                x = _DROPOUTS[type(other)](x, drop_rate, True)
+        return x
+
+    return run, any(drop_rates)

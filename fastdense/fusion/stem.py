@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the norm, ReLU and max pool of a stem, which one operator can run."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdense.fusion.checks import NotFusible, check_norm, has_fused_relu
+from fastdense.fusion.max_pool_transition import POOLS, check_unobserved
+from fastdense.ops.norm_relu_max_pool import MAX_WINDOW
+
+
+class PoolSizes(NamedTuple):
+    """A max pool as :func:`fastdense.ops.norm_relu_max_pool` takes it: one number an axis."""
+
+    kernel_size: list[int]
+    stride: list[int]
+    padding: list[int]
+
+
+class Stem(NamedTuple):
+    """A norm, a ReLU unless the norm has it inside, and a max pool; its sizes where the operator can run it."""
+
+    modules: list[Any]
+    pool: PoolSizes | None
+
+    @property
+    def norm(self) -> Any:
+        return self.modules[0]
+
+    def takes(self, input: Tensor) -> bool:
+        """Whether the operator runs in place of the modules: the pool, and dimensions and types as torch has them."""
+        norm = self.norm
+        tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        types = {t.dtype for t in tensors if t is not None}
+        mixed = input.dtype.itemsize == 2 and types == {torch.float32}
+        has_axes = self.pool is not None and input.dim() == 2 + len(self.pool.kernel_size)
+        return has_axes and (mixed or types <= {input.dtype})
+
+
+def read_stem(modules: Sequence[nn.Module]) -> Stem | None:
+    """The stem that ``modules`` begin with, or None."""
+    if modules and has_fused_relu(modules[0]):
+        found = list(modules[:2])
+    elif len(modules) > 1 and type(modules[1]) is nn.ReLU:
+        found = list(modules[:3])
+    else:
+        return None
+    if type(found[-1]) not in POOLS:
+        return None
+    try:
+        check_norm(found[0], "norm")
+        check_unobserved(found)
+    except NotFusible:
+        return None
+    return Stem(found, _pool_sizes(found[-1]))
+
+
+def _pool_sizes(pool: Any) -> PoolSizes | None:
+    dims = POOLS.index(type(pool)) + 1
+    if pool.ceil_mode or pool.return_indices:
+        return None
+    kernel_size, stride, padding, dilation = (
+        [size] * dims if isinstance(size, int) else list(size)
+        for size in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    )
+    if set(dilation) != {1} or math.prod(kernel_size) > MAX_WINDOW:
+        return None
+    if any(2 * p > k for p, k in zip(padding, kernel_size, strict=True)):  # for torch to refuse
+        return None
+    return PoolSizes(kernel_size, stride, padding)

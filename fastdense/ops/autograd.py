@@ -49,7 +49,7 @@ def register_autograd(
     gradient: Any = type(f"fastdense_{name}", (torch.autograd.Function,), functions)
 
     def call(keyset: Any, *arguments: Any) -> Any:
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):  # type: ignore[attr-defined]
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
         flat: list[Tensor | None] = []

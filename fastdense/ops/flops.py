@@ -11,7 +11,7 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -162,7 +162,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((found for found in others if found is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = self._running(spec.loader.exec_module)  # type: ignore[method-assign]
+            spec.loader.exec_module = self._running(spec.loader.exec_module)  # type: ignore[assignment,method-assign]
         return spec
 
     def _running(self, run: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
@@ -185,7 +185,7 @@ def register_flops() -> None:
 def uncounted() -> Iterator[None]:
     """Leaves out of the counts what is computed a second time."""
     modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
-    counters = [mode.counter for mode in modes if type(mode).__module__ == _COUNTER]
+    counters = [cast(Any, mode).counter for mode in modes if type(mode).__module__ == _COUNTER]
     before = [{name: dict(counts) for name, counts in counter.flop_counts.items()} for counter in counters]
     try:
         yield

@@ -62,6 +62,7 @@ from torch.utils import cpp_extension  # noqa: E402
 logger.disabled = False
 
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"
+EXTENSION = "fastdense._C"
 DEFAULT_ARCH_LIST = "7.5;8.0;9.0+PTX"
 
 
@@ -199,7 +200,7 @@ def extension() -> cpp_extension.CppExtension:
     nvcc = ["-std=c++20", host[0], "-fmad=false", f"-Xcompiler={','.join(host)}"]
     nvcc += os.environ.get("NVCC_FLAGS", "").split()
     return (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
-        "fastdense._C",
+        EXTENSION,
         sorted(sources),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
@@ -257,7 +258,8 @@ class Build(cpp_extension.BuildExtension):
         print(f"fastdense: building for {describe_target()}", file=sys.stderr, flush=True)
         with short_progress():
             super().run()
-        write_facts(Path(self.get_ext_fullpath("fastdense._C")))
+        if EXTENSION in (extension.name for extension in self.extensions):
+            write_facts(Path(self.get_ext_fullpath(EXTENSION)))
         if hint := cpu_build_hint():
             atexit.register(print, hint, file=sys.stderr)  # setuptools may have more to say
 

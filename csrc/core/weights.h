@@ -116,9 +116,9 @@ inline std::vector<bool> read_needs(const char* op, const c10::List<bool>& needs
 // What a backward op returns where there is nothing to compute: zeros for what is wanted.
 inline std::vector<at::Tensor> zero_gradients(const at::Tensor& input_gradient, at::TensorList weights,
                                               const std::vector<bool>& needs) {
-  const at::Tensor none = at::empty({0}, input_gradient.options());
-  std::vector<at::Tensor> gradients{needs[0] ? input_gradient.zero_() : none};
-  for (size_t i = 0; i < weights.size(); ++i) gradients.push_back(needs[i + 1] ? at::zeros_like(weights[i]) : none);
+  const auto none = [&] { return at::empty({0}, input_gradient.options()); };  // results do not share memory
+  std::vector<at::Tensor> gradients{needs[0] ? input_gradient.zero_() : none()};
+  for (size_t i = 0; i < weights.size(); ++i) gradients.push_back(needs[i + 1] ? at::zeros_like(weights[i]) : none());
   return gradients;
 }
 

@@ -349,9 +349,9 @@ def test_an_attribute_that_comes_later_needs_no_trial():
     _, fast = pair(net)
     for module in fast.modules():
         module._is_marked = True
-    outcome = fast.dense1._trial_outcome
+    outcome = fast.dense1._fastdense.outcome
     assert fused_calls(fast, images()) == FUSED
-    assert fast.dense1._trial_outcome is outcome
+    assert fast.dense1._fastdense.outcome is outcome
 
 
 def test_parts_of_a_converted_sequence():

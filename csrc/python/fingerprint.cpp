@@ -232,6 +232,7 @@ class Fingerprint {
     }
     Recorder tape(words_, owned_);
     is_kept_ = !walk(tape, modules);
+    if (!is_kept_) clear();
   }
   Fingerprint(const Fingerprint&) = delete;
   Fingerprint& operator=(const Fingerprint&) = delete;

@@ -49,23 +49,45 @@ class BatchStatistics(NamedTuple):
 class Parameters:
     """Flat lists in the order in which a native operator reads them (csrc/core/weights.h).
 
-    ``absent`` stands for what a norm does not have: lists with None are not differentiable in custom operators.
+    ``weights`` has None for what a norm or a convolution does not have, see :func:`fill_absent`; ``convs`` lists the
+    positions of the weights of convolutions, ``running`` those of running statistics.
     """
 
-    def __init__(self, absent: Tensor) -> None:
-        self.weights: list[Tensor] = []
+    def __init__(self) -> None:
+        self.weights: list[Tensor | None] = []
         self.eps: list[float] = []
-        self._absent = absent
+        self.convs: list[int] = []
+        self.running: list[int] = []
 
     def norm(self, norm: NormWeights) -> None:
-        self.weights.extend(self._absent if w is None else w for w in norm[:4])
+        at = len(self.weights) + 2
+        self.running += [at, at + 1] if norm.running_mean is not None else []
+        self.weights += norm[:4]
         self.eps.append(norm.eps)
 
     def conv(self, weight: Tensor) -> None:
+        self.convs.append(len(self.weights))
         self.weights.append(weight)
 
     def biased_conv(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weights += [weight, self._absent if bias is None else bias]
+        self.conv(weight)
+        self.weights.append(bias)
+
+
+def copy_running(weights: list[Tensor | None], running: Sequence[int]) -> list[Tensor | None]:
+    """Copies of running statistics where a backward pass may come: a training step in between moves the buffers."""
+    if not running or not torch.is_grad_enabled():
+        return weights
+    copies = list(weights)
+    for at in running:
+        copies[at] = copies[at].clone()  # type: ignore[union-attr]
+    return copies
+
+
+def fill_absent(weights: Sequence[Tensor | None], input: Tensor) -> list[Tensor]:
+    """Empty tensors in the place of None: lists with None are not differentiable in custom operators."""
+    absent = input.detach().new_empty(0)
+    return [absent if weight is None else weight for weight in weights]
 
 
 def check_memory(op: str, memory: str, modes: Sequence[str]) -> str:

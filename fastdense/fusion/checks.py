@@ -39,6 +39,10 @@ _METHODS = (
 )
 
 
+# What tensors do when they are given to a function: nothing of their own.
+_NOT_WATCHING = (torch.Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+
+
 class NotFusible(Exception):
     """The reason why a block has to run as plain modules."""
 
@@ -72,7 +76,18 @@ def _intrusion(module: nn.Module) -> str | None:
     if "parametrizations" in state["_modules"]:
         return "a parametrization"
     methods = _own_methods(module)
-    return f"a {methods[0]} of its own" if methods else None
+    if methods:
+        return f"a {methods[0]} of its own"
+    if torch.compiler.is_compiling():
+        return None
+    for tensor in (*state["_parameters"].values(), *state["_buffers"].values()):
+        if tensor is not None and _watches(type(tensor)):
+            return f"a {type(tensor).__name__}, which watches the functions it is given to"
+    return None
+
+
+def _watches(kind: Any) -> bool:
+    return getattr(kind.__torch_function__, "__func__", kind.__torch_function__) not in _NOT_WATCHING
 
 
 def _own_methods(module: nn.Module) -> list[str]:

@@ -66,13 +66,17 @@ class _Walk:
 
     def attribute(self, kind: type, name: str) -> None:
         """What ``name`` is on a class."""
-        base = next((base for base in kind.__mro__ if name in base.__dict__), None)
-        if base is None or not self._is_new(kind, name):
+        if not self._is_new(kind, name):
             return
-        value = base.__dict__[name]
+        base = next((base for base in kind.__mro__ if name in base.__dict__), object)
+        value = base.__dict__.get(name)
         if base is not object:
             self._see(base, name, value, f"{base.__module__}.{base.__qualname__}", _is_at_home(base, name, value))
         self._follow(value)
+        function = _function_of(value)
+        if function is not None and base is not nn.Module and kind is not torch.Tensor:
+            for inner in _names(function.__code__):  # a property on the class would come before the instance
+                self.attribute(kind, inner)
 
     def _see(self, owner: Any, name: str, value: Any, where: str, is_at_home: bool) -> None:
         original = _ORIGINALS.get((id(owner), name))

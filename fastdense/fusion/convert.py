@@ -22,6 +22,7 @@ from fastdense.fusion.inferred_layers import (
     read_inferred_layers,
 )
 from fastdense.fusion.max_pool_transition import looks_like_max_pool_transition, read_max_pool_transition
+from fastdense.fusion.plan.code import is_replaced
 from fastdense.fusion.plan.kept import check_sources, read_sources
 from fastdense.fusion.plan.state import STATE, plain_class, state_of
 from fastdense.fusion.residual_dense_block import FusedResidualDenseBlock, FusedSRDenseBlock
@@ -124,6 +125,13 @@ class Pattern(NamedTuple):
         self.reader(module)
 
 
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether a module calls its children in turn, or did before somebody replaced its library's code."""
+    if not isinstance(module, nn.Sequential):
+        return False
+    return type(module).forward is nn.Sequential.forward or is_replaced(type(module), "forward")
+
+
 def _is_dense_block(module: nn.Module) -> bool:
     if isinstance(module, FusedDenseBlock):
         return not isinstance(module, FusedInferredBlock)
@@ -135,8 +143,7 @@ def _is_inferred_block(module: nn.Module) -> bool:
 
 
 def _is_inferred_layers(module: nn.Module) -> bool:
-    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return isinstance(module, FusedInferredLayers) or (is_sequence and count_heads(module) > 0)
+    return isinstance(module, FusedInferredLayers) or (_is_sequence(module) and count_heads(module) > 0)
 
 
 def _is_dual_path_block(module: nn.Module) -> bool:
@@ -147,15 +154,13 @@ def _is_transition_like(module: nn.Module) -> bool:
     """A sequence of exactly norm, (relu), conv, pool."""
     if isinstance(module, FusedTransition):
         return True
-    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return is_sequence and is_transition(module)
+    return _is_sequence(module) and is_transition(module)
 
 
 def _is_max_pool_transition(module: nn.Module) -> bool:
     if isinstance(module, RecomputedTransition):
         return True
-    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return is_sequence and looks_like_max_pool_transition(list(module.children()))
+    return _is_sequence(module) and looks_like_max_pool_transition(list(module.children()))
 
 
 def _is_residual_dense_block(module: nn.Module) -> bool:

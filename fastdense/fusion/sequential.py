@@ -64,13 +64,14 @@ class FusedSequential(FusedModule):
 
 
 def _check_own_code(sequence: nn.Module) -> None:
-    """Raises NotFusible where the sequence itself has been given other code than a call of its modules in turn."""
+    """Raises NotFusible where the code of the sequence, or of a stem in it, is not what it was."""
     if torch.compiler.is_compiling():
         return
     check_function_modes()
     state = state_of(sequence)
     if state.kept is None or not state.kept.still_holds():
-        state.kept = find_sources(frozenset([plain_class(type(sequence))]))
+        own = [type(module) for module in sequence.children() if isinstance(module, (*NORMS, nn.ReLU, *POOLS))]
+        state.kept = find_sources(frozenset([plain_class(type(sequence)), *own]))
     check_sources(state.kept)
 
 

@@ -125,6 +125,12 @@ class _Walk:
                 self.attribute(value, "forward")
 
 
+def is_replaced(kind: type, name: str) -> bool:
+    """Whether a class of a library has another method than the library gave it."""
+    base = next(base for base in kind.__mro__ if name in base.__dict__)
+    return not _is_at_home(base, name, base.__dict__[name])
+
+
 def _methods_of(kind: type) -> frozenset[str]:
     """Names of functions and properties of a class and its bases."""
     found: set[str] = set()

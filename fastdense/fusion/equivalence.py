@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdense.fusion.base import run_plain
 from fastdense.fusion.checks import CONVS, NORMS, NotFusible
+from fastdense.fusion.plan.code import Sources
 from fastdense.fusion.plan.kept import read_sources
 from fastdense.fusion.plan.state import STATE, state_of
 
@@ -79,10 +80,8 @@ def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome
         raise NotFusible("it has a forward of its own")
     code, state = code_of(module), state_of(module)
     known = state.outcome
-    sources = None
-    if not torch.compiler.is_compiling():
-        sources = read_sources((module,), known.sources if known is not None else None)
-    if known is None or not known.code.still_holds(code) or (sources is not None and sources is not known.sources):
+    sources = None if torch.compiler.is_compiling() else read_sources((module,), known and known.sources)
+    if known is None or not known.still_holds(code, sources):
         if any(p.is_meta for p in module.parameters()):
             raise NotFusible("its weights have no values to try it with")
         found: Any
@@ -90,6 +89,9 @@ def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome
             if sources is not None and sources.draws:
                 raise NotFusible("its forward draws random numbers")
             found = attempt(module)
+            if sources is not None and not sources.still_holds():
+                sources = None
+                raise NotFusible("its forward changes what its code reads")
         except NotFusible as reason:
             found = str(reason)
         known = state.outcome = _Known(code, sources, found)
@@ -102,8 +104,12 @@ class _Known(NamedTuple):
     """What a trial has told, and of which code."""
 
     code: Code
-    sources: Any
+    sources: Sources | None  # None where trials change what they read: another would tell nothing new
     found: Any
+
+    def still_holds(self, code: Code, sources: Sources | None) -> bool:
+        is_known = sources is None or self.sources is None or sources is self.sources
+        return is_known and self.code.still_holds(code)
 
 
 def double_copy(module: nn.Module) -> nn.Module:

@@ -35,9 +35,11 @@ class FusedModule(nn.Module):
         refuse_torchscript()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, *rest = super().__reduce_ex__(max(protocol, 2))
-        if make is copyreg.__newobj__ and _MADE.get(type(self).__bases__) is type(self):  # type: ignore[attr-defined]
-            make, arguments = _new_fused, type(self).__bases__
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        make, arguments, *rest = reduced
+        bases: Any = type(self).__bases__
+        if make is copyreg.__newobj__ and _MADE.get(bases) is type(self):  # type: ignore[attr-defined]
+            make, arguments = _new_fused, bases
         if rest and isinstance(rest[0], dict) and STATE in rest[0]:
             rest[0] = {**rest[0], STATE: copy.copy(rest[0][STATE])}  # which copy.copy would share
         return make, arguments, *rest

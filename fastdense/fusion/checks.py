@@ -40,7 +40,7 @@ _METHODS = (
 
 
 # What tensors do when they are given to a function: nothing of their own.
-_NOT_WATCHING = (torch.Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+_NOT_WATCHING = (vars(torch.Tensor)["__torch_function__"].__func__, torch._C._disabled_torch_function_impl)
 
 
 class NotFusible(Exception):

@@ -115,13 +115,13 @@ class Walk {
   bool value(PyObject* v, int depth) {
     PyTypeObject* type = Py_TYPE(v);
     if (v == Py_None || type == &PyBool_Type || type == &PyLong_Type || type == &PyFloat_Type ||
-        type == &PyUnicode_Type || PyType_Check(v) || PyModule_Check(v) || PyCFunction_Check(v) || PyMethod_Check(v))
+        type == &PyUnicode_Type)
       return true;
-    if (PyFunction_Check(v)) return function(v);
-    if (is_a(type, THPVariableClass)) return tensor(v);
-    if (depth == 0) return true;
     const auto inner = [&](PyObject* item) { return value(item, depth - 1); };
-    if (PyDict_Check(v)) return items(v, inner);
+    if (PyDict_Check(v)) return depth == 0 || items(v, inner);
+    if (is_a(type, THPVariableClass)) return tensor(v);
+    if (PyFunction_Check(v)) return function(v);
+    if (depth == 0 || PyType_Check(v) || PyModule_Check(v) || PyCFunction_Check(v) || PyMethod_Check(v)) return true;
     if (PyTuple_Check(v) || PyList_Check(v)) {
       const Py_ssize_t size = PySequence_Fast_GET_SIZE(v);
       if (!tape_.word(Word(size))) return false;
@@ -131,7 +131,7 @@ class Walk {
       }
       return true;
     }
-    if (PyAnySet_Check(v)) return keys(v);
+    if (PyAnySet_Check(v)) return tape_.word(Word(PySet_GET_SIZE(v))) && (PySet_GET_SIZE(v) == 0 || keys(v));
     return attributes(v, depth - 1);
   }
 

@@ -49,29 +49,37 @@ class BatchStatistics(NamedTuple):
 class Parameters:
     """Flat lists in the order in which a native operator reads them (csrc/core/weights.h).
 
-    ``weights`` has None for what a norm or a convolution does not have, see :func:`fill_absent`; ``convs`` lists the
-    positions of the weights of convolutions, ``running`` those of running statistics.
+    ``weights`` has None for what a norm or a convolution does not have, see :func:`fill_absent`; ``running`` lists
+    the positions of running statistics, ``devices`` where all are, ``conv_dtypes`` what the convolutions are.
     """
 
     def __init__(self) -> None:
         self.weights: list[Tensor | None] = []
         self.eps: list[float] = []
-        self.convs: list[int] = []
         self.running: list[int] = []
+        self.devices: list[torch.device] = []
+        self.conv_dtypes: list[torch.dtype] = []
 
     def norm(self, norm: NormWeights) -> None:
         at = len(self.weights) + 2
         self.running += [at, at + 1] if norm.running_mean is not None else []
-        self.weights += norm[:4]
+        for weight in norm[:4]:
+            self._add(weight)
         self.eps.append(norm.eps)
 
     def conv(self, weight: Tensor) -> None:
-        self.convs.append(len(self.weights))
-        self.weights.append(weight)
+        if weight.dtype not in self.conv_dtypes:
+            self.conv_dtypes.append(weight.dtype)
+        self._add(weight)
 
     def biased_conv(self, weight: Tensor, bias: Tensor | None) -> None:
         self.conv(weight)
-        self.weights.append(bias)
+        self._add(bias)
+
+    def _add(self, weight: Tensor | None) -> None:
+        if weight is not None and weight.device not in self.devices:
+            self.devices.append(weight.device)
+        self.weights.append(weight)
 
 
 def copy_running(weights: list[Tensor | None], running: Sequence[int]) -> list[Tensor | None]:
@@ -106,19 +114,19 @@ def check_input(op: str, input: Tensor) -> None:
         )
 
 
-def cast_input(op: str, input: Tensor, weights: Sequence[Tensor], convs: Sequence[Tensor]) -> Tensor:
+def cast_input(op: str, input: Tensor, devices: Sequence[torch.device], conv_dtypes: Sequence[torch.dtype]) -> Tensor:
     """The input in the type to compute in: under autocast that of autocast, else that of the convolutions."""
-    for weight in weights:
-        if weight.device != input.device:
-            raise ValueError(f"{op}: expected all weights to be on {input.device} like input, got {weight.device}")
+    for place in devices:
+        if place != input.device:
+            raise ValueError(f"{op}: expected all weights to be on {input.device} like input, got {place}")
     device = input.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         if input.dtype in (torch.float32, torch.float16, torch.bfloat16):
             return input.to(torch.get_autocast_dtype(device))
         return input
-    for conv in convs:
-        if conv.dtype != input.dtype:
-            raise TypeError(f"{op}: expected input to be {conv.dtype} like the convolution weights, got {input.dtype}")
+    for dtype in conv_dtypes:
+        if dtype != input.dtype:
+            raise TypeError(f"{op}: expected input to be {dtype} like the convolution weights, got {input.dtype}")
     return input
 
 

@@ -58,8 +58,9 @@ class FlatBlock(NamedTuple):
     num_layers: int
     bottleneck: bool
     tail: str
-    convs: list[int]  # which of the weights belong to convolutions
-    running: list[int]  # and which are running statistics
+    running: list[int]  # positions of running statistics
+    devices: list[torch.device]
+    conv_dtypes: list[torch.dtype]
 
 
 def dense_block(
@@ -134,7 +135,7 @@ def run_flat_block(
     check_memory("dense_block", memory, MEMORY_MODES)
     check_input("dense_block", input)
     given = fill_absent(weights, input)
-    input = cast_input("dense_block", input, given, [given[at] for at in flat.convs])
+    input = cast_input("dense_block", input, flat.devices, flat.conv_dtypes)
     out, _, mean, var, _ = torch.ops.fastdense.dense_block(
         input,
         given,
@@ -188,8 +189,9 @@ def flatten_block(layers: Sequence[LayerWeights], tail: TailWeights | None) -> F
         len(layers),
         len(layers) > 0 and layers[0].conv1 is not None,
         tail.kind if tail is not None else "none",
-        parameters.convs,
         parameters.running,
+        parameters.devices,
+        parameters.conv_dtypes,
     )
 
 

@@ -53,8 +53,9 @@ class FlatStage(NamedTuple):
     projection: bool
     residual_channels: int
     stride: int
-    convs: list[int]  # which of the weights belong to convolutions
-    running: list[int]  # and which are running statistics
+    running: list[int]  # positions of running statistics
+    devices: list[torch.device]
+    conv_dtypes: list[torch.dtype]
 
 
 def dual_path_stage(
@@ -127,7 +128,7 @@ def run_flat_stage(
     check_memory(op, memory, DUAL_PATH_MEMORY_MODES)
     check_input(op, input)
     given = fill_absent(weights, input)
-    input = cast_input(op, input, given, [given[at] for at in flat.convs])
+    input = cast_input(op, input, flat.devices, flat.conv_dtypes)
     records = records_gradient(input, given)
     if records and memory == "reversible" and input.dtype not in (torch.float32, torch.float64):
         raise NotImplementedError(
@@ -170,8 +171,9 @@ def flatten_stage(
         projection is not None,
         residual_channels,
         stride,
-        parameters.convs,
         parameters.running,
+        parameters.devices,
+        parameters.conv_dtypes,
     )
 
 

@@ -33,7 +33,8 @@ class FlatResidualBlock(NamedTuple):
     weights: list[Tensor | None]
     first_channels: list[int]
     fusion: bool
-    convs: list[int]  # which of the weights are no biases
+    devices: list[torch.device]
+    conv_dtypes: list[torch.dtype]
 
 
 def residual_dense_block(
@@ -96,7 +97,7 @@ def flatten_residual_block(
     for conv in layers if fusion is None else [*layers, fusion]:
         parameters.biased_conv(*conv)
     first = [0] * len(layers) if first_channels is None else list(first_channels)
-    return FlatResidualBlock(parameters.weights, first, fusion is not None, parameters.convs)
+    return FlatResidualBlock(parameters.weights, first, fusion is not None, parameters.devices, parameters.conv_dtypes)
 
 
 def run_flat_residual_block(
@@ -111,10 +112,9 @@ def run_flat_residual_block(
     """:func:`residual_dense_block` with its weights in a list."""
     check_input(_OP, input)
     weights = fill_absent(flat.weights, input)
-    kernels = [weights[at] for at in flat.convs]
     if outer is not None:
-        outer = cast_input(_OP, outer, [], kernels)
-    input = cast_input(_OP, input, weights, kernels)
+        outer = cast_input(_OP, outer, [], flat.conv_dtypes)
+    input = cast_input(_OP, input, flat.devices, flat.conv_dtypes)
     if outer is None:
         outer_scale = 1.0
     out, _ = torch.ops.fastdense.residual_dense_block(

@@ -67,6 +67,8 @@ class Comparer {
 struct Names {
   PyObject* state = PyUnicode_InternFromString("_fastdense");
   PyObject* children = PyUnicode_InternFromString("_modules");
+  PyObject* parameters = PyUnicode_InternFromString("_parameters");
+  PyObject* buffers = PyUnicode_InternFromString("_buffers");
   PyObject* module = PyUnicode_InternFromString("__module__");
   PyObject* memory = PyUnicode_InternFromString("memory");
   PyTypeObject* module_class = nullptr;  // torch.nn.Module
@@ -82,7 +84,7 @@ const Names& names() {
   return *known;
 }
 
-bool is_a(PyTypeObject* type, PyObject* base) { return PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(base)); }
+bool is_tensor(PyObject* v) { return PyType_IsSubtype(Py_TYPE(v), reinterpret_cast<PyTypeObject*>(THPVariableClass)); }
 
 // The walk.  Every function is false where the list differs, or where something cannot be listed.
 template <typename Tape>
@@ -104,6 +106,8 @@ class Walk {
       } else if (key == names().children && PyDict_Check(found)) {
         if (!items(found, [&](PyObject* child) { return child == Py_None || module(child, nesting + 1); }))
           return false;
+      } else if ((key == names().parameters || key == names().buffers) && PyDict_Check(found)) {
+        if (!items(found, [&](PyObject* t) { return t == Py_None || (is_tensor(t) && tensor(t)); })) return false;
       } else if (!value(found, kDepth)) {
         return false;
       }
@@ -119,7 +123,7 @@ class Walk {
       return true;
     const auto inner = [&](PyObject* item) { return value(item, depth - 1); };
     if (PyDict_Check(v)) return depth == 0 || items(v, inner);
-    if (is_a(type, THPVariableClass)) return tensor(v);
+    if (is_tensor(v)) return tensor(v) && version(v);
     if (PyFunction_Check(v)) return function(v);
     if (depth == 0 || PyType_Check(v) || PyModule_Check(v) || PyCFunction_Check(v) || PyMethod_Check(v)) return true;
     if (PyTuple_Check(v) || PyList_Check(v)) {
@@ -185,6 +189,12 @@ class Walk {
     const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(v, nullptr));
     if (!dict || !PyDict_Check(dict.ptr())) return fail() || true;
     return items(dict.ptr(), [&](PyObject* item) { return depth <= 0 || value(item, depth); });
+  }
+
+  // Code may have made numbers of the values of a tensor that is no parameter or buffer.
+  bool version(PyObject* t) {
+    const at::Tensor& unpacked = THPVariable_Unpack(t);
+    return tape_.word(unpacked.is_inference() ? 0 : Word(unpacked._version()));
   }
 
   bool tensor(PyObject* t) {

@@ -159,8 +159,10 @@ def _function_of(value: Any) -> types.FunctionType | None:
 
 
 def _is_followed(function: types.FunctionType) -> bool:
-    """Not into what torch.nn is built on, the standard library, numpy."""
+    """Not into what torch.nn is built on, the standard library, numpy; nor into draws, which a fused module makes too."""
     module = str(function.__globals__.get("__name__", ""))
+    if module == "fastdense.plain.stochastic_depth":
+        return False
     package = module.partition(".")[0]
     if package == "torch":
         return module.startswith("torch.nn.")

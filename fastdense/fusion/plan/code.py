@@ -159,7 +159,7 @@ def _function_of(value: Any) -> types.FunctionType | None:
 
 
 def _is_followed(function: types.FunctionType) -> bool:
-    """Not into what torch.nn is built on, the standard library, numpy; nor into draws, which a fused module makes too."""
+    """Not into what torch.nn is built on, the standard library, numpy, or draws that a fused module makes as well."""
     module = str(function.__globals__.get("__name__", ""))
     if module == "fastdense.plain.stochastic_depth":
         return False

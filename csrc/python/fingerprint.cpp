@@ -23,6 +23,8 @@ namespace {
 
 // Attributes of attributes that are looked at: a dict in an object in a list, but no further.
 constexpr int kDepth = 3;
+// Of larger containers only the size is looked at: tables, not settings.
+constexpr Py_ssize_t kMostItems = 4096;
 // Modules inside each other; more are a circle.
 constexpr int kNesting = 200;
 
@@ -104,8 +106,8 @@ class Walk {
       } else if (!tape_.object(key) || !tape_.object(found)) {
         return false;
       } else if (key == names().children && PyDict_Check(found)) {
-        if (!items(found, [&](PyObject* child) { return child == Py_None || module(child, nesting + 1); }))
-          return false;
+        const auto inner = [&](PyObject* child) { return child == Py_None || module(child, nesting + 1); };
+        if (!items(found, inner, true)) return false;
       } else if ((key == names().parameters || key == names().buffers) && PyDict_Check(found)) {
         if (!items(found, [&](PyObject* t) { return t == Py_None || (is_tensor(t) && tensor(t)); })) return false;
       } else if (!value(found, kDepth)) {
@@ -129,13 +131,15 @@ class Walk {
     if (PyTuple_Check(v) || PyList_Check(v)) {
       const Py_ssize_t size = PySequence_Fast_GET_SIZE(v);
       if (!tape_.word(Word(size))) return false;
-      for (Py_ssize_t i = 0; i < size; ++i) {
+      for (Py_ssize_t i = 0; i < size && size <= kMostItems; ++i) {
         PyObject* item = PySequence_Fast_GET_ITEM(v, i);
         if (!tape_.object(item) || !inner(item)) return false;
       }
       return true;
     }
-    if (PyAnySet_Check(v)) return tape_.word(Word(PySet_GET_SIZE(v))) && (PySet_GET_SIZE(v) == 0 || keys(v));
+    if (PyAnySet_Check(v))
+      return tape_.word(Word(PySet_GET_SIZE(v))) &&
+             (PySet_GET_SIZE(v) == 0 || PySet_GET_SIZE(v) > kMostItems || keys(v));
     return attributes(v, depth - 1);
   }
 
@@ -159,8 +163,9 @@ class Walk {
   }
 
   template <typename Inner>
-  bool items(PyObject* dict, Inner inner) {
+  bool items(PyObject* dict, Inner inner, bool is_children = false) {
     if (!tape_.word(Word(PyDict_GET_SIZE(dict)))) return false;
+    if (PyDict_GET_SIZE(dict) > kMostItems && !is_children) return true;
     // An ordered dict has an order of its own, which its fields do not tell.
     if (PyODict_Check(dict) && PyDict_GET_SIZE(dict) > 1 && !keys(dict)) return false;
     PyObject *key, *found;

@@ -19,7 +19,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx, nn
 
 from fastdense.fusion.checks import NotFusible
-from fastdense.fusion.plan.kept import check_function_modes, keep
+from fastdense.fusion.plan.kept import check_compiled_code, check_function_modes, keep
 from fastdense.fusion.plan.state import STATE, is_own, memory_of, plain_class, renewed, state_of
 from fastdense.ops.arguments import devices, is_exporting
 from fastdense.ops.dense_block import MEMORY_MODES
@@ -72,6 +72,7 @@ def run_fused(
 def plan_of(module: nn.Module, read: Callable[[Any], Plan]) -> Plan:
     """What ``read(module)`` gives, read anew only where something has changed; raises NotFusible as it does."""
     if torch.compiler.is_compiling():  # the compiler reads what it guards
+        check_compiled_code()
         return read(module)
     check_function_modes()
     state, modules = state_of(module), (module,)

@@ -5,6 +5,7 @@ A fused operator does not call the inner modules. What relies on such calls (hoo
 an instance) raises :class:`NotFusible`, and the caller runs the plain modules instead.
 """
 
+import types
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def _own_methods(module: nn.Module) -> list[str]:
     if torch.compiler.is_compiling():  # which guards every name that is asked for
         return [name for name in _METHODS if name in state]
     kind = type(module)
-    return [name for name in state if callable(getattr(kind, name, None))]
+    return [name for name in state if isinstance(getattr(kind, name, None), types.FunctionType | property)]
 
 
 def is_known_class(module: nn.Module, known: tuple[tuple[str, str], ...]) -> bool:

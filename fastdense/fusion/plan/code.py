@@ -253,6 +253,10 @@ class _Original(NamedTuple):
 _ORIGINALS: dict[tuple[int, str], _Original] = {}
 
 
+# The same with names that classes inherit, and where each was found.
+_LOOKED_UP: list[tuple[Any, str, _Original]] = []
+
+
 def _read_originals() -> None:
     per_axis = ("Conv", "BatchNorm", "AvgPool", "MaxPool", "Dropout")
     kinds = [getattr(nn, f"{name}{dims}d") for name in per_axis for dims in (1, 2, 3)]
@@ -262,6 +266,31 @@ def _read_originals() -> None:
         for name in _BEGINNINGS:
             walk.attribute(kind, name)
     _ORIGINALS.update(walk.originals)
+    for owner, name in walk.places.values():
+        value = _look_up(owner, name)
+        if callable(value) or isinstance(value, types.ModuleType):
+            _LOOKED_UP.append((owner, name, _Original(value, _code_of(value))))
+
+
+def _look_up(owner: Any, name: str) -> Any:
+    """What a name is in a namespace, or on a class through its bases."""
+    if isinstance(owner, dict):
+        return owner.get(name)
+    spaces = (vars(base) for base in getattr(owner, "__mro__", ()))
+    return next((space[name] for space in spaces if name in space), None)
 
 
 _read_originals()
+
+
+def replaced_in_torch() -> str:
+    """What of torch, all modules together, is not what it was; "" for nothing. The compiler takes it for a constant."""
+    for owner, name, original in _LOOKED_UP:
+        if not original.still_is(_look_up(owner, name)):
+            home = owner["__name__"] if isinstance(owner, dict) else f"{owner.__module__}.{owner.__qualname__}"
+            return f"{home}.{name}"
+    return ""
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the compiler.
+replaced_in_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]

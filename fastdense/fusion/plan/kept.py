@@ -9,7 +9,7 @@ its place at once, so that threads may share a module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch.utils._device import DeviceContext
 
 from fastdense._C import Fingerprint
 from fastdense.fusion.checks import NotFusible, check_methods
-from fastdense.fusion.plan.code import Sources, find_sources
+from fastdense.fusion.plan.code import Sources, find_sources, replaced_in_torch
 from fastdense.fusion.plan.state import plain_class
 
 Made = TypeVar("Made")
@@ -69,9 +69,27 @@ def read_sources(modules: Iterable[nn.Module], before: Sources | None = None) ->
     return find_sources(classes)
 
 
+def _leave_to_python(*functions: Any) -> None:
+    """Tells the compiler never to look into functions, which none of its own code calls; without importing it."""
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    for function in functions:
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+
+
+_leave_to_python(keep, read_sources, find_sources)
+
+
 def check_sources(sources: Sources) -> None:
     if sources.replaced is not None:
         raise NotFusible(f"{sources.replaced} has been replaced")
+
+
+def check_compiled_code() -> None:
+    """The check of a module that the compiler reads: of all that torch is replaced in, whoever calls it."""
+    replaced = replaced_in_torch()
+    if replaced != "":
+        raise NotFusible(f"{replaced} has been replaced")
 
 
 def check_function_modes() -> None:

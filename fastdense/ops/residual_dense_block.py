@@ -13,9 +13,9 @@ from fastdense.ops.arguments import (
     check_input,
     empty_channels_last,
     fake_gradients,
+    fill_absent,
+    refuse_double_backward,
 )
-from fastdense.ops.autograd import no_double_backward, register_autograd, save, saved, wanted
-from fastdense.ops.fakes import register_fake
 
 _OP = "residual_dense_block"
 
@@ -25,6 +25,16 @@ class ConvWeights(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+class FlatResidualBlock(NamedTuple):
+    """A block's weights in the order in which the native operator reads them; None for an absent bias."""
+
+    weights: list[Tensor | None]
+    first_channels: list[int]
+    fusion: bool
+    devices: list[torch.device]
+    conv_dtypes: list[torch.dtype]
 
 
 def residual_dense_block(
@@ -70,26 +80,50 @@ def residual_dense_block(
         Y. Zhang et al. Residual Dense Network for Image Super-Resolution. CVPR 2018, arXiv:1802.08797, equations 4 to
         7; X. Wang et al. ESRGAN. ECCVW 2018, arXiv:1809.00219, section 3.1.
     """
-    check_input(_OP, input)
-    parameters = Parameters(absent=input.detach().new_empty(0))
-    convs = [*layers] if fusion is None else [*layers, fusion]
-    for conv in convs:
+    return run_flat_residual_block(
+        input,
+        flatten_residual_block(layers, fusion, first_channels),
+        negative_slope=negative_slope,
+        scale=scale,
+        outer=outer,
+        outer_scale=outer_scale,
+    )
+
+
+def flatten_residual_block(
+    layers: Sequence[ConvWeights], fusion: ConvWeights | None, first_channels: Sequence[int] | None = None
+) -> FlatResidualBlock:
+    parameters = Parameters()
+    for conv in layers if fusion is None else [*layers, fusion]:
         parameters.biased_conv(*conv)
-    kernels = [conv.weight for conv in convs]
+    first = [0] * len(layers) if first_channels is None else list(first_channels)
+    return FlatResidualBlock(parameters.weights, first, fusion is not None, parameters.devices, parameters.conv_dtypes)
+
+
+def run_flat_residual_block(
+    input: Tensor,
+    flat: FlatResidualBlock,
+    *,
+    negative_slope: float,
+    scale: float = 1.0,
+    outer: Tensor | None = None,
+    outer_scale: float = 1.0,
+) -> Tensor:
+    """:func:`residual_dense_block` with its weights in a list."""
+    check_input(_OP, input)
+    weights = fill_absent(flat.weights, input)
     if outer is not None:
-        outer = cast_input(_OP, outer, [], kernels)
-    input = cast_input(_OP, input, parameters.weights, kernels)
+        outer = cast_input(_OP, outer, [], flat.conv_dtypes)
+    input = cast_input(_OP, input, flat.devices, flat.conv_dtypes)
     if outer is None:
         outer_scale = 1.0
-    if first_channels is None:
-        first_channels = [0] * len(layers)
     out, _ = torch.ops.fastdense.residual_dense_block(
-        input, parameters.weights, first_channels, fusion is not None, negative_slope, scale, outer, outer_scale
+        input, weights, flat.first_channels, flat.fusion, negative_slope, scale, outer, outer_scale
     )
     return out
 
 
-@register_fake("residual_dense_block")
+@torch.library.register_fake("fastdense::residual_dense_block")
 def _(
     input: Tensor,
     weights: Sequence[Tensor],
@@ -107,7 +141,7 @@ def _(
     return empty_channels_last(input, [batch, channels, height, width]), buffer
 
 
-@register_fake("_residual_dense_block_backward")
+@torch.library.register_fake("fastdense::_residual_dense_block_backward")
 def _(
     grad_output: Tensor,
     buffer: Tensor,
@@ -128,23 +162,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     out, buffer = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(buffer)
-    save(ctx, buffer if fusion else out, *weights)
+    ctx.save_for_backward(buffer if fusion else out, *weights)
     ctx.arguments = (first_channels, fusion, negative_slope, scale, outer_scale, input.shape[1])
 
 
-def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, _: Tensor | None) -> list[Tensor | None]:
-    *needs_grad, needs_outer = needs
+def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    needs_input, needs_weights, *_, needs_outer, _ = ctx.needs_input_grad
     if grad_output is None:
-        return [None] * len(needs)
+        return (None, [None] * len(needs_weights), *[None] * 6)
+    buffer, *weights = ctx.saved_tensors
+    needs_grad = [needs_input, *needs_weights]
     grads: list[Tensor | None] = [None] * len(needs_grad)
     if any(needs_grad):
-        buffer, *weights = saved(ctx)
         made = torch.ops.fastdense._residual_dense_block_backward(
             grad_output, buffer, weights, *ctx.arguments, needs_grad
         )
-        grads = wanted(made, needs_grad)
-    return [*grads, grad_output if needs_outer else None]
+        grads = [g if needed else None for g, needed in zip(made, needs_grad, strict=True)]
+    return (grads[0], grads[1:], None, None, None, None, grad_output if needs_outer else None, None)
 
 
-register_autograd(_OP, _backward, setup_context=_setup_context)
-register_autograd(f"_{_OP}_backward", no_double_backward(_OP))
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    refuse_double_backward(_OP)
+
+
+torch.library.register_autograd("fastdense::residual_dense_block", _backward, setup_context=_setup_context)
+torch.library.register_autograd("fastdense::_residual_dense_block_backward", _no_double_backward)

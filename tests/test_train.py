@@ -106,7 +106,7 @@ def test_killed_runs_end_with_the_same_bits(pictures: Path, tmp_path: Path) -> N
     assert_same_weights(whole.out, config.out)
     timeless = [[{**entry, "seconds": 0} for entry in run.history] for run in (expected, result)]
     assert timeless[0] == timeless[1]
-    assert not list(config.out.glob("*.tmp"))
+    assert not list(config.out.glob(".*"))
 
 
 def test_failing_replace_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

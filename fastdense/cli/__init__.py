@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, MissingExtraError) as error:
         print(f"fastdense: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # no space, too large, no permission ...; the message names the file
+        print(f"fastdense: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fastdense: interrupted", file=sys.stderr)
         return 130

@@ -24,6 +24,7 @@ from fastdense.train import checkpoint
 from fastdense.train import processes as several
 from fastdense.train.config import TrainConfig
 from fastdense.train.data import Dataset, EpochPlan, Split, augment, load, pixels, plan_epoch
+from fastdense.train.lock import locked
 
 
 class NonFiniteLossError(InputError):
@@ -91,15 +92,13 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
         NonFiniteLossError: the loss became infinite or NaN.
     """
     path = config.out / "checkpoint.pt"
-    if path.exists() and not (config.resume or config.fresh):
-        raise InputError(
-            f"train: expected {config.out} to hold no checkpoint, got {path};"
-            " continue it with --resume, or start anew with --fresh"
-        )
-    device = find_device(config.device)
-    _make_folder(config.out)
-    data = load(config.data, config.size)
-    with several.started(device) as processes, _surroundings(config, processes.device):
+    with several.started(find_device(config.device)) as processes, _alone(config, processes):
+        if path.exists() and not (config.resume or config.fresh):
+            raise InputError(
+                f"train: expected {config.out} to hold no checkpoint, got {path};"
+                " continue it with --resume, or start anew with --fresh"
+            )
+        data = load(config.data, config.size)
         run = _Run(config, data, processes, path, progress)
         processes.wait()  # all have seen whether there is a checkpoint
         if config.fresh and processes.is_first:
@@ -344,11 +343,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"train: expected out to be a folder that can be written, got {path}: {error}") from error
+@contextlib.contextmanager
+def _alone(config: TrainConfig, processes: several.Processes) -> Iterator[None]:
+    """In a folder that no other run writes to, and in :func:`_surroundings` of its own."""
+    folder = locked(config.out) if processes.is_first else contextlib.nullcontext()
+    with folder, _surroundings(config, processes.device):
+        yield
 
 
 @contextlib.contextmanager

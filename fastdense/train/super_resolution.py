@@ -26,6 +26,7 @@ from fastdense.sr.images import CorruptImageError, find_images, open_image
 from fastdense.sr.quality import evaluate_image, luminance
 from fastdense.train import checkpoint
 from fastdense.train.config import DTYPES
+from fastdense.train.lock import locked
 from fastdense.train.loop import NonFiniteLossError, find_device
 
 PHOTOGRAPHS = "photographs"
@@ -177,15 +178,19 @@ def train_super_resolution(config: SuperResolutionConfig, progress: bool = True)
         InputError: pictures, arguments or a checkpoint that cannot be used.
         NonFiniteLossError: the loss became infinite or NaN.
     """
-    path = config.out / "checkpoint.pt"
-    if path.exists() and not config.resume and not config.fresh:
-        raise InputError(f"train: expected --out without a checkpoint, got {path}; give --resume or --fresh")
     if min(config.steps, config.batch, config.patch) < 1:
         raise InputError("train: expected steps, batch and patch to be positive")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("train: expected one process for super-resolution, got several; start it without torchrun")
     if config.dtype not in DTYPES:
         raise InputError(f"train: expected dtype to be one of {', '.join(DTYPES)}, got {config.dtype!r}")
+    with locked(config.out):
+        return _train_alone(config, config.out / "checkpoint.pt", progress)
+
+
+def _train_alone(config: SuperResolutionConfig, path: Path, progress: bool) -> SuperResolutionResult:
+    if path.exists() and not config.resume and not config.fresh:
+        raise InputError(f"train: expected --out without a checkpoint, got {path}; give --resume or --fresh")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)

@@ -212,9 +212,11 @@ def _add_train(commands: Commands, run: Run) -> None:
     parser.add_argument(
         "--size", type=int, help="side of an image in pixels (default: 16 for digits, else 32), with sr of a patch"
     )
-    parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, help="a resumed run may be given more (default: the checkpoint's, or 10)")
     parser.add_argument("--batch", type=int, help="images per step (default: 64, or 16 with sr)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: 0.1, or 0.001 with sr)")
+    parser.add_argument(
+        "--lr", type=float, help="peak learning rate (default: 0.1, 0.001 with sr, or the checkpoint's)"
+    )
     parser.add_argument(
         "--schedule",
         choices=("cosine", "steps"),

@@ -31,7 +31,7 @@ def _classify(options: argparse.Namespace) -> int:
         size=options.size,
         epochs=options.epochs,
         batch=options.batch or 64,
-        lr=options.lr if options.lr is not None else 0.1,
+        lr=options.lr,
         schedule=options.schedule,
         weight_decay=options.weight_decay,
         momentum=options.momentum,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ SCHEDULES = ("cosine", "steps")
 _FREE_FIELDS = frozenset(
     ("data", "size", "memory", "device", "threads", "out", "resume", "fresh", "checkpoint_seconds")
 )
+# What a resumed run may be told anew; it goes on as before where it is not.
+CHANGEABLE: dict[str, Any] = {"epochs": 10, "lr": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +34,11 @@ class TrainConfig:
         model_kwargs: arguments of that model's function; the number of classes follows the data.
         data: ``"digits"``, or a folder with one sub-folder of pictures a class.
         size: side of an image in pixels; None takes 16 for digits and 32 for a folder.
-        epochs: passes over the training images.
+        epochs: passes over the training images; None takes 10, or what the checkpoint was made with. A resumed run
+            may be given more.
         batch: images per step, at most, of all processes together; an epoch is cut into steps of equal size.
-        lr: learning rate of the first step.
+        lr: learning rate of the first step; None takes 0.1, or what the checkpoint was made with. A resumed run may
+            be given another, by which all its rates are then computed.
         schedule: ``"cosine"``, along which the rate falls to 0, or ``"steps"``, a tenth of it at 50 % and at 75 %.
         weight_decay: L2 penalty of all parameters.
         momentum: Nesterov momentum in [0, 1).
@@ -53,9 +58,9 @@ class TrainConfig:
     model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: str = DIGITS
     size: int | None = None
-    epochs: int = 10
+    epochs: int | None = None
     batch: int = 64
-    lr: float = 0.1
+    lr: float | None = None
     schedule: str = "cosine"
     weight_decay: float = 1e-4
     momentum: float = 0.9
@@ -76,10 +81,10 @@ class TrainConfig:
             InputError: a value is out of its range.
         """
         checks = {
-            "epochs": (self.epochs >= 1, "at least 1"),
+            "epochs": (self.epochs is None or self.epochs >= 1, "at least 1"),
             "batch": (self.batch >= 1, "at least 1"),
             "size": (self.size is None or self.size >= 1, "at least 1"),
-            "lr": (self.lr > 0 and math.isfinite(self.lr), "a positive number"),
+            "lr": (self.lr is None or (self.lr > 0 and math.isfinite(self.lr)), "a positive number"),
             "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             "weight_decay": (self.weight_decay >= 0 and math.isfinite(self.weight_decay), "0 or more"),
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
@@ -93,6 +98,11 @@ class TrainConfig:
         for name, (holds, expected) in checks.items():
             if not holds:
                 raise InputError(f"train: expected {name} to be {expected}, got {getattr(self, name)!r}")
+
+    def completed(self, saved: Mapping[str, Any]) -> TrainConfig:
+        """With values for what was left open: those of a checkpoint's configuration, or the defaults."""
+        is_open = [name for name in CHANGEABLE if getattr(self, name) is None]
+        return dataclasses.replace(self, **{name: saved.get(name, CHANGEABLE[name]) for name in is_open})
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -22,13 +23,39 @@ from fastdense._support import InputError, extra, write_atomically, write_json
 from fastdense.fusion.convert import restore
 from fastdense.train import checkpoint
 from fastdense.train import processes as several
-from fastdense.train.config import TrainConfig
+from fastdense.train.config import CHANGEABLE, TrainConfig
 from fastdense.train.data import Dataset, EpochPlan, Split, augment, load, pixels, plan_epoch
 from fastdense.train.lock import locked
 
 
 class NonFiniteLossError(InputError):
-    """The loss became infinite or NaN; the last checkpoint is from before."""
+    """The loss or a weight became infinite or NaN; the last checkpoint is from before.
+
+    Args:
+        what: got which value, and where.
+        lr: the learning rate of the run.
+        step: complete steps before.
+        saved: those of them that are in the last checkpoint.
+        begun: those of them that were in the checkpoint with which the run began.
+    """
+
+    def __init__(self, what: str, lr: float, step: int, saved: int, begun: int) -> None:
+        if step == 0:
+            advice = "No step was made before it, so the weights, the pictures or the dtype are to blame"
+        elif saved in (step, begun):  # what was saved leads here at once, or is from before this run
+            advice = f"Start anew at a smaller rate: --fresh --lr {lr / 10:.3g}"
+        else:
+            advice = (
+                f"The last checkpoint is from before: continue from step {saved} with --resume --lr {lr / 10:.3g},"
+                f" or start anew with --fresh --lr {lr / 10:.3g}"
+            )
+        super().__init__(f"train: expected a finite {what}. {advice}")
+
+
+def find_non_finite(model: nn.Module) -> str | None:
+    """The name of a weight or running statistic that is infinite or NaN, if there is one."""
+    values = model.state_dict().items()
+    return next((name for name, value in values if value.is_floating_point() and not value.isfinite().all()), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +116,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
 
     Raises:
         InputError: the configuration, the data or the checkpoint cannot be used.
-        NonFiniteLossError: the loss became infinite or NaN.
+        NonFiniteLossError: the loss, the test loss or a weight became infinite or NaN.
     """
     path = config.out / "checkpoint.pt"
     with several.started(find_device(config.device)) as processes, _alone(config, processes):
@@ -99,12 +126,18 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
                 " continue it with --resume, or start anew with --fresh"
             )
         data = load(config.data, config.size)
+        saved = None
+        if config.resume and path.exists() and processes.is_first:
+            fingerprint = config.fingerprint(data) | {"processes": processes.world}
+            saved = checkpoint.load(path, fingerprint, tuple(CHANGEABLE))
+        saved = processes.gather(saved)[0]
+        config = config.completed(saved["config"] if saved else {})
         run = _Run(config, data, processes, path, progress)
-        processes.wait()  # all have seen whether there is a checkpoint
         if config.fresh and processes.is_first:
             path.unlink(missing_ok=True)
-        if config.resume and processes.gather(path.exists())[0]:
-            run.resume()
+        if saved:
+            with checkpoint.restoring(path):
+                run.restore(saved)
         run.train()
         return _write_results(run)
 
@@ -162,7 +195,8 @@ class _Run:
     def __init__(
         self, config: TrainConfig, data: Dataset, processes: several.Processes, path: Path, progress: bool
     ) -> None:
-        self.config = config
+        assert config.epochs is not None and config.lr is not None  # it is completed
+        self.config, self.epochs, self.lr = config, config.epochs, config.lr
         self.data = data
         self.processes = processes
         self.device = device = processes.device
@@ -174,7 +208,7 @@ class _Run:
         torch.manual_seed(config.seed + processes.rank)  # dropout differs, weights do not
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
-            lr=config.lr,
+            lr=self.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
@@ -183,29 +217,46 @@ class _Run:
         self.progress = Progress()
         self.fingerprint = config.fingerprint(data) | {"processes": processes.world}
         self.epoch_steps = math.ceil(len(data.train) / config.batch)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step, self.begun = time.monotonic(), 0, 0
 
-    def resume(self) -> None:
-        """Goes back to the state of the checkpoint."""
-        first = checkpoint.load(self.path, self.fingerprint) if self.processes.is_first else None
-        state = self.processes.gather(first)[0]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        rng = state["rng"][self.processes.rank]
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Goes on from a checkpoint; says what has changed since.
+
+        Raises:
+            InputError: more epochs are complete than were asked for.
+        """
+        if saved["progress"].keys() != dataclasses.asdict(self.progress).keys():
+            raise ValueError("another kind of progress")
+        now = self.progress = Progress(**saved["progress"])
+        complete = now.epoch + (now.position > 0)
+        if self.epochs < complete:
+            raise InputError(
+                f"train: expected epochs to be at least {complete}, with which {self.path} was made, got {self.epochs}"
+            )
+        for name in CHANGEABLE:
+            before, after = saved["config"][name], getattr(self.config, name)
+            if before != after and self.processes.is_first:
+                print(f"fastdense: {name} was {before} and is {after} from step {now.step + 1} on", file=sys.stderr)
+        self.saved_step = self.begun = now.step
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        rng = saved["rng"][self.processes.rank]
         torch.set_rng_state(rng["cpu"])
         if self.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def save(self) -> None:
-        """Writes the checkpoint."""
+        """Writes the checkpoint, of finite numbers only."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         states = self.processes.gather(rng)
         self.processes.same_buffers(self.model)
-        self.saved_at = time.monotonic()
+        bad = find_non_finite(self.model)
+        if bad:
+            raise self._non_finite(f"network, got an infinite or NaN {bad} after step {self.progress.step}")
+        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
         if not self.processes.is_first:
             return
         state = {
@@ -218,9 +269,12 @@ class _Run:
         }
         checkpoint.save(self.path, state)
 
+    def _non_finite(self, what: str) -> NonFiniteLossError:
+        return NonFiniteLossError(what, self.lr, self.progress.step, self.saved_step, self.begun)
+
     def train(self) -> None:
         """Trains the epochs that are left."""
-        while self.progress.epoch < self.config.epochs:
+        while self.progress.epoch < self.epochs:
             self._train_epoch()
             self._end_epoch()
 
@@ -234,7 +288,7 @@ class _Run:
         with tqdm(
             total=len(self.data.train),
             initial=now.seen,
-            desc=f"epoch {now.epoch + 1}/{self.config.epochs}",
+            desc=f"epoch {now.epoch + 1}/{self.epochs}",
             unit=" images",
             disable=not self.show_progress,
         ) as bar:
@@ -254,8 +308,8 @@ class _Run:
         first, last = (count * (now.position + more) // self.epoch_steps for more in (0, 1))
         images, labels = self._train_batch(plan, self.processes.share(slice(first, last)))
         share = self.processes.world * len(labels) / (last - first)  # gradients are averaged over the processes
-        steps = self.epoch_steps * self.config.epochs
-        rate = learning_rate(now.step, steps, self.config.lr, self.config.schedule)
+        steps = self.epoch_steps * self.epochs
+        rate = learning_rate(now.step, steps, self.lr, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -267,10 +321,8 @@ class _Run:
         loss_sum, correct = self.processes.total(float(loss.detach()) * len(labels), _count_correct(logits, labels))
         value = loss_sum / (last - first)
         if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"train: expected a finite loss, got {value} in step {now.step + 1} (epoch {now.epoch + 1}, learning"
-                f" rate {rate:.3g}); choose a smaller lr. The last checkpoint is from before"
-            )
+            what = f"loss, got {value} in step {now.step + 1} (epoch {now.epoch + 1}, learning rate {rate:.3g})"
+            raise self._non_finite(what)
         now.loss_sum += loss_sum
         now.correct += int(correct)
         now.seen += last - first
@@ -295,6 +347,8 @@ class _Run:
         now = self.progress
         self.processes.same_buffers(self.model)
         test_loss, test_accuracy = self.evaluate(self.data.test)
+        if not math.isfinite(test_loss):
+            raise self._non_finite(f"test loss, got {test_loss} after step {now.step}")
         now.history.append(
             {
                 "epoch": now.epoch + 1,

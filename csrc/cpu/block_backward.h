@@ -86,7 +86,7 @@ class BlockBackward : public BlockForward<T> {
   }
 
   BackwardEpilogue<T> epilogue(int64_t worker, T* gradient, int64_t ld, bool accumulate, const A* mean,
-                           const at::Tensor& dweight) {
+                               const at::Tensor& dweight) {
     const Sums s = worker_sums(worker);
     return {gradient, ld, accumulate, mean, s.sum, s.weighted, of_worker(dweight, worker)};
   }

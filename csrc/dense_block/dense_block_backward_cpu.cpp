@@ -153,7 +153,8 @@ class Backward : BlockBackward<T> {
     const void* dp = d.const_data_ptr();
     this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
       conv_.kernels.conv_backward(source, args_.conv, row, rows, dp, k, this->panels_of(panels),
-                                  this->epilogue(worker, gradient, ld, accumulate, mean, dweight), this->workspace(worker));
+                                  this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
+                                  this->workspace(worker));
     });
     if (!this->needs(layer.conv2.at)) return;
     const at::Tensor by_tap = this->total(dweight, depth, n).reshape({args_.conv.taps(), k, n});

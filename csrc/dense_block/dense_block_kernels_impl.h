@@ -161,7 +161,8 @@ void conv_winograd_backward(const Source<T>& s, const ConvGeometry& g, const Til
     A sum[G::kPanel], weighted[G::kPanel];
     sum_in_groups(tile.rows, tile.columns, n, sum, weighted, epilogue.sum + j, epilogue.weighted + j, [&](int64_t r) {
       for (int64_t q = 0; q < tile.columns; ++q)
-        epilogue_pixel(s, epilogue, origin + r * tile.columns + q, j, n, sums + r * row + q * G::kPanel, A(1), sum, weighted);
+        epilogue_pixel(s, epilogue, origin + r * tile.columns + q, j, n, sums + r * row + q * G::kPanel, A(1), sum,
+                       weighted);
     });
   }
 }

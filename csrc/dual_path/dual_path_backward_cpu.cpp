@@ -149,7 +149,8 @@ class Backward : BlockBackward<T> {
     const at::Tensor dweight = this->worker_gradients(this->needs(conv.at), depth, n);
     this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
       kernels.product_backward(source, pool, row, rows, dy, this->panels_of(panels),
-                               this->epilogue(worker, gradient, ld, accumulate, mean, dweight), this->workspace(worker));
+                               this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
+                               this->workspace(worker));
     });
     if (this->needs(conv.at)) this->set(conv.at, this->total(dweight, depth, n));
   }
@@ -166,11 +167,12 @@ class Backward : BlockBackward<T> {
   void mask(int64_t i, const T* a, const Coefficients& c, T* du) {
     const Source<T> source = this->source(a, args_.width_a, c);
     const at::Tensor none = this->worker_gradients(false, 0, 0);
-    this->for_each_chunk(
-        args_.a_pixels(i), kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-          kernels.norm_backward(source, true, row, rows, du,
-                                this->epilogue(worker, du, args_.width_a, false, c.mean(), none), this->workspace(worker));
-        });
+    this->for_each_chunk(args_.a_pixels(i), kernels.backward_rows,
+                         [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+                           kernels.norm_backward(source, true, row, rows, du,
+                                                 this->epilogue(worker, du, args_.width_a, false, c.mean(), none),
+                                                 this->workspace(worker));
+                         });
   }
 
   // A run of columns that conv_a reads, the gradient that they add to, and the channel of their corrections.
@@ -202,13 +204,13 @@ class Backward : BlockBackward<T> {
       const at::Tensor panels = this->pack_backward(block.conv_a.weight, s.first, s.n);
       const at::Tensor dweight = this->worker_gradients(needed, args_.width_a, s.n);
       const Source<T> source = this->source(s.x.data, s.x.ld, c, s.first, s.n);
-      this->for_each_chunk(args_.a_pixels(i), kernels.backward_rows,
-                           [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-                             kernels.norm_product_backward(
-                                 source, row, rows, norm_b, this->panels_of(panels),
-                                 this->epilogue(worker, s.gradient.data, s.gradient.ld, true, c.mean() + s.first, dweight),
-                                 this->workspace(worker));
-                           });
+      this->for_each_chunk(
+          args_.a_pixels(i), kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+            kernels.norm_product_backward(
+                source, row, rows, norm_b, this->panels_of(panels),
+                this->epilogue(worker, s.gradient.data, s.gradient.ld, true, c.mean() + s.first, dweight),
+                this->workspace(worker));
+          });
       if (needed) dweights.push_back(this->total(dweight, args_.width_a, s.n));
       const Sums sums = this->norm_sums(c, s.first, s.n);
       dnorms.push_back(this->vector(sums.weighted, s.n));

@@ -79,7 +79,8 @@ void product(const Sources<T>& sources, const PoolGeometry* pool, int64_t row, i
 // is nullptr, and dy = left * weight, handed to `epilogue(begin, n, dy, row stride)`, if `gradient`.
 template <typename T, typename Fill, typename Sink>
 void backward_blocks(int64_t rows, int64_t channels, const Rows<T>& left, int64_t depth, const void* panels,
-                     accumulate_t<T>* dweight, bool gradient, Workspace workspace, const Fill& fill, const Sink& epilogue) {
+                     accumulate_t<T>* dweight, bool gradient, Workspace workspace, const Fill& fill,
+                     const Sink& epilogue) {
   using G = Gemm<T>;
   using A = accumulate_t<T>;
   using Operand = typename G::Operand;
@@ -121,8 +122,8 @@ void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t
         sum_in_groups(rows, volume, n, sum, weighted, epilogue.sum + begin, epilogue.weighted + begin, [&](int64_t r) {
           const int64_t first = pool ? window_origin(*pool, row + r) : row + r;
           for (int64_t w = 0; w < volume; ++w)
-            epilogue_pixel(s, epilogue, first + (pool ? window_offset(*pool, w) : 0), begin, n, dy + r * ldd, A(1) / A(volume),
-                       sum, weighted);
+            epilogue_pixel(s, epilogue, first + (pool ? window_offset(*pool, w) : 0), begin, n, dy + r * ldd,
+                           A(1) / A(volume), sum, weighted);
         });
       });
 }

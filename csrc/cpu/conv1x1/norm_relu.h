@@ -164,12 +164,12 @@ inline void store_rows(const accumulate_t<T>* v, int64_t ldv, int64_t row, int64
   if (target.mean) moments(target.out + row * target.ld, target.ld, rows, n, target.mean, target.m2);
 }
 
-// One pixel of a epilogue, columns from `begin` on: the gradient share * dy of the activation passes its ReLU, or is taken
-// as it is with kRelu = false.  The sums are those of sum_in_groups().
+// One pixel of an epilogue, columns from `begin` on: the gradient share * dy of the activation passes its ReLU, or is
+// taken as it is with kRelu = false.  The sums are those of sum_in_groups().
 template <bool kRelu, bool kAccumulate, typename T>
-inline void epilogue_row(const Source<T>& s, const BackwardEpilogue<T>& epilogue, int64_t pixel, int64_t begin, int64_t n,
-                     const accumulate_t<T>* __restrict dy, accumulate_t<T> share, accumulate_t<T>* __restrict sum,
-                     accumulate_t<T>* __restrict weighted) {
+inline void epilogue_row(const Source<T>& s, const BackwardEpilogue<T>& epilogue, int64_t pixel, int64_t begin,
+                         int64_t n, const accumulate_t<T>* __restrict dy, accumulate_t<T> share,
+                         accumulate_t<T>* __restrict sum, accumulate_t<T>* __restrict weighted) {
   using A = accumulate_t<T>;
   const T* __restrict x = s.x + pixel * s.ld + begin;
   T* __restrict g = epilogue.gradient + pixel * epilogue.ld + begin;

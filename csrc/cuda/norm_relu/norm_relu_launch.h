@@ -15,6 +15,7 @@
 
 #include "core/batch_norm_math.h"
 #include "core/dropout_math.h"
+#include "core/geometry.h"
 #include "cuda/launch.h"
 
 namespace fastdense {

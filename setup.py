@@ -6,6 +6,7 @@ FORCE_CPU=1, CUDA_HOME, TORCH_CUDA_ARCH_LIST, NVCC_FLAGS, MAX_JOBS, DEBUG=1,
 SANITIZE=address,undefined (what GCC's -fsanitize takes; "make sanitize" uses it).
 """
 
+import json
 import os
 import sys
 import tomllib
@@ -147,6 +148,18 @@ def extension() -> cpp_extension.CppExtension:
     )
 
 
+def write_facts(binary: Path) -> None:
+    """Writes beside the compiled module what it was built with: what fastdense/_build_info.py reads."""
+    cuda = find_cuda()
+    facts = {
+        "version": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cuda_arch_list": find_arch_list() if cuda else None,
+    }
+    binary.with_suffix(".json").write_text(json.dumps(facts) + "\n")
+
+
 class Build(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -154,6 +167,10 @@ class Build(cpp_extension.BuildExtension):
         # finds its last objects even where an editable install names a new temporary folder.
         self.force = True
         self.build_temp = str(ROOT / "build" / "objects")
+
+    def run(self) -> None:
+        super().run()
+        write_facts(Path(self.get_ext_fullpath("fastdense._C")))
 
 
 setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

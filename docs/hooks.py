@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from docstrings import PACKAGES, path_of, public_names
-from fastdense.cli.parser import make_parser
+from fastdense.cli.commands import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the repository's pages link to, and where the site has it; a link to anything else becomes its text.

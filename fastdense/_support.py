@@ -12,7 +12,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 # How the names of files end that are being written.
 TEMPORARY = ".fastdense-tmp"
@@ -24,6 +24,20 @@ class InputError(ValueError):
 
 class MissingExtraError(ImportError):
     """A package of an optional dependency group is not installed."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, once what was done so far is kept. The message says what; the command line prints the next command.
+
+    Attributes:
+        resumes: whether the same command with ``--resume`` goes on from there.
+        result: what there is of a result.
+    """
+
+    def __init__(self, message: str, *, resumes: bool, result: Any = None) -> None:
+        super().__init__(message)
+        self.resumes = resumes
+        self.result = result
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from PIL import Image
 
 import fastdense
 from fastdense.cli import main
-from fastdense.cli.parser import make_parser
+from fastdense.cli.commands import make_parser
 
 
 @pytest.mark.parametrize("command", ["info", "models", "bench", "train", "resize", "upscale", "evaluate", "demo"])
@@ -138,7 +138,7 @@ def test_resize_of_a_folder(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["in.png", "out.png"], "either --scale or --size"),
+        (["in.png", "out.png"], "exactly one of --scale and --size"),
         (["missing", "out.png", "--scale", "2"], "IN to be a picture or a folder, got missing"),
         (["in.png", "out.xyz", "--scale", "2"], "OUT to end in"),
         (["in.png", "out.png", "--scale", "0.01"], "large enough"),

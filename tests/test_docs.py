@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdense.cli.parser import make_parser
+from fastdense.cli.commands import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("fastdense", "fastdense.nn", "fastdense.ops", "fastdense.models")

@@ -166,7 +166,7 @@ def test_a_full_disk_ends_in_one_line(command, name, pictures, tmp_path, capsys,
     measured = BenchResult(
         BenchConfig(Net("densenet121"), ("plain",)), describe(1), "", [], [Row("plain", seconds=[1.0])]
     )
-    monkeypatch.setattr("fastdense.cli.bench.run_bench", lambda *_: measured)
+    monkeypatch.setattr("fastdense.bench.run_bench", lambda *_: measured)
     out = tmp_path / "out"
     arguments = [word.replace("PICTURES", str(pictures)).replace("OUT", str(out)) for word in command]
     with file_size_limit(100):

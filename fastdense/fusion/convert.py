@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from fastdense.fusion.base import FusedModule, check_memory, fused_class, plain_class
+from fastdense._choices import DualPathMemoryMode
+from fastdense.fusion.base import FusedModule, fused_class, plain_class
 from fastdense.fusion.checks import NotFusible, NotFusibleInTraining, is_known_class
 from fastdense.fusion.dense_block import FusedDenseBlock, FusedTransition, RecomputedTransition
 from fastdense.fusion.dense_layers import BLOCKS, is_transition, read_block, read_transition
@@ -31,13 +32,14 @@ from fastdense.fusion.residual_layers import (
     read_residual_block,
 )
 from fastdense.fusion.sequential import FusedSequential
+from fastdense.ops.arguments import check_memory
 from fastdense.plain.dense_block import PlainDenseBlock
 from fastdense.plain.dual_path import PlainDualPathBlock
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def convert(model: Model, *, memory: str = "balanced") -> Model:
+def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
     """Lets every dense block of ``model`` run on one shared buffer, and every dual path stage on its output.
 
     Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, the blocks of the dual path
@@ -74,7 +76,7 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
             f"(looked for {looked_for}, and for layers that read all earlier features), got {type(model).__name__}"
         )
     for _, _, kind in found:
-        check_memory(memory, kind.mixin.memory_modes)
+        check_memory("convert", memory, kind.mixin.memory_modes)
     for kind in PATTERNS:
         for name, module, its_kind in found:
             if its_kind is kind:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fastdense.fusion.checks import NotFusible, check_conv, check_no_global_hooks, check_no_hooks
 from fastdense.fusion.equivalence import double_copy, isolated, plain_forward, random_input, tried
 from fastdense.ops import ConvWeights
+from fastdense.plain.residual_dense_block import PlainResidualDenseBlock
+from fastdense.plain.sr_dense_block import PlainSRDenseBlock
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -104,8 +106,6 @@ def read_residual_block(module: nn.Module) -> ResidualLayers:
 
 def read_growing_block(module: nn.Module) -> GrowingLayers:
     """Reads the layers of a block of SRDenseNet; one of another library is tried like a residual dense block."""
-    from fastdense.plain.sr_dense_block import PlainSRDenseBlock
-
     convs = _convolutions(module)
     weights = _read_weights(module, [3] * len(convs))
     slope = 0.0 if isinstance(module, PlainSRDenseBlock) else tried(module, _try_out_growing)
@@ -124,8 +124,6 @@ def _read_weights(module: nn.Module, kernels: list[int]) -> list[ConvWeights]:
 
 
 def _factors(module: Any) -> tuple[float, float]:
-    from fastdense.plain.residual_dense_block import PlainResidualDenseBlock
-
     if isinstance(module, PlainResidualDenseBlock):
         return module.negative_slope, module.scale
     return tried(module, _try_out)

@@ -14,6 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdense._choices import MemoryMode, SurvivalMode, SurvivalScale
 from fastdense.nn import DenseBlock, DenseFeatures, Transition, linear_decay
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -57,11 +58,11 @@ class DenseNet(nn.Module):
         compression: float = 0.5,
         drop_rate: float = 0.0,
         survival: float = 1.0,
-        survival_mode: str = "batch",
-        survival_scale: str = "test",
+        survival_mode: SurvivalMode = "batch",
+        survival_scale: SurvivalScale = "test",
         num_classes: int = 1000,
         spatial_dims: int = 2,
-        memory: str = "balanced",
+        memory: MemoryMode = "balanced",
     ) -> None:
         super().__init__()
         if not 0 < compression <= 1:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdense._choices import DualPathMemoryMode, SurvivalMode, SurvivalScale
 from fastdense.nn import DenseFeatures, DualPathBlock, StochasticDepth, linear_decay
 from fastdense.plain.dual_path import NormRelu
 
@@ -85,10 +86,10 @@ class DPN(nn.Module):
         num_classes: int = 1000,
         drop_rate: float = 0.0,
         survival: float = 1.0,
-        survival_mode: str = "batch",
-        survival_scale: str = "test",
+        survival_mode: SurvivalMode = "batch",
+        survival_scale: SurvivalScale = "test",
         test_time_pooling: bool = False,
-        memory: str = "balanced",
+        memory: DualPathMemoryMode = "balanced",
     ) -> None:
         super().__init__()
         if len(blocks) != len(growth_rates):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdense._choices import MemoryMode, SurvivalMode, SurvivalScale
 from fastdense.fusion.dense_block import RecomputedTransition
 from fastdense.nn import DenseBlock, linear_decay
 
@@ -81,9 +82,9 @@ class FCDenseNet(nn.Module):
         num_classes: int = 11,
         drop_rate: float = 0.2,
         survival: float = 1.0,
-        survival_mode: str = "batch",
-        survival_scale: str = "test",
-        memory: str = "balanced",
+        survival_mode: SurvivalMode = "batch",
+        survival_scale: SurvivalScale = "test",
+        memory: MemoryMode = "balanced",
     ) -> None:
         super().__init__()
         if len(down_layers) != len(up_layers):

@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdense._choices import SurvivalMode, SurvivalScale
 from fastdense.plain.stochastic_depth import StochasticDepth, check_choice, linear_decay
 
 SHORTCUTS = ("subsample", "average")
@@ -133,8 +134,8 @@ class ResNet(nn.Module):
         shortcut: str = "subsample",
         bias: bool = False,
         survival: float = 1.0,
-        mode: str = "batch",
-        scale: str = "test",
+        mode: SurvivalMode = "batch",
+        scale: SurvivalScale = "test",
         in_channels: int = 3,
     ) -> None:
         super().__init__()

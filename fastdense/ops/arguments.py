@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdense import _C
+from fastdense._extension import _C
 
 _DEVICES = ("cpu", "meta")
 _WITH_CUDA = ("dense_block", "dual_path_stage", "norm_relu_max_pool", "residual_dense_block")

@@ -12,19 +12,21 @@ import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastdense import build_info, models
-from fastdense._support import InputError, extra, write_atomically, write_json
+from fastdense import models
+from fastdense._extension import build_info
+from fastdense._support import InputError, Interrupted, extra, write_atomically, write_json
 from fastdense.fusion.convert import restore
 from fastdense.train import checkpoint
 from fastdense.train import processes as several
 from fastdense.train.config import CHANGEABLE, TrainConfig
 from fastdense.train.data import Dataset, EpochPlan, Split, augment, load, pixels, plan_epoch
+from fastdense.train.interrupts import Interrupts, deferred
 from fastdense.train.lock import locked
 
 
@@ -117,9 +119,14 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     Raises:
         InputError: the configuration, the data or the checkpoint cannot be used.
         NonFiniteLossError: the loss, the test loss or a weight became infinite or NaN.
+        Interrupted: Ctrl-C; the checkpoint holds the last step. It is a KeyboardInterrupt.
     """
     path = config.out / "checkpoint.pt"
-    with several.started(find_device(config.device)) as processes, _alone(config, processes):
+    with (
+        several.started(find_device(config.device)) as processes,
+        _alone(config, processes),
+        deferred() as interrupts,
+    ):
         if path.exists() and not (config.resume or config.fresh):
             raise InputError(
                 f"train: expected {config.out} to hold no checkpoint, got {path};"
@@ -132,7 +139,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
             saved = checkpoint.load(path, fingerprint, tuple(CHANGEABLE))
         saved = processes.gather(saved)[0]
         config = config.completed(saved["config"] if saved else {})
-        run = _Run(config, data, processes, path, progress)
+        run = _Run(config, data, processes, path, progress, interrupts)
         if config.fresh and processes.is_first:
             path.unlink(missing_ok=True)
         if saved:
@@ -155,6 +162,11 @@ def make_model(config: TrainConfig, data: Dataset, processes: int = 1) -> nn.Mod
     Raises:
         InputError: the model does not exist, or does not take these arguments or images of this size.
     """
+    if config.model in models.list() and models.is_super_resolution(config.model):
+        raise InputError(
+            f"train: expected a model that classifies images, got {config.model}, which enlarges pictures: "
+            f"fastdense train --task sr --model {config.model} trains it"
+        )
     classes = len(data.classes)
     arguments = {"num_classes": classes, **config.model_kwargs}
     if arguments["num_classes"] != classes:
@@ -193,7 +205,13 @@ class _Run:
     """One training run with everything that changes while it goes on."""
 
     def __init__(
-        self, config: TrainConfig, data: Dataset, processes: several.Processes, path: Path, progress: bool
+        self,
+        config: TrainConfig,
+        data: Dataset,
+        processes: several.Processes,
+        path: Path,
+        progress: bool,
+        interrupts: Interrupts,
     ) -> None:
         assert config.epochs is not None and config.lr is not None  # it is completed
         self.config, self.epochs, self.lr = config, config.epochs, config.lr
@@ -202,6 +220,7 @@ class _Run:
         self.device = device = processes.device
         self.path = path
         self.show_progress = progress and processes.is_first
+        self.interrupts = interrupts
         torch.manual_seed(config.seed)
         self.model = make_model(config, data, processes.world).to(device)
         self.network = processes.wrap(self.model)
@@ -272,6 +291,14 @@ class _Run:
     def _non_finite(self, what: str) -> NonFiniteLossError:
         return NonFiniteLossError(what, self.lr, self.progress.step, self.saved_step, self.begun)
 
+    def stop(self) -> NoReturn:
+        """Writes a checkpoint of the last step and ends the run, as Ctrl-C asks."""
+        self.save()
+        if not self.processes.is_first:
+            raise KeyboardInterrupt
+        step, steps = self.progress.step, self.epoch_steps * self.epochs
+        raise Interrupted(f"stopped after step {step} of {steps}, which {self.path} holds. Go on with:", resumes=True)
+
     def train(self) -> None:
         """Trains the epochs that are left."""
         while self.progress.epoch < self.epochs:
@@ -298,8 +325,11 @@ class _Run:
                 now.seconds += time.perf_counter() - start
                 bar.set_postfix(loss=f"{now.loss_sum / now.seen:.4f}", accuracy=f"{now.correct / now.seen:.4f}")
                 bar.update(seen)
-                late = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
-                if any(self.processes.total(late)) and now.position < self.epoch_steps:
+                is_late = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
+                late, asked = self.processes.total(is_late, self.interrupts.asked)
+                if asked:
+                    self.stop()
+                if late and now.position < self.epoch_steps:
                     self.save()
 
     def _train_step(self, plan: EpochPlan) -> int:
@@ -375,6 +405,8 @@ class _Run:
             labels = labels.to(self.device)
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
             correct += _count_correct(logits, labels)
+            if any(self.processes.total(self.interrupts.asked)):
+                self.stop()
         return loss / len(split), correct / len(split)
 
 

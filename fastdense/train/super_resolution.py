@@ -26,14 +26,15 @@ from fastdense.ops.bicubic import bicubic_resize
 from fastdense.sr.images import CorruptImageError, find_images, open_image
 from fastdense.sr.quality import evaluate_image, luminance
 from fastdense.train import checkpoint
+from fastdense.train.finite import NonFiniteLossError, find_non_finite
 from fastdense.train.interrupts import Interrupts, deferred
 from fastdense.train.lock import locked
-from fastdense.train.loop import NonFiniteLossError, find_device, find_non_finite
+from fastdense.train.loop import find_device
+from fastdense.train.network import average
 
 PHOTOGRAPHS = "photographs"
 # Photographs that are not trained on.
 HELD_OUT = ("chelsea.png", "coffee.png")
-_WARM_UP = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +259,7 @@ class _Run:
             loss = self.step(*patches.draw(config.seed, step, config.batch))
             if not math.isfinite(loss):
                 raise self.non_finite(f"loss, got {loss} in step {step + 1}", step)
-            self.average(min(config.average, (1 + step) / (_WARM_UP + step)))
+            average(self.averaged, self.net, config.average, step + 1)
             bar.set_postfix_str(f"L1 {loss:.4f}", refresh=False)
             late = time.monotonic() - written >= config.checkpoint_seconds
             if late or interrupts.asked or step + 1 == config.steps:
@@ -280,11 +281,6 @@ class _Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return loss.item()
-
-    @torch.no_grad()
-    def average(self, decay: float) -> None:
-        for mean, parameter in zip(self.averaged.parameters(), self.net.parameters(), strict=True):
-            mean.lerp_(parameter, 1 - decay)
 
     def save(self, step: int) -> None:
         bad = find_non_finite(self.net)

@@ -16,7 +16,6 @@ _MODULES = {
     "model_report": ("fusion.report",),
     "models.dialects": ("models.key_mapping",),
     "models.ncnn": ("models.sr.ncnn",),
-    "models.rdn": ("models.sr.rdn",),
     "models.rrdbnet": ("models.sr.rrdbnet",),
     "models.sr_checkpoints": ("models.sr.checkpoints",),
     "models.super_resolution": (
@@ -75,5 +74,6 @@ def install() -> None:
     """Makes the old paths importable, once."""
     if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
         sys.meta_path.append(_OldPaths())
-    # Found before it is imported, as an import would put the module in the place of the function fastdense.convert.
+    # Found before they are imported: an import would put the module in the place of the function of the same name.
     sys.modules["fastdense.convert"] = importlib.import_module("fastdense.fusion.convert")
+    sys.modules["fastdense.models.rdn"] = importlib.import_module("fastdense.models.sr.rdn")

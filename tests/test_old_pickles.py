@@ -41,6 +41,10 @@ def test_convert_is_a_function_and_a_module_path():
 
     assert fastdense.convert is convert
 
+    from fastdense.models.rdn import rdn
+
+    assert fastdense.models.rdn is rdn
+
 
 def test_renamed_classes():
     from fastdense.fusion.inferred_block import FusedInferredBlock

@@ -120,7 +120,7 @@ def test_a_new_srcnn_is_nearly_bicubic():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "densenet121"], "train: expected --set to name arguments of densenet121"),
+        (["--model", "densenet121"], "train: expected --model of --task sr to be one of drcn"),
         (["--set", "depht=3"], "train: expected --set to name arguments of srcnn"),
         (["--scale", "7"], "SRCNN: expected scale to be one of 2, 3, 4, got 7"),
         (["--data", "missing"], "train: expected --data to be 'photographs' or a folder, got missing"),

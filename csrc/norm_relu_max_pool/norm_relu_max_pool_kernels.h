@@ -50,6 +50,7 @@ struct NormPoolBackward : NormPool<T> {
   const T* grad;           // [N, C, pooled]
   const uint8_t* indices;  // [N, C, pooled]
   const int64_t* offsets;  // [kNoIndex + 1]: elements of x from a window's position 0 to the index; far off if none
+  int64_t numbers;         // of x
   T* dx;                   // [N, C, size]
   const A *t1, *t2;        // [channels]: sums of g and of g * xhat
   A inv_count;             // 1 / M; 0 where statistics are given
@@ -62,7 +63,7 @@ struct NormPoolKernels {
   int64_t (*workspace)(const NormPool<T>&);
   // A line of y and of indices.
   void (*forward)(const NormPoolForward<T>&, int64_t line, A* workspace);
-  // sum += sum of g, weighted += sum of g * (x - mean) over a line of pooled values that have a index.
+  // sum += sum of g, weighted += sum of g * (x - mean) over a line of pooled values that have an index.
   void (*sums)(const NormPoolBackward<T>&, int64_t line, double* sum, double* weighted, A* workspace);
   // One of the gradient_units() of dx.
   void (*input_gradient)(const NormPoolBackward<T>&, int64_t unit, A* workspace);

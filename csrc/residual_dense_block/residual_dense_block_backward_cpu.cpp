@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "cpu/block_backward.h"
-#include "residual_dense_block/residual_dense_block_driver.h"
+#include "residual_dense_block/residual_dense_block_cpu.h"
 
 namespace fastdense {
 namespace {
@@ -104,6 +104,9 @@ struct BackwardEngine {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) {
+  m.impl("_residual_dense_block_backward", &residual_dense_block_backward<BackwardEngine>);
+}
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) {
   m.impl("_residual_dense_block_backward", &residual_dense_block_backward<BackwardEngine>);
 }
 

@@ -89,7 +89,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"skipped {line}")
     if options.json:
         pictures: Any = {name: quality._asdict() for name, quality in rows.items()}
-        write_json(options.json, {"scale": scale, "model": options.model, "pictures": pictures, "skipped": skipped})
+        numbers = {"scale": scale, "model": options.model, "pictures": pictures, "skipped": skipped}
+        write_json(options.json, {**numbers, "interrupted": stop is not None})
     if stop:
         raise stop
     return 1 if skipped else 0

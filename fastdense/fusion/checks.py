@@ -44,6 +44,18 @@ class NotFusibleInTraining(NotFusible):
     """A reason that goes away in eval mode: the block is converted, and runs plainly while it trains."""
 
 
+def check_module(op: str, model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, str):
+        got = f"the name {model!r}; make the model first, e.g. fastdense.models.create({model!r})"
+    elif isinstance(model, type):
+        got = f"the class {model.__name__}; make the model first, e.g. {model.__name__}(...)"
+    else:
+        got = type(model).__name__
+    raise TypeError(f"{op}: expected model to be a torch.nn.Module, got {got}")
+
+
 def has_no_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` runs its class's forward and nothing else."""
     state = module.__dict__
@@ -70,13 +82,16 @@ def is_known_class(module: nn.Module, known: tuple[tuple[str, str], ...]) -> boo
 
 
 def check_no_global_hooks() -> None:
-    if (
-        global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
-        or global_hooks._global_backward_hooks
-        or global_hooks._global_backward_pre_hooks
+    """Those of a ``ModuleTracker`` only note where a module begins and ends: they count operations by module."""
+    for hooks in (
+        global_hooks._global_forward_hooks,
+        global_hooks._global_forward_pre_hooks,
+        global_hooks._global_backward_hooks,
+        global_hooks._global_backward_pre_hooks,
     ):
-        raise NotFusible("global module hooks are installed")
+        for hook in hooks.values():
+            if type(getattr(hook, "__self__", None)).__module__ != "torch.utils.module_tracker":
+                raise NotFusible("global module hooks are installed")
 
 
 def child(module: nn.Module, name: str) -> nn.Module | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastdense._choices import DualPathMemoryMode
 from fastdense.fusion.base import FusedModule, fused_class, plain_class
-from fastdense.fusion.checks import NotFusible, NotFusibleInTraining, is_known_class
+from fastdense.fusion.checks import NotFusible, NotFusibleInTraining, check_module, is_known_class
 from fastdense.fusion.dense_block import FusedDenseBlock, FusedTransition, RecomputedTransition
 from fastdense.fusion.dense_layers import BLOCKS, is_transition, read_block, read_transition
 from fastdense.fusion.dual_path import FusedDualPathBlock
@@ -58,6 +58,7 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
         ``model``.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if ``model`` contains no such block, or ``memory`` is not a mode of one that it contains.
 
     Note:
@@ -68,6 +69,7 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
         >>> import torchvision, fastdense
         >>> model = fastdense.convert(torchvision.models.densenet121())
     """
+    check_module("convert", model)
     found = find(model)
     if not any(kind.is_block for _, _, kind in found):
         looked_for = ", ".join(".".join(known) for known in BLOCKS + DUAL_PATH_BLOCKS)
@@ -98,7 +100,11 @@ def restore(model: Model) -> Model:
 
     Returns:
         ``model``.
+
+    Raises:
+        TypeError: if ``model`` is no module.
     """
+    check_module("restore", model)
     for module in model.modules():
         if isinstance(module, FusedModule):
             module.__class__ = plain_class(type(module))

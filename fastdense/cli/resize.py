@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy
-import torch
 
 from fastdense._support import InputError, check_output
 from fastdense.cli.bench import progress
-from fastdense.ops.bicubic import bicubic_resize
 from fastdense.sr.images import CorruptImageError, check_suffix, image_pairs, read_samples, write_samples
+from fastdense.sr.resize_samples import resize_samples
 
 Change = Callable[[numpy.ndarray], numpy.ndarray]
 
@@ -54,20 +53,3 @@ def change_images(command: str, source: Path, target: Path, change: Change) -> i
         print(f"skipped {line}")
     print(f"{command}d {len(jobs) - len(failed)} of {len(jobs)} pictures into {target}")
     return 1 if failed else 0
-
-
-def resize_samples(
-    samples: numpy.ndarray,
-    size: tuple[int, int] | None,
-    scale: float | None,
-    preset: str,
-    antialias: bool | None = None,
-) -> numpy.ndarray:
-    """``[H, W]`` or ``[H, W, C]`` of uint8, uint16 or float32; alpha and 16 bits a sample are kept."""
-    batch = torch.from_numpy(samples.astype(numpy.float64) if samples.dtype == numpy.uint16 else samples.copy())
-    batch = (batch if batch.dim() == 3 else batch[..., None]).movedim(-1, 0)[None]
-    out = bicubic_resize(batch, size, scale, preset=preset, antialias=antialias)
-    if samples.dtype == numpy.uint16:
-        out = (out.clamp(0, 65535) + 0.5).floor().to(torch.int32)
-    image = out[0].movedim(0, -1).contiguous().numpy().astype(samples.dtype)
-    return image if samples.ndim == 3 else image[..., 0]

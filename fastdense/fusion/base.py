@@ -17,7 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx, nn
 
 from fastdense.fusion.checks import NotFusible
-from fastdense.ops.arguments import devices, is_exporting
+from fastdense.ops.arguments import devices, is_exporting, missing_kernels
 from fastdense.ops.dense_block import MEMORY_MODES
 
 
@@ -111,4 +111,4 @@ def check_runs_here(op: str, input: Tensor) -> None:
     if forward_ad._current_level >= 0:
         raise NotFusible("forward-mode derivatives go through plain modules only")
     if input.device.type not in devices(op):
-        raise NotFusible(f"this build has no kernels for {input.device.type} tensors")
+        raise NotFusible(missing_kernels(input.device.type))

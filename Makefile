@@ -7,23 +7,25 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3))
 BIN := .venv/bin
-export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+CORES := $(shell nproc 2>/dev/null || echo 2)
+export MAX_JOBS ?= $(CORES)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 NATIVE := $(shell find csrc -type f)
 FORMATTED := $(filter %.h %.cpp %.cu,$(NATIVE))
 PYTEST_ARGS ?= -q
+# Tests of one file stay in one process. Each process has its own OpenMP threads, which share the cores.
+WORKERS ?= $(CORES)
+PARALLEL := -n $(WORKERS) --dist loadfile --durations=15
 
 VENV_STAMP := .venv/.installed-$(firstword $(shell cksum requirements/test.txt))
-# A build for other devices is another build.
-BUILD_STAMP := build/.built-$(firstword $(shell echo '$(FORCE_CPU)/$(FORCE_CUDA)/$(TORCH_CUDA_ARCH_LIST)/$(DEBUG)/$(SANITIZE)' | cksum))
 
 SANITIZED := build/sanitized
 
-.PHONY: help venv build test fuzz soak sanitize mutants lint format demo bench docs sdist wheels clean
+.PHONY: FORCE help venv build test test-isa fuzz soak sanitize mutants lint format demo bench docs sdist wheels clean cuda-objects
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 venv: $(VENV_STAMP)  ## create .venv with the pinned requirements
 	@:
@@ -42,18 +44,38 @@ $(VENV_STAMP): requirements/test.txt
 	@rm -f .venv/.installed-*
 	@touch $@
 
-build: $(BUILD_STAMP)  ## compile the extension and install it in place
+build: build/built  ## compile the extension and install it in place
 	@:
 
-$(BUILD_STAMP): $(VENV_STAMP) $(NATIVE) setup.py pyproject.toml
-	@echo "building fastdense._C"
+# What to build for: the environment and this machine say so. The file is as old as its answer.
+build/target: $(VENV_STAMP) FORCE
 	@mkdir -p build
+	@$(BIN)/python setup.py -q target > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+# Compiled first, for pip hides the progress.
+build/built: build/target $(VENV_STAMP) $(NATIVE) setup.py pyproject.toml
+	@$(BIN)/python setup.py -q build_ext --inplace
 	@$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
-	@rm -f build/.built-*
 	@touch $@
 
+FORCE:
+
+cuda-objects: $(VENV_STAMP)  ## compile the CUDA code alone, link nothing; FORCE_CUDA=1 needs no GPU
+	@$(BIN)/python setup.py -q cuda_objects
+
 test: build lint  ## lint, then run the tests (PYTEST_ARGS="-q -k name")
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+# What torch, oneDNN, MKL and fastdense then find; one thread, where sums have one order, and two.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FASTDENSE_SIMD=avx2
+SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 FASTDENSE_SIMD=baseline
+
+test-isa: build  ## run the tests as on processors without AVX-512 and without AVX2
+	@failed=; for threads in 1 2; do for isa in "$(AVX2)" "$(SSE)"; do \
+	  echo "OMP_NUM_THREADS=$$threads $$isa"; \
+	  env $$isa OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS) || failed=1; \
+	done; done; [ -z "$$failed" ]
 
 fuzz: build  ## try the operators on thousands of random cases, about ten minutes
 	@HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_random_cases.py
@@ -75,7 +97,7 @@ sanitize: $(VENV_STAMP)  ## run the tests on a CPU build with address and undefi
 	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k 'not planted' $(PYTEST_ARGS)
 
 mutants: build  ## plant mistakes in the native code; the tests must notice each
-	@$(BIN)/python tests/mutants.py
+	@$(BIN)/python -m tests.plant_mutants
 
 lint: $(VENV_STAMP)  ## check style and types
 	@$(BIN)/ruff check --quiet .

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bicubic resampling, forward and backward, next to torch; see bicubic_targets.py for the ratios of the README."""
+"""Bicubic resampling, forward and backward, against torch. The ratios of docs/measured.md are of bicubic_targets.py."""
 
 import pytest
 import torch

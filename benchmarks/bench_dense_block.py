@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Single dense blocks, forward and backward, against plain PyTorch.
 
-Run ``make bench``, or ``pytest benchmarks --benchmark-only``. The ratios that the README quotes come from
+Run ``make bench``, or ``pytest benchmarks --benchmark-only``. The ratios of README.md and docs/measured.md come from
 ``fastdense bench``, which interleaves whole training steps of separate processes.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what README.md says of bicubic resampling: ``python -m benchmarks.bicubic_targets --json FILE``.
+"""Measures what docs/measured.md says of bicubic resampling: ``python -m benchmarks.bicubic_targets --json FILE``.
 
 Every result is compared with its rival's before a time is believed; rivals, fastdense and a copy of the same bytes take
 turns in one process, ratios are medians over rounds. Forward and backward are torch's own kernels without autograd.

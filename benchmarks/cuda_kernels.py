@@ -52,7 +52,7 @@ class Layer:
 def rate(times: Iterable[tuple[str, float]], pixels: int, c: int, k: int, ceilings: Ceilings) -> list[Kernel]:
     """Names and microseconds of launched kernels; of those of the model, what they reach.
 
-    A kernel that a layer launches several times, such as the sweeps, counts once with the sum of its times.
+    A kernel that a layer launches several times, such as column reductions, counts once with the sum of its times.
     """
     model = tensor_core_kernels(c, 4 * k, k)
     found = []

@@ -37,10 +37,10 @@ def compile_kernels(source: Path, architectures: list[str]) -> str:
 
 
 def kernel_name(mangled: str) -> str:
-    """The kernel's name, and for a sweep what it sweeps."""
+    """The kernel's name, and for a column reduction what it reduces."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
     name = re.sub(r"\(anonymous namespace\)::|fastdense::|void ", "", name)
-    return name.partition("(")[0].partition(",")[0].replace("sweep_kernel<", "").partition("<")[0].strip()
+    return name.partition("(")[0].partition(",")[0].replace("column_reduce_kernel<", "").partition("<")[0].strip()
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Measures every figure that README.md quotes and writes them to benchmarks/results/. Takes about half an hour on two
-# cores; leave the machine alone meanwhile. Names given as arguments select some of them.
+# Measures the figures of README.md and docs/measured.md and writes them to benchmarks/results/. Takes about half an hour
+# on two cores; leave the machine alone meanwhile. Names given as arguments select some of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=benchmarks/results

@@ -2,30 +2,33 @@
 """Reads the docstrings for mkdocstrings: roles become links, "Example:" a section, ``a, b: text`` two arguments."""
 
 import importlib
-import importlib.util
+import inspect
 import re
-import types
+from pathlib import Path
 from typing import Any
 
 import griffe
 
-PACKAGES = ("fastdense", "fastdense.nn", "fastdense.ops", "fastdense.models")
-ARGUMENTS = re.compile(r"^Args:\n(?: {4}.*\n|\n)*", re.MULTILINE)
+# Those that the navigation has a page for.
+PACKAGES = re.findall(r"reference/([\w.]+)\.md", (Path(__file__).parents[1] / "mkdocs.yml").read_text())
+ARGUMENTS = re.compile(r"^(?:Args|Attributes):\n(?: {4}.*\n|\n)*", re.MULTILINE)
 TOGETHER = re.compile(r"^ {4}(\w+(?:, \w+)+)(:.*\n(?: {5,}.*\n)*)", re.MULTILINE)
 ROLE = re.compile(r":(?:func|class|mod|meth):`([\w.]+)`")
 
 
 def public_names(package: str) -> list[str]:
-    """What a package exports, but for packages, in the order of its ``__all__``."""
+    """What a package exports, but for packages, in the order of its ``__all__``; else what a module defines."""
     module = importlib.import_module(package)
-    return [name for name in module.__all__ if not isinstance(getattr(module, name), types.ModuleType)]
+    defined = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == package]
+    names = getattr(module, "__all__", [name for name in defined if not name.startswith("_")])
+    return [name for name in names if not inspect.ismodule(getattr(module, name))]
 
 
 def path_of(package: str, name: str) -> str:
-    """Where griffe finds a public name: a module may have the same one."""
+    """Where griffe finds a public name: a file of the package may have the same one."""
     path = f"{package}.{name}"
-    spec = importlib.util.find_spec(path)
-    return f"{path}.{name}" if spec and spec.origin else path
+    folders = getattr(importlib.import_module(package), "__path__", ())
+    return f"{path}.{name}" if any((Path(folder) / f"{name}.py").exists() for folder in folders) else path
 
 
 def apart(together: re.Match[str]) -> str:

@@ -13,7 +13,6 @@ from unittest import mock
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
 
 from docstrings import PACKAGES, path_of, public_names
 from fastdense.cli.commands import make_parser
@@ -21,6 +20,7 @@ from fastdense.cli.commands import make_parser
 ROOT = Path(__file__).resolve().parents[1]
 # What the repository's pages link to, and where the site has it; a link to anything else becomes its text.
 PAGES = {
+    "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "THIRD_PARTY.md": "third_party.md",
@@ -73,14 +73,7 @@ def examples() -> str:
 
 
 def root_page(name: str) -> str:
-    return relink((ROOT / name).read_text())
-
-
-def section(name: str) -> str:
-    """A section of the README with its heading, its links those of the site."""
-    found = re.search(rf"^## {name}\n.*?(?=^## |\Z)", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert found, f"README.md has no section {name!r}"
-    return relink(found[0]).replace("](benchmarks/results/", "](results/")
+    return relink((ROOT / name).read_text()).replace("](benchmarks/results/", "](results/")
 
 
 def relink(text: str) -> str:
@@ -100,9 +93,8 @@ def relink(text: str) -> str:
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", page, text)
 
 
-def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    text = re.sub(r"<!-- README: (.*) -->", lambda match: section(match[1]), markdown)
-    return text.replace(f"# {page.title}\n\n## {page.title}\n", f"# {page.title}\n")
+def on_page_markdown(markdown: str, **_: object) -> str:
+    return markdown.replace("](../benchmarks/results/", "](results/")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

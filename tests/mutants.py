@@ -1,26 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E501
-"""Plants mistakes in the native code, one at a time, and checks that the tests notice each.
-
-Run ``make mutants`` (a quarter of an hour): every mistake is built in a copy of the tree and must make
-a test of ``FILES`` fail; those in CUDA code with the emulated kernels.
-Arguments choose mistakes by a part of the file's name.
-"""
-
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# Kernels alone first: they say what is wrong in the least time.
-FILES = ["tests/emulation/test_conv1x1_kernels.py", "tests/emulation/test_dense_block_conv_kernels.py"]
-FILES += ["tests/test_mean_join.py", "tests/test_residual_dense_block.py", "tests/test_norm_relu_max_pool.py"]
-FILES += ["tests/test_dual_path.py", "tests/test_dense_block.py", "tests/test_sync_batch_norm.py"]
-FILES += ["tests/test_fused_blocks.py"]
+"""Mistakes for tests/plant_mutants.py to plant; tests/test_mutants.py sees that each finds its place."""
 
 # (file below csrc, what stands there, what is planted)
 MUTANTS = [
@@ -33,7 +13,7 @@ MUTANTS = [
     ("core/batch_norm_math.h", "relu_passes(mul_add(x, scale, shift)) ? dy : A(0)", "dy"),
     ("cpu/conv1x1/norm_relu.h", "mul_add(scale[i], gradient, A(load(g[i])))", "mul_add(A(1), gradient, A(load(g[i])))"),
     ("cpu/conv1x1/norm_relu.h", "weighted[i] += gradient * (value - mean[i])", "weighted[i] += gradient * value"),
-    ("dense_block/dense_block_kernels_impl.h", "g, p, begin, end,", "g, p, begin + 1, end,"),
+    ("dense_block/dense_block_kernels_impl.h", "g, p, slab.begin, slab.end,", "g, p, slab.begin + 1, slab.end,"),
     ("cpu/conv/conv_taps.h", "g, p, 0, g.size[0],", "g, p, 0, g.size[0] - 1,"),
     ("cpu/conv1x1/norm_relu.h", "A gradient = dy[i] * share;", "A gradient = dy[i];"),
     ("dense_block/dense_block_kernels_impl.h", "apply_dropout(dropout, row, rows, n, d);", ""),
@@ -52,7 +32,7 @@ MUTANTS = [
     ("dual_path/dual_path_backward_cpu.cpp", "args_.residual).neg();", "args_.residual);"),
     ("cpu/conv1x1/norm_relu.h", "store<T>(A(load(add[j])) + from[j])", "store<T>(from[j])"),
     ("core/geometry.h", "i1 * g.stride[1]", "i1"),
-    ("dense_block/dense_block.cpp", "layer.kept = args.active_layers();", "layer.kept = l;"),
+    ("dense_block/dense_block.cpp", "layer.z_index = args.active_layers();", "layer.z_index = l;"),
     ("dense_block/dense_block.cpp", "o.buffer.narrow(1, layer.channels, args.growth).zero_()", "o.buffer.narrow(1, layer.channels, 1).zero_()"),
     ("mean_join/mean_join_math.h", "sum / A(joined)", "sum / A(2)"),
     ("mean_join/mean_join_kernels_impl.h", "int input = 1; input < join.joined", "int input = 2; input < join.joined"),
@@ -61,13 +41,13 @@ MUTANTS = [
     ("core/sync_batch_norm.cpp", "vars + (means - centre).square()", "vars"),
     ("core/sync_batch_norm.cpp", "fill_(double(count))", "fill_(1.0)"),
     ("core/sync_batch_norm.h", "mean_of_all(terms, double(count), count)", "mean_of_all(terms, 1.0, count)"),
-    ("cpu/block_backward.h", "if (!norm.frozen()) this->shared.sums(workspace, count);", ""),
-    ("cpu/block_backward.h", "this->shared.means(t, count);", ""),
+    ("cpu/block_backward.h", "if (!norm.frozen()) this->sync.sums(workspace, count);", ""),
+    ("cpu/block_backward.h", "this->sync.means(t, count);", ""),
     ("cpu/conv/winograd.h", "v[2] = d[2] - d[1];", "v[2] = d[1] - d[2];"),
     ("cpu/conv/winograd.h", "dm[3] = -dy[1];", "dm[3] = dy[1];"),
     ("cpu/conv/conv2d_tile.h", "reversed ? 8 - t : t", "t"),
-    ("cpu/conv/conv2d_tile.h", "winograd_ ? whole_winograd_tiles(tile) : tile", "tile"),
-    ("residual_dense_block/residual_dense_block_driver.h", "rows -= 2;", "rows -= 1;"),
+    ("cpu/conv/conv2d_tile.h", "winograd_ ? round_up_to_winograd(tile) : tile", "tile"),
+    ("residual_dense_block/residual_dense_block_cpu.h", "rows -= 2;", "rows -= 1;"),
     ("residual_dense_block/residual_dense_block_forward_cpu.cpp", "conv({x_ + layer.first, ld_", "conv({x_, ld_"),
     ("residual_dense_block/residual_dense_block_backward_cpu.cpp", "d, {x_ + layer.first, ld_", "d, {x_, ld_"),
     ("residual_dense_block/residual_dense_block_backward_cpu.cpp", "wants_prefix ? g_ + layer.first", "wants_prefix ? g_"),
@@ -126,8 +106,8 @@ CUDA_MUTANTS = [
     ("dual_path/dual_path_backward_cuda.cpp", "t(), 1, -1);", "t(), 1, 1);"),
     ("dual_path/dual_path_backward_cuda.cpp", "return {input_segment(false)};", "return {input_segment(true)};"),
     ("dual_path/dual_path_backward_cuda.cpp", "corrections(of_dense(dense)), rows", "corrections(of_dense(0)), rows"),
-    ("running_stats/running_stats_kernels.cu", "__syncthreads();  // all have read before one writes", ""),
-    ("running_stats/running_stats_kernels.cu", "n.offset + j], unbias", "n.offset + j], 1.0"),
+    ("update_running_stats/update_running_stats_kernels.cu", "__syncthreads();  // all have read before one writes", ""),
+    ("update_running_stats/update_running_stats_kernels.cu", "n.offset + j], unbias", "n.offset + j], 1.0"),
     ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "if (!takes_lead(value, best)) continue;", "if (value < best) continue;"),
     ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "(begin > before ? begin - before : 0)", "0"),
     ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "if (index == kNoIndex) return;", ""),
@@ -181,15 +161,15 @@ CUDA_MUTANTS = [
     ("cuda/smem_tile.h", "m.access == 8) {\n      copy_chunk<8>", "false) {\n      copy_chunk<8>"),
     ("cuda/smem_tile.h", "m.access == 8) {\n      write_chunk<8>", "false) {\n      write_chunk<8>"),
     ("cuda/smem_tile.h", "lane % 8 + lane / 16 * 8, column / kPerChunk + lane / 8 % 2));\n    } else", "lane % 16, column / kPerChunk + lane / 16));\n    } else"),
-    ("cuda/conv1x1/conv1x1.h", "rows.finalise_moments(partial, nullptr, count, mean, var)", "rows.finalise_moments(partial, nullptr, count, var, mean)"),
+    ("cuda/block_forward.h", "pivot, to.mean, to.var, partial.step", "pivot, to.var, to.mean, partial.step"),
     ("cuda/conv1x1/conv1x1.h", "(sizeof(T) == 2 || cuda.tf32)", "true"),
     ("cuda/conv1x1/conv1x1.h", "has_rows_of(4, x, columns)", "true"),
-    ("dense_block/dense_block_conv_forward_kernels.cu", "__syncthreads();  // u is there", ""),
-    ("dense_block/dense_block_conv_forward_kernels.cu", "__syncthreads();  // u is free, the sums are whole", ""),
+    ("dense_block/dense_block_conv_tiles.h", "__syncthreads();  // the tile is there", ""),
+    ("dense_block/dense_block_conv_tiles.h", "__syncthreads();  // the buffer is free", ""),
     ("dense_block/dense_block_conv_forward_kernels.cu", "__syncthreads();  // what was stored is there", ""),
     ("dense_block/dense_block_conv_forward_kernels.cu", "__syncthreads();  // sums and rows are free", ""),
-    ("dense_block/dense_block_conv_forward_kernels.cu", "wait_copies<1>();", "wait_copies<2>();"),
-    ("dense_block/dense_block_conv_forward_kernels.cu", "load_tile(next, buffer ^ 1);", "load_tile(next, buffer);"),
+    ("dense_block/dense_block_conv_tiles.h", "wait_copies<1>();", "wait_copies<2>();"),
+    ("dense_block/dense_block_conv_tiles.h", "block.load_tile(TilePlace(plan.tiles, next), buffer ^ 1);", "block.load_tile(TilePlace(plan.tiles, next), buffer);"),
     ("dense_block/dense_block_conv_forward_kernels.cu", "if (turn > 0) __syncthreads();", ""),
     ("dense_block/dense_block_conv_forward_kernels.cu", "row * p_.k + first_ + j", "row * p_.k + j"),
     ("dense_block/dense_block_conv_forward_kernels.cu", "p.k - first_ < kColumns ? p.k - first_ : kColumns", "kColumns"),
@@ -197,17 +177,13 @@ CUDA_MUTANTS = [
     ("dense_block/dense_block_conv_forward_kernels.cu", "all = combine_moments(all, m);", "all = m;"),
     ("dense_block/dense_block_conv_forward_kernels.cu", "for (int l = 1; l < kLanes; ++l)", "for (int l = 2; l < kLanes; ++l)"),
     ("dense_block/dense_block_conv_forward_kernels.cu", "return rows()[p] >= 0; }", "return true; }"),
-    ("dense_block/dense_block_conv_input_gradient_kernels.cu", "__syncthreads();  // the tile is there", ""),
     ("dense_block/dense_block_conv_input_gradient_kernels.cu", "__syncthreads();  // dv is there", ""),
-    ("dense_block/dense_block_conv_input_gradient_kernels.cu", "__syncthreads();  // the tile's room is free", ""),
     ("dense_block/dense_block_conv_input_gradient_kernels.cu", "kChunk - tap_distance(", "kChunk + tap_distance("),
     ("dense_block/dense_block_conv_input_gradient_kernels.cu", "if (rows()[pixel] < 0) continue;", ""),
     ("dense_block/dense_block_conv_input_gradient_kernels.cu", "dv * (value - mean.v[i])", "dv * value"),
     ("dense_block/dense_block_conv_input_gradient_kernels.cu", "lanes < 32; lanes *= 2", "lanes < 16; lanes *= 2"),
     ("dense_block/dense_block_conv_input_gradient_kernels.cu", "(left < kChunk ? left : kChunk) : 0", "kChunk : 0"),
     ("dense_block/dense_block_conv_input_gradient_kernels.cu", "group < kPixelGroups; ++group", "group < kPixelGroups - 1; ++group"),
-    ("dense_block/dense_block_conv_weight_gradient_kernels.cu", "__syncthreads();  // the tile is there", ""),
-    ("dense_block/dense_block_conv_weight_gradient_kernels.cu", "__syncthreads();  // the tile's room is free", ""),
     ("dense_block/dense_block_conv_weight_gradient_kernels.cu", "c < channels_ && column < p_.k", "c < channels_"),
     ("dense_block/dense_block_conv_weight_gradient_kernels.cu", "*far = pixel(first + t + 4)", "*far = pixel(first + t)"),
     ("dense_block/dense_block_conv_weight_gradient_kernels.cu", "WeightLayout<T>::whole_steps(plan_.tiles), kChunks", "plan_.tiles.pixels(), kChunks"),
@@ -221,54 +197,9 @@ CUDA_MUTANTS = [
     ("dense_block/dense_block_conv_cuda.h", "(sizeof(T) == 2 || cuda.tf32_convolutions)", "true"),
     ("dense_block/dense_block_conv_cuda.h", "args.growth * sizeof(T) % 4 == 0", "true"),
     ("dense_block/dense_block_conv_cuda.h", "if (plan.splits > 1)\n      check_launch", "if (plan.splits > 2)\n      check_launch"),
-    ("dense_block/dense_block_conv_cuda.h", "nullptr, pixels, mean, var, count", "nullptr, pixels, var, mean, count"),
+    ("dense_block/dense_block_conv_cuda.h", "nullptr, pixels, statistics, count", "nullptr, pixels, statistics"),
     ("cuda/block_backward.h", "has_rows_of(4, segments[0].gradient, segments[0].columns)", "true"),
     ("cuda/block_forward.h", "same && aligned &&", "same &&"),
     ("cuda/block_forward.h", "std::max<int64_t>(1, whole <= most ? whole : even)", "whole <= most ? whole : even"),
     ("cuda/conv1x1/conv1x1_tiles.h", "mean = 0, var = 1;", "mean = 0, var = 0;"),
 ]  # fmt: skip
-
-
-def build(folder: Path) -> None:
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=folder, env=os.environ | {"FORCE_CPU": "1"}, check=True, capture_output=True)
-
-
-def survives(folder: Path, name: str, before: str, after: str, tests: str) -> bool:
-    """Whether the tests of that name pass with the mistake in place."""
-    path = folder / "csrc" / name
-    text = path.read_text()
-    assert before in text, f"{name} no longer contains {before!r}"
-    path.write_text(text.replace(before, after))
-    try:
-        if (name, before, after) not in CUDA_MUTANTS:  # which the tests compile themselves
-            build(folder)
-        environment = os.environ | {"PYTHONPATH": str(folder)}
-        test = [sys.executable, "-m", "pytest", "-q", "-x", "-k", tests, *FILES]
-        return subprocess.run(test, cwd=folder, env=environment, capture_output=True).returncode == 0
-    finally:
-        path.write_text(text)
-
-
-def main() -> int:
-    parts = sys.argv[1:] or [""]
-    chosen = [mutant for mutant in CUDA_MUTANTS + MUTANTS if any(part in mutant[0] for part in parts)]
-    survivors = 0
-    with tempfile.TemporaryDirectory(prefix="fastdense-mutants-") as temporary:
-        folder = Path(temporary)
-        for part in ("csrc", "fastdense", "tests"):
-            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / part, folder)
-        build(folder)
-        for name, before, after in chosen:
-            emulated = "emulated or fused_blocks" if (name, before, after) in CUDA_MUTANTS else ""
-            alive = survives(folder, name, before, after, emulated)
-            survivors += alive
-            print(f"{'SURVIVED' if alive else 'caught  '} {name}: {before}  ->  {after or '(removed)'}", flush=True)
-    print(f"{len(chosen) - survivors} of {len(chosen)} mistakes were caught")
-    return 1 if survivors else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

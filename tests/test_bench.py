@@ -4,8 +4,11 @@
 import copy
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from fastdense._support import InputError, write_json
 from fastdense.bench import BenchConfig, BenchResult, Net, Row, SweepConfig, run_bench, run_sweep
@@ -13,10 +16,12 @@ from fastdense.bench.memory import mib_per_image
 from fastdense.bench.nets import VARIANTS, build, cifar_densenet, plain_model
 from fastdense.bench.plots import save_bench, save_sweep
 from fastdense.bench.results import disagreement, median_ratio
-from fastdense.bench.roofline import Ceilings, training_roofline
+from fastdense.bench.roofline import Ceilings, tensor_core_kernels, training_roofline
 from fastdense.bench.run import count_ticks
 from fastdense.bench.tables import bench_table
 from fastdense.bench.worker import restored
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = BenchConfig(
     net=Net("densenet_cifar", depth=10, growth_rate=4),
@@ -210,7 +215,7 @@ def test_rates_of_kernels():
     from benchmarks.cuda_kernels import Layer, rate, table
 
     ceilings = Ceilings(1e12, 1e14)
-    times = [("void fastdense::row_product_kernel<bfloat16, 1>(Params)", 4.0), ("elementwise_kernel", 2.0)]
+    times = [("void fastdense::conv1x1_kernel<bfloat16, 1>(Params)", 4.0), ("elementwise_kernel", 2.0)]
     product, other = rate(times, 1000, 64, 32, ceilings)
     moved, computed = 2 * 1000 * (64 + 128), 1000 * 2 * 64 * 128
     assert product.gb_per_second == pytest.approx(moved / 4e-6 / 1e9)
@@ -218,5 +223,24 @@ def test_rates_of_kernels():
     assert product.floor_share == pytest.approx(max(moved / 1e12, computed / 1e14) / 4e-6)
     assert other.gb_per_second is None
     text = table(Layer(56, 64, 32, [product, other], {"fused": 6.0, "library": 9.0}))
-    assert "| row_product_kernel | 4.0 | 96 | 4.1 | 0.10 |" in text
+    assert "| conv1x1_kernel | 4.0 | 96 | 4.1 | 0.10 |" in text
     assert "6 us fused, 9 us by the library" in text
+
+
+def test_the_roofline_knows_kernels_by_their_names():
+    """A layer's kernels, or what a column reduction reduces."""
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.cu"))
+    for name in tensor_core_kernels(64, 128, 32):
+        assert re.search(rf"\b{name}\b", sources), name
+
+
+def test_every_operator_has_a_benchmark():
+    """Results are compared where the benchmark makes its runs."""
+    from benchmarks.bench_operators import CASES, make_runs
+
+    elsewhere = {"dense_block", "bicubic", "dual_path_split"}  # in files of their own; the merge's backward
+    names = [name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastdense::")]
+    assert {name.split()[0] for name in CASES} | elsewhere == {name for name in names if not name.startswith("_")}
+    for name in CASES:
+        for runs in make_runs(name, "channels_last", batch=1).values():
+            assert set(runs) == {"torch", "fastdense"}

@@ -141,7 +141,7 @@ def test_a_captured_graph_replays_the_same_bits(case, dtype):
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_pictures_larger_than_the_cache_go_in_stripes(kernel):
-    """Layers whose prefix is larger than the scratch see it line by line, with a halo."""
+    """Layers whose prefix is larger than the workspace see it line by line, with a halo."""
     case = residual.Case(channels=64, growth=32, layers=4, size=(301, 402), batch=2, outer=True, kernel=kernel)
     block = make(case, dtype=torch.float32)
     for actual, expected in zip(

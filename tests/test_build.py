@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The build script, what the binary says about itself, and the stub that describes it."""
+"""What the binary says about itself, and the stub that describes it."""
 
 import ast
 import functools
-import importlib.util
 import os
 import re
 import subprocess
@@ -130,41 +129,6 @@ def test_set_simd_level():
         _C.set_simd_level(before)
 
 
-def run_setup(**environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {"FORCE_CPU": "", "FORCE_CUDA": "", "CUDA_HOME": "", "CUDA_PATH": ""}
-    return run_python("setup.py", "--quiet", "--version", **clean | environment)
-
-
-def test_setup_without_torch_says_what_to_type(tmp_path):
-    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
-    result = run_setup(PYTHONPATH=str(tmp_path))
-    assert result.returncode == 1
-    assert result.stderr == (
-        "fastdense: cannot import torch while building (No module named torch).\n"
-        "It compiles against the installed torch: install that first, then run\n"
-        "    pip install --no-build-isolation .\n"
-    )
-
-
-def test_setup_refuses_both_devices_at_once():
-    result = run_setup(FORCE_CPU="1", FORCE_CUDA="1")
-    assert result.returncode == 1
-    assert "fastdense: FORCE_CUDA is set, but FORCE_CPU is set too." in result.stderr
-
-
-def test_setup_refuses_cuda_without_a_toolkit(tmp_path):
-    result = run_setup(FORCE_CUDA="1", CUDA_HOME=str(tmp_path))
-    assert result.returncode == 1
-    reason = "built without CUDA" if torch.version.cuda is None else f"CUDA_HOME={tmp_path} has no"
-    assert reason in result.stderr
-
-
-def test_setup_for_cpu_ignores_a_broken_toolkit(tmp_path):
-    result = run_setup(FORCE_CPU="1", CUDA_HOME=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert "CPU only" in result.stderr
-
-
 PRINT_KERNELS = ("-c", "import torch; from fastdense import _C; print(_C.build_info()['cuda_kernels'])")
 
 
@@ -191,12 +155,3 @@ def test_set_cuda_kernels():
             _C.set_cuda_kernels("fast")
     finally:
         _C.set_cuda_kernels(before)
-
-
-def test_planted_mistakes_still_find_their_place():
-    """``make mutants`` is long; that what it looks for is still in the sources is seen here."""
-    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tests" / "mutants.py")
-    mutants = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutants)
-    for name, before, _ in mutants.MUTANTS + mutants.CUDA_MUTANTS:
-        assert (ROOT / "csrc" / name).read_text().count(before) == 1, (name, before)

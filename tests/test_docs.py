@@ -8,33 +8,80 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from fastdense.cli.commands import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("fastdense", "fastdense.nn", "fastdense.ops", "fastdense.models")
+PACKAGES = ("fastdense", *(f"fastdense.{name}" for name in ("nn", "ops", "models", "train", "bench", "sr.quality")))
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
-SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PROSE = [*(page for page in PAGES if page not in ("CHANGELOG.md", "THIRD_PARTY.md")), "examples/README.md"]
+MOST_WORDS_IN_README = 900
+MOST_WORDS_IN_A_SENTENCE = 35
+# A block of Python, and the block of text that shows what it prints, if one follows at once.
+SNIPPET = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
 
-def snippets(page: str) -> list[tuple[int, str]]:
-    """Line and text of each block of Python."""
+class Snippet(NamedTuple):
+    """Line and text of a block of Python; None or what it prints."""
+
+    line: int
+    text: str
+    printed: str | None
+
+
+def snippets(page: str) -> list[Snippet]:
     text = (ROOT / page).read_text()
-    return [(text.count("\n", 0, found.start(1)), found[1]) for found in SNIPPET.finditer(text)]
+    return [Snippet(text.count("\n", 0, found.start(1)), found[1], found[2]) for found in SNIPPET.finditer(text)]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
-def test_code_in_the_pages_runs(page, one_thread):
-    """Block after block, with the names of those before it."""
+def test_code_in_the_pages_runs(page, one_thread, capsys):
+    """Block after block, with the names of those before it; it prints what the page says."""
     names: dict[str, object] = {}
-    for line, text in snippets(page):
+    for line, text, printed in snippets(page):
         exec(compile("\n" * line + text, ROOT / page, "exec"), names)
+        out = capsys.readouterr().out
+        assert printed is None or out == printed
+
+
+def words(text: str) -> list[str]:
+    """What has a letter or a digit: not the bars of a table or the marks of a list."""
+    return [word for word in text.split() if re.search(r"\w", word)]
+
+
+def sentences(page: str) -> list[str]:
+    """Those of paragraphs, items, headings and cells of tables. Blocks of code have none; a stop in code ends none."""
+    text = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)\s]*\)", r"\1", text)
+    text = re.sub(r"`[^`]*`", lambda code: re.sub(r"[.!?|]", "", code[0]), text)
+    text = re.sub(r"^ *([*-]|#+|\d+\.) ", "\n\n", text, flags=re.MULTILINE)
+    parts = (part.replace("*", "") for part in re.split(r"\n\s*\n|\|", text))
+    return [sentence for part in parts for sentence in re.split(r"[.!?][)\"]*\s", part) if words(sentence)]
+
+
+def test_sentences_are_told_apart():
+    page = "# Head\n\nOne [two](a.md). **Three.** Four `a.b | c?` (five.)\nSix\n\n* seven\n* eight\n"
+    page += "\n| a | b c |\n| - | - |\n```\nnone of it\n```\n"
+    found = [" ".join(words(sentence)) for sentence in sentences(page)]
+    assert found == ["Head", "One two", "Three", "Four `ab c` (five", "Six", "seven", "eight", "a", "b c"]
+
+
+def test_readme_is_short():
+    assert len(words((ROOT / "README.md").read_text())) <= MOST_WORDS_IN_README
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_sentences_are_short(page):
+    longest = max(sentences((ROOT / page).read_text()), key=lambda sentence: len(words(sentence)))
+    assert len(words(longest)) <= MOST_WORDS_IN_A_SENTENCE, longest
 
 
 def test_pages_with_code_are_found():
     assert {"README.md", "docs/bicubic.md"} <= {page for page in PAGES if snippets(page)}
+    assert any(snippet.printed for snippet in snippets("README.md"))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "/" not in page])
@@ -42,6 +89,15 @@ def test_links_of_root_pages_lead_to_files(page):
     """Those between pages of the site are checked when it is built."""
     targets = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())
     assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_files_that_pages_name_exist(page):
+    """In code, with their folder; names with a placeholder or a choice in them are left out."""
+    named = re.findall(
+        r"`((?:benchmarks|csrc|docs|examples|fastdense|requirements|tests)/[\w./]*)`", (ROOT / page).read_text()
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 class Page(HTMLParser):
@@ -80,7 +136,10 @@ def test_reference_has_every_public_name(site, package):
     """By its public path, or where a module has the same name by the one behind it."""
     identifiers = site[f"reference/{package}.html"].identifiers
     module = importlib.import_module(package)
-    for name in module.__all__:
+    functions = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == package]
+    names = getattr(module, "__all__", [name for name in functions if not name.startswith("_")])
+    assert names
+    for name in names:
         if not inspect.ismodule(getattr(module, name)):
             assert {f"{package}.{name}", f"{package}.{name}.{name}"} & identifiers, name
 

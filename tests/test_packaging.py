@@ -21,9 +21,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def test_one_version():
     changes = (ROOT / "CHANGELOG.md").read_text()
-    head = re.search(r"^## (\S+)", changes, re.MULTILINE)
-    assert fastdense.__version__ == PROJECT["project"]["version"] == head[1]
+    headings = re.findall(r"^## (.*)$", changes, re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    released = re.fullmatch(r"\[(\S+)\] - (\d{4}-\d\d-\d\d)", headings[1])
+    assert fastdense.__version__ == PROJECT["project"]["version"] == released[1]
     assert fastdense.__version__ == importlib.metadata.version("fastdense")
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {released[1]}\ndate-released: {released[2]}\n" in citation
 
 
 @pytest.fixture(scope="module")

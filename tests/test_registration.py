@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-import fastdense  # noqa: F401  (registers the operators)
+from fastdense import _C
+from fastdense.ops.cpu_build import HINT
 from tests.cases.dense_block import ALL, Block, Case
 from tests.cases.dual_path import Stage, StageCase
 from tests.cases.norm_relu_max_pool import ALL as GIVEN
@@ -177,8 +178,18 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck_with_the_cuda_code(name):
-    with emulated_kernels(False, scratch_bytes=12 << 10, blocks=8):
+    with emulated_kernels(False, workspace_bytes=12 << 10, blocks=8):
         test_opcheck(name)
+
+
+@pytest.mark.skipif(_C.build_info()["cuda"] is not None, reason="needs a build for the CPU alone")
+@pytest.mark.parametrize("name", operators())
+def test_a_cpu_build_says_how_to_get_cuda_kernels(name):
+    """What stands in their place, called as for CUDA tensors."""
+    operator = getattr(torch.ops.fastdense, name).default
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(NotImplementedError, match=f"^{name}: expected tensors on the CPU, got CUDA tensors: {HINT}$"):
+        operator.redispatch(cuda, *next(iter(samples(name))))
 
 
 def test_the_library_is_what_is_documented():

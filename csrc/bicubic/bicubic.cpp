@@ -8,8 +8,8 @@
 #include <cmath>
 
 #include "core/checks.h"
+#include "core/huge_pages.h"
 #include "core/layout.h"
-#include "cpu/huge_pages.h"
 
 namespace fastdense {
 namespace {

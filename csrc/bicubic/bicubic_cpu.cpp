@@ -62,41 +62,48 @@ class Matrix {
   BicubicMatrix<A> matrix_;
 };
 
-// planes x [height, width, inner] to planes x [rows, columns, inner]; nullptr leaves an axis as it is.
+// planes x [height, width, inner] to planes x [rows, columns, inner].
+template <typename T>
+struct Planes {
+  const T* input;
+  T* output;
+  const T* residual;  // like output, or nullptr
+  int64_t planes, height, width, inner;
+  const BicubicTable *rows, *columns;  // nullptr leaves an axis as it is
+};
+
 template <typename T, typename A>
-void resample_planes(const T* input, T* output, const T* residual, int64_t planes, int64_t height, int64_t width,
-                     int64_t inner, const BicubicTable* rows, const BicubicTable* columns,
-                     const BicubicFinish& finish) {
+void resample_planes(const Planes<T>& all, const BicubicFinish& finish) {
   const auto matrix = [&](const BicubicTable* table) { return table ? std::make_unique<Matrix<A>>(*table) : nullptr; };
-  const auto row_matrix = matrix(rows), column_matrix = matrix(columns);
+  const auto row_matrix = matrix(all.rows), column_matrix = matrix(all.columns);
   constexpr double kMost = std::numeric_limits<A>::is_integer ? 255 : double(std::numeric_limits<A>::infinity());
   BicubicPlane<T, A> plane{};
-  plane.height = height;
-  plane.width = width;
-  plane.inner = inner;
+  plane.height = all.height;
+  plane.width = all.width;
+  plane.inner = all.inner;
   plane.rows = row_matrix ? row_matrix->get() : nullptr;
   plane.columns = column_matrix ? column_matrix->get() : nullptr;
-  if (column_matrix) plane.lanes = column_matrix->lanes(inner);
+  if (column_matrix) plane.lanes = column_matrix->lanes(all.inner);
   plane.columns_first = finish.columns_first;
   plane.round_between = finish.round_between;
   plane.low = A(std::max(finish.low, -kMost));
   plane.high = A(std::min(finish.high, kMost));
   const BicubicKernel<T, A> kernel = bicubic_kernel<T, A>(current_isa());
-  const int64_t in_size = height * plane.in_width(), out_size = plane.out_rows() * plane.out_width();
+  const int64_t in_size = all.height * plane.in_width(), out_size = plane.out_rows() * plane.out_width();
   constexpr int64_t kLeastRows = 16, kGrain = 16384;
-  const int64_t wanted = std::max<int64_t>(1, 4 * at::get_num_threads() / planes);
+  const int64_t wanted = std::max<int64_t>(1, 4 * at::get_num_threads() / all.planes);
   const int64_t block = std::max(kLeastRows, (plane.out_rows() + wanted - 1) / wanted);
   const int64_t blocks = (plane.out_rows() + block - 1) / block;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, std::max(in_size, out_size) / blocks));
   const int64_t memory = kernel.workspace_size(plane);
-  at::parallel_for(0, planes * blocks, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, all.planes * blocks, grain, [&](int64_t begin, int64_t end) {
     std::vector<A> workspace(static_cast<size_t>(memory));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t p = task / blocks, first = task % blocks * block;
       BicubicPlane<T, A> one = plane;
-      one.input = input + p * in_size;
-      one.output = output + p * out_size;
-      one.residual = residual ? residual + p * out_size : nullptr;
+      one.input = all.input + p * in_size;
+      one.output = all.output + p * out_size;
+      one.residual = all.residual ? all.residual + p * out_size : nullptr;
       kernel.resample(one, first, std::min(first + block, plane.out_rows()), workspace.data());
     }
   });
@@ -114,7 +121,7 @@ void resample_tensor(const BicubicArgs& args, const at::Tensor& residual, const 
   const auto size = [&](const at::Tensor& t, size_t back) { return back <= dims ? t.size(-int64_t(back)) : 1; };
   const int64_t depth = size(in, 3), planes = args.planes(), inner = args.inner();
   if (!table(3)) {
-    return resample_planes<T, A>(from, to, added, planes * depth, size(in, 2), size(in, 1), inner, table(2), table(1),
+    return resample_planes<T, A>({from, to, added, planes * depth, size(in, 2), size(in, 1), inner, table(2), table(1)},
                                  finish);
   }
   // Three axes: the depth is an axis of rows whose pixels are whole images; first where it shrinks.
@@ -123,13 +130,13 @@ void resample_tensor(const BicubicArgs& args, const at::Tensor& residual, const 
   const bool depth_first = deep < depth;
   std::vector<T> between(size_t(planes * inner * (depth_first ? deep * in_image : depth * image)));
   if (depth_first) {
-    resample_planes<T, A>(from, between.data(), nullptr, planes, depth, in_image, inner, table(3), nullptr, open);
-    resample_planes<T, A>(between.data(), to, added, planes * deep, size(in, 2), size(in, 1), inner, table(2), table(1),
-                          finish);
+    resample_planes<T, A>({from, between.data(), nullptr, planes, depth, in_image, inner, table(3), nullptr}, open);
+    resample_planes<T, A>(
+        {between.data(), to, added, planes * deep, size(in, 2), size(in, 1), inner, table(2), table(1)}, finish);
   } else {
-    resample_planes<T, A>(from, between.data(), nullptr, planes * depth, size(in, 2), size(in, 1), inner, table(2),
-                          table(1), open);
-    resample_planes<T, A>(between.data(), to, added, planes, depth, image, inner, table(3), nullptr, finish);
+    resample_planes<T, A>(
+        {from, between.data(), nullptr, planes * depth, size(in, 2), size(in, 1), inner, table(2), table(1)}, open);
+    resample_planes<T, A>({between.data(), to, added, planes, depth, image, inner, table(3), nullptr}, finish);
   }
 }
 
@@ -145,14 +152,14 @@ at::Tensor bicubic_cpu(const at::Tensor& input,  // [N, C, spatial]
                        at::IntArrayRef size, at::ArrayRef<double> step, double a, bool antialias,
                        std::string_view border, bool align_corners, const std::optional<at::Tensor>& residual,
                        double low, double high) {
-  return run_bicubic<Engine>("bicubic", input, size, step, {a, antialias, border, align_corners}, false, residual, low,
-                             high);
+  return run_bicubic<Engine>("bicubic", input, size, step, {a, antialias, border, align_corners}, false,
+                             {residual, low, high});
 }
 
 at::Tensor bicubic_backward_cpu(const at::Tensor& grad_output, at::IntArrayRef size, at::ArrayRef<double> step,
                                 double a, bool antialias, std::string_view border, bool align_corners) {
   return run_bicubic<Engine>("_bicubic_backward", grad_output, size, step, {a, antialias, border, align_corners}, true,
-                             std::nullopt, -INFINITY, INFINITY);
+                             {std::nullopt, -INFINITY, INFINITY});
 }
 
 at::Tensor bicubic_uint8_cpu(const at::Tensor& input,  // [N, C, spatial] of one or two axes

@@ -191,15 +191,15 @@ at::Tensor bicubic_cuda(const at::Tensor& input,  // [N, C, spatial]
                         std::string_view border, bool align_corners, const std::optional<at::Tensor>& residual,
                         double low, double high) {
   const c10::cuda::CUDAGuard guard(input.device());
-  return run_bicubic<Engine>("bicubic", input, size, step, {a, antialias, border, align_corners}, false, residual, low,
-                             high);
+  return run_bicubic<Engine>("bicubic", input, size, step, {a, antialias, border, align_corners}, false,
+                             {residual, low, high});
 }
 
 at::Tensor bicubic_backward_cuda(const at::Tensor& grad_output, at::IntArrayRef size, at::ArrayRef<double> step,
                                  double a, bool antialias, std::string_view border, bool align_corners) {
   const c10::cuda::CUDAGuard guard(grad_output.device());
   return run_bicubic<Engine>("_bicubic_backward", grad_output, size, step, {a, antialias, border, align_corners}, true,
-                             std::nullopt, -INFINITY, INFINITY);
+                             {std::nullopt, -INFINITY, INFINITY});
 }
 
 at::Tensor bicubic_uint8_cuda(const at::Tensor& input,  // [N, C, spatial] of one or two axes

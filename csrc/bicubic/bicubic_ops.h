@@ -19,23 +19,31 @@ struct BicubicFinish {
   double low, high;
 };
 
+// What becomes of resampled values: a residual is added, the sum is clamped.
+struct BicubicEpilogue {
+  const std::optional<at::Tensor>& residual;
+  double low, high;
+};
+
 template <typename Engine>
 at::Tensor run_bicubic(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
-                       const BicubicOptions& options, bool transposed, const std::optional<at::Tensor>& residual,
-                       double low, double high) {
+                       const BicubicOptions& options, bool transposed, const BicubicEpilogue& epilogue) {
   check_floating(op, "input", input);
-  if (input.dim() == 5 && input.element_size() == 2) {  // keep what lies between the axes in float32
+  if (input.dim() == 5 && input.element_size() == 2) {  // what lies between the axes stays in float32
+    const auto& residual = epilogue.residual;
     const auto added = residual ? std::optional(residual->to(at::kFloat)) : residual;
-    return run_bicubic<Engine>(op, input.to(at::kFloat), size, step, options, transposed, added, low, high)
+    return run_bicubic<Engine>(op, input.to(at::kFloat), size, step, options, transposed,
+                               {added, epilogue.low, epilogue.high})
         .to(input.scalar_type());
   }
   const BicubicArgs args = parse_bicubic(op, input, size, step, options, transposed);
   at::Tensor out = args.empty_result();
-  const at::Tensor added = bicubic_residual(op, residual, input, out);
+  const at::Tensor added = bicubic_residual(op, epilogue.residual, input, out);
   if (out.numel() == 0) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bicubic", [&] {
     using T = typename Storage<scalar_t>::type;
-    Engine::template resample<T, accumulate_t<T>>(args, added, out, {args.columns_first, false, low, high});
+    Engine::template resample<T, accumulate_t<T>>(args, added, out,
+                                                  {args.columns_first, false, epilogue.low, epilogue.high});
   });
   return out;
 }

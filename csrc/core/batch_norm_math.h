@@ -57,6 +57,12 @@ FASTDENSE_HD A norm_input_gradient(A dy, A x, NormCoefficients<A> n, A t1, A t2,
   return n.scale * (inv_count == A(0) ? dy : corrected);
 }
 
+// Where the batch statistics of channels go; nowhere if nullptr.
+template <typename A>
+struct BatchStatistics {
+  A *mean = nullptr, *var = nullptr;
+};
+
 // Count, mean and sum of squared deviations of a set of values.
 template <typename A>
 struct Moments {

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Shapes of images, convolutions and average pools in up to three spatial dimensions, with the channels innermost.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +24,8 @@ struct Tile {
   int64_t column, columns;
 };
 
-// Where the rows of a product lie in the image: windows of pixels whose mean is taken.  Average pooling has window =
-// stride; a strided 1x1 convolution reads windows of one pixel.
+// Windows of pixels whose mean a 1x1 convolution reads.  Average pooling has window = stride; a strided 1x1 convolution
+// reads windows of one pixel.
 struct PoolGeometry {
   int64_t size[3];  // of the image
   int64_t window[3];

@@ -27,8 +27,8 @@ inline at::Tensor to_channels_last(const at::Tensor& t) { return t.movedim(1, -1
 // Whether the channels are innermost and could be nowhere else.
 inline bool is_channels_last(const at::Tensor& t) { return !t.is_contiguous() && t.movedim(1, -1).is_contiguous(); }
 
-// `value`, which the caller owns, in the shape, type and layout of a parameter: so the engine takes a gradient without
-// a copy of its own, and DDP without a complaint.
+// `value`, which the caller owns, in the shape, type and layout of a parameter: autograd then takes a gradient without
+// copying it, and DDP does not warn about its strides.
 inline at::Tensor laid_out_like(const at::Tensor& value, const at::Tensor& parameter) {
   const at::Tensor shaped = value.reshape(parameter.sizes());
   if (shaped.scalar_type() == parameter.scalar_type() && shaped.is_contiguous() && parameter.is_contiguous())

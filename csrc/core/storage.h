@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which of our storage types stands for a type of torch: they have the same layout, and the kernels know ours only.
+// The storage type (core/scalar.h) that stands for a type of torch; both have the same bits.
 #pragma once
 
 #include <c10/util/BFloat16.h>

@@ -11,8 +11,8 @@
 
 namespace fastdense {
 
-// Every process adds the same numbers in the same order, so that all get the same bits.
-void SharedStatistics::moments(const at::Tensor& mean, const at::Tensor& var, int64_t count) const {
+// Every process adds the same numbers in the same order: the results are bit-identical in all of them.
+void SyncBatchNorm::moments(const at::Tensor& mean, const at::Tensor& var, int64_t count) const {
   const int64_t n = mean.numel();
   const auto group = c10d::resolve_process_group(group_);
   const auto numbers = mean.options().dtype(at::kDouble);
@@ -33,7 +33,7 @@ void SharedStatistics::moments(const at::Tensor& mean, const at::Tensor& var, in
   var.copy_((share * (vars + (means - centre).square())).sum(0));
 }
 
-at::Tensor SharedStatistics::mean_of_all(const at::Tensor& terms, double weight, int64_t count) const {
+at::Tensor SyncBatchNorm::mean_of_all(const at::Tensor& terms, double weight, int64_t count) const {
   const int64_t n = terms.numel();
   const auto group = c10d::resolve_process_group(group_);
   std::vector<at::Tensor> sums{at::zeros({n + 1}, terms.options().dtype(at::kDouble))};

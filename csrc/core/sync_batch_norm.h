@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Batch statistics over the values of several processes, as nn.SyncBatchNorm takes them.  Only statistics of channels
-// that are new go over the wire: the blocks take them once per channel, and defer the corrections of gradients until
-// all consumers of a channel are done (batch_norm_math.h).
+// Batch statistics over the values of several processes, as nn.SyncBatchNorm takes them.  Only those of new channels
+// are communicated: the blocks take statistics once per channel, and defer the corrections of gradients until all
+// consumers of a channel are done (batch_norm_math.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,29 +13,29 @@
 
 namespace fastdense {
 
-class SharedStatistics {
+class SyncBatchNorm {
  public:
   // The name of a group of torch.distributed; empty: this process alone, and everything stays as it is.
-  explicit SharedStatistics(std::string group = {}) : group_(std::move(group)) {}
+  explicit SyncBatchNorm(std::string group = {}) : group_(std::move(group)) {}
 
-  bool shared() const { return !group_.empty(); }
+  bool enabled() const { return !group_.empty(); }
 
   // mean and biased variance [n] of `count` values of this process become those of all processes' values.
   template <typename A>
   void moments(A* mean, A* var, int64_t n, int64_t count, const at::TensorOptions& options) const {
-    if (!shared()) return;
+    if (!enabled()) return;
     const auto numbers = options.dtype(std::is_same_v<A, double> ? at::kDouble : at::kFloat);
     moments(at::from_blob(mean, {n}, numbers), at::from_blob(var, {n}, numbers), count);
   }
 
   // Means over `count` values of this process become means over all processes' values.
   void means(const at::Tensor& terms, int64_t count) const {
-    if (shared()) terms.copy_(mean_of_all(terms, double(count), count));
+    if (enabled()) terms.copy_(mean_of_all(terms, double(count), count));
   }
 
   // Sums over `count` values of this process become so many times the mean over all processes' values.
   void sums(const at::Tensor& terms, int64_t count) const {
-    if (shared()) terms.copy_(mean_of_all(terms, 1.0, count).mul_(double(count)));
+    if (enabled()) terms.copy_(mean_of_all(terms, 1.0, count).mul_(double(count)));
   }
 
  private:

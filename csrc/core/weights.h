@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reads the flat list of parameters of an op in order and checks each.  A tensor without elements stands for an absent
-// one.
+// Reads the flat list of weights that an op takes, in order, and checks each.  A tensor without elements stands for an
+// absent one.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the backward passes of the CPU ops on pixel rows share: which gradients are wanted, sums and weight gradients
-// per worker, added in order, so that reruns with the same number of threads are bit-identical, and the deferred norm
-// corrections.
+// What the backward passes of blocks share on the CPU: which gradients are wanted, the deferred norm corrections, and
+// sums and weight gradients per worker, which are added in order: reruns with the same number of threads are
+// bit-identical.
 #pragma once
 
 #include <ATen/ops/zeros.h>
@@ -66,9 +66,7 @@ class BlockBackward : public BlockForward<T> {
     if (needs(weight)) grads_[size_t(weight) + 1] = laid_out_like(value, weights_[size_t(weight)]);
   }
 
-  struct Sums {
-    double *sum, *weighted;
-  };
+  using Sums = GradientSums<double>;
 
   // Weight gradients [workers, depth, padded n] and sums, zeroed.
   at::Tensor worker_gradients(bool needed, int64_t depth, int64_t n) {
@@ -86,9 +84,8 @@ class BlockBackward : public BlockForward<T> {
   }
 
   BackwardEpilogue<T> epilogue(int64_t worker, T* gradient, int64_t ld, bool accumulate, const A* mean,
-                           const at::Tensor& dweight) {
-    const Sums s = worker_sums(worker);
-    return {gradient, ld, accumulate, mean, s.sum, s.weighted, of_worker(dweight, worker)};
+                               const at::Tensor& dweight) {
+    return {gradient, ld, accumulate, mean, worker_sums(worker), of_worker(dweight, worker)};
   }
 
   // Parameter gradients of the channels [first, first + n) of a norm from their sums, in place: sum -> s1, weighted ->
@@ -121,12 +118,12 @@ class BlockBackward : public BlockForward<T> {
   // [2, n] of the channels from `first` on, which `count` values have; these corrections start anew.
   at::Tensor take(Corrections& corrections, int64_t first, int64_t n, int64_t count) const {
     const at::Tensor t = corrections.take<A>(first, n);
-    this->shared.means(t, count);
+    this->sync.means(t, count);
     return t;
   }
 
-  // The gradient dv behind a norm and ReLU on its way to z, from the sums of norm_gradients(); `workspace` keeps
-  // numbers.
+  // What the backward of a norm needs to make the gradient of its input z from dv, that of its output, and from the
+  // sums of norm_gradients(); `workspace` holds the terms that the result points to.
   NormBackward<T> norm_backward(const NormArgs& norm, const Coefficients& c, const Sums& s, const T* dv, const T* z,
                                 int64_t count, at::Tensor& workspace) const {
     workspace = Base::template temporary<A>({2, c.n});
@@ -135,7 +132,7 @@ class BlockBackward : public BlockForward<T> {
       t[j] = A(s.sum[j]);
       t[c.n + j] = A(s.weighted[j]);
     }
-    if (!norm.frozen()) this->shared.sums(workspace, count);
+    if (!norm.frozen()) this->sync.sums(workspace, count);
     const A inv_count = norm.frozen() ? A(0) : A(1.0 / double(count));
     return {dv, z, c.n, c.scale(), c.mean(), c.rstd(), t, t + c.n, inv_count};
   }

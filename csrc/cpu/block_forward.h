@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CPU ops on pixel rows share: threads, chunks, workspace, packed weights, norm coefficients, batch
-// statistics.
+// What the blocks of layers share on the CPU, forward and backward: threads, chunks of pixel rows, workspace, packed
+// weights, norm coefficients, batch statistics.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,11 +24,9 @@ class BlockForward {
   using A = accumulate_t<T>;
   static constexpr at::ScalarType kAccumulate = std::is_same_v<A, double> ? at::kDouble : at::kFloat;
 
-  // process_group: with which batch statistics are shared; see SharedStatistics.
+  // process_group: whose processes share batch statistics; see SyncBatchNorm.
   explicit BlockForward(const std::string& process_group = {})
-      : kernels(conv1x1_kernels<T>(current_isa())),
-        workers(std::max(1, at::get_num_threads())),
-        shared(process_group) {}
+      : kernels(conv1x1_kernels<T>(current_isa())), workers(std::max(1, at::get_num_threads())), sync(process_group) {}
 
   // Workspace for every worker: what Conv1x1Kernels need, and `extra` bytes.
   void reserve_workspace(int64_t widest_source, int64_t widest_product, int64_t extra = 0) {
@@ -162,7 +160,7 @@ class BlockForward {
       mean[j] = A(total.mean);
       var[j] = A(total.m2 / total.count);
     }
-    shared.moments(mean, var, n, rows, at::TensorOptions());
+    sync.moments(mean, var, n, rows, at::TensorOptions());
   }
 
   // Batch statistics of n columns of x[rows, ld].
@@ -178,7 +176,7 @@ class BlockForward {
 
   const Conv1x1Kernels<T>& kernels;
   const int64_t workers;
-  const SharedStatistics shared;
+  const SyncBatchNorm sync;
 
  private:
   // Enough chunks for all workers, equal in size, and rows a multiple of every tile where there are many.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the backward passes of the CUDA ops on pixel rows share: which gradients are wanted, norms, 1x1 convolutions.
+// What the backward passes of blocks share on CUDA: which gradients are wanted, norms, 1x1 convolutions.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,9 +25,9 @@ class CudaBlockBackward {
   using Partials = typename CudaBlockForward<T>::Partials;
 
   // needs: whether the gradients of the input and of each weight are wanted.
-  CudaBlockBackward(const CudaBlockForward<T>& rows, const std::vector<bool>& needs, at::TensorList weights)
-      : rows_(rows), needs_(needs), weights_(weights), grads_(needs.size()) {
-    for (at::Tensor& grad : grads_) grad = at::empty({0}, rows.options);
+  CudaBlockBackward(const CudaBlockForward<T>& block, const std::vector<bool>& needs, at::TensorList weights)
+      : block_(block), needs_(needs), weights_(weights), grads_(needs.size()) {
+    for (at::Tensor& grad : grads_) grad = at::empty({0}, block.options);
   }
 
   bool needs(int64_t weight) const { return needs_[size_t(weight) + 1]; }
@@ -41,15 +41,16 @@ class CudaBlockBackward {
   struct Sums {
     at::Tensor dweight, dbias;  // [channels] of a norm
   };
-  Sums sums(int64_t channels) const { return {rows_.numbers({channels}), rows_.numbers({channels})}; }
+  Sums sums(int64_t channels) const { return {block_.numbers({channels}), block_.numbers({channels})}; }
 
   // Adds up partial sums of channels [first, ...) of a norm over `count` values; `norm` starts there, too.
   void finalise(const NormArgs& args, const NormParams<A>& norm, const at::Tensor& partial, int64_t count,
                 const CudaCorrections& corrections, const Sums& s, int64_t first = 0) const {
     const CudaCorrections to = args.frozen() ? CudaCorrections{} : corrections;
-    check_launch(launch_finalise_sums<A>({rows_.sums(partial), partial.size(0), norm, rows_.sums(s.dweight) + first,
-                                          rows_.sums(s.dbias) + first, to.shift_sum, to.slope_sum, 1.0 / double(count)},
-                                         partial.size(2), rows_.cuda.stream));
+    check_launch(
+        launch_finalise_sums<A>({block_.sums(partial), partial.size(0), norm, block_.sums(s.dweight) + first,
+                                 block_.sums(s.dbias) + first, to.shift_sum, to.slope_sum, 1.0 / double(count)},
+                                partial.size(2), block_.cuda.stream));
   }
   void set_norm(const NormArgs& args, const Sums& s) {
     if (args.weight.defined()) set(args.at, s.dweight);
@@ -59,8 +60,8 @@ class CudaBlockBackward {
   // du, the gradient of relu(norm(z)), becomes that of z.
   void norm_backward(const NormArgs& args, const NormParams<A>& norm, const Matrix<T>& du, const Matrix<const T>& z,
                      int64_t rows, int64_t columns) {
-    const Partials partial = rows_.partials(rows, columns);
-    rows_.reduction(launch_mask_reduce<T>, {du, z, norm, rows_.sums(partial.tensor)}, rows, columns);
+    const Partials partial = block_.partials(rows, columns);
+    block_.reduction(launch_mask_reduce<T>, {du, z, norm, block_.sums(partial.tensor)}, rows, columns);
     norm_backward(args, norm, partial.tensor, du, z, rows, columns);
   }
   // From partial sums, as launch_mask_reduce takes them.
@@ -70,18 +71,18 @@ class CudaBlockBackward {
     finalise(args, norm, partial, rows, {}, s);
     set_norm(args, s);
     const A inv_count = args.frozen() ? A(0) : A(1.0 / double(rows));
-    const bool shared = rows_.shared.shared() && !args.frozen();
+    const bool shared = block_.sync.enabled() && !args.frozen();
     const at::Tensor terms = shared ? at::stack({s.dbias, s.dweight}) : at::Tensor();
-    if (shared) rows_.shared.sums(terms, rows);
-    rows_.reduction(
+    if (shared) block_.sync.sums(terms, rows);
+    block_.reduction(
         launch_input_gradient<T>,
-        {du, z, norm, rows_.sums(shared ? terms[0] : s.dbias), rows_.sums(shared ? terms[1] : s.dweight), inv_count},
+        {du, z, norm, block_.sums(shared ? terms[0] : s.dbias), block_.sums(shared ? terms[1] : s.dweight), inv_count},
         rows, columns);
   }
 
   // left^T * right over pixels, in the type of sums: the library may add partial sums of 16-bit results in 16 bits.
   at::Tensor over_pixels(const at::Tensor& left, const at::Tensor& right) const {
-    const at::ScalarType type = rows_.accumulate();
+    const at::ScalarType type = block_.accumulate();
     if (left.scalar_type() == type) return at::mm(left.t(), right);
     if (left.is_cuda()) return at::mm(left.t(), right, type);
     return at::mm(left.t().to(type), right.to(type));  // hosts know no such product
@@ -98,18 +99,18 @@ class CudaBlockBackward {
   };
 
   // Backward of a 1x1 with the gradient dz [pixels, n] of its output, and of the norm and ReLU in front of it.
-  void product_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args, const NormParams<A>& norm,
+  void conv1x1_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args, const NormParams<A>& norm,
                         const at::Tensor& dz, const std::vector<Segment>& segments) {
-    if (segments.size() == 1 && fuses_conv1x1<T>(rows_.cuda, segments[0].x, packed, dz) &&
+    if (segments.size() == 1 && fuses_conv1x1<T>(block_.cuda, segments[0].x, packed, dz) &&
         has_rows_of(4, segments[0].gradient, segments[0].columns))
-      return fused_product_backward(conv, packed, args, norm, dz, segments[0]);
-    const int64_t pixels = dz.size(0), c = packed.size(1), step = rows_.chunk_rows(pixels, c);
+      return fused_conv1x1_backward(conv, packed, args, norm, dz, segments[0]);
+    const int64_t pixels = dz.size(0), c = packed.size(1), step = block_.chunk_rows(pixels, c);
     std::vector<Partials> partial;
-    for (const Segment& s : segments) partial.push_back(rows_.partials(pixels, step, s.columns));
-    const at::Tensor y = rows_.workspace(std::min(step, pixels), c);
-    const Matrix<T> dy = rows_.matrix(y);
+    for (const Segment& s : segments) partial.push_back(block_.partials(pixels, step, s.columns));
+    const at::Tensor y = block_.workspace(std::min(step, pixels), c);
+    const Matrix<T> dy = block_.matrix(y);
     at::Tensor dweight;
-    rows_.for_each_chunk(pixels, step, [&](int64_t row, int64_t count, int64_t chunk) {
+    block_.for_each_chunk(pixels, step, [&](int64_t row, int64_t count, int64_t chunk) {
       const at::Tensor left = dz.narrow(0, row, count);
       at::Tensor right = y.narrow(0, 0, count);
       at::mm_out(right, left, packed);
@@ -118,7 +119,7 @@ class CudaBlockBackward {
         check_launch(
             launch_accumulate<T>({s.x.from_row(row), dy.from_column(s.first), s.gradient.from_row(row),
                                   norm.from_channel(s.first), partial[i].of_chunk(chunk), true, needs(conv.at), s.add},
-                                 count, s.columns, partial[i].splits, rows_.cuda.stream));
+                                 count, s.columns, partial[i].splits, block_.cuda.stream));
       }
       if (needs(conv.at)) add(dweight, over_pixels(left, right));
     });
@@ -131,28 +132,28 @@ class CudaBlockBackward {
   }
 
   // The same for a 1x1 that reads means over windows of `images` images: dz [pooled pixels, n].
-  void pooled_product_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args,
+  void pooled_conv1x1_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args,
                                const NormParams<A>& norm, const PoolGeometry& pool, int64_t images,
                                const at::Tensor& dz, const Segment& s) {
     const int64_t area = pool.size[0] * pool.size[1] * pool.size[2], pooled = pool.pixels(), c = s.columns;
     // Whole images, so that no window is cut.
-    const int64_t step = std::max<int64_t>(1, rows_.chunk_rows(images * pooled, c) / pooled);
-    const Partials partial = rows_.partials(images * area, step * area, c);
-    const at::Tensor y = rows_.workspace(std::min(step, images) * pooled, c);
+    const int64_t step = std::max<int64_t>(1, block_.chunk_rows(images * pooled, c) / pooled);
+    const Partials partial = block_.partials(images * area, step * area, c);
+    const at::Tensor y = block_.workspace(std::min(step, images) * pooled, c);
     at::Tensor dweight;
-    rows_.for_each_chunk(images, step, [&](int64_t image, int64_t count, int64_t chunk) {
+    block_.for_each_chunk(images, step, [&](int64_t image, int64_t count, int64_t chunk) {
       const at::Tensor left = dz.narrow(0, image * pooled, count * pooled);
       at::Tensor right = y.narrow(0, 0, count * pooled);
       if (needs(conv.at)) {
-        rows_.reduction(launch_activate_pooled<T>, {s.x, rows_.matrix(y), norm, pool, image * pooled}, count * pooled,
-                        c);
+        block_.reduction(launch_activate_pooled<T>, {s.x, block_.matrix(y), norm, pool, image * pooled}, count * pooled,
+                         c);
         add(dweight, over_pixels(left, right));
       }
       at::mm_out(right, left, packed);
       check_launch(
-          launch_accumulate_pooled<T>({s.x.from_row(image * area), rows_.matrix(y), s.gradient.from_row(image * area),
+          launch_accumulate_pooled<T>({s.x.from_row(image * area), block_.matrix(y), s.gradient.from_row(image * area),
                                        norm, partial.of_chunk(chunk), true, false, s.add},
-                                      pool, count * area, c, partial.splits, rows_.cuda.stream));
+                                      pool, count * area, c, partial.splits, block_.cuda.stream));
     });
     if (dweight.defined()) set(conv.at, dweight);
     const Sums total = sums(c);
@@ -161,16 +162,17 @@ class CudaBlockBackward {
   }
 
  private:
-  void fused_product_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args,
+  void fused_conv1x1_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args,
                               const NormParams<A>& norm, const at::Tensor& dz, const Segment& s) {
-    const Conv1x1Backward g = conv1x1_backward<T>(rows_, s.x, norm, packed, dz, s.gradient, s.add, needs(conv.at));
+    const Conv1x1Backward g =
+        fastdense::conv1x1_backward<T>(block_, s.x, norm, packed, dz, s.gradient, s.add, needs(conv.at));
     if (needs(conv.at)) set(conv.at, g.dweight);
     const Sums total = sums(s.columns);
     finalise(args, norm, g.partial, dz.size(0), s.corrections, total);
     set_norm(args, total);
   }
 
-  const CudaBlockForward<T>& rows_;
+  const CudaBlockForward<T>& block_;
   const std::vector<bool>& needs_;
   const at::TensorList weights_;
   std::vector<at::Tensor> grads_;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA ops on pixel rows share: launches, chunks, workspace, packed weights, norm parameters, batch
-// statistics. Knows a stream, but not where it comes from: built under FASTDENSE_EMULATE, the same code runs on CPU
-// tensors.
+// What the blocks of layers share on CUDA, forward and backward: launches, chunks of pixel rows, workspace, packed
+// weights, norm parameters, batch statistics.  Knows a stream, but not where it comes from: built under
+// FASTDENSE_EMULATE, the same code runs on CPU tensors.
 //
 // The 1x1 convolutions go through relu(norm(x)) chunk by chunk of pixels, in a workspace that stays in the L2 cache.
 // Products read and write strided matrices as they are; convolutions get packed tensors only, since they would copy a
@@ -52,9 +52,9 @@ class CudaBlockForward {
  public:
   using A = accumulate_t<T>;
 
-  // process_group: with which batch statistics are shared; see SharedStatistics.
+  // process_group: whose processes share batch statistics; see SyncBatchNorm.
   CudaBlockForward(const at::TensorOptions& options, const CudaContext& cuda, const std::string& process_group)
-      : options(options), cuda(cuda), shared(process_group) {}
+      : options(options), cuda(cuda), sync(process_group) {}
 
   static at::ScalarType accumulate() { return std::is_same_v<A, double> ? at::kDouble : at::kFloat; }
   at::Tensor numbers(at::IntArrayRef sizes) const { return at::empty(sizes, options.dtype(accumulate())); }
@@ -103,24 +103,24 @@ class CudaBlockForward {
     A* of_chunk(int64_t chunk) const { return sums(tensor) + chunk * stride; }
   };
   Partials partials(int64_t rows, int64_t step, int64_t columns) const {
-    const int64_t chunks = (rows + step - 1) / step, shared = splits(std::min(step, rows), columns);
-    return {numbers({chunks * shared, 2, columns}), step, shared, shared * 2 * columns};
+    const int64_t chunks = (rows + step - 1) / step, blocks = splits(std::min(step, rows), columns);
+    return {numbers({chunks * blocks, 2, columns}), step, blocks, blocks * 2 * columns};
   }
   Partials partials(int64_t rows, int64_t columns) const { return partials(rows, std::max<int64_t>(1, rows), columns); }
 
-  // mean and var [columns] of a matrix from partial moments relative to `pivot`.
-  void finalise_moments(const Partials& partial, const T* pivot, int64_t rows, A* mean, A* var,
+  // Statistics of the columns of a matrix from partial moments relative to `pivot`.
+  void finalise_moments(const Partials& partial, const T* pivot, int64_t rows, const BatchStatistics<A>& to,
                         const int64_t* counts = nullptr) const {
     const int64_t columns = partial.tensor.size(2);
-    check_launch(launch_finalise_moments<T>({sums(partial.tensor), pivot, mean, var, partial.step, counts}, rows,
+    check_launch(launch_finalise_moments<T>({sums(partial.tensor), pivot, to.mean, to.var, partial.step, counts}, rows,
                                             columns, partial.splits, cuda.stream));
-    shared.moments(mean, var, columns, rows, options);
+    sync.moments(to.mean, to.var, columns, rows, options);
   }
 
-  void statistics(const Matrix<const T>& x, int64_t rows, int64_t columns, A* mean, A* var) const {
+  void statistics(const Matrix<const T>& x, int64_t rows, int64_t columns, const BatchStatistics<A>& to) const {
     const Partials partial = partials(rows, columns);
     reduction(launch_moments<T>, {x, sums(partial.tensor)}, rows, columns);
-    finalise_moments(partial, x.data, rows, mean, var);
+    finalise_moments(partial, x.data, rows, to);
   }
 
   // Rows of the workspace, apart by whole 16 bytes, which products like.
@@ -171,7 +171,7 @@ class CudaBlockForward {
 
   const at::TensorOptions options;
   const CudaContext cuda;
-  const SharedStatistics shared;
+  const SyncBatchNorm sync;
 
  private:
   // A norm's vector in the type of arithmetic, kept alive.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The current stream and device as CudaBlockForward wants to know them.
+// The current stream and what kernels need to know of the current device, as a CudaContext.
 #pragma once
 
 #include <ATen/Context.h>

@@ -5,8 +5,8 @@
 // shape.
 //
 // Each operation that has a fused kernel gives two answers here: whether the kernel can take a shape, and whether it
-// is expected to be the faster way.  Forward and backward ask with the same numbers, so that what backward computes
-// again has the bits of forward.  No kernel has ever been timed on a GPU: the expectations count bytes, and say so.
+// is expected to be the faster way.  Forward and backward ask with the same numbers, so that what backward recomputes
+// is bit-identical to forward.  No kernel has ever been timed on a GPU: the expectations count bytes, and say so.
 #pragma once
 
 namespace fastdense {

@@ -162,4 +162,9 @@ FASTDENSE_HD float high_of_pair(uint32_t word) {
   return load(T(uint16_t(word >> 16)));
 }
 
+// The storage types that tensor cores multiply; float as TF32.  A build for tests may ask for fewer.
+#ifndef FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE
+#define FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE(X) X(float) X(bfloat16) X(half)
+#endif
+
 }  // namespace fastdense

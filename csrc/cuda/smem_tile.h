@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tiles of matrices in shared memory, as kernels on tensor cores read them; included by .cu files only.
 //
-// A tile is rows of numbers of type T.  Chunks of 16 bytes are what copies write and fragments are loaded from, eight
-// rows at a time; they lie so that these eight meet different banks: exchanged by the row number where a row is a
-// multiple of eight chunks, else rows are an odd number of chunks apart.
+// A tile is rows of numbers of type T.  Copies write chunks of 16 bytes, and fragments are loaded from eight rows of
+// them at a time, which must lie in different banks: chunks are swizzled by the row number where a row is a multiple of
+// eight chunks, else rows are an odd number of chunks apart.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ struct RightPair {
 template <typename T, int kColumns>
 class SmemTile {
   static constexpr int kChunks = kColumns * int(sizeof(T)) / kChunkBytes;  // of a row
-  static constexpr bool kExchanged = kChunks % 8 == 0;
-  static constexpr int kPitch = (kExchanged ? kChunks : kChunks | 1) * kChunkBytes;  // bytes from row to row
+  static constexpr bool kSwizzled = kChunks % 8 == 0;
+  static constexpr int kPitch = (kSwizzled ? kChunks : kChunks | 1) * kChunkBytes;  // bytes from row to row
   static constexpr int kPerChunk = kChunkBytes / int(sizeof(T)), kPerWord = 4 / int(sizeof(T));
   static constexpr bool kTransposes = sizeof(T) == 2;  // ldmatrix does
 
@@ -36,7 +36,7 @@ class SmemTile {
   __device__ explicit SmemTile(unsigned char* data) : data_(data) {}
 
   __device__ unsigned char* chunk(int row, int chunk) const {
-    return data_ + row * kPitch + (kExchanged ? chunk ^ (row & 7) : chunk) * kChunkBytes;
+    return data_ + row * kPitch + (kSwizzled ? chunk ^ (row & 7) : chunk) * kChunkBytes;
   }
   // The word that holds a number, the first of it.
   __device__ uint32_t* word(int row, int column) const {

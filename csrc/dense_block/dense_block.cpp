@@ -46,7 +46,7 @@ void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers)
     LayerArgs layer;
     layer.channels = args.in_channels + l * args.growth;
     layer.dropped = is_dropped(reader.at(args.bottleneck ? 9 : 4));
-    layer.kept = args.active_layers();
+    layer.z_index = args.active_layers();
     int64_t in = layer.channels;
     layer.norm1 = reader.norm(name + ".norm1", in);
     const auto first_of_all = [&](const std::string& conv) -> const at::Tensor& {
@@ -114,9 +114,8 @@ std::vector<int64_t> DenseBlockArgs::sizes(int64_t channels, bool pooled) const 
 }
 
 DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
-                                 at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
-                                 double drop_rate, const std::optional<at::Tensor>& seed,
-                                 std::string_view process_group) {
+                                 const DenseBlockOptions& how) {
+  const auto& [eps, num_layers, bottleneck, tail, drop_rate, seed, process_group] = how;
   TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, kOp,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
   check_at_least(kOp, "num_layers", num_layers, 0);
@@ -155,14 +154,14 @@ DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions&
 DenseBlockOutputs allocate_dense_block(const DenseBlockArgs& args, const at::TensorOptions& options,
                                        bool keep_bottleneck) {
   const auto statistics = options.dtype(options.dtype() == at::kDouble ? at::kDouble : at::kFloat);
-  const int64_t kept = keep_bottleneck && args.bottleneck ? args.active_layers() : 0;
+  const int64_t saved = keep_bottleneck && args.bottleneck ? args.active_layers() : 0;
   DenseBlockOutputs o;
   o.buffer = empty_channels_last(args.sizes(args.channels()), options);
   for (const LayerArgs& layer : args.layers)
     if (layer.dropped) o.buffer.narrow(1, layer.channels, args.growth).zero_();
   o.mean = at::zeros({args.statistics()}, statistics);
   o.var = at::zeros({args.statistics()}, statistics);
-  o.z = at::empty({kept, args.pixels(), args.width}, options);
+  o.z = at::empty({saved, args.pixels(), args.width}, options);
   if (args.tail == Tail::kTransition)
     o.out = empty_channels_last(args.sizes(args.tail_conv.weight.size(0), true), options);
   else if (args.tail != Tail::kNone)

@@ -13,11 +13,11 @@
 // The norm corrections of a channel's gradient are deferred (batch_norm_math.h) until its own layer takes it.
 //
 // Stochastic depth drops layers: a dropped one writes zeros, which later layers read like any other values (mean and
-// variance 0), and neither pass computes or keeps anything else for it.
+// variance 0), and neither pass computes or saves anything else for it.
 //
 // Saved: the buffer, mean and variance [C + L*b], and in `keep_bottleneck` mode the 1x1 outputs z [layers that are not
 // dropped, pixels, b].
-// Recomputed: norm + ReLU of every prefix, norm2 + ReLU, dropout masks, and z when it was not kept.
+// Recomputed: norm + ReLU of every prefix, norm2 + ReLU, dropout masks, and z when it was not saved.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,9 +27,9 @@
 #include <string_view>
 #include <vector>
 
+#include "core/geometry.h"
 #include "core/layout.h"
 #include "core/weights.h"
-#include "dense_block/dense_block_kernels.h"
 
 namespace fastdense {
 
@@ -40,7 +40,7 @@ struct LayerArgs {
   ConvArgs conv1, conv2;  // [b, c, 1...], [k, b or c, kernel...]
   int64_t channels = 0;   // of the prefix that it reads
   bool dropped = false;   // the slice is zeros, and nothing is computed
-  int64_t kept = 0;       // layers before it that are not dropped: its place in z
+  int64_t z_index = 0;    // its place in z: layers before it that are not dropped
 };
 
 struct DenseBlockArgs {
@@ -54,7 +54,7 @@ struct DenseBlockArgs {
   ConvArgs tail_conv;  // [co, C, 1...]
   PoolGeometry pool{};
   double drop_rate = 0;
-  std::string process_group;  // see SharedStatistics
+  std::string process_group;  // see SyncBatchNorm
 
   int64_t channels() const { return in_channels + int64_t(layers.size()) * growth; }
   int64_t pixels() const { return batch * conv.pixels(); }
@@ -69,14 +69,23 @@ struct DenseBlockArgs {
   std::vector<int64_t> sizes(int64_t channels, bool pooled = false) const;
 };
 
+// What the op takes beside the input and the weights.
+struct DenseBlockOptions {
+  at::ArrayRef<double> eps;  // of each norm
+  int64_t num_layers;
+  bool bottleneck;
+  std::string_view tail;
+  double drop_rate;
+  const std::optional<at::Tensor>& seed;
+  std::string_view process_group;
+};
+
 // Reads and checks the arguments.  `sizes` is the shape of the input; the lists are laid out as in ops/dense_block.py:
 // for each layer norm1 (weight, bias, running_mean, running_var), conv1, norm2 (4), conv2, then the tail's norm and
 // conv. A tensor without elements stands for an absent one; convolutions of no channels, [b, 0, 1...] and
 // [k, 0, kernel...], for a dropped layer's.
 DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
-                                 at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
-                                 double drop_rate, const std::optional<at::Tensor>& seed,
-                                 std::string_view process_group);
+                                 const DenseBlockOptions& how);
 
 struct DenseBlockOutputs {
   at::Tensor buffer, mean, var, z, out;

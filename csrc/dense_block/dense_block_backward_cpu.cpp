@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "cpu/block_backward.h"
-#include "dense_block/dense_block_driver.h"
+#include "dense_block/dense_block_cpu.h"
 #include "dense_block/dense_block_ops.h"
 
 namespace fastdense {
@@ -66,7 +66,7 @@ class Backward : BlockBackward<T> {
     const Source<T> source = this->source(x_, ld_, c);
     this->for_each_chunk(args_.batch * args_.pool.pixels(), kernels.backward_rows,
                          [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-                           kernels.product_backward(source, &args_.pool, row, rows, {dy}, this->panels_of(panels),
+                           kernels.conv1x1_backward(source, &args_.pool, row, rows, {dy}, this->panels_of(panels),
                                                     this->epilogue(worker, g_, ld_, true, c.mean(), dweight),
                                                     this->workspace(worker));
                          });
@@ -92,10 +92,11 @@ class Backward : BlockBackward<T> {
     const at::Tensor corrections = this->take(corrections_, c, k, pixels_);
     const A* shift_sum = corrections.const_data_ptr<A>();
     if (!d_.defined()) d_ = this->bytes(pixels_ * k * kernels.operand_bytes);
+    const Gradient<T> gradient{g_ + c, ld_, k, x_ + c, ld_, mean_ + c, shift_sum, shift_sum + k};
     void* out = d_.mutable_data_ptr();
     const Dropout dropout = conv_.dropout(seed_, l);
     this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
-      conv_.kernels.finalise(g_ + c, x_ + c, ld_, row, rows, k, mean_ + c, shift_sum, shift_sum + k, dropout, out);
+      conv_.kernels.finalise(gradient, row, rows, dropout, out);
     });
     return d_;
   }
@@ -130,13 +131,13 @@ class Backward : BlockBackward<T> {
     conv(layer, this->source(zp, b, c2), d, dvp, b, false, c2.mean());
     const Sums t = this->norm_gradients(layer.norm2, c2);
     at::Tensor memory;
-    product(layer, prefix, c1, this->norm_backward(layer.norm2, c2, t, dvp, zp, pixels_, memory));
+    conv1x1(layer, prefix, c1, this->norm_backward(layer.norm2, c2, t, dvp, zp, pixels_, memory));
     consumed(layer.norm1, c1);
   }
 
-  // The kept output of the 1x1, or the same made again.
+  // The saved output of the 1x1, or the same recomputed.
   at::Tensor bottleneck(int64_t l, const Source<T>& prefix) {
-    if (z_.size(0) > 0) return z_[args_.layers[size_t(l)].kept];
+    if (z_.size(0) > 0) return z_[args_.layers[size_t(l)].z_index];
     if (!z_again_.defined()) z_again_ = at::empty({pixels_, args_.width}, this->options());
     make_bottleneck(*this, args_.layers[l], pixels_, prefix, static_cast<T*>(z_again_.mutable_data_ptr()), nullptr);
     return z_again_;
@@ -150,10 +151,11 @@ class Backward : BlockBackward<T> {
     const at::Tensor weight = BlockForward<T>::tap_rows(layer.conv2.weight);
     const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), depth, n, n, 1);
     const at::Tensor dweight = this->worker_gradients(this->needs(layer.conv2.at), depth, n);
-    const void* dp = d.const_data_ptr();
+    const SliceGradient slice{d.const_data_ptr(), k};
     this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      conv_.kernels.conv_backward(source, args_.conv, row, rows, dp, k, this->panels_of(panels),
-                                  this->epilogue(worker, gradient, ld, accumulate, mean, dweight), this->workspace(worker));
+      conv_.kernels.conv_backward(source, args_.conv, row, rows, slice, this->panels_of(panels),
+                                  this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
+                                  this->workspace(worker));
     });
     if (!this->needs(layer.conv2.at)) return;
     const at::Tensor by_tap = this->total(dweight, depth, n).reshape({args_.conv.taps(), k, n});
@@ -167,25 +169,26 @@ class Backward : BlockBackward<T> {
     const int64_t k = args_.growth, height = args_.conv.size[0], rows = kernels.winograd_rows_backward(args_.conv, k);
     const int64_t tiles = (height + rows - 1) / rows;
     const bool needed = this->needs(layer.conv2.at);
-    const at::Tensor panels = pack_tile_panels(*this, kernels, args_.conv, layer.conv2.weight, true);
+    const at::Tensor panels = pack_conv2d_weight(*this, kernels, args_.conv, layer.conv2.weight, true);
     const at::Tensor dweight = this->worker_gradients(needed, kernels.products(args_.conv) * k, source.channels);
-    const void* dp = d.const_data_ptr();
+    const SliceGradient slice{d.const_data_ptr(), k};
     this->for_each_worker(args_.batch * tiles, [&](int64_t worker, int64_t unit) {
       const int64_t row = unit % tiles * rows;
       const Tile tile{unit / tiles, row, std::min(rows, height - row), 0, args_.conv.size[1]};
-      kernels.conv_winograd_backward(source, args_.conv, tile, dp, k, this->panels_of(panels),
+      kernels.conv_winograd_backward(source, args_.conv, tile, slice, this->panels_of(panels),
                                      this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
                                      this->workspace(worker));
     });
-    if (needed) this->set(layer.conv2.at, total_tile_gradient(*this, kernels, args_.conv, layer.conv2.weight, dweight));
+    if (needed)
+      this->set(layer.conv2.at, sum_conv2d_weight_gradient(*this, kernels, args_.conv, layer.conv2.weight, dweight));
   }
 
-  void product(const LayerArgs& layer, const Source<T>& prefix, const Coefficients& c1, const NormBackward<T>& norm2) {
+  void conv1x1(const LayerArgs& layer, const Source<T>& prefix, const Coefficients& c1, const NormBackward<T>& norm2) {
     const int64_t b = args_.width, c = layer.channels;
     const at::Tensor panels = this->pack_backward(layer.conv1.weight, 0, c);
     const at::Tensor dweight = this->worker_gradients(this->needs(layer.conv1.at), b, c);
     this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      kernels.norm_product_backward(prefix, row, rows, norm2, this->panels_of(panels),
+      kernels.conv1x1_norm_backward(prefix, row, rows, norm2, this->panels_of(panels),
                                     this->epilogue(worker, g_, ld_, true, c1.mean(), dweight), this->workspace(worker));
     });
     if (this->needs(layer.conv1.at)) this->set(layer.conv1.at, this->total(dweight, b, c));

@@ -56,7 +56,7 @@ class Backward : CudaBlock<T> {
 
   void transition(const at::Tensor& grad) {
     const at::Tensor rows = grad.movedim(1, -1).reshape({args.batch * args.pool.pixels(), grad.size(1)});
-    grads_.pooled_product_backward(args.tail_conv, this->tail_conv(), args.tail_norm,
+    grads_.pooled_conv1x1_backward(args.tail_conv, this->tail_conv(), args.tail_norm,
                                    this->norm_params(args.tail_norm, mean_, var_), args.pool, args.batch, rows,
                                    prefix(ld, false));
   }
@@ -77,7 +77,7 @@ class Backward : CudaBlock<T> {
 
   // Gradient of the channels [first, first + n), whose consumers are done, into a packed image.
   void finalised(int64_t first, int64_t n, const DropoutParams& dropout, const at::Tensor& to) {
-    this->shared.means(corrections_.narrow(1, first, n), pixels);
+    this->sync.means(corrections_.narrow(1, first, n), pixels);
     this->reduction(launch_slice_gradient<T>,
                     {{g_ + first, ld},
                      {x_ + first, ld},
@@ -108,12 +108,12 @@ class Backward : CudaBlock<T> {
     const int64_t at = args.norm2_statistics(l);
     const NormParams<A> norm2 = this->norm_params(layer.norm2, mean_ + at, var_ + at);
     const at::Tensor dz = plans ? fused_convolution(l, d, z, norm2) : library_convolution(l, d, z, norm2);
-    grads_.product_backward(layer.conv1, this->conv1(l), layer.norm1, norm1, dz, {prefix(layer.channels, true)});
+    grads_.conv1x1_backward(layer.conv1, this->conv1(l), layer.norm1, norm1, dz, {prefix(layer.channels, true)});
   }
 
-  // The kept output of the 1x1, or the same made again.
+  // The saved output of the 1x1, or the same recomputed.
   at::Tensor bottleneck(int64_t l, const NormParams<A>& norm1) {
-    if (z_.size(0) > 0) return z_[args.layers[size_t(l)].kept];
+    if (z_.size(0) > 0) return z_[args.layers[size_t(l)].z_index];
     if (!z_again_.defined()) z_again_ = at::empty({pixels, args.width}, this->options);
     this->make_bottleneck(l, x_, norm1, z_again_);
     return z_again_;

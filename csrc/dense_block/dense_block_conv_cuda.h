@@ -52,56 +52,57 @@ struct ConvPlans {
       : forward(forward), input_gradient(input_gradient), weight_gradient(weight_gradient) {}
 };
 
-// The slice x = dropout(conv(relu(norm(z)))) with the weight packed [k, b, 3, 3], channels innermost, and unless they
-// are nullptr mean and variance of its channels.
+// The slice x = dropout(conv(relu(norm(z)))) with the weight packed [k, b, 3, 3], channels innermost, and mean and
+// variance of its channels where wanted.
 template <typename T>
-void fused_conv(const CudaBlockForward<T>& rows, const ConvPlan& plan, const at::Tensor& z,
+void fused_conv(const CudaBlockForward<T>& block, const ConvPlan& plan, const at::Tensor& z,
                 const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed, const Matrix<T>& x,
-                const DropoutParams& dropout, accumulate_t<T>* mean, accumulate_t<T>* var) {
+                const DropoutParams& dropout, const BatchStatistics<accumulate_t<T>>& statistics) {
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t k = packed.size(0), b = packed.size(1), pixels = z.size(0);
     typename CudaBlockForward<T>::Partials partial;
     at::Tensor counts;
-    if (mean) {
-      partial = {rows.numbers({plan.splits, 2, k}), pixels, plan.splits, plan.splits * 2 * k};
-      counts = at::empty({plan.splits}, rows.options.dtype(at::kLong));
+    const bool wanted = statistics.mean;
+    if (wanted) {
+      partial = {block.numbers({plan.splits, 2, k}), pixels, plan.splits, plan.splits * 2 * k};
+      counts = at::empty({plan.splits}, block.options.dtype(at::kLong));
     }
-    int64_t* count = mean ? counts.template mutable_data_ptr<int64_t>() : nullptr;
-    check_launch(launch_conv_forward<T>({rows.const_data(z), norm, rows.const_data(packed), int(b), int(k), x, dropout,
-                                         mean ? partial.of_chunk(0) : nullptr, count},
-                                        plan, rows.cuda.stream));
-    if (mean) rows.finalise_moments(partial, nullptr, pixels, mean, var, count);
+    int64_t* count = wanted ? counts.template mutable_data_ptr<int64_t>() : nullptr;
+    check_launch(launch_conv_forward<T>({block.const_data(z), norm, block.const_data(packed), int(b), int(k), x,
+                                         dropout, wanted ? partial.of_chunk(0) : nullptr, count},
+                                        plan, block.cuda.stream));
+    if (wanted) block.finalise_moments(partial, nullptr, pixels, statistics, count);
   }
 }
 
 // Gradient dv [pixels, b] in front of the ReLU of norm(z) from the gradient d of the convolution, with the weight
 // packed [b * 9, k]; the result is the partial sums of the norm's gradient.
 template <typename T>
-at::Tensor fused_conv_input_gradient(const CudaBlockForward<T>& rows, const ConvPlan& plan, const at::Tensor& d,
+at::Tensor fused_conv_input_gradient(const CudaBlockForward<T>& block, const ConvPlan& plan, const at::Tensor& d,
                                      const at::Tensor& exchanged, const at::Tensor& z,
                                      const NormParams<accumulate_t<T>>& norm, const at::Tensor& dv) {
   const int64_t b = z.size(1), k = exchanged.size(1);
-  const at::Tensor partial = rows.numbers({plan.splits, 2, b});
+  const at::Tensor partial = block.numbers({plan.splits, 2, b});
   if constexpr (!std::is_same_v<T, double>)
     check_launch(
-        launch_conv_input_gradient<T>({rows.const_data(d), rows.const_data(exchanged), exchanged.stride(0),
-                                       rows.const_data(z), norm, int(b), int(k), rows.data(dv), rows.sums(partial)},
-                                      plan, rows.cuda.stream));
+        launch_conv_input_gradient<T>({block.const_data(d), block.const_data(exchanged), exchanged.stride(0),
+                                       block.const_data(z), norm, int(b), int(k), block.data(dv), block.sums(partial)},
+                                      plan, block.cuda.stream));
   return partial;
 }
 
 // Gradient of the weight [k, b, 3, 3], channels innermost.
 template <typename T>
-at::Tensor fused_conv_weight_gradient(const CudaBlockForward<T>& rows, const ConvPlan& plan, const at::Tensor& d,
+at::Tensor fused_conv_weight_gradient(const CudaBlockForward<T>& block, const ConvPlan& plan, const at::Tensor& d,
                                       const at::Tensor& z, const NormParams<accumulate_t<T>>& norm, int64_t k) {
   const int64_t b = z.size(1), count = k * 9 * b;
-  const at::Tensor dweight = rows.numbers({k, 3, 3, b});
+  const at::Tensor dweight = block.numbers({k, 3, 3, b});
   if constexpr (!std::is_same_v<T, double>) {
-    const at::Tensor parts = plan.splits > 1 ? rows.numbers({plan.splits, count}) : dweight;
+    const at::Tensor parts = plan.splits > 1 ? block.numbers({plan.splits, count}) : dweight;
     check_launch(launch_conv_weight_gradient<T>(
-        {rows.const_data(d), rows.const_data(z), norm, int(b), int(k), rows.sums(parts)}, plan, rows.cuda.stream));
+        {block.const_data(d), block.const_data(z), norm, int(b), int(k), block.sums(parts)}, plan, block.cuda.stream));
     if (plan.splits > 1)
-      check_launch(launch_sum_partials(rows.sums(parts), plan.splits, count, rows.sums(dweight), rows.cuda.stream));
+      check_launch(launch_sum_partials(block.sums(parts), plan.splits, count, block.sums(dweight), block.cuda.stream));
   }
   return dweight.permute({0, 3, 1, 2});
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward kernel of dense_block_conv_launch.h.
+#include "dense_block/dense_block_conv_plan.h"
 #include "dense_block/dense_block_conv_tiles.h"
 
 namespace fastdense {
@@ -60,9 +61,10 @@ class ForwardBlock {
   static constexpr int kLanes = kThreads / kColumns;  // threads that share a column of the sums
 
  public:
-  __device__ ForwardBlock(const ConvForwardParams<T>& p, const ConvPlan& plan, unsigned char* shared)
+  __device__ ForwardBlock(const ConvForwardParams<T>& p, const ConvPlan& plan, int vector, unsigned char* shared)
       : p_(p),
         plan_(plan),
+        vector_(vector),
         at_(plan.tiles, p.b, kColumns, plan.buffers),
         shared_(shared),
         pixels_(plan.tiles, shared + at_.tables),
@@ -71,40 +73,50 @@ class ForwardBlock {
         lane_(int(threadIdx.x) % 32),
         warp_(int(threadIdx.x) / 32) {}
 
-  __device__ void run(int vector) {
-    const int64_t tiles = plan_.tiles.count();
+  __device__ void run() {
     load_weight();
-    int64_t tile = blockIdx.x;
-    if (tile < tiles) load_tile(tile, 0);
-    for (int buffer = 0; tile < tiles; tile += gridDim.x) {
-      const int64_t next = tile + gridDim.x;
-      const TilePlace place(plan_.tiles, tile);
-      unsigned char* u = shared_ + at_.u + buffer * at_.u_bytes;
-      if (plan_.buffers == 2 && next < tiles) {
-        load_tile(next, buffer ^ 1);
-        wait_copies<1>();
-      } else {
-        wait_copies<0>();
-      }
-      activate_pixels<kThreads, T>(u, at_.u_stride, plan_.tiles.halo(), p_.b, floats(at_.scale), floats(at_.shift),
-                                   [&](int q) { return pixels_.halo_row(place, q); });
-      if (threadIdx.x < kConvPixels) rows()[threadIdx.x] = pixels_.row(place, int(threadIdx.x));
-      __syncthreads();  // u is there
-      multiply(u);
-      __syncthreads();  // u is free, the sums are whole
-      if (plan_.buffers == 1 && next < tiles) load_tile(next, 0);
-      if (plan_.buffers == 2) buffer ^= 1;
-      store_tile(vector);
-      if (p_.partial) {
-        __syncthreads();  // what was stored is there
-        add_moments(tile == blockIdx.x);
-      }
-      __syncthreads();  // sums and rows are free
-    }
+    for_each_tile(plan_, *this);
     if (p_.partial) write_moments();
   }
 
+  __device__ void load_tile(const TilePlace& place, int buffer) {
+    copy_pixels<kThreads>(u(buffer), at_.u_stride, plan_.tiles.halo(), p_.b / kChunkNumbers<T>, p_.z, p_.b, p_.b,
+                          [&](int q) { return pixels_.halo_row(place, q); });
+    commit_copies();
+  }
+
+  __device__ void prepare_tile(const TilePlace& place, int buffer) {
+    activate_pixels<kThreads, T>(u(buffer), at_.u_stride, plan_.tiles.halo(), p_.b, floats(at_.scale),
+                                 floats(at_.shift), [&](int q) { return pixels_.halo_row(place, q); });
+    if (threadIdx.x < kConvPixels) rows()[threadIdx.x] = pixels_.row(place, int(threadIdx.x));
+  }
+
+  // Products of the tile; what both groups of the depth have is added up in shared memory.
+  __device__ void multiply_tile(int buffer) {
+    const int group = warp_ % kPixelGroups, tall = (plan_.tiles.pixels() - 1) / kConvSteps;
+    float sum[kTallest][kTiles][4] = {};
+    if (group + kPixelGroups <= tall) {
+      multiply<kTallest>(u(buffer), sum);
+    } else if (group <= tall) {
+      multiply<1>(u(buffer), sum);
+    }
+    for (int turn = kDepthGroups - 1; turn >= 0; --turn) {
+      if (warp_ / kPixelGroups == turn) add_to_sums(sum, turn < kDepthGroups - 1);
+      if (turn > 0) __syncthreads();
+    }
+  }
+
+  __device__ void finish_tile(bool first) {
+    store_tile();
+    if (p_.partial) {
+      __syncthreads();  // what was stored is there
+      add_moments(first);
+    }
+    __syncthreads();  // sums and rows are free
+  }
+
  private:
+  __device__ unsigned char* u(int buffer) const { return shared_ + at_.u + buffer * at_.u_bytes; }
   __device__ float* floats(int at) const { return reinterpret_cast<float*>(shared_ + at); }
   __device__ int64_t* rows() const { return reinterpret_cast<int64_t*>(shared_ + at_.rows); }
   __device__ float* sums(int pixel) const { return floats(at_.sums + pixel * at_.sum_stride); }
@@ -120,28 +132,6 @@ class ForwardBlock {
       floats(at_.shift)[c] = norm.shift;
     }
     __syncthreads();
-  }
-
-  __device__ void load_tile(int64_t tile, int buffer) {
-    const TilePlace place(plan_.tiles, tile);
-    copy_pixels<kThreads>(shared_ + at_.u + buffer * at_.u_bytes, at_.u_stride, plan_.tiles.halo(),
-                          p_.b / kChunkNumbers<T>, p_.z, p_.b, p_.b, [&](int q) { return pixels_.halo_row(place, q); });
-    commit_copies();
-  }
-
-  // Products of the tile; what both groups of the depth have is added up in shared memory.
-  __device__ void multiply(const unsigned char* u) {
-    const int group = warp_ % kPixelGroups, tall = (plan_.tiles.pixels() - 1) / kConvSteps;
-    float sum[kTallest][kTiles][4] = {};
-    if (group + kPixelGroups <= tall) {
-      multiply<kTallest>(u, sum);
-    } else if (group <= tall) {
-      multiply<1>(u, sum);
-    }
-    for (int turn = kDepthGroups - 1; turn >= 0; --turn) {
-      if (warp_ / kPixelGroups == turn) add_to_sums(sum, turn < kDepthGroups - 1);
-      if (turn > 0) __syncthreads();
-    }
   }
 
   template <int kTall>
@@ -195,13 +185,13 @@ class ForwardBlock {
       }
   }
 
-  // The slice, by stores of `vector` numbers, and what was stored in place of the sums.
-  __device__ void store_tile(int vector) {
+  // The slice, by stores of vector_ numbers, and what was stored in place of the sums.
+  __device__ void store_tile() {
     if constexpr (sizeof(T) == 2) {
-      if (vector == 8) return store_vectors<8>();
+      if (vector_ == 8) return store_vectors<8>();
     }
-    if (vector == 4) return store_vectors<4>();
-    if (vector == 2) return store_vectors<2>();
+    if (vector_ == 4) return store_vectors<4>();
+    if (vector_ == 2) return store_vectors<2>();
     store_vectors<1>();
   }
 
@@ -256,6 +246,7 @@ class ForwardBlock {
 
   const ConvForwardParams<T>& p_;
   const ConvPlan& plan_;
+  const int vector_;
   const ForwardLayout<T> at_;
   unsigned char* const shared_;
   const TilePixels pixels_;
@@ -269,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, kColumns > 32 ? 1 : 2)
                         int vector) {
   if constexpr (kTensorCores) {
     FASTDENSE_SHARED(shared);
-    ForwardBlock<T, kColumns>(p, plan, shared).run(vector);
+    ForwardBlock<T, kColumns>(p, plan, vector, shared).run();
   }
 }
 
@@ -277,57 +268,31 @@ __global__ void __launch_bounds__(kThreads, kColumns > 32 ? 1 : 2)
 
 template <typename T>
 ConvPlan plan_conv_forward(const ConvShape& s, int64_t multiprocessors, int64_t most_shared) {
+  std::vector<ConvChoice> choices;
   // Whole weights first: parts of them read z again.
-  for (const int pixels : {kConvPixels, kConvPixels / 2})
-    for (int64_t parts = (s.k + kMostColumns - 1) / kMostColumns; parts <= 4; ++parts)
-      for (const int buffers : {2, 1}) {
-        ConvPlan plan{conv_tiles(s.batch, int(s.height), int(s.width), pixels)};
-        const int columns = kernel_columns((s.k + parts - 1) / parts);
-        plan.shared_bytes = size_t(ForwardLayout<T>(plan.tiles, int(s.b), columns, buffers).bytes);
-        if (int64_t(plan.shared_bytes) > most_shared) continue;
-        plan.most_shared_bytes = size_t(most_shared);
-        plan.channels = columns;
-        plan.buffers = buffers;
-        plan.parts = (s.k + columns - 1) / columns;
-        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts,
-                                  2 * int64_t(plan.shared_bytes) <= most_shared ? 2 : 1, 1);
-        return plan;
-      }
-  return {};
+  for (int64_t parts = (s.k + kMostColumns - 1) / kMostColumns; parts <= 4; ++parts)
+    for (const int buffers : {2, 1}) {
+      const int columns = kernel_columns((s.k + parts - 1) / parts);
+      choices.push_back({columns, (s.k + columns - 1) / columns, buffers});
+    }
+  return plan_conv(s, {multiprocessors, most_shared, 2, 1}, choices, [&](const ConvTiles& tiles, const ConvChoice& c) {
+    return ForwardLayout<T>(tiles, int(s.b), c.channels, c.buffers).bytes;
+  });
 }
 
 template <typename T>
 cudaError_t launch_conv_forward(const ConvForwardParams<T>& p, const ConvPlan& plan, cudaStream_t stream) {
   int vector = kChunkNumbers<T>;  // the widest stores that the slice allows
   while (address_bits(p.x) % (vector * sizeof(T)) != 0) vector /= 2;
-  const auto launch = [&](auto columns) {
-    const auto kernel = conv_forward_kernel<T, decltype(columns)::value>;
-    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.most_shared_bytes);
-    if (error != cudaSuccess) return error;
-    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)), dim3(kThreads), plan.shared_bytes,
-                     stream, p, plan, vector);
-    return cudaGetLastError();
-  };
-  switch (plan.channels) {
-    case 16:
-      return launch(std::integral_constant<int, 16>());
-    case 24:
-      return launch(std::integral_constant<int, 24>());
-    case 32:
-      return launch(std::integral_constant<int, 32>());
-    case 40:
-      return launch(std::integral_constant<int, 40>());
-    default:
-      return launch(std::integral_constant<int, kMostColumns>());
-  }
+  return with_columns(plan.channels, [&](auto columns) {
+    return launch_conv(conv_forward_kernel<T, decltype(columns)::value>, kThreads, plan, stream, p, plan, vector);
+  });
 }
 
 #define FASTDENSE_CONV(T)                                                     \
   template ConvPlan plan_conv_forward<T>(const ConvShape&, int64_t, int64_t); \
   template cudaError_t launch_conv_forward<T>(const ConvForwardParams<T>&, const ConvPlan&, cudaStream_t);
-FASTDENSE_CONV(float)
-FASTDENSE_CONV(bfloat16)
-FASTDENSE_CONV(half)
+FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE(FASTDENSE_CONV)
 #undef FASTDENSE_CONV
 
 }  // namespace fastdense

@@ -3,6 +3,7 @@
 //
 // Like the weight's, it reads the d that launch_slice_gradient packed: to finalise d on the way would take two strided
 // slices with their rings and the dropout masks once for every part and kernel.
+#include "dense_block/dense_block_conv_plan.h"
 #include "dense_block/dense_block_conv_tiles.h"
 
 namespace fastdense {
@@ -67,35 +68,42 @@ class InputGradientBlock {
         warp_(int(threadIdx.x) / 32) {}
 
   __device__ void run() {
-    const int64_t tiles = plan_.tiles.count();
     load_weight();
-    int64_t tile = blockIdx.x;
-    if (tile < tiles) load_tile(tile, 0);
-    for (int buffer = 0; tile < tiles; tile += gridDim.x) {
-      const int64_t next = tile + gridDim.x;
-      const TilePlace place(plan_.tiles, tile);
-      if (plan_.buffers == 2 && next < tiles) {
-        load_tile(next, buffer ^ 1);
-        wait_copies<1>();
-      } else {
-        wait_copies<0>();
-      }
-      if (threadIdx.x < kConvPixels) rows()[threadIdx.x] = pixels_.row(place, int(threadIdx.x));
-      __syncthreads();  // the tile is there
-      multiply(buffer);
-      __syncthreads();  // dv is there
-      store_tile(buffer);
-      __syncthreads();  // the tile's room is free
-      if (plan_.buffers == 1 && next < tiles) load_tile(next, 0);
-      if (plan_.buffers == 2) buffer ^= 1;
-    }
+    for_each_tile(plan_, *this);
     write_sums();
   }
+
+  __device__ void load_tile(const TilePlace& place, int buffer) {
+    copy_pixels<kThreads>(d(buffer), at_.d_stride, plan_.tiles.halo(), gradient_chunks<T>(p_.k), p_.d, p_.k, p_.k,
+                          [&](int q) { return pixels_.halo_row(place, q); });
+    copy_pixels<kThreads>(z(buffer, 0), at_.z_stride, plan_.tiles.pixels(), kChunks, p_.z + first_, p_.b, channels_,
+                          [&](int q) { return pixels_.row(place, q); });
+    commit_copies();
+  }
+
+  __device__ void prepare_tile(const TilePlace& place, int) {
+    if (threadIdx.x < kConvPixels) rows()[threadIdx.x] = pixels_.row(place, int(threadIdx.x));
+  }
+
+  // dv takes the place of z, and goes out from there.
+  __device__ void multiply_tile(int buffer) {
+    const int group = warp_ % kPixelGroups, tall = (plan_.tiles.pixels() - 1) / kConvSteps;
+    if (group + kPixelGroups <= tall) {
+      multiply<kTallest>(buffer);
+    } else if (group <= tall) {
+      multiply<1>(buffer);
+    }
+    __syncthreads();  // dv is there
+    store_tile(buffer);
+  }
+
+  __device__ void finish_tile(bool) {}
 
  private:
   __device__ float* floats(int at) const { return reinterpret_cast<float*>(shared_ + at); }
   __device__ int64_t* rows() const { return reinterpret_cast<int64_t*>(shared_ + at_.rows); }
   __device__ int* offsets() const { return reinterpret_cast<int*>(shared_ + at_.offsets); }
+  __device__ unsigned char* d(int buffer) const { return shared_ + at_.d + buffer * at_.d_bytes; }
   __device__ unsigned char* z(int buffer, int pixel) const {
     return shared_ + at_.z + buffer * at_.z_bytes + pixel * at_.z_stride;
   }
@@ -123,35 +131,15 @@ class InputGradientBlock {
     __syncthreads();
   }
 
-  __device__ void load_tile(int64_t tile, int buffer) {
-    const TilePlace place(plan_.tiles, tile);
-    copy_pixels<kThreads>(shared_ + at_.d + buffer * at_.d_bytes, at_.d_stride, plan_.tiles.halo(),
-                          gradient_chunks<T>(p_.k), p_.d, p_.k, p_.k,
-                          [&](int q) { return pixels_.halo_row(place, q); });
-    copy_pixels<kThreads>(z(buffer, 0), at_.z_stride, plan_.tiles.pixels(), kChunks, p_.z + first_, p_.b, channels_,
-                          [&](int q) { return pixels_.row(place, q); });
-    commit_copies();
-  }
-
-  __device__ void multiply(int buffer) {
-    const int group = warp_ % kPixelGroups, tall = (plan_.tiles.pixels() - 1) / kConvSteps;
-    if (group + kPixelGroups <= tall) {
-      multiply<kTallest>(buffer);
-    } else if (group <= tall) {
-      multiply<1>(buffer);
-    }
-  }
-
   template <int kTall>
   __device__ void multiply(int buffer) {
     const int steps = depth_steps<T>(p_.k);
-    const unsigned char* d = shared_ + at_.d + buffer * at_.d_bytes;
     float sum[kTall][kTiles][4] = {};
     const unsigned char* left[kTall];
 #pragma unroll
     for (int m = 0; m < kTall; ++m) {
       const int centre = pixels_.centre(block_of_pixels(m) + lane_ % 16);
-      left[m] = d + (centre < 0 ? pixels_.centre(0) : centre) * at_.d_stride;
+      left[m] = d(buffer) + (centre < 0 ? pixels_.centre(0) : centre) * at_.d_stride;
     }
     const unsigned char* right[kPairs];
 #pragma unroll
@@ -286,32 +274,19 @@ inline int part_channels(int64_t b) {
 
 template <typename T>
 ConvPlan plan_conv_input_gradient(const ConvShape& s, int64_t multiprocessors, int64_t most_shared) {
-  for (const int pixels : {kConvPixels, kConvPixels / 2})
-    for (const int buffers : {2, 1})
-      for (const int channels : {part_channels(s.b), 48}) {
-        ConvPlan plan{conv_tiles(s.batch, int(s.height), int(s.width), pixels)};
-        plan.shared_bytes = size_t(InputLayout<T>(plan.tiles, int(s.k), channels, buffers).bytes);
-        if (int64_t(plan.shared_bytes) > most_shared) continue;
-        plan.most_shared_bytes = size_t(most_shared);
-        plan.channels = channels;
-        plan.buffers = buffers;
-        plan.parts = (s.b + channels - 1) / channels;
-        plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts,
-                                  2 * int64_t(plan.shared_bytes) <= most_shared ? 2 : 1, 1);
-        return plan;
-      }
-  return {};
+  std::vector<ConvChoice> choices;
+  for (const int buffers : {2, 1})
+    for (const int channels : {part_channels(s.b), 48})
+      choices.push_back({channels, (s.b + channels - 1) / channels, buffers});
+  return plan_conv(s, {multiprocessors, most_shared, 2, 1}, choices, [&](const ConvTiles& tiles, const ConvChoice& c) {
+    return InputLayout<T>(tiles, int(s.k), c.channels, c.buffers).bytes;
+  });
 }
 
 template <typename T>
 cudaError_t launch_conv_input_gradient(const ConvInputGradientParams<T>& p, const ConvPlan& plan, cudaStream_t stream) {
   const auto launch = [&](auto channels) {
-    const auto kernel = conv_input_gradient_kernel<T, decltype(channels)::value>;
-    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.most_shared_bytes);
-    if (error != cudaSuccess) return error;
-    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)), dim3(kThreads), plan.shared_bytes,
-                     stream, p, plan);
-    return cudaGetLastError();
+    return launch_conv(conv_input_gradient_kernel<T, decltype(channels)::value>, kThreads, plan, stream, p, plan);
   };
   if (plan.channels == 48) return launch(std::integral_constant<int, 48>());
   if (plan.channels == 64) return launch(std::integral_constant<int, 64>());
@@ -321,9 +296,7 @@ cudaError_t launch_conv_input_gradient(const ConvInputGradientParams<T>& p, cons
 #define FASTDENSE_CONV(T)                                                            \
   template ConvPlan plan_conv_input_gradient<T>(const ConvShape&, int64_t, int64_t); \
   template cudaError_t launch_conv_input_gradient<T>(const ConvInputGradientParams<T>&, const ConvPlan&, cudaStream_t);
-FASTDENSE_CONV(float)
-FASTDENSE_CONV(bfloat16)
-FASTDENSE_CONV(half)
+FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE(FASTDENSE_CONV)
 #undef FASTDENSE_CONV
 
 }  // namespace fastdense

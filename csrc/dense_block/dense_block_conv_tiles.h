@@ -175,15 +175,33 @@ __device__ __forceinline__ void load_fragments(uint32_t (&m)[4], const unsigned 
   for (int i = 0; i < 4; ++i) m[i] = operand<T>(m[i]);
 }
 
-// New channels that a block can take, and of the kernels for 16, 24, ... the narrowest for so many.
-constexpr int kMostColumns = 48;
-inline int kernel_columns(int64_t columns) { return std::max(16, int((columns + 7) / 8 * 8)); }
-
-// Among how many blocks tiles are shared, if `resident` have room on each multiprocessor.
-inline int64_t conv_splits(const ConvTiles& tiles, int64_t multiprocessors, int64_t parts, int resident,
-                           int64_t least_tiles) {
-  const int64_t fill = std::max<int64_t>(1, multiprocessors * resident / parts);
-  return std::max<int64_t>(1, std::min(fill, (tiles.count() + least_tiles - 1) / least_tiles));
+// The tiles of a block in turns.  A kernel's class has
+//   load_tile(place, buffer)      starts the copies of a tile into a buffer
+//   prepare_tile(place, buffer)   behind the copies of this thread: what it makes of them
+//   multiply_tile(buffer)         behind a barrier: the last that reads the buffer
+//   finish_tile(first)            behind another: the rest, for the first tile of this block or a later one
+// With two buffers the copies of the next tile are under way from the start, with one while the last part works.
+template <typename Block>
+__device__ __forceinline__ void for_each_tile(const ConvPlan& plan, Block& block) {
+  const int64_t tiles = plan.tiles.count();
+  int64_t tile = blockIdx.x;
+  if (tile < tiles) block.load_tile(TilePlace(plan.tiles, tile), 0);
+  for (int buffer = 0; tile < tiles; tile += gridDim.x) {
+    const int64_t next = tile + gridDim.x;
+    if (plan.buffers == 2 && next < tiles) {
+      block.load_tile(TilePlace(plan.tiles, next), buffer ^ 1);
+      wait_copies<1>();
+    } else {
+      wait_copies<0>();
+    }
+    block.prepare_tile(TilePlace(plan.tiles, tile), buffer);
+    __syncthreads();  // the tile is there
+    block.multiply_tile(buffer);
+    __syncthreads();  // the buffer is free
+    if (plan.buffers == 1 && next < tiles) block.load_tile(TilePlace(plan.tiles, next), 0);
+    if (plan.buffers == 2) buffer ^= 1;
+    block.finish_tile(tile == blockIdx.x);
+  }
 }
 
 }  // namespace fastdense

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradient of the weight of dense_block_conv_launch.h's convolution.
+#include "dense_block/dense_block_conv_plan.h"
 #include "dense_block/dense_block_conv_tiles.h"
 
 namespace fastdense {
@@ -50,42 +51,41 @@ class WeightGradientBlock {
         tap_(int(threadIdx.x) / 32) {}
 
   __device__ void run() {
-    const int64_t tiles = plan_.tiles.count();
-    prepare();
-    int64_t tile = blockIdx.x;
-    if (tile < tiles) load_tile(tile, 0);
-    for (int buffer = 0; tile < tiles; tile += gridDim.x) {
-      const int64_t next = tile + gridDim.x;
-      const TilePlace place(plan_.tiles, tile);
-      if (plan_.buffers == 2 && next < tiles) {
-        load_tile(next, buffer ^ 1);
-        wait_copies<1>();
-      } else {
-        wait_copies<0>();
-      }
-      unsigned char* u = shared_ + at_.u + buffer * at_.u_bytes;
-      activate_pixels<kThreads, T>(u, at_.u_stride, plan_.tiles.halo(), channels_, floats(at_.scale), floats(at_.shift),
-                                   [&](int q) { return pixels_.halo_row(place, q); });
-      if (threadIdx.x < kConvPixels) {
-        const int p = int(threadIdx.x);
-        places()[p] = pixels_.row(place, p) < 0 ? -1 : pixels_.centre(p) * at_.u_stride;
-      }
-      __syncthreads();  // the tile is there
-      multiply(u, shared_ + at_.d + buffer * at_.d_bytes);
-      __syncthreads();  // the tile's room is free
-      if (plan_.buffers == 1 && next < tiles) load_tile(next, 0);
-      if (plan_.buffers == 2) buffer ^= 1;
-    }
+    load_norm();
+    for_each_tile(plan_, *this);
     write_sums();
   }
 
+  __device__ void load_tile(const TilePlace& place, int buffer) {
+    copy_pixels<kThreads>(u(buffer), at_.u_stride, plan_.tiles.halo(), channels_ / kChunkNumbers<T>, p_.z + first_,
+                          p_.b, channels_, [&](int q) { return pixels_.halo_row(place, q); });
+    copy_pixels<kThreads>(d(buffer), at_.d_stride, WeightLayout<T>::whole_steps(plan_.tiles), kChunks, p_.d, p_.k, p_.k,
+                          [&](int q) { return pixels_.row(place, q); });
+    commit_copies();
+  }
+
+  __device__ void prepare_tile(const TilePlace& place, int buffer) {
+    activate_pixels<kThreads, T>(u(buffer), at_.u_stride, plan_.tiles.halo(), channels_, floats(at_.scale),
+                                 floats(at_.shift), [&](int q) { return pixels_.halo_row(place, q); });
+    if (threadIdx.x < kConvPixels) {
+      const int p = int(threadIdx.x);
+      places()[p] = pixels_.row(place, p) < 0 ? -1 : pixels_.centre(p) * at_.u_stride;
+    }
+  }
+
+  __device__ void multiply_tile(int buffer) { multiply(u(buffer), d(buffer)); }
+
+  __device__ void finish_tile(bool) {}
+
  private:
+  __device__ unsigned char* u(int buffer) const { return shared_ + at_.u + buffer * at_.u_bytes; }
+  __device__ unsigned char* d(int buffer) const { return shared_ + at_.d + buffer * at_.d_bytes; }
   __device__ float* floats(int at) const { return reinterpret_cast<float*>(shared_ + at); }
   // Of each pixel in u, -1 where there is none.
   __device__ int* places() const { return reinterpret_cast<int*>(shared_ + at_.at); }
 
   // Everything that stays; ends with a barrier.
-  __device__ void prepare() {
+  __device__ void load_norm() {
     for (int i = int(threadIdx.x); i < at_.u_stride / 4; i += kThreads) floats(at_.zeros)[i] = 0;
     for (int c = int(threadIdx.x); c < channels_; c += kThreads) {
       const NormCoefficients<float> norm = p_.norm(first_ + c);
@@ -93,17 +93,6 @@ class WeightGradientBlock {
       floats(at_.shift)[c] = norm.shift;
     }
     __syncthreads();
-  }
-
-  __device__ void load_tile(int64_t tile, int buffer) {
-    const TilePlace place(plan_.tiles, tile);
-    copy_pixels<kThreads>(shared_ + at_.u + buffer * at_.u_bytes, at_.u_stride, plan_.tiles.halo(),
-                          channels_ / kChunkNumbers<T>, p_.z + first_, p_.b, channels_,
-                          [&](int q) { return pixels_.halo_row(place, q); });
-    copy_pixels<kThreads>(shared_ + at_.d + buffer * at_.d_bytes, at_.d_stride,
-                          WeightLayout<T>::whole_steps(plan_.tiles), kChunks, p_.d, p_.k, p_.k,
-                          [&](int q) { return pixels_.row(place, q); });
-    commit_copies();
   }
 
   // sums[channel][column] += u^T * d, the depth being pixels.  What lies outside the image counts as zero in d; in u a
@@ -196,57 +185,30 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T>
 ConvPlan plan_conv_weight_gradient(const ConvShape& s, int64_t multiprocessors, int64_t most_shared) {
-  constexpr int64_t kLeastTiles = 2;  // partial sums of a block are as much as some tiles
-  const int64_t tall = s.b / kConvSteps;
   if (s.k > kMostColumns) return {};
-  for (const int pixels : {kConvPixels, kConvPixels / 2})
-    for (const int buffers : {2, 1}) {
-      ConvPlan plan{conv_tiles(s.batch, int(s.height), int(s.width), pixels)};
-      plan.parts = (tall + kTallest - 1) / kTallest;
-      const int channels = int((tall + plan.parts - 1) / plan.parts * kConvSteps);
-      plan.shared_bytes = size_t(WeightLayout<T>(plan.tiles, channels, kernel_columns(s.k), buffers).bytes);
-      if (int64_t(plan.shared_bytes) > most_shared) continue;
-      plan.most_shared_bytes = size_t(most_shared);
-      plan.channels = channels;
-      plan.buffers = buffers;
-      plan.splits = conv_splits(plan.tiles, multiprocessors, plan.parts, 1, kLeastTiles);
-      return plan;
-    }
-  return {};
+  const int64_t tall = s.b / kConvSteps, parts = (tall + kTallest - 1) / kTallest;
+  const int channels = int((tall + parts - 1) / parts * kConvSteps);
+  // Partial sums of a block are as much as some tiles.
+  const ConvLimits limits{multiprocessors, most_shared, 1, 2};
+  return plan_conv(s, limits, {{channels, parts, 2}, {channels, parts, 1}},
+                   [&](const ConvTiles& tiles, const ConvChoice& c) {
+                     return WeightLayout<T>(tiles, c.channels, kernel_columns(s.k), c.buffers).bytes;
+                   });
 }
 
 template <typename T>
 cudaError_t launch_conv_weight_gradient(const ConvWeightGradientParams<T>& p, const ConvPlan& plan,
                                         cudaStream_t stream) {
-  const auto launch = [&](auto columns) {
-    const auto kernel = conv_weight_gradient_kernel<T, decltype(columns)::value>;
-    const cudaError_t error = FASTDENSE_ALLOW_SHARED(kernel, plan.most_shared_bytes);
-    if (error != cudaSuccess) return error;
-    FASTDENSE_LAUNCH(kernel, dim3(unsigned(plan.splits), unsigned(plan.parts)), dim3(kThreads), plan.shared_bytes,
-                     stream, p, plan);
-    return cudaGetLastError();
-  };
-  switch (kernel_columns(p.k)) {
-    case 16:
-      return launch(std::integral_constant<int, 16>());
-    case 24:
-      return launch(std::integral_constant<int, 24>());
-    case 32:
-      return launch(std::integral_constant<int, 32>());
-    case 40:
-      return launch(std::integral_constant<int, 40>());
-    default:
-      return launch(std::integral_constant<int, kMostColumns>());
-  }
+  return with_columns(kernel_columns(p.k), [&](auto columns) {
+    return launch_conv(conv_weight_gradient_kernel<T, decltype(columns)::value>, kThreads, plan, stream, p, plan);
+  });
 }
 
 #define FASTDENSE_CONV(T)                                                                                  \
   template ConvPlan plan_conv_weight_gradient<T>(const ConvShape&, int64_t, int64_t);                      \
   template cudaError_t launch_conv_weight_gradient<T>(const ConvWeightGradientParams<T>&, const ConvPlan&, \
                                                       cudaStream_t);
-FASTDENSE_CONV(float)
-FASTDENSE_CONV(bfloat16)
-FASTDENSE_CONV(half)
+FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE(FASTDENSE_CONV)
 #undef FASTDENSE_CONV
 
 }  // namespace fastdense

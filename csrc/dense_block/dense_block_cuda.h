@@ -77,12 +77,12 @@ class CudaBlock : public CudaBlockForward<T> {
   const at::Tensor& conv2(int64_t l) const { return conv2_[size_t(l)]; }  // [k, b or c, kernel], or fused [b * 9, k]
   const at::Tensor& tail_conv() const { return tail_conv_; }              // [co, C]
 
-  // z [pixels, b] = relu(norm(prefix)) * conv1^T, the same in forward and, when z was not kept, in backward; and unless
-  // they are nullptr, mean and variance of its columns.
-  void make_bottleneck(int64_t l, const T* x, const NormParams<A>& norm1, const at::Tensor& z, A* mean = nullptr,
-                       A* var = nullptr) const {
+  // z [pixels, b] = relu(norm(prefix)) * conv1^T, the same in forward and, when z was not saved, in backward; and mean
+  // and variance of its columns where wanted.
+  void make_bottleneck(int64_t l, const T* x, const NormParams<A>& norm1, const at::Tensor& z,
+                       const BatchStatistics<A>& statistics = {}) const {
     if (fuses_conv1x1<T>(this->cuda, {x, ld}, conv1(l), z))
-      return conv1x1<T>(*this, {x, ld}, norm1, conv1(l), z, mean, var);
+      return conv1x1<T>(*this, {x, ld}, norm1, conv1(l), z, statistics);
     const int64_t c = args.layers[size_t(l)].channels, step = this->chunk_rows(pixels, c);
     const at::Tensor y = this->workspace(std::min(step, pixels), c);
     this->for_each_chunk(pixels, step, [&](int64_t row, int64_t rows, int64_t) {
@@ -90,7 +90,7 @@ class CudaBlock : public CudaBlockForward<T> {
       at::Tensor out = z.narrow(0, row, rows);
       at::mm_out(out, y.narrow(0, 0, rows), conv1(l).t());
     });
-    if (mean) this->statistics({this->const_data(z), args.width}, pixels, args.width, mean, var);
+    if (statistics.mean) this->statistics({this->const_data(z), args.width}, pixels, args.width, statistics);
   }
 
   // relu(norm(x)) of a matrix as a packed image.

@@ -2,7 +2,7 @@
 // Forward of the dense block on the CPU: the loop over layers, chunk by chunk.
 #include <torch/library.h>
 
-#include "dense_block/dense_block_driver.h"
+#include "dense_block/dense_block_cpu.h"
 #include "dense_block/dense_block_ops.h"
 
 namespace fastdense {
@@ -45,7 +45,7 @@ class Forward : BlockForward<T> {
     const Coefficients c1 = this->coefficients(layer.norm1, mean_, var_, layer.channels);
     const Source<T> prefix = this->source(x_, ld_, c1);
     if (!args_.bottleneck) return conv(l, prefix);
-    T* z = static_cast<T*>((one_z_.defined() ? one_z_ : z_[layer.kept]).mutable_data_ptr());
+    T* z = static_cast<T*>((one_z_.defined() ? one_z_ : z_[layer.z_index]).mutable_data_ptr());
     const int64_t at = args_.norm2_statistics(l);
     bottleneck(layer, prefix, z, !layer.norm2.frozen(), at);
     const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, args_.width);
@@ -65,19 +65,19 @@ class Forward : BlockForward<T> {
     const int64_t k = args_.growth, outer = args_.conv.size[0], planes = conv_.slab_planes();
     const int64_t slabs = conv_.slabs_per_image(), units = args_.batch * slabs;
     const bool statistics = args_.any_batch_statistics();
-    const bool squares = conv_.kernels.uses_winograd(args_.conv, k);
-    const at::Tensor panels = squares ? pack_tile_panels(*this, conv_.kernels, args_.conv, layer.conv2.weight, false)
-                                      : taps(layer, in.channels);
-    const auto run = squares ? conv_.kernels.conv_winograd : conv_.kernels.conv;
+    const bool winograd = conv_.kernels.uses_winograd(args_.conv, k);
+    const at::Tensor panels = winograd ? pack_conv2d_weight(*this, conv_.kernels, args_.conv, layer.conv2.weight, false)
+                                       : taps(layer, in.channels);
+    const auto run = winograd ? conv_.kernels.conv_winograd : conv_.kernels.conv;
     at::Tensor partial = this->template temporary<double>({statistics ? units : 0, 2, k});
     double* p = partial.mutable_data_ptr<double>();
     const void* w = this->panels_of(panels);
     const Dropout dropout = conv_.dropout(seed_, l);
     this->for_each_worker(units, [&](int64_t worker, int64_t unit) {
       const int64_t begin = unit % slabs * planes;
-      run(in, args_.conv, unit / slabs, begin, std::min(begin + planes, outer), w, k, x_ + layer.channels, ld_, dropout,
-          statistics ? p + 2 * unit * k : nullptr, statistics ? p + (2 * unit + 1) * k : nullptr,
-          this->workspace(worker));
+      double* moments = statistics ? p + 2 * unit * k : nullptr;
+      run(in, args_.conv, {unit / slabs, begin, std::min(begin + planes, outer)}, w,
+          {x_ + layer.channels, ld_, k, moments, moments ? moments + k : nullptr}, dropout, this->workspace(worker));
     });
     if (!statistics) return;
     const auto count = [&](int64_t u) {
@@ -98,7 +98,7 @@ class Forward : BlockForward<T> {
     const at::Tensor panels = this->pack_forward(args_.tail_conv.weight);
     this->for_each_chunk(args_.batch * args_.pool.pixels(), most,
                          [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-                           kernels.product({this->source(x_, ld_, c)}, &args_.pool, row, rows, this->panels_of(panels),
+                           kernels.conv1x1({this->source(x_, ld_, c)}, &args_.pool, row, rows, this->panels_of(panels),
                                            {{out, co, co}}, this->workspace(worker));
                          });
   }

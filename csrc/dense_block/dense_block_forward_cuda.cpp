@@ -25,7 +25,7 @@ class Forward : CudaBlock<T> {
   void run(const at::Tensor& input, const DenseBlockOutputs& o) {
     this->pack_weights(0, false);
     o.buffer.narrow(1, 0, args.in_channels).copy_(input);
-    if (args.any_batch_statistics()) this->statistics({x_, ld}, pixels, args.in_channels, mean_, var_);
+    if (args.any_batch_statistics()) this->statistics({x_, ld}, pixels, args.in_channels, {mean_, var_});
     for (size_t l = 0; l < args.layers.size(); ++l)
       if (!args.layers[l].dropped) layer(int64_t(l));
     if (args.tail == Tail::kTransition) transition(o.out);
@@ -38,25 +38,27 @@ class Forward : CudaBlock<T> {
     const NormParams<A> norm1 = this->norm_params(layer.norm1, mean_, var_);
     if (!args.bottleneck) return convolution(l, this->activated_image(x_, ld, norm1, layer.channels));
     const int64_t at = args.norm2_statistics(l), b = args.width;
-    const bool wanted = !layer.norm2.frozen(), kept = z_.size(0) > 0;
-    if (!plans && !wanted && !kept) {
-      // Nobody asks for z itself, as in inference; backward makes it again.  A fused convolution takes z.
+    const bool wanted = !layer.norm2.frozen(), saved = z_.size(0) > 0;
+    if (!plans && !wanted && !saved) {
+      // Nothing needs z itself, as in inference; backward recomputes it.  A fused convolution reads z.
       const at::Tensor u = this->packed_image(b), rows = u.movedim(1, -1).reshape({pixels, b});
       if (fuses_conv1x1<T>(cuda, {x_, ld}, this->conv1(l), rows)) {
         const NormParams<A> norm2 = this->norm_params(layer.norm2, nullptr, nullptr);
-        conv1x1<T>(*this, {x_, ld}, norm1, this->conv1(l), rows, nullptr, nullptr, norm2);
+        conv1x1<T>(*this, {x_, ld}, norm1, this->conv1(l), rows, {}, norm2);
         return convolution(l, u);
       }
     }
-    if (!kept && !one_z_.defined()) one_z_ = at::empty({pixels, b}, this->options);
-    const at::Tensor z = kept ? z_[layer.kept] : one_z_;
-    this->make_bottleneck(l, x_, norm1, z, wanted ? mean_ + at : nullptr, wanted ? var_ + at : nullptr);
+    if (!saved && !one_z_.defined()) one_z_ = at::empty({pixels, b}, this->options);
+    const at::Tensor z = saved ? z_[layer.z_index] : one_z_;
+    this->make_bottleneck(l, x_, norm1, z, statistics_from(at, wanted));
     const NormParams<A> norm2 = this->norm_params(layer.norm2, mean_ + at, var_ + at);
     if (!plans) return convolution(l, this->activated_image(this->const_data(z), b, norm2, b));
-    const bool read = args.any_batch_statistics();
-    A *const mean = read ? mean_ + layer.channels : nullptr, *const var = read ? var_ + layer.channels : nullptr;
-    fused_conv<T>(*this, plans.forward, z, norm2, this->conv2(l), {x_ + layer.channels, ld}, this->dropout(l), mean,
-                  var);
+    fused_conv<T>(*this, plans.forward, z, norm2, this->conv2(l), {x_ + layer.channels, ld}, this->dropout(l),
+                  statistics_from(layer.channels, args.any_batch_statistics()));
+  }
+
+  BatchStatistics<A> statistics_from(int64_t first, bool wanted) const {
+    return wanted ? BatchStatistics<A>{mean_ + first, var_ + first} : BatchStatistics<A>{};
   }
 
   // The slice of layer l = dropout(conv2(u)), with its statistics.
@@ -75,7 +77,7 @@ class Forward : CudaBlock<T> {
                      {},
                      nullptr},
                     pixels, k);
-    if (wanted) this->finalise_moments(partial, x_ + c, pixels, mean_ + c, var_ + c);
+    if (wanted) this->finalise_moments(partial, x_ + c, pixels, statistics_from(c, wanted));
   }
 
   void transition(const at::Tensor& out) {

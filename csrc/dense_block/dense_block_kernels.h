@@ -20,25 +20,34 @@ struct Dropout {
   uint32_t layer;
 };
 
+// A part of an image: outermost indices [begin, end).
+struct Slab {
+  int64_t image, begin, end;
+};
+
+// Gradient d [pixels, k] of a slice, as factors of products.
+struct SliceGradient {
+  const void* d;
+  int64_t k;
+};
+
 template <typename T>
 struct DenseBlockKernels {
   using A = accumulate_t<T>;
 
-  // slice[row, :k] = dropout(conv(act(source))) for the outermost indices [begin, end) of an image; the room is that of
-  // Conv1x1Kernels for a product with taps * k columns, and slab * k numbers more
-  void (*conv)(const Source<T>&, const ConvGeometry&, int64_t image, int64_t begin, int64_t end, const void* panels,
-               int64_t k, T* slice, int64_t lds, const Dropout&, double* mean, double* m2, void* workspace);
+  // slice = dropout(conv(act(source))) at the pixels of a slab; the workspace is that of Conv1x1Kernels for a product
+  // with taps * k columns, and pixels * k numbers more
+  void (*conv)(const Source<T>&, const ConvGeometry&, const Slab&, const void* panels, const Target<T>& slice,
+               const Dropout&, void* workspace);
   // The same by Winograd's products (winograd.h), with panels of pack().
-  void (*conv_winograd)(const Source<T>&, const ConvGeometry&, int64_t image, int64_t begin, int64_t end,
-                        const void* panels, int64_t k, T* slice, int64_t lds, const Dropout&, double* mean, double* m2,
-                        void* workspace);
-  // d[row, :n] = dropout factor * finalised gradient
-  void (*finalise)(const T* g, const T* x, int64_t ld, int64_t row, int64_t rows, int64_t n, const A* mean,
-                   const A* shift_sum, const A* slope_sum, const Dropout&, void* d);
+  void (*conv_winograd)(const Source<T>&, const ConvGeometry&, const Slab&, const void* panels, const Target<T>& slice,
+                        const Dropout&, void* workspace);
+  // d[row, :columns] = dropout factor * corrected gradient
+  void (*finalise)(const Gradient<T>&, int64_t row, int64_t rows, const Dropout&, void* d);
   // backward of a convolution: left = d gathered at the taps
-  void (*conv_backward)(const Source<T>&, const ConvGeometry&, int64_t row, int64_t rows, const void* d, int64_t k,
+  void (*conv_backward)(const Source<T>&, const ConvGeometry&, int64_t row, int64_t rows, const SliceGradient&,
                         const void* panels, const BackwardEpilogue<T>&, void* workspace);
-  void (*conv_winograd_backward)(const Source<T>&, const ConvGeometry&, const Tile&, const void* d, int64_t k,
+  void (*conv_winograd_backward)(const Source<T>&, const ConvGeometry&, const Tile&, const SliceGradient&,
                                  const void* panels, const BackwardEpilogue<T>&, void* workspace);
 
   // Whether Winograd's products are fewer, forward and backward; rows of a tile of the latter; bytes of workspace that

@@ -14,14 +14,14 @@ namespace fastdense::FASTDENSE_TARGET {
 
 // out[slab pixels, k] += contributions t[rows, taps * k] of the input pixels from `pixel` on.
 template <typename A>
-inline void scatter_taps(const ConvGeometry& g, int64_t begin, int64_t end, int64_t pixel, int64_t rows, int64_t k,
-                         const A* t, int64_t ldt, A* out) {
-  const int64_t first = begin * g.plane();
+inline void scatter_taps(const ConvGeometry& g, const Slab& slab, int64_t pixel, int64_t rows, int64_t k,
+                         RowMajor<const A> t, A* out) {
+  const int64_t first = slab.begin * g.plane();
   PixelIndex p(g, pixel);
   for (int64_t r = 0; r < rows; ++r, p.next(g)) {
-    const A* row = t + r * ldt;
+    const A* row = t.data + r * t.ld;
     for_each_tap(
-        g, p, begin, end,
+        g, p, slab.begin, slab.end,
         [&](int64_t tap, int64_t q) {
           A* __restrict o = out + (q - first) * k;
           const A* contribution = row + tap * k;
@@ -44,28 +44,28 @@ inline void apply_dropout(const Dropout& dropout, int64_t row, int64_t rows, int
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void conv(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begin, int64_t end, const void* panels,
-          int64_t k, T* slice, int64_t lds, const Dropout& dropout, double* mean, double* m2, void* memory) {
+void conv(const Source<T>& s, const ConvGeometry& g, const Slab& slab, const void* panels, const Target<T>& slice,
+          const Dropout& dropout, void* memory) {
   using G = Gemm<T>;
   Workspace workspace(memory);
-  const int64_t plane = g.plane(), halo = g.kernel[0] / 2, slab = (end - begin) * plane;
+  const auto [image, begin, end] = slab;
+  const int64_t plane = g.plane(), halo = g.kernel[0] / 2, pixels = (end - begin) * plane, k = slice.columns;
   const int64_t n = g.taps() * k, ldt = round_up(n, G::kPanel);
   const int64_t step = chunk_rows<T>(s.channels > n ? s.channels : n);
-  A* out = workspace.take<A>(slab * k);
-  const Rows<T> u(workspace, step, s.channels);
-  u.pad(step, s.channels);
+  A* out = workspace.take<A>(pixels * k);
+  const LeftFactor<T> u(workspace, step, s.channels);
   A* t = workspace.take<A>(round_up(step, G::kAlign) * ldt);
-  for (int64_t i = 0; i < slab * k; ++i) out[i] = 0;
+  for (int64_t i = 0; i < pixels * k; ++i) out[i] = 0;
   const int64_t last = (end + halo < g.size[0] ? end + halo : g.size[0]) * plane;
   for (int64_t pixel = (begin > halo ? begin - halo : 0) * plane; pixel < last; pixel += step) {
     const int64_t rows = last - pixel < step ? last - pixel : step;
     activate(s, image * g.pixels() + pixel, rows, u, 0);
-    G::multiply(rows, s.channels, n, u.data, u.ld, unpacked<T>(panels), t, ldt);
-    scatter_taps(g, begin, end, pixel, rows, k, t, ldt, out);
+    G::multiply(rows, s.channels, n, u, unpacked<T>(panels), {t, ldt});
+    scatter_taps<A>(g, slab, pixel, rows, k, {t, ldt}, out);
   }
   const int64_t row = image * g.pixels() + begin * plane;
-  apply_dropout(dropout, row, slab, k, out);
-  store_rows<T>(out, k, row, slab, {slice, lds, k, mean, m2});
+  apply_dropout(dropout, row, pixels, k, out);
+  store_rows<T>(out, k, row, pixels, slice);
 }
 
 // Transforms cost about a third of what products do.
@@ -80,9 +80,9 @@ bool uses_winograd_backward(const ConvGeometry& g) {
   return uses_winograd<T>(g);
 }
 
-// Rows of whole squares whose transforms stay in L2.
+// Rows of a tile whose transforms stay in L2: whole 2x2 squares.
 template <typename T>
-int64_t square_rows(const ConvGeometry& g, int64_t channels) {
+int64_t winograd_rows(const ConvGeometry& g, int64_t channels) {
   constexpr int64_t kBytes = 512 * 1024, kCopies = 4;  // a pixel is in four patches
   const int64_t row = kCopies * round_up(g.size[1], kWinogradStep) * channels * int64_t(sizeof(accumulate_t<T>));
   const int64_t fit = kBytes / (row > 0 ? row : 1) / kWinogradStep * kWinogradStep;
@@ -90,35 +90,35 @@ int64_t square_rows(const ConvGeometry& g, int64_t channels) {
   return fit < kWinogradStep ? kWinogradStep : fit < all ? fit : all;
 }
 
-// Beside the sums' gradient, a panel of what the kernels read and one of its gradient.
+// Beside the gradient of the sums, L2 holds a panel of what the kernels read and one of its gradient.
 template <typename T>
 int64_t winograd_rows_backward(const ConvGeometry& g, int64_t k) {
-  return square_rows<T>(g, k + 2 * Gemm<T>::kPanel);
+  return winograd_rows<T>(g, k + 2 * Gemm<T>::kPanel);
 }
 
 template <typename T>
 int64_t winograd_bytes(const ConvGeometry& g, int64_t channels, int64_t k) {
   if (!uses_winograd<T>(g)) return 0;
-  const Tile forward{0, 0, square_rows<T>(g, channels), 0, g.size[1]};
+  const Tile forward{0, 0, winograd_rows<T>(g, channels), 0, g.size[1]};
   const Tile backward{0, 0, winograd_rows_backward<T>(g, k), 0, g.size[1]};
-  const Convolution<T> sums(g, backward, k);
-  const int64_t of_forward = Convolution<T>(g, forward, channels).bytes();
+  const Conv2dTile<T> sums(g, backward, k);
+  const int64_t of_forward = Conv2dTile<T>(g, forward, channels).bytes();
   const int64_t of_backward = sums.bytes() + WinogradWeightGradient<T>(g, sums).bytes();
   return of_forward > of_backward ? of_forward : of_backward;
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void conv_winograd(const Source<T>& s, const ConvGeometry& g, int64_t image, int64_t begin, int64_t end,
-                   const void* panels, int64_t k, T* slice, int64_t lds, const Dropout& dropout, double* mean,
-                   double* m2, void* memory) {
+void conv_winograd(const Source<T>& s, const ConvGeometry& g, const Slab& slab, const void* panels,
+                   const Target<T>& slice, const Dropout& dropout, void* memory) {
   using G = Gemm<T>;
   Workspace workspace(memory);
-  const int64_t plane = g.plane(), slab = (end - begin) * plane, row = image * g.pixels() + begin * plane;
-  A* out = workspace.take<A>(slab * k);
-  for (int64_t at = begin, step = square_rows<T>(g, s.channels); at < end; at += step) {
-    const Tile tile{image, at, end - at < step ? end - at : step, 0, g.size[1]};
+  const int64_t plane = g.plane(), pixels = (slab.end - slab.begin) * plane, k = slice.columns;
+  const int64_t row = slab.image * g.pixels() + slab.begin * plane;
+  A* out = workspace.take<A>(pixels * k);
+  for (int64_t at = slab.begin, step = winograd_rows<T>(g, s.channels); at < slab.end; at += step) {
+    const Tile tile{slab.image, at, slab.end - at < step ? slab.end - at : step, 0, g.size[1]};
     Workspace rest = workspace;
-    Convolution<T> convolution(g, tile, s.channels);
+    Conv2dTile<T> convolution(g, tile, s.channels);
     convolution.fill(rest, [&](int64_t pixel, int64_t j) {
       return norm_relu(A(load(s.x[pixel * s.ld + j])), s.scale[j], s.shift[j]);
     });
@@ -130,17 +130,18 @@ void conv_winograd(const Source<T>& s, const ConvGeometry& g, int64_t image, int
       });
     }
   }
-  apply_dropout(dropout, row, slab, k, out);
-  store_rows<T>(out, k, row, slab, {slice, lds, k, mean, m2});
+  apply_dropout(dropout, row, pixels, k, out);
+  store_rows<T>(out, k, row, pixels, slice);
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void conv_winograd_backward(const Source<T>& s, const ConvGeometry& g, const Tile& tile, const void* d, int64_t k,
+void conv_winograd_backward(const Source<T>& s, const ConvGeometry& g, const Tile& tile, const SliceGradient& d,
                             const void* panels, const BackwardEpilogue<T>& epilogue, void* memory) {
   using G = Gemm<T>;
   Workspace workspace(memory);
-  Convolution<T> convolution(g, tile, k);
-  const auto* gradient = unpacked<T>(d);
+  const int64_t k = d.k;
+  Conv2dTile<T> convolution(g, tile, k);
+  const auto* gradient = unpacked<T>(d.d);
   convolution.fill(workspace, [&](int64_t pixel, int64_t j) { return A(load(gradient[pixel * k + j])); });
   WinogradWeightGradient<T> weight(g, convolution);
   if (epilogue.dweight) weight.fill(workspace);
@@ -159,34 +160,30 @@ void conv_winograd_backward(const Source<T>& s, const ConvGeometry& g, const Til
     const A* sums = convolution.sums(panels, j);
     const int64_t row = sums_stride<T>(convolution.tile()) * G::kPanel;
     A sum[G::kPanel], weighted[G::kPanel];
-    sum_in_groups(tile.rows, tile.columns, n, sum, weighted, epilogue.sum + j, epilogue.weighted + j, [&](int64_t r) {
+    const GradientSums<A> of_panel{sum, weighted};
+    sum_in_groups(tile.rows, tile.columns, n, of_panel, epilogue.sums.from(j), [&](int64_t r) {
       for (int64_t q = 0; q < tile.columns; ++q)
-        epilogue_pixel(s, epilogue, origin + r * tile.columns + q, j, n, sums + r * row + q * G::kPanel, A(1), sum, weighted);
+        epilogue_pixel(s, epilogue, origin + r * tile.columns + q, j, n, sums + r * row + q * G::kPanel, A(1),
+                       of_panel);
     });
   }
 }
 
-template <typename T, typename A = accumulate_t<T>>
-void finalise(const T* g, const T* x, int64_t ld, int64_t row, int64_t rows, int64_t n, const A* mean,
-              const A* shift_sum, const A* slope_sum, const Dropout& dropout, void* out) {
-  using Operand = typename Gemm<T>::Operand;
-  Operand* d = static_cast<Operand*>(out) + row * n;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < n; ++j)
-      d[r * n + j] = store<Operand>(finalise_gradient<A>(load(g[(row + r) * ld + j]), load(x[(row + r) * ld + j]),
-                                                         mean[j], shift_sum[j], slope_sum[j]));
+template <typename T>
+void finalise(const Gradient<T>& gradient, int64_t row, int64_t rows, const Dropout& dropout, void* out) {
+  const int64_t n = gradient.columns;
+  auto* d = static_cast<typename Gemm<T>::Operand*>(out) + row * n;
+  for (int64_t r = 0; r < rows; ++r) gradient_row(gradient, row + r, d + r * n);
   apply_dropout(dropout, row, rows, n, d);
 }
 
-template <typename T, typename A = accumulate_t<T>>
-void conv_backward(const Source<T>& s, const ConvGeometry& g, int64_t row, int64_t rows, const void* d, int64_t k,
+template <typename T>
+void conv_backward(const Source<T>& s, const ConvGeometry& g, int64_t row, int64_t rows, const SliceGradient& d,
                    const void* panels, const BackwardEpilogue<T>& epilogue, void* memory) {
   Workspace workspace(memory);
-  const int64_t depth = g.taps() * k;
-  const Rows<T> left(workspace, rows, depth);
-  left.pad(rows, depth);
-  gather_taps<T>(g, row, rows, k, unpacked<T>(d), left);
-  backward<T>(s, nullptr, row, rows, left, depth, panels, epilogue, workspace);
+  const LeftFactor<T> left(workspace, rows, g.taps() * d.k);
+  gather_taps<T>(g, row, rows, d.k, unpacked<T>(d.d), left);
+  backward<T>(s, nullptr, row, rows, left, panels, epilogue, workspace);
 }
 
 template <typename T>

@@ -19,7 +19,7 @@
 
 namespace fastdense {
 
-// What forward kept for backward.
+// What forward saved for backward.
 struct DenseBlockSaved {
   const at::Tensor &buffer, &mean, &var, &z;
 };
@@ -31,8 +31,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_blo
     double drop_rate, const std::optional<at::Tensor>& seed, bool keep_bottleneck, std::string_view process_group) {
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
   check_floating("dense_block", "input", input);
-  const DenseBlockArgs args = parse_dense_block(input.sizes(), input.options(), weights, eps, num_layers, bottleneck,
-                                                tail, drop_rate, seed, process_group);
+  const DenseBlockArgs args = parse_dense_block(input.sizes(), input.options(), weights,
+                                                {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group});
   const DenseBlockOutputs o = allocate_dense_block(args, input.options(), keep_bottleneck);
   if (args.pixels() > 0 || !process_group.empty())  // the other processes wait for this one
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "dense_block", [&] {
@@ -55,8 +55,8 @@ std::vector<at::Tensor> dense_block_backward(const at::Tensor& grad_output,  // 
   check_at_most("_dense_block_backward", "in_channels", in_channels, buffer.size(1));
   std::vector<int64_t> sizes = buffer.sizes().vec();
   sizes[1] = in_channels;
-  const DenseBlockArgs args = parse_dense_block(sizes, buffer.options(), weights, eps, num_layers, bottleneck, tail,
-                                                drop_rate, seed, process_group);
+  const DenseBlockArgs args = parse_dense_block(sizes, buffer.options(), weights,
+                                                {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group});
   check_at_least("_dense_block_backward", "needs_grad", int64_t(needs_grad.size()), int64_t(weights.size()) + 1);
   const std::vector<bool> needs(needs_grad.begin(), needs_grad.end());
   if (args.pixels() == 0 && process_group.empty()) {

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The CUDA kernel of dropout_mask: one thread a block of four elements.  No torch header.
 #pragma once
 
 #include "core/dropout_math.h"

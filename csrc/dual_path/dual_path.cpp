@@ -107,8 +107,8 @@ std::vector<int64_t> DualPathArgs::sizes(int64_t channels, bool of_input) const 
 }
 
 DualPathArgs parse_dual_path(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
-                             at::ArrayRef<double> eps, int64_t num_blocks, bool projection, int64_t residual_channels,
-                             int64_t stride, std::string_view process_group) {
+                             const DualPathOptions& how) {
+  const auto& [eps, num_blocks, projection, residual_channels, stride, process_group] = how;
   TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, kOp,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
   check_at_least(kOp, "num_blocks", num_blocks, 1);

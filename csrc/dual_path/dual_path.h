@@ -14,8 +14,8 @@
 //
 // Saved: the input, the output, mean and variance of every norm, and by memory mode
 //   balanced     residual_1 ... residual_{n-1}, and a_i, b_i, the outputs of conv_a and conv_b
-//   min          residual_1 ... residual_{n-1}; a_i and b_i are made again
-//   reversible   a_i, b_i; residual_{i-1} = residual_i - conv_c(b_i) is made again
+//   min          residual_1 ... residual_{n-1}; a_i and b_i are recomputed
+//   reversible   a_i, b_i; residual_{i-1} = residual_i - conv_c(b_i) is recomputed
 //   nothing      for inference: the residual path is updated in place
 // The norm corrections of gradients are deferred (batch_norm_math.h): of a dense channel until the block that wrote it,
 // of the residual path until the block before.
@@ -27,9 +27,9 @@
 #include <string_view>
 #include <vector>
 
+#include "core/geometry.h"
 #include "core/layout.h"
 #include "core/weights.h"
-#include "cpu/conv1x1/conv1x1_kernels.h"
 
 namespace fastdense {
 
@@ -55,7 +55,7 @@ struct DualPathArgs {
   int64_t width_a = 0, width_b = 0, groups = 1;
   int64_t statistics = 0;
   std::vector<int64_t> spatial, kernel;
-  std::string process_group;  // see SharedStatistics
+  std::string process_group;  // see SyncBatchNorm
   PoolGeometry sampled{};     // the pixels of the input that conv_w and conv_b are centred on
 
   int64_t num_blocks() const { return int64_t(blocks.size()); }
@@ -74,12 +74,20 @@ struct DualPathArgs {
   std::vector<int64_t> sizes(int64_t channels, bool of_input = false) const;
 };
 
+// What the op takes beside the input, the weights and what to save.
+struct DualPathOptions {
+  at::ArrayRef<double> eps;  // of each norm
+  int64_t num_blocks;
+  bool projection;
+  int64_t residual_channels, stride;
+  std::string_view process_group;
+};
+
 // Reads and checks the arguments.  `sizes` is the shape of the input; the lists are laid out as in ops/dual_path.py:
 // norm (weight, bias, running_mean, running_var) and conv of the projection if there is one, then norm_a, conv_a,
 // norm_b, conv_b, norm_c, conv_c of each block.
 DualPathArgs parse_dual_path(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
-                             at::ArrayRef<double> eps, int64_t num_blocks, bool projection, int64_t residual_channels,
-                             int64_t stride, std::string_view process_group);
+                             const DualPathOptions& how);
 
 DualPathKeep parse_dual_path_memory(std::string_view memory);
 

@@ -7,7 +7,7 @@
 #include <torch/library.h>
 
 #include "cpu/block_backward.h"
-#include "dual_path/dual_path_driver.h"
+#include "dual_path/dual_path_cpu.h"
 #include "dual_path/dual_path_ops.h"
 
 namespace fastdense {
@@ -58,7 +58,7 @@ class Backward : BlockBackward<T> {
  private:
   bool is_reversible() const { return saved_.residuals.size(0) == 0 && args_.num_blocks() > 1; }
 
-  // The residual path in front of block i; made again block by block in reversible mode.
+  // The residual path in front of block i; recomputed block by block in reversible mode.
   Columns<const T> residual_before(int64_t i) const {
     if (i == 0) return {x_, args_.in_channels};
     if (is_reversible()) return {static_cast<const T*>(residual_.const_data_ptr()), args_.residual};
@@ -100,12 +100,12 @@ class Backward : BlockBackward<T> {
     conv_a(i, ca, this->norm_backward(block.norm_b, cb, sums, dup, a, args_.a_pixels(i), memory));
   }
 
-  // The kept output of conv_a, or the same made again.
+  // The saved output of conv_a, or the same recomputed.
   const T* bottleneck_a(int64_t i, const Coefficients& c) {
     if (saved_.a.size(0) > 0) return static_cast<const T*>(saved_.a.const_data_ptr()) + args_.a_row(i) * args_.width_a;
     T* a = static_cast<T*>(a_again_.mutable_data_ptr());
     const Sources<T> sources = blocks_.sources(i, c, residual_before(i), {out_ + args_.residual, ld_});
-    blocks_.make_a(i, sources, a, nullptr, nullptr);
+    blocks_.make_a(i, sources, a, {});
     return a;
   }
 
@@ -138,18 +138,19 @@ class Backward : BlockBackward<T> {
     const DualPathBlockArgs& block = args_.blocks[size_t(i)];
     at::Tensor memory[2];
     const Gradients<T> dy = merge_gradients(i, memory);
-    product_backward(block.conv_c, this->source(b, args_.width_b, c), nullptr, dy, dv, args_.width_b, false, c.mean());
+    conv1x1_backward(block.conv_c, this->source(b, args_.width_b, c), nullptr, dy, dv, args_.width_b, false, c.mean());
   }
 
   // Backward of a 1x1 with the output gradients `dy`.
-  void product_backward(const ConvArgs& conv, const Source<T>& source, const PoolGeometry* pool, const Gradients<T>& dy,
+  void conv1x1_backward(const ConvArgs& conv, const Source<T>& source, const PoolGeometry* pool, const Gradients<T>& dy,
                         T* gradient, int64_t ld, bool accumulate, const A* mean) {
     const int64_t depth = dy.columns(), n = source.channels;
     const at::Tensor panels = this->pack_backward(conv.weight, 0, n);
     const at::Tensor dweight = this->worker_gradients(this->needs(conv.at), depth, n);
     this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      kernels.product_backward(source, pool, row, rows, dy, this->panels_of(panels),
-                               this->epilogue(worker, gradient, ld, accumulate, mean, dweight), this->workspace(worker));
+      kernels.conv1x1_backward(source, pool, row, rows, dy, this->panels_of(panels),
+                               this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
+                               this->workspace(worker));
     });
     if (this->needs(conv.at)) this->set(conv.at, this->total(dweight, depth, n));
   }
@@ -158,7 +159,7 @@ class Backward : BlockBackward<T> {
   void reverse(int64_t i, const T* b, const Coefficients& c) {
     T* residual = static_cast<T*>(residual_.mutable_data_ptr());
     const at::Tensor weight = args_.blocks[size_t(i)].conv_c.weight.narrow(0, 0, args_.residual).neg();
-    blocks_.product(weight, {this->source(b, args_.width_b, c)}, nullptr, pixels_,
+    blocks_.conv1x1(weight, {this->source(b, args_.width_b, c)}, nullptr, pixels_,
                     {{residual, args_.residual, args_.residual, nullptr, nullptr, residual, args_.residual}}, {});
   }
 
@@ -166,11 +167,12 @@ class Backward : BlockBackward<T> {
   void mask(int64_t i, const T* a, const Coefficients& c, T* du) {
     const Source<T> source = this->source(a, args_.width_a, c);
     const at::Tensor none = this->worker_gradients(false, 0, 0);
-    this->for_each_chunk(
-        args_.a_pixels(i), kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-          kernels.norm_backward(source, true, row, rows, du,
-                                this->epilogue(worker, du, args_.width_a, false, c.mean(), none), this->workspace(worker));
-        });
+    this->for_each_chunk(args_.a_pixels(i), kernels.backward_rows,
+                         [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+                           kernels.norm_backward(source, true, row, rows, du,
+                                                 this->epilogue(worker, du, args_.width_a, false, c.mean(), none),
+                                                 this->workspace(worker));
+                         });
   }
 
   // A run of columns that conv_a reads, the gradient that they add to, and the channel of their corrections.
@@ -202,13 +204,13 @@ class Backward : BlockBackward<T> {
       const at::Tensor panels = this->pack_backward(block.conv_a.weight, s.first, s.n);
       const at::Tensor dweight = this->worker_gradients(needed, args_.width_a, s.n);
       const Source<T> source = this->source(s.x.data, s.x.ld, c, s.first, s.n);
-      this->for_each_chunk(args_.a_pixels(i), kernels.backward_rows,
-                           [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-                             kernels.norm_product_backward(
-                                 source, row, rows, norm_b, this->panels_of(panels),
-                                 this->epilogue(worker, s.gradient.data, s.gradient.ld, true, c.mean() + s.first, dweight),
-                                 this->workspace(worker));
-                           });
+      this->for_each_chunk(
+          args_.a_pixels(i), kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+            kernels.conv1x1_norm_backward(
+                source, row, rows, norm_b, this->panels_of(panels),
+                this->epilogue(worker, s.gradient.data, s.gradient.ld, true, c.mean() + s.first, dweight),
+                this->workspace(worker));
+          });
       if (needed) dweights.push_back(this->total(dweight, args_.width_a, s.n));
       const Sums sums = this->norm_sums(c, s.first, s.n);
       dnorms.push_back(this->vector(sums.weighted, s.n));
@@ -229,7 +231,7 @@ class Backward : BlockBackward<T> {
     const Gradient<T> dense = args_.num_blocks() > 1
                                   ? corrected(r, args_.first_dense, {out_ + r, ld_}, mean, false, memory)
                                   : Gradient<T>{g_ + r, ld_, args_.first_dense};
-    product_backward(args_.conv_w, this->source(x_, args_.in_channels, c), args_.strided() ? &args_.sampled : nullptr,
+    conv1x1_backward(args_.conv_w, this->source(x_, args_.in_channels, c), args_.strided() ? &args_.sampled : nullptr,
                      {{g_, ld_, r}, dense}, gi_, args_.in_channels, true, c.mean());
     const Sums s = this->norm_gradients(args_.norm_w, c);
     this->defer(args_.norm_w, c, s, 0, c.n, args_.in_pixels(), input_corrections_, 0);

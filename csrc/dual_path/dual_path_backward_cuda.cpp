@@ -67,10 +67,10 @@ class Backward : CudaStage<T> {
 
   // The consumers of `n` channels are done: their corrections, which stand for `count` values of this process.
   void share_corrections(int64_t at, int64_t n, int64_t count) const {
-    this->shared.means(corrections_.narrow(1, at, n), count);
+    this->sync.means(corrections_.narrow(1, at, n), count);
   }
 
-  // The residual path in front of block i; made again block by block in reversible mode.
+  // The residual path in front of block i; recomputed block by block in reversible mode.
   Matrix<const T> residual_before(int64_t i) const {
     if (i == 0) return {x_, args.in_channels};
     return {this->const_data(is_reversible() ? residual_ : saved_.residuals[i - 1]), r};
@@ -90,10 +90,10 @@ class Backward : CudaStage<T> {
     const at::Tensor a = bottleneck_a(i, norm_a), da = this->rows_of(conv_b_backward(i, a, norm_b));
     grads_.norm_backward(block.norm_b, norm_b, {this->data(da), args.width_a}, {this->const_data(a), args.width_a},
                          args.a_pixels(i), args.width_a);
-    grads_.product_backward(block.conv_a, this->conv_a(i), block.norm_a, norm_a, da, segments(i));
+    grads_.conv1x1_backward(block.conv_a, this->conv_a(i), block.norm_a, norm_a, da, segments(i));
   }
 
-  // The kept output of conv_a, or the same made again.
+  // The saved output of conv_a, or the same recomputed.
   at::Tensor bottleneck_a(int64_t i, const NormParams<A>& norm) const {
     if (saved_.a.size(0) > 0) return saved_.a.narrow(0, args.a_row(i), args.a_pixels(i));
     const at::Tensor a = a_again_.narrow(0, 0, args.a_pixels(i));
@@ -191,7 +191,7 @@ class Backward : CudaStage<T> {
       corrected(dense, {out_ + r, ld}, dense, mean_ + args.blocks.back().stats_a + r, corrections(of_dense(0)), pixels,
                 args.first_dense);
     }
-    grads_.pooled_product_backward(args.conv_w, this->conv_w(), args.norm_w, norm_of(args.norm_w, args.stats_w),
+    grads_.pooled_conv1x1_backward(args.conv_w, this->conv_w(), args.norm_w, norm_of(args.norm_w, args.stats_w),
                                    args.sampled, args.batch, gradient_.narrow(1, 0, r + args.first_dense),
                                    input_segment(true));
   }

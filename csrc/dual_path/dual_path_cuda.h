@@ -72,10 +72,10 @@ class CudaStage : public CudaBlockForward<T> {
     return {{residual, 0, r}, {{out + r, ld}, r, args.dense(i)}};
   }
 
-  // a [pixels of block i, ra] = conv_a(relu(norm_a(sources))); the same in forward and, when a was not kept, backward.
+  // a [pixels of block i, ra] = conv_a(relu(norm_a(sources))); the same in forward and, when a was not saved, backward.
   void make_a(int64_t i, const std::vector<Source>& sources, const NormParams<A>& norm, const at::Tensor& a) const {
     if (sources.size() == 1 && fuses_conv1x1<T>(this->cuda, sources[0].x, conv_a(i), a))
-      return conv1x1<T>(*this, sources[0].x, norm, conv_a(i), a, nullptr, nullptr);
+      return conv1x1<T>(*this, sources[0].x, norm, conv_a(i), a, {});
     const int64_t rows = args.a_pixels(i), c = args.blocks[size_t(i)].channels, step = this->chunk_rows(rows, c);
     const at::Tensor y = this->workspace(std::min(step, rows), c);
     this->for_each_chunk(rows, step, [&](int64_t row, int64_t count, int64_t) {

@@ -3,7 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "dual_path/dual_path_driver.h"
+#include "dual_path/dual_path_cpu.h"
 #include "dual_path/dual_path_ops.h"
 
 namespace fastdense {
@@ -72,7 +72,7 @@ class Forward : BlockForward<T> {
     const Coefficients c =
         this->coefficients(args_.norm_w, mean_ + args_.stats_w, var_ + args_.stats_w, args_.in_channels);
     const Columns<T> residual = after(0);
-    blocks_.product(args_.conv_w.weight, {this->source(x, args_.in_channels, c)},
+    blocks_.conv1x1(args_.conv_w.weight, {this->source(x, args_.in_channels, c)},
                     args_.strided() ? &args_.sampled : nullptr, pixels_,
                     {{residual.data, residual.ld, args_.residual}, {out_ + args_.residual, ld_, args_.first_dense}},
                     {Statistics{}, dense_statistics(0)});
@@ -87,7 +87,7 @@ class Forward : BlockForward<T> {
     T* a = bottleneck_a(i);
     const bool batch_b = !block.norm_b.frozen();
     blocks_.make_a(i, blocks_.sources(i, ca, in, {out_ + args_.residual, ld_}), a,
-                   batch_b ? mean_ + block.stats_b : nullptr, batch_b ? var_ + block.stats_b : nullptr);
+                   batch_b ? Statistics{mean_ + block.stats_b, var_ + block.stats_b} : Statistics{});
     const at::Tensor b = bottleneck_b(i, a);
     const T* bp = static_cast<const T*>(b.const_data_ptr());
     if (!block.norm_c.frozen())
@@ -128,7 +128,7 @@ class Forward : BlockForward<T> {
     const bool last = i == args_.num_blocks() - 1;
     const int64_t next = last ? 0 : args_.blocks[size_t(i) + 1].stats_a;
     const bool wanted = statistics_ && !last;
-    blocks_.product(block.conv_c.weight, {this->source(b, args_.width_b, c)}, nullptr, pixels_,
+    blocks_.conv1x1(block.conv_c.weight, {this->source(b, args_.width_b, c)}, nullptr, pixels_,
                     {{to.data, to.ld, args_.residual, nullptr, nullptr, residual.data, residual.ld},
                      {out_ + args_.residual + first, ld_, args_.growth}},
                     {wanted ? Statistics{mean_ + next, var_ + next} : Statistics{},

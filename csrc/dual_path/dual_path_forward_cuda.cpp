@@ -30,7 +30,7 @@ class Forward : CudaStage<T> {
     this->pack_weights(0);
     const at::Tensor x = to_channels_last(input), in = this->rows_of(x);
     const int64_t c = args.in_channels, at = args.blocks[0].stats_a;
-    if (statistics_) this->statistics(this->matrix(in), args.in_pixels(), c, mean_ + at, var_ + at);
+    if (statistics_) this->statistics(this->matrix(in), args.in_pixels(), c, statistics_from(at));
     at::Tensor residual = in.narrow(1, 0, args.projection ? 0 : r);
     if (args.projection) {
       copy_statistics(at, args.stats_w, c);
@@ -50,6 +50,8 @@ class Forward : CudaStage<T> {
   at::Tensor after(int64_t i) const {
     return keep_.residuals && i < args.num_blocks() - 1 ? o_.residuals[i] : rows_.narrow(1, 0, r);
   }
+
+  BatchStatistics<A> statistics_from(int64_t first) const { return {mean_ + first, var_ + first}; }
 
   void copy_statistics(int64_t from, int64_t to, int64_t count) const {
     if (!statistics_) return;
@@ -71,7 +73,7 @@ class Forward : CudaStage<T> {
     });
     if (!statistics_ || args.num_blocks() == 1) return;
     const int64_t at = args.blocks[1].stats_a + r;
-    this->statistics({out_ + r, ld}, pixels, args.first_dense, mean_ + at, var_ + at);
+    this->statistics({out_ + r, ld}, pixels, args.first_dense, statistics_from(at));
   }
 
   // Block i reads `in` and adds to `residual`.
@@ -82,11 +84,9 @@ class Forward : CudaStage<T> {
     const int64_t rows = args.a_pixels(i);
     const at::Tensor a = keep_.bottlenecks ? o_.a.narrow(0, args.a_row(i), rows) : one_a_.narrow(0, 0, rows);
     this->make_a(i, this->sources(i, this->matrix(in), out_), norm_a, a);
-    if (!block.norm_b.frozen())
-      this->statistics(this->matrix(a), rows, args.width_a, mean_ + block.stats_b, var_ + block.stats_b);
+    if (!block.norm_b.frozen()) this->statistics(this->matrix(a), rows, args.width_a, statistics_from(block.stats_b));
     const at::Tensor b = bottleneck_b(i, this->convolution(i, this->activated_image(i, a, norm_b)));
-    if (!block.norm_c.frozen())
-      this->statistics(this->matrix(b), pixels, args.width_b, mean_ + block.stats_c, var_ + block.stats_c);
+    if (!block.norm_c.frozen()) this->statistics(this->matrix(b), pixels, args.width_b, statistics_from(block.stats_c));
     merge(i, b, residual);
   }
 
@@ -128,9 +128,9 @@ class Forward : CudaStage<T> {
     });
     if (!wanted) return;
     const int64_t next = args.blocks[size_t(i) + 1].stats_a;
-    this->finalise_moments(added, this->const_data(pivot), pixels, mean_ + next, var_ + next);
+    this->finalise_moments(added, this->const_data(pivot), pixels, statistics_from(next));
     if (i > 0 || !args.projection) copy_statistics(block.stats_a + r, next + r, args.dense(i));
-    this->finalise_moments(appended, this->const_data(pivot) + r, pixels, mean_ + next + first, var_ + next + first);
+    this->finalise_moments(appended, this->const_data(pivot) + r, pixels, statistics_from(next + first));
   }
 
   void store(const SliceInParams<T>& params, int64_t rows, int64_t columns, int64_t splits) const {

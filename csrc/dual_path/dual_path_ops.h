@@ -30,8 +30,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     int64_t stride, std::string_view memory, std::string_view process_group) {
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
   check_floating("dual_path_stage", "input", input);
-  const DualPathArgs args = parse_dual_path(input.sizes(), input.options(), weights, eps, num_blocks, projection,
-                                            residual_channels, stride, process_group);
+  const DualPathArgs args = parse_dual_path(input.sizes(), input.options(), weights,
+                                            {eps, num_blocks, projection, residual_channels, stride, process_group});
   const DualPathKeep keep = parse_dual_path_memory(memory);
   const DualPathOutputs o = allocate_dual_path(args, input.options(), keep);
   if (args.pixels() > 0 || !process_group.empty())  // the other processes wait for this one
@@ -51,8 +51,8 @@ std::vector<at::Tensor> dual_path_stage_backward(const at::Tensor& grad_output, 
                                                  int64_t residual_channels, int64_t stride, c10::List<bool> needs_grad,
                                                  std::string_view process_group) {
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
-  const DualPathArgs args = parse_dual_path(input.sizes(), input.options(), weights, eps, num_blocks, projection,
-                                            residual_channels, stride, process_group);
+  const DualPathArgs args = parse_dual_path(input.sizes(), input.options(), weights,
+                                            {eps, num_blocks, projection, residual_channels, stride, process_group});
   check_at_least("_dual_path_stage_backward", "needs_grad", int64_t(needs_grad.size()), int64_t(weights.size()) + 1);
   const std::vector<bool> needs(needs_grad.begin(), needs_grad.end());
   if (args.pixels() == 0 && process_group.empty()) {

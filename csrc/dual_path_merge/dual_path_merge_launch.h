@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels of dual_path_merge and dual_path_split: one thread an element.  No torch header.
 #pragma once
 
 #include "cuda/launch.h"

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels of highway_gate and its backward: one thread an element.  No torch header.
 #pragma once
 
 #include "cuda/launch.h"

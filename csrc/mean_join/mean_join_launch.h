@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The CUDA kernel of mean_join: one thread an element.  No torch header.
 #pragma once
 
 #include "cuda/launch.h"

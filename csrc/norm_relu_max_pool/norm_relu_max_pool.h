@@ -37,7 +37,7 @@ struct NormPoolArgs {
   MaxPoolGeometry g{};
   int64_t batch = 0, channels = 0;
   std::vector<int64_t> pooled_sizes;  // [N, C, pooled]
-  std::string process_group;          // see SharedStatistics
+  std::string process_group;          // see SyncBatchNorm
 
   int64_t values() const { return batch * g.pixels(); }  // behind each mean
   bool empty() const { return batch * channels == 0; }
@@ -98,7 +98,7 @@ struct NormPoolOutputs {
   at::Tensor y, indices, mean, var;
 };
 
-// What forward kept for backward.
+// What forward saved for backward.
 struct NormPoolSaved {
   const at::Tensor &input, &indices, &mean, &var;
 };

@@ -29,19 +29,19 @@ Moments<double> plane_moments(const Conv1x1Kernels<T>& kernels, const T* x, int6
 }
 
 template <typename T>
-void batch_statistics(const BlockForward<T>& rows, const NormPoolArgs& args, const T* x, accumulate_t<T>* mean,
+void batch_statistics(const BlockForward<T>& block, const NormPoolArgs& args, const T* x, accumulate_t<T>* mean,
                       accumulate_t<T>* var) {
   const int64_t c = args.channels, pixels = args.g.pixels();
-  if (args.layout.channels_last) return rows.statistics(x, c, args.values(), c, mean, var);
+  if (args.layout.channels_last) return block.statistics(x, c, args.values(), c, mean, var);
   const at::Tensor partial = BlockForward<T>::template temporary<double>({args.batch, 2, c});
   double* p = partial.mutable_data_ptr<double>();
-  rows.for_each_worker(args.batch * c, [&](int64_t, int64_t plane) {
-    const Moments<double> m = plane_moments(rows.kernels, x + plane * pixels, pixels);
+  block.for_each_worker(args.batch * c, [&](int64_t, int64_t plane) {
+    const Moments<double> m = plane_moments(block.kernels, x + plane * pixels, pixels);
     double* to = p + plane / c * 2 * c + plane % c;
     to[0] = m.mean;
     to[c] = m.m2;
   });
-  rows.combine(partial, c, [&](int64_t) { return pixels; }, mean, var);
+  block.combine(partial, c, [&](int64_t) { return pixels; }, mean, var);
 }
 
 template <typename T>
@@ -54,12 +54,12 @@ NormPool<T> norm_pool(const NormPoolArgs& args, const typename BlockForward<T>::
 
 // body(worker, unit, workspace) for all units.
 template <typename T, typename Body>
-void for_each_unit(const BlockForward<T>& rows, const NormPool<T>& pool, int64_t units, const Body& body) {
+void for_each_unit(const BlockForward<T>& block, const NormPool<T>& pool, int64_t units, const Body& body) {
   using A = accumulate_t<T>;
   const int64_t numbers = norm_pool_kernels<T>(current_isa()).workspace(pool);
-  const at::Tensor workspace = BlockForward<T>::template temporary<A>({rows.workers, numbers});
+  const at::Tensor workspace = BlockForward<T>::template temporary<A>({block.workers, numbers});
   A* memory = workspace.template mutable_data_ptr<A>();
-  rows.for_each_worker(units, [&](int64_t worker, int64_t unit) { body(worker, unit, memory + worker * numbers); });
+  block.for_each_worker(units, [&](int64_t worker, int64_t unit) { body(worker, unit, memory + worker * numbers); });
 }
 
 struct CpuEngine {
@@ -68,15 +68,15 @@ struct CpuEngine {
   template <typename T>
   static void forward(const NormPoolArgs& args, const at::Tensor& input, const NormPoolOutputs& o) {
     using A = accumulate_t<T>;
-    const BlockForward<T> rows(args.process_group);
+    const BlockForward<T> block(args.process_group);
     const at::Tensor x = args.layout.arrange(input);
     A *mean = o.mean.mutable_data_ptr<A>(), *var = o.var.mutable_data_ptr<A>();
-    if (!args.norm.frozen()) batch_statistics<T>(rows, args, static_cast<const T*>(x.const_data_ptr()), mean, var);
-    const auto c = rows.coefficients(args.norm, mean, var, args.channels);
+    if (!args.norm.frozen()) batch_statistics<T>(block, args, static_cast<const T*>(x.const_data_ptr()), mean, var);
+    const auto c = block.coefficients(args.norm, mean, var, args.channels);
     const NormPoolForward<T> p{norm_pool<T>(args, c, x), static_cast<T*>(o.y.mutable_data_ptr()),
                                o.indices.dim() > 1 ? o.indices.mutable_data_ptr<uint8_t>() : nullptr};
     const auto& kernels = norm_pool_kernels<T>(current_isa());
-    for_each_unit<T>(rows, p, p.pooled_lines(args.batch),
+    for_each_unit<T>(block, p, p.pooled_lines(args.batch),
                      [&](int64_t, int64_t line, A* memory) { kernels.forward(p, line, memory); });
   }
 
@@ -85,11 +85,11 @@ struct CpuEngine {
                                           const at::Tensor& grad_output, const std::vector<bool>& needs,
                                           at::TensorList norm) {
     using A = accumulate_t<T>;
-    BlockBackward<T> rows(needs, norm, saved.input.options(), args.channels, args.process_group);
+    BlockBackward<T> block(needs, norm, saved.input.options(), args.channels, args.process_group);
     const at::Tensor x = args.layout.arrange(saved.input), grad = args.layout.arrange(grad_output);
     const at::Tensor indices = args.layout.arrange(saved.indices);
     const auto c =
-        rows.coefficients(args.norm, saved.mean.const_data_ptr<A>(), saved.var.const_data_ptr<A>(), args.channels);
+        block.coefficients(args.norm, saved.mean.const_data_ptr<A>(), saved.var.const_data_ptr<A>(), args.channels);
     int64_t offsets[kNoIndex + 1];
     offsets[kNoIndex] = std::numeric_limits<int64_t>::min() / 2;
     for (int w = 0; w < kNoIndex; ++w)
@@ -103,24 +103,24 @@ struct CpuEngine {
                           nullptr,
                           A(0)};
     const auto& kernels = norm_pool_kernels<T>(current_isa());
-    const at::Tensor no_weights = rows.worker_gradients(false, 0, 0);
+    const at::Tensor no_weights = block.worker_gradients(false, 0, 0);
     if (!args.norm.frozen() || needs[1] || needs[2])
-      for_each_unit<T>(rows, p, p.pooled_lines(args.batch), [&](int64_t worker, int64_t line, A* memory) {
-        const auto epilogue = rows.epilogue(worker, nullptr, 0, false, nullptr, no_weights);
-        kernels.sums(p, line, epilogue.sum, epilogue.weighted, memory);
+      for_each_unit<T>(block, p, p.pooled_lines(args.batch), [&](int64_t worker, int64_t line, A* memory) {
+        const auto epilogue = block.epilogue(worker, nullptr, 0, false, nullptr, no_weights);
+        kernels.sums(p, line, epilogue.sums.sum, epilogue.sums.weighted, memory);
       });
-    const auto sums = rows.norm_gradients(args.norm, c);
+    const auto sums = block.norm_gradients(args.norm, c);
     at::Tensor memory;
-    const NormBackward<T> terms = rows.norm_backward(args.norm, c, sums, nullptr, nullptr, args.values(), memory);
-    if (!needs[0]) return rows.grads();
+    const NormBackward<T> terms = block.norm_backward(args.norm, c, sums, nullptr, nullptr, args.values(), memory);
+    if (!needs[0]) return block.grads();
     p.t1 = terms.t1;
     p.t2 = terms.t2;
     p.inv_count = terms.inv_count;
-    rows.grads()[0] = args.layout.empty(saved.input.sizes(), saved.input.options());
-    p.dx = static_cast<T*>(rows.grads()[0].mutable_data_ptr());
-    for_each_unit<T>(rows, p, p.gradient_units(args.batch),
+    block.grads()[0] = args.layout.empty(saved.input.sizes(), saved.input.options());
+    p.dx = static_cast<T*>(block.grads()[0].mutable_data_ptr());
+    for_each_unit<T>(block, p, p.gradient_units(args.batch),
                      [&](int64_t, int64_t unit, A* workspace) { kernels.input_gradient(p, unit, workspace); });
-    return rows.grads();
+    return block.grads();
   }
 };
 

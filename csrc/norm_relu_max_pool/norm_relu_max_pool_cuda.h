@@ -14,7 +14,7 @@ namespace fastdense {
 template <typename T>
 class NormPoolCuda : CudaBlockForward<T> {
   using Base = CudaBlockForward<T>;
-  using Base::cuda, Base::shared;
+  using Base::cuda, Base::sync;
   using typename Base::A, typename Base::Partials;
 
  public:
@@ -28,7 +28,7 @@ class NormPoolCuda : CudaBlockForward<T> {
 
   void forward(const at::Tensor& input, const NormPoolOutputs& o) {
     const at::Tensor x = args_.layout.arrange(input);
-    if (!args_.norm.frozen()) statistics(this->const_data(x), this->sums(o.mean), this->sums(o.var));
+    if (!args_.norm.frozen()) statistics(this->const_data(x), {this->sums(o.mean), this->sums(o.var)});
     uint8_t* indices = o.indices.dim() > 1 ? o.indices.mutable_data_ptr<uint8_t>() : nullptr;
     check_launch(launch_norm_pool<T>({shape_, this->norm_params(args_.norm, this->sums(o.mean), this->sums(o.var)),
                                       this->const_data(x), this->data(o.y), indices},
@@ -53,9 +53,9 @@ class NormPoolCuda : CudaBlockForward<T> {
       gradients.finalise(args_.norm, norm, partial.tensor, args_.values(), {}, s);
       gradients.set_norm(args_.norm, s);
     }
-    const bool others = shared.shared() && !frozen;
+    const bool others = sync.enabled() && !frozen;
     const at::Tensor terms = others ? at::stack({s.dbias, s.dweight}) : at::Tensor();
-    if (others) shared.sums(terms, args_.values());
+    if (others) sync.sums(terms, args_.values());
     if (!needs[0]) return gradients.all();
     const at::Tensor dx = args_.layout.empty(saved.input.sizes(), saved.input.options());
     check_launch(launch_norm_pool_backward<T>(
@@ -68,14 +68,14 @@ class NormPoolCuda : CudaBlockForward<T> {
   }
 
  private:
-  void statistics(const T* x, A* mean, A* var) {
+  void statistics(const T* x, const BatchStatistics<A>& to) {
     const int64_t rows = args_.values();
-    if (shape_.channels_last) return Base::statistics({x, c_}, rows, c_, mean, var);
+    if (shape_.channels_last) return Base::statistics({x, c_}, rows, c_, to);
     const Partials partial = partials(rows);
     const at::Tensor pivot = at::empty({c_}, this->options);
     check_launch(launch_plane_moments<T>({x, args_.g.pixels(), this->sums(partial.tensor), this->data(pivot)}, rows, c_,
                                          partial.splits, cuda.stream));
-    this->finalise_moments(partial, this->const_data(pivot), rows, mean, var);
+    this->finalise_moments(partial, this->const_data(pivot), rows, to);
   }
 
   // Of planes a block takes one channel.

@@ -63,7 +63,7 @@ struct PooledValue {
   }
 };
 
-// Gathers the gradients of the windows that an element won, in ascending order.
+// Gathers the gradients of the windows whose index is this element, in ascending order.
 template <typename T>
 struct InputGradient {
   using A = accumulate_t<T>;

@@ -62,7 +62,7 @@ struct NormPoolKernels {
   int64_t (*workspace)(const NormPool<T>&);
   // A line of y and of indices.
   void (*forward)(const NormPoolForward<T>&, int64_t line, A* workspace);
-  // sum += sum of g, weighted += sum of g * (x - mean) over a line of pooled values that have a index.
+  // sum += sum of g, weighted += sum of g * (x - mean) over a line of pooled values that have an index.
   void (*sums)(const NormPoolBackward<T>&, int64_t line, double* sum, double* weighted, A* workspace);
   // One of the gradient_units() of dx.
   void (*input_gradient)(const NormPoolBackward<T>&, int64_t unit, A* workspace);

@@ -183,13 +183,14 @@ void forward(const NormPoolForward<T>& p, int64_t line, A* memory) {
   p.channels_last ? forward_rows(p, line, memory) : forward_plane(p, line, memory);
 }
 
-// g of a pooled value and the x that won it, or zeros; `at` is the pooled value's place, `origin` that of position 0.
+// Adds g of a pooled value, and g times the deviation of the x at its index; nothing where there is none.  `at` is the
+// place of the pooled value, `origin` that of position 0.
 template <typename T, typename A = accumulate_t<T>>
-inline void index_terms(const NormPoolBackward<T>& p, int64_t at, int64_t origin, A mean, A& sum, A& weighted) {
+inline void add_index_terms(const NormPoolBackward<T>& p, int64_t at, int64_t origin, A mean, A& sum, A& weighted) {
   const uint8_t w = p.indices[at];
-  const bool won = w != kNoIndex;
-  const A g = won ? A(load(p.grad[at])) : A(0);
-  const A deviation = won ? A(load(p.x[origin + p.offsets[w]])) - mean : A(0);
+  const bool has_index = w != kNoIndex;
+  const A g = has_index ? A(load(p.grad[at])) : A(0);
+  const A deviation = has_index ? A(load(p.x[origin + p.offsets[w]])) - mean : A(0);
   sum += g;
   weighted += g * deviation;
 }
@@ -203,7 +204,7 @@ void sums_rows(const NormPoolBackward<T>& p, int64_t number, double* sum, double
   for (int64_t j = 0; j < 2 * n; ++j) memory[j] = 0;
   for (int64_t o = 0; o < g.pooled[2]; ++o) {
     const int64_t origin = window_start(g, line.outer, line.i0, line.i1, o) * n, at = (number * g.pooled[2] + o) * n;
-    for (int64_t j = 0; j < n; ++j) index_terms(p, at + j, origin + j, p.mean[j], line_sum[j], line_weighted[j]);
+    for (int64_t j = 0; j < n; ++j) add_index_terms(p, at + j, origin + j, p.mean[j], line_sum[j], line_weighted[j]);
   }
   for (int64_t j = 0; j < n; ++j) sum[j] += double(line_sum[j]);
   for (int64_t j = 0; j < n; ++j) weighted[j] += double(line_weighted[j]);
@@ -216,8 +217,8 @@ void sums_plane(const NormPoolBackward<T>& p, int64_t number, double* sum, doubl
   const int64_t channel = line.outer % p.channels;
   A line_sum = 0, line_weighted = 0;
   for (int64_t o = 0; o < g.pooled[2]; ++o)
-    index_terms(p, number * g.pooled[2] + o, window_start(g, line.outer, line.i0, line.i1, o), p.mean[channel],
-                line_sum, line_weighted);
+    add_index_terms(p, number * g.pooled[2] + o, window_start(g, line.outer, line.i0, line.i1, o), p.mean[channel],
+                    line_sum, line_weighted);
   sum[channel] += double(line_sum);
   weighted[channel] += double(line_weighted);
 }

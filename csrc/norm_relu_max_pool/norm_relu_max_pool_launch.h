@@ -40,7 +40,7 @@ struct NormPoolForwardParams {
 template <typename T>
 cudaError_t launch_norm_pool(const NormPoolForwardParams<T>&, int64_t count, cudaStream_t);
 
-// Partial sums of g and g * (x - mean) over the pooled values that have a index; rows are pooled pixels.
+// Partial sums of g and g * (x - mean) over the pooled values that have an index; rows are pooled pixels.
 template <typename T>
 struct NormPoolSumsParams {
   NormPoolShape shape;

@@ -3,11 +3,12 @@
 //
 //   y[o] = max over w of relu(scale * x[o * stride - padding + w] + shift)
 //
-// over the positions w of the window that lie inside the image, counted with the last axis fastest.  The index is the
-// first position of a maximum that is not 0, or the last NaN, as in torch; where the maximum is 0 no gradient passes
-// the ReLU, and there is no index.  For the gradient g of y, with sums over the pooled values that have a index:
+// over the positions w of the window that lie inside the image, counted with the last axis fastest.  The index of a
+// pooled value is the first position of a maximum that is not 0, or the last NaN, as in torch; where the maximum is 0
+// no gradient passes the ReLU, and there is no index.  For the gradient g of y, with sums over the pooled values that
+// have an index:
 //
-//   dy[i] = sum of g[o] over the windows o that i won     dbias = sum g     dweight = sum g * xhat[index]
+//   dy[i] = sum of g[o] over the windows o whose index is i     dbias = sum g     dweight = sum g * xhat[index]
 //   dx[i] = scale * (dy[i] - (dbias + xhat[i] * dweight) / M), without the correction where statistics are given.
 #pragma once
 
@@ -18,7 +19,7 @@
 
 namespace fastdense {
 
-// What stands for a index where there is none; windows have at most so many positions.
+// Stands for an index where there is none; windows have at most so many positions.
 constexpr int kNoIndex = 255;
 
 // Axes are outermost first, missing ones in front with size 1.

@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "cpu/block_backward.h"
-#include "residual_dense_block/residual_dense_block_driver.h"
+#include "residual_dense_block/residual_dense_block_cpu.h"
 
 namespace fastdense {
 namespace {

@@ -3,7 +3,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "residual_dense_block/residual_dense_block_driver.h"
+#include "residual_dense_block/residual_dense_block_cpu.h"
 
 namespace fastdense {
 namespace {

@@ -33,7 +33,7 @@ inline void finish_pixel(const Finish<T>& f, const A* __restrict sums, int64_t p
 
 template <typename T>
 int64_t conv_bytes(int64_t channels, const ConvGeometry& g, const Tile& tile) {
-  return Convolution<T>(g, tile, channels).bytes();
+  return Conv2dTile<T>(g, tile, channels).bytes();
 }
 
 template <typename T, typename A = accumulate_t<T>>
@@ -41,7 +41,7 @@ void conv(const Prefix<T>& prefix, const ConvGeometry& g, const Tile& tile, cons
           void* memory) {
   using G = Gemm<T>;
   Workspace workspace(memory);
-  Convolution<T> convolution(g, tile, prefix.channels);
+  Conv2dTile<T> convolution(g, tile, prefix.channels);
   convolution.fill(workspace, [&](int64_t pixel, int64_t j) { return A(load(prefix.x[pixel * prefix.ld + j])); });
   for (int64_t j = 0; j < f.channels; j += G::kPanel) {
     const int64_t n = f.channels - j < G::kPanel ? f.channels - j : G::kPanel;
@@ -59,7 +59,7 @@ int64_t weight_depth(const HaloTile<T>& left, const Tile& tile) {
 template <typename T>
 int64_t conv_backward_bytes(int64_t channels, const ConvGeometry& g, const Tile& tile) {
   using G = Gemm<T>;
-  const Convolution<T> convolution(g, tile, channels);
+  const Conv2dTile<T> convolution(g, tile, channels);
   const HaloTile<T>& left = convolution.halo();
   int64_t bytes = convolution.bytes() + 4 * 64;
   if (convolution.winograd()) {
@@ -92,14 +92,14 @@ class WeightGradient {
   using Operand = typename G::Operand;
 
  public:
-  WeightGradient(Workspace& workspace, const Convolution<T>& sums, const ConvGeometry& g, const Tile& tile)
-      : sums_(sums), g_(g), tile_(tile), squares_(g, sums) {
+  WeightGradient(Workspace& workspace, const Conv2dTile<T>& sums, const ConvGeometry& g, const Tile& tile)
+      : sums_(sums), g_(g), tile_(tile), winograd_(g, sums) {
     const HaloTile<T>& left = sums.halo();
     if (sums.winograd()) {
-      squares_.fill(workspace);
+      winograd_.fill(workspace);
     } else {
       act_ = workspace.take<Operand>(round_up(weight_depth(left, tile), G::kAlign) * G::kPanel);
-      factor_ = G::transpose(left.pixels(), left.channels, left.data, left.ld,
+      factor_ = G::transpose(left.pixels(), left.channels, {left.data, left.ld},
                              workspace.take<Operand>(G::transposed_size(left.pixels(), left.ld)));
     }
   }
@@ -107,7 +107,7 @@ class WeightGradient {
   // dweight[product][k][channels] += for `n` columns of the prefix from `column` on; taps are in reverse order.
   void add(const Prefix<T>& prefix, int64_t column, int64_t n, A* dweight, int64_t ldw) {
     if (sums_.winograd())
-      squares_.add(
+      winograd_.add(
           n, [&](int64_t pixel, int64_t j) { return A(load(prefix.x[pixel * prefix.ld + column + j])); }, dweight, ldw);
     else
       add_taps(prefix, column, n, dweight, ldw);
@@ -123,13 +123,13 @@ class WeightGradient {
     for (int64_t tap = 0; tap < g_.taps(); ++tap)
       G::multiply_transposed(depth, left.channels, G::kPanel,
                              factor_.from(tap / g_.kernel[1] * left.stride + tap % g_.kernel[1]), act_,
-                             dweight + tap * left.ld * ldw, ldw);
+                             {dweight + tap * left.ld * ldw, ldw});
   }
 
-  const Convolution<T>& sums_;
+  const Conv2dTile<T>& sums_;
   const ConvGeometry& g_;
   const Tile& tile_;
-  WinogradWeightGradient<T> squares_;
+  WinogradWeightGradient<T> winograd_;
   Operand* act_ = nullptr;
   typename G::Transposed factor_{};
 };
@@ -156,7 +156,7 @@ void conv_backward(const SumsGradient<T>& d, const Prefix<T>& prefix, const Conv
                    const void* panels, const ConvGradients<T>& to, void* memory) {
   using G = Gemm<T>;
   Workspace workspace(memory);
-  Convolution<T> convolution(g, tile, d.channels);
+  Conv2dTile<T> convolution(g, tile, d.channels);
   if (d.y)
     convolution.fill(workspace, [&](int64_t pixel, int64_t j) {
       return leaky_relu_gradient(A(load(d.g[pixel * d.ldg + j])), A(load(d.y[pixel * d.ldy + j])), d.slope);

@@ -14,8 +14,8 @@
 #include <tuple>
 
 #include "core/checks.h"
+#include "core/huge_pages.h"
 #include "core/storage.h"
-#include "cpu/huge_pages.h"
 #include "residual_dense_block/residual_dense_block.h"
 
 namespace fastdense {

@@ -132,13 +132,13 @@ def tensor_core_kernels(c: int, b: int, k: int) -> dict[str, tuple[int, int]]:
     """Elements moved and operations per pixel of the kernels of a layer, by a part of their names."""
     first, second = 2 * c * b, 18 * b * k
     return {
-        "row_product_kernel": (c + b, first),
+        "conv1x1_kernel": (c + b, first),
         "conv_forward_kernel": (b + k, second),
         "SliceGradient": (3 * k, 0),
         "conv_input_gradient_kernel": (k + 2 * b, second),
         "conv_weight_gradient_kernel": (k + b, second),
         "InputGradient": (3 * b, 0),
-        "row_product_gradient_kernel": (b + 3 * c, 2 * first),
+        "conv1x1_backward_kernel": (b + 3 * c, 2 * first),
     }
 
 

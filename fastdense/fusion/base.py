@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from fastdense._choices import MEMORY_MODES
 from fastdense.fusion.checks import NotFusible
-from fastdense.ops.arguments import devices, is_exporting
+from fastdense.ops.arguments import devices, is_exporting, missing_kernels
 
 
 class FusedModule(nn.Module):
@@ -105,4 +105,4 @@ def check_runs_here(op: str, input: Tensor) -> None:
     if forward_ad._current_level >= 0:
         raise NotFusible("forward-mode derivatives go through plain modules only")
     if input.device.type not in devices(op):
-        raise NotFusible(f"this build has no kernels for {input.device.type} tensors")
+        raise NotFusible(missing_kernels(input.device.type))

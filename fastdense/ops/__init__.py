@@ -11,7 +11,7 @@ from fastdense.ops.highway_gate import highway_gate
 from fastdense.ops.mean_join import mean_join
 from fastdense.ops.norm_relu_max_pool import norm_relu_max_pool
 from fastdense.ops.residual_dense_block import ConvWeights, residual_dense_block
-from fastdense.ops.running_stats import update_running_stats_
+from fastdense.ops.update_running_stats import update_running_stats_
 
 __all__ = [
     "BatchStatistics",

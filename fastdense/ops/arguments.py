@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdense._extension import _C
+from fastdense.ops import cpu_build
 
 _DEVICES = ("cpu", "meta")
 _WITH_CUDA = ("dense_block", "dual_path_stage", "norm_relu_max_pool", "residual_dense_block")
@@ -23,6 +24,13 @@ def is_exporting() -> bool:
 def devices(op: str) -> tuple[str, ...]:
     """The device types on whose tensors this build runs a block operator."""
     return (*_DEVICES, "cuda") if op in _CUDA_OPERATORS else _DEVICES
+
+
+def missing_kernels(device: str) -> str:
+    """Why an operator does not run on a device that is not among its :func:`devices`."""
+    if device == "cuda" and _C.build_info()["cuda"] is None:
+        return cpu_build.HINT
+    return f"this build has no kernels for {device} tensors"
 
 
 class NormWeights(NamedTuple):
@@ -79,8 +87,8 @@ def check_input(op: str, input: Tensor) -> None:
         raise TypeError(f"{op}: expected input to be a tensor, got {type(input).__name__}")
     if input.device.type not in devices(op):
         raise NotImplementedError(
-            f"{op}: expected input to be on one of {devices(op)}, for which this build has kernels, "
-            f"got {input.device.type}"
+            f"{op}: expected input to be on one of {devices(op)}, got {input.device.type}: "
+            f"{missing_kernels(input.device.type)}"
         )
 
 

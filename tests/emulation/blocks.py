@@ -31,7 +31,7 @@ SOURCES += [
     "csrc/norm_relu_max_pool/norm_relu_max_pool_kernels.cu",
     "csrc/residual_dense_block/residual_dense_block.cpp",
     "csrc/residual_dense_block/residual_dense_block_kernels.cu",
-    "csrc/running_stats/running_stats_kernels.cu",
+    "csrc/update_running_stats/update_running_stats_kernels.cu",
     "tests/emulation/blocks_entry.cpp",
 ]
 

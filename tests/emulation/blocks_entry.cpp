@@ -7,7 +7,7 @@
 #include "emulation.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_cuda.h"
 #include "residual_dense_block/residual_dense_block_cuda.h"
-#include "running_stats/running_stats_cuda.h"
+#include "update_running_stats/update_running_stats_cuda.h"
 
 namespace fastdense {
 namespace {

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles .cu files of csrc/ and what drives them for the host, and loads the result.
 
-Objects are kept in build/emulation under a name made of everything that went into them.
+Objects are kept in build/emulation under a name made of everything that went into them. Where several processes want
+one at once, the first compiles it and the others wait.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,9 +61,10 @@ def link(sources: dict[Path, str | None], extra: Sequence[str] = ()) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda item: compile_object(*item, extra), sources.items()))
     library = CACHE / f"{digest(*map(str, objects))}.so"
-    if not library.exists():
-        torch_libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"] if extra else []
-        run([*FLAGS, "-shared", *map(str, objects), *torch_libraries], library)
+    with alone(library) as missing:
+        if missing:
+            torch_libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"] if extra else []
+            run([*FLAGS, "-shared", *map(str, objects), *torch_libraries], library)
     return library
 
 
@@ -70,11 +74,23 @@ def compile_object(path: Path, text: str | None, extra: Sequence[str]) -> Path:
     headers = sorted(included(text))
     name = f"{path.stem}_{digest(text, *flags, *(h.read_text() for h in headers))}"
     target = CACHE / f"{name}.o"
-    if not target.exists():
-        source = CACHE / f"{name}.cpp"
-        source.write_text(text)
-        run([*flags, "-c", str(source)], target)
+    with alone(target) as missing:
+        if missing:
+            source = CACHE / f"{name}.cpp"
+            source.write_text(text)
+            run([*flags, "-c", str(source)], target)
     return target
+
+
+@contextlib.contextmanager
+def alone(target: Path) -> Iterator[bool]:
+    """Whether a file is still to be made; meanwhile other threads and processes that ask wait."""
+    if target.exists():
+        yield False
+        return
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, also by the end of the process
+        yield not target.exists()
 
 
 def included(text: str, known: set[Path] | None = None) -> set[Path]:

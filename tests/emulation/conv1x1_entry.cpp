@@ -18,7 +18,7 @@ void set_schedule(bool backwards, bool early_copies) {
 }
 
 // norm: weight, bias, mean, var [4][columns].
-#define FASTDENSE_ROW_PRODUCT(name, T)                                                                                \
+#define FASTDENSE_CONV1X1(name, T)                                                                                    \
   int64_t tile_##name(int64_t rows, int64_t width, int64_t multiprocessors) {                                         \
     return conv1x1_tile<T>(rows, width, multiprocessors);                                                             \
   }                                                                                                                   \
@@ -39,9 +39,9 @@ void set_schedule(bool backwards, bool early_copies) {
         {{dz, width}, {x, ldx}, {weight, ldw}, {gradient, ldx}, params, partial, dweight, add}, rows, columns, width, \
         splits, nullptr));                                                                                            \
   }
-FASTDENSE_ROW_PRODUCT(bfloat16, bfloat16)
-FASTDENSE_ROW_PRODUCT(float16, half)
-FASTDENSE_ROW_PRODUCT(float32, float)
+FASTDENSE_CONV1X1(bfloat16, bfloat16)
+FASTDENSE_CONV1X1(float16, half)
+FASTDENSE_CONV1X1(float32, float)
 
 const char* sum_partials(const float* partial, int64_t splits, int64_t count, float* to) {
   return reason(launch_sum_partials(partial, splits, count, to, nullptr));

@@ -2,10 +2,13 @@
 """The emulation finds what a kernel may do wrong."""
 
 import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from tests.emulation import build
 from tests.emulation.build import HERE, load
 
 FAULTS = ["none", "no barrier", "skipped barrier", "other barrier", "other shuffle", "before", "behind", "misaligned"]
@@ -53,3 +56,17 @@ def test_a_mistake_is_reported(library, fault, reason, backwards):
 @pytest.mark.parametrize("fault", ["no barrier", "unwritten"])
 def test_a_race_and_unwritten_memory_give_wrong_results(library, fault, backwards):
     assert run_sum(library, fault, backwards) == ("", False)
+
+
+def test_what_several_want_at_once_is_compiled_once(tmp_path, monkeypatch):
+    """As processes of one test run do; locks of files hold between threads as well."""
+    source, compiler, calls = tmp_path / "one.cpp", tmp_path / "compiler", tmp_path / "calls"
+    source.write_text('extern "C" int one() { return 1; }\n')
+    compiler.write_text(f'#!/bin/sh\necho >> {calls}\nsleep 0.2\nexec {os.environ.get("CXX", "c++")} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(build, "CACHE", tmp_path / "cache")
+    with ThreadPoolExecutor(4) as pool:
+        made = set(pool.map(lambda _: build.link({source: None}), range(4)))
+    assert [ctypes.CDLL(str(library)).one() for library in made] == [1]
+    assert calls.read_text() == "\n\n"  # the object, the library

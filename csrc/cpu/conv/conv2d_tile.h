@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Convolution of a tile of an image with panels of kernels, and its backward.
+// Convolution in two dimensions of a tile of an image with panels of kernels, and its backward.
 //
-// A tile is copied into workspace with its halo, zero beyond the image.  A 3x3 kernel goes the way of winograd.h: 16
-// products of the transformed patches.  Otherwise pixels follow each other without gaps, so a row of the kernel is one
-// product whose left factor are the tile's pixels, each with its neighbours behind it; the sums of all rows of the
-// kernel add up in place.
+// A tile is copied into the workspace with its halo, zero beyond the image.  A 3x3 kernel goes the way of winograd.h:
+// 16 products of the transformed patches.  Otherwise pixels follow each other without gaps, so a row of the kernel is
+// one product whose left factor is the tile's pixels, each with its neighbours behind it; the sums of all rows of the
+// kernel are added up in place.
 #pragma once
 
 #include "cpu/conv/winograd.h"
@@ -12,7 +12,7 @@
 
 namespace fastdense::FASTDENSE_TARGET {
 
-// A tile with its halo in workspace.
+// A tile with its halo, in the workspace.
 template <typename T>
 struct HaloTile {
   using Operand = typename Gemm<T>::Operand;
@@ -73,27 +73,27 @@ int64_t products(const ConvGeometry& g) {
   return uses_winograd<T>(g) ? kWinogradProducts : g.taps();
 }
 
-// A tile whose results are whole squares of Winograd's; those beyond the image are dropped.
-inline Tile whole_winograd_tiles(Tile tile) {
+// A tile whose results are whole 2x2 squares, as Winograd's transforms make them; those beyond the image are dropped.
+inline Tile round_up_to_winograd(Tile tile) {
   tile.rows = round_up(tile.rows, kWinogradStep);
   tile.columns = round_up(tile.columns, kWinogradStep);
   return tile;
 }
 
-// Transforms of a tile's squares: [kWinogradProducts][squares][ld].
+// Transforms of the 2x2 squares of a tile: [kWinogradProducts][squares][ld].
 template <typename T>
-struct Winograd {
+struct WinogradTransforms {
   using A = accumulate_t<T>;
   int64_t down, across, ld;
   A* data = nullptr;
 
-  Winograd(const Tile& whole, int64_t ld)
+  WinogradTransforms(const Tile& whole, int64_t ld)
       : down(whole.rows / kWinogradStep), across(whole.columns / kWinogradStep), ld(ld) {}
   int64_t count() const { return down * across; }
   int64_t plane() const { return count() * ld; }
   int64_t size() const { return kWinogradProducts * plane(); }
 
-  // From the patch of every square, whose first pixel is that of `halo` so many pixels further.
+  // From the patch of every square, which starts `shift` pixels down and right of the square's place in `halo`.
   template <int In, typename Apply>
   void fill(const HaloTile<T>& halo, int64_t shift, const Apply& apply) const {
     for (int64_t r = 0; r < down; ++r)
@@ -112,16 +112,16 @@ struct Winograd {
 
 // A tile of some channels, to be convolved with panels of kernels.
 template <typename T>
-class Convolution {
+class Conv2dTile {
   using A = accumulate_t<T>;
   using G = Gemm<T>;
   using Operand = typename G::Operand;
 
  public:
-  Convolution(const ConvGeometry& g, const Tile& tile, int64_t channels)
+  Conv2dTile(const ConvGeometry& g, const Tile& tile, int64_t channels)
       : g_(g),
         winograd_(uses_winograd<T>(g)),
-        tile_(winograd_ ? whole_winograd_tiles(tile) : tile),
+        tile_(winograd_ ? round_up_to_winograd(tile) : tile),
         halo_(g, tile_, channels),
         patches_(tile_, halo_.ld),
         made_(tile_, G::kPanel) {}
@@ -152,7 +152,7 @@ class Convolution {
   const A* sums(const void* panels, int64_t column) const {
     const Operand* panel = unpacked<T>(panels) + column * products<T>(g_) * halo_.ld;
     if (winograd_)
-      square_sums(panel);
+      winograd_sums(panel);
     else
       tap_sums(panel);
     return sums_;
@@ -163,15 +163,15 @@ class Convolution {
     const int64_t depth = g_.kernel[1] * halo_.ld, row = sums_stride<T>(tile_) * G::kPanel;
     for (int64_t t = 0; t < g_.kernel[0]; ++t)
       for (int64_t r = 0; r < tile_.rows; ++r)
-        G::multiply(tile_.columns, depth, G::kPanel, halo_.pixel(r + t, 0), halo_.ld, panel + t * depth * G::kPanel,
-                    sums_ + r * row, G::kPanel, t > 0);
+        G::multiply(tile_.columns, depth, G::kPanel, {halo_.pixel(r + t, 0), halo_.ld}, panel + t * depth * G::kPanel,
+                    {sums_ + r * row, G::kPanel}, t > 0);
   }
 
-  void square_sums(const Operand* panel) const {
+  void winograd_sums(const Operand* panel) const {
     if constexpr (std::is_same_v<Operand, A>) {
       for (int64_t p = 0; p < kWinogradProducts; ++p)
-        G::multiply(patches_.count(), halo_.ld, G::kPanel, patches_.data + p * patches_.plane(), halo_.ld,
-                    panel + p * halo_.ld * G::kPanel, made_.data + p * made_.plane(), G::kPanel);
+        G::multiply(patches_.count(), halo_.ld, G::kPanel, {patches_.data + p * patches_.plane(), halo_.ld},
+                    panel + p * halo_.ld * G::kPanel, {made_.data + p * made_.plane(), G::kPanel});
       const int64_t row = sums_stride<T>(tile_) * G::kPanel;
       for (int64_t r = 0; r < made_.down; ++r)
         for (int64_t q = 0; q < made_.across; ++q)
@@ -180,7 +180,7 @@ class Convolution {
     }
   }
 
-  // A square of results from its transforms.
+  // The 2x2 results of a square from its transforms.
   void inverse(const A* __restrict from, A* __restrict to, int64_t row) const {
     const int64_t plane = made_.plane();
 #pragma GCC ivdep
@@ -198,11 +198,11 @@ class Convolution {
   const bool winograd_;
   const Tile tile_;
   HaloTile<T> halo_;
-  Winograd<T> patches_, made_;
+  WinogradTransforms<T> patches_, made_;
   A* sums_ = nullptr;
 };
 
-// Weights [column][depth][taps] of a panel in the products' order; reversed: as the gradient of the input wants them.
+// Weights [column][depth][taps] of a panel in the order of the products; reversed: for the gradient of the input.
 template <typename T, typename A = accumulate_t<T>>
 void pack_kernels(const A* w, const ConvGeometry& g, bool reversed, int64_t depth, int64_t columns,
                   int64_t depth_stride, int64_t column_stride, void* panel) {
@@ -242,7 +242,7 @@ inline void for_each_sum(const ConvGeometry& g, const Tile& tile, const Tile& wh
   }
 }
 
-// The gradient of the kernels by Winograd's products over a tile of their sums' gradient, panel by panel of the
+// The gradient of the kernels by Winograd's products, over a tile of the gradient of their sums, panel by panel of the
 // channels that the kernels read.
 template <typename T>
 class WinogradWeightGradient {
@@ -251,7 +251,7 @@ class WinogradWeightGradient {
   using Operand = typename G::Operand;
 
  public:
-  WinogradWeightGradient(const ConvGeometry& g, const Convolution<T>& sums)
+  WinogradWeightGradient(const ConvGeometry& g, const Conv2dTile<T>& sums)
       : g_(g),
         sums_(sums),
         gradients_(sums.tile(), sums.halo().ld),
@@ -260,7 +260,7 @@ class WinogradWeightGradient {
 
   int64_t bytes() const { return read_.bytes() + (gradients_.size() + patches_.size()) * int64_t(sizeof(A)) + 3 * 64; }
 
-  // Behind the filling of the sums' gradient.
+  // After `sums` has been filled with the gradient.
   void fill(Workspace& workspace) {
     gradients_.data = workspace.take<A>(gradients_.size());
     patches_.data = workspace.take<A>(patches_.size());
@@ -279,14 +279,14 @@ class WinogradWeightGradient {
       for (int64_t p = 0; p < kWinogradProducts; ++p)
         G::multiply_transposed(patches_.count(), sums_.halo().channels, G::kPanel,
                                {gradients_.data + p * gradients_.plane(), gradients_.ld},
-                               patches_.data + p * patches_.plane(), dweight + p * sums_.halo().ld * ldw, ldw);
+                               patches_.data + p * patches_.plane(), {dweight + p * sums_.halo().ld * ldw, ldw});
     }
   }
 
  private:
   const ConvGeometry& g_;
-  const Convolution<T>& sums_;
-  Winograd<T> gradients_, patches_;
+  const Conv2dTile<T>& sums_;
+  WinogradTransforms<T> gradients_, patches_;
   HaloTile<T> read_;
 };
 

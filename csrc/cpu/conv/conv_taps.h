@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which pixels the taps of a convolution join.
+// Which input and output pixels the taps of a convolution connect, in up to three dimensions.
 #pragma once
 
 #include "cpu/conv1x1/conv1x1.h"
@@ -41,10 +41,10 @@ inline void for_each_tap(const ConvGeometry& g, const PixelIndex& p, int64_t beg
   }
 }
 
-// The gradient d[pixels, k] of all images gathered at the taps of the rows from `row` on: t[rows, taps * k].
+// The gradient d[pixels, k] of all images, gathered at the taps of the pixels from `row` on: t[rows, taps * k].
 template <typename T>
 inline void gather_taps(const ConvGeometry& g, int64_t row, int64_t rows, int64_t k, const typename Gemm<T>::Operand* d,
-                        const Rows<T>& t) {
+                        const LeftFactor<T>& t) {
   using Operand = typename Gemm<T>::Operand;
   const int64_t pixels = g.pixels();
   int64_t image = row / pixels;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of a chunk of rows, forward and backward, that the kernels of cpu/conv1x1/conv1x1_kernels.h and of the ops
-// are made of.
+// 1x1 convolutions of a chunk of pixel rows as matrix products, forward and backward: what the kernels of
+// cpu/conv1x1/conv1x1_kernels.h and of the ops are made of.
 #pragma once
 
 #include "cpu/gemm/gemm.h"
@@ -20,7 +20,7 @@ namespace fastdense::FASTDENSE_TARGET {
 constexpr int64_t kColumnBlock = 256;
 // Bytes of activated rows that a forward chunk keeps in L2.
 constexpr int64_t kForwardBytes = 192 * 1024;
-// Rows of a backward chunk: 16-bit factors leave room for more.
+// Rows of a backward chunk: more where factors have 16 bits.
 template <typename T>
 constexpr int64_t kBackwardRows = sizeof(typename Gemm<T>::Operand) == 2 ? 384 : 192;
 
@@ -51,16 +51,15 @@ const typename Gemm<T>::Operand* unpacked(const void* panels) {
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void product(const Sources<T>& sources, const PoolGeometry* pool, int64_t row, int64_t rows, const void* panels,
+void conv1x1(const Sources<T>& sources, const PoolGeometry* pool, int64_t row, int64_t rows, const void* panels,
              const Targets<T>& targets, void* memory) {
   using G = Gemm<T>;
   Workspace workspace(memory);
   const int64_t depth = sources.channels(), n = targets.columns();
-  const Rows<T> y(workspace, rows, depth);
+  const LeftFactor<T> y(workspace, rows, depth);
   const int64_t ldc = round_up(n, G::kPanel);
   A* c = workspace.take<A>(round_up(rows, G::kAlign) * ldc);
   A* pooled = workspace.take<A>(depth);
-  y.pad(rows, depth);
   int64_t column = 0;
   for (const Source<T>& s : {sources.first, sources.second}) {
     if (pool)
@@ -69,47 +68,47 @@ void product(const Sources<T>& sources, const PoolGeometry* pool, int64_t row, i
       activate(s, row, rows, y, column);
     column += s.channels;
   }
-  G::multiply(rows, depth, n, y.data, y.ld, unpacked<T>(panels), c, ldc);
+  G::multiply(rows, depth, n, y, unpacked<T>(panels), {c, ldc});
   store_rows(c, ldc, row, rows, targets.first);
   store_rows(c + targets.first.columns, ldc, row, rows, targets.second);
 }
 
-// What a product's backward does block by block of columns, so that everything stays in cache:
+// The backward of a product, block by block of its columns, so that everything stays in cache:
 // dweight += left^T * source with `fill(begin, end, memory, panels)` for the source's columns as panels, unless dweight
-// is nullptr, and dy = left * weight, handed to `epilogue(begin, n, dy, row stride)`, if `gradient`.
-template <typename T, typename Fill, typename Sink>
-void backward_blocks(int64_t rows, int64_t channels, const Rows<T>& left, int64_t depth, const void* panels,
-                     accumulate_t<T>* dweight, bool gradient, Workspace workspace, const Fill& fill, const Sink& epilogue) {
+// is nullptr, and dy = left * weight, handed to `consume(begin, n, dy, row stride)`, unless `panels` of the weight are.
+template <typename T, typename Fill, typename Consume>
+void backward_blocks(int64_t rows, int64_t channels, const LeftFactor<T>& left, const void* panels,
+                     accumulate_t<T>* dweight, Workspace workspace, const Fill& fill, const Consume& consume) {
   using G = Gemm<T>;
   using A = accumulate_t<T>;
   using Operand = typename G::Operand;
-  const int64_t padded_rows = round_up(rows, G::kAlign), padded_depth = round_up(depth, G::kAlign);
+  const int64_t depth = left.depth, padded_rows = round_up(rows, G::kAlign);
   Operand* act = workspace.take<Operand>(padded_rows * kColumnBlock);
   A* dy = workspace.take<A>(padded_rows * kColumnBlock);
   Operand* memory = workspace.take<Operand>(G::transposed_size(rows, depth));
   typename G::Transposed transposed{};
-  if (dweight) transposed = G::transpose(rows, depth, left.data, left.ld, memory);
+  if (dweight) transposed = G::transpose(rows, depth, left, memory);
   for (int64_t begin = 0; begin < channels; begin += kColumnBlock) {
     const int64_t end = channels - begin < kColumnBlock ? channels : begin + kColumnBlock;
     const int64_t n = end - begin, ldd = round_up(n, G::kPanel);
     if (dweight) {
       fill(begin, end, dy, act);
-      G::multiply_transposed(rows, depth, n, transposed, act, dweight + begin, round_up(channels, G::kPanel));
+      G::multiply_transposed(rows, depth, n, transposed, act, {dweight + begin, round_up(channels, G::kPanel)});
     }
-    if (!gradient) continue;
-    G::multiply(rows, depth, n, left.data, left.ld, unpacked<T>(panels) + begin * padded_depth, dy, ldd);
-    epilogue(begin, n, dy, ldd);
+    if (!panels) continue;
+    G::multiply(rows, depth, n, left, unpacked<T>(panels) + begin * round_up(depth, G::kAlign), {dy, ldd});
+    consume(begin, n, dy, ldd);
   }
 }
 
-// The same behind an activation: ReLU mask, sums, gradient.
+// The same for a product that reads act(source): `epilogue` takes dy through the activation.
 template <typename T, typename A = accumulate_t<T>>
-void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const Rows<T>& left,
-              int64_t depth, const void* panels, const BackwardEpilogue<T>& epilogue, Workspace workspace) {
+void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const LeftFactor<T>& left,
+              const void* panels, const BackwardEpilogue<T>& epilogue, Workspace workspace) {
   const int64_t volume = pool ? pool->volume() : 1;
   const auto epilogue_pixel = epilogue.accumulate ? epilogue_row<true, true, T> : epilogue_row<true, false, T>;
   backward_blocks<T>(
-      rows, s.channels, left, depth, panels, epilogue.dweight, epilogue.gradient != nullptr, workspace,
+      rows, s.channels, left, epilogue.gradient ? panels : nullptr, epilogue.dweight, workspace,
       [&](int64_t begin, int64_t end, A* memory, typename Gemm<T>::Operand* act) {
         if (pool)
           activate_pooled_panels(s, *pool, row, rows, begin, end, memory, act);
@@ -118,11 +117,12 @@ void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t
       },
       [&](int64_t begin, int64_t n, const A* dy, int64_t ldd) {
         A sum[kColumnBlock], weighted[kColumnBlock];
-        sum_in_groups(rows, volume, n, sum, weighted, epilogue.sum + begin, epilogue.weighted + begin, [&](int64_t r) {
+        const GradientSums<A> sums{sum, weighted};
+        sum_in_groups(rows, volume, n, sums, epilogue.sums.from(begin), [&](int64_t r) {
           const int64_t first = pool ? window_origin(*pool, row + r) : row + r;
           for (int64_t w = 0; w < volume; ++w)
-            epilogue_pixel(s, epilogue, first + (pool ? window_offset(*pool, w) : 0), begin, n, dy + r * ldd, A(1) / A(volume),
-                       sum, weighted);
+            epilogue_pixel(s, epilogue, first + (pool ? window_offset(*pool, w) : 0), begin, n, dy + r * ldd,
+                           A(1) / A(volume), sums);
         });
       });
 }

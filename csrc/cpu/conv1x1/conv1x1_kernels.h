@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernels over pixel rows that several ops are built of: 1x1 convolutions as matrix products, with norm + ReLU as
-// the prologue of their left factor and batch statistics of what they store as the epilogue, and their backward.  What
-// one thread does with one chunk of rows; no torch header; rows are pixels, channels are innermost.  T is the storage
-// type, A = accumulate_t<T> the type of arithmetic, workspace and weights.  BlockForward (cpu/block_forward.h) owns the
-// loop over chunks, the threads and all memory.
+// CPU kernels that the blocks are built of: 1x1 convolutions with norm + ReLU as the prologue and batch statistics of
+// what they store as the epilogue, their backward, and norms alone.  They do what one thread does with one chunk of
+// rows; rows are pixels, channels are innermost.  No torch header.  T is the storage type, A = accumulate_t<T> the type
+// of arithmetic, workspace and weights.  BlockForward (cpu/block_forward.h) owns the loop over chunks, the threads and
+// all memory.
 #pragma once
 
 #include <cstdint>
@@ -73,6 +73,13 @@ struct Gradients {
   int64_t columns() const { return first.columns + second.columns; }
 };
 
+// Sums over rows of a gradient and of its products with x - mean.
+template <typename A>
+struct GradientSums {
+  A *sum, *weighted;  // [columns]
+  GradientSums from(int64_t column) const { return {sum + column, weighted + column}; }
+};
+
 // What follows from dy, the gradient of an activation.
 template <typename T>
 struct BackwardEpilogue {
@@ -80,10 +87,9 @@ struct BackwardEpilogue {
   T* gradient;  // [rows, ld]: += the norm's scale * dy if `accumulate`, else = dy; nullptr if not wanted
   int64_t ld;
   bool accumulate;
-  const A* mean;     // [n]
-  double* sum;       // [n] += sum dy
-  double* weighted;  // [n] += sum dy * (x - mean)
-  A* dweight;        // [padded depth, padded n] += left^T * activation, or nullptr
+  const A* mean;              // [n]
+  GradientSums<double> sums;  // [n] += those of dy
+  A* dweight;                 // [padded depth, padded n] += left^T * activation, or nullptr
 };
 
 // A norm that the gradient dv behind it passes on its way to the norm's input z.
@@ -97,7 +103,7 @@ struct NormBackward {
   A inv_count;                             // 0 when frozen
 };
 
-// Factors of products are held in a type and layout of the level's own: `void*` below.
+// Factors of products are held in a type and layout of the instruction set's own: `void*` below.
 template <typename T>
 struct Conv1x1Kernels {
   using A = accumulate_t<T>;
@@ -112,15 +118,15 @@ struct Conv1x1Kernels {
   // mean and M2 of the columns of rows
   void (*moments)(const T* x, int64_t ld, int64_t rows, int64_t n, double* mean, double* m2);
   // targets[row] = act(sources)[row] * weight, pooled rows if `pool`
-  void (*product)(const Sources<T>&, const PoolGeometry* pool, int64_t row, int64_t rows, const void* panels,
+  void (*conv1x1)(const Sources<T>&, const PoolGeometry* pool, int64_t row, int64_t rows, const void* panels,
                   const Targets<T>&, void* workspace);
   // dx[row, :columns] = corrected gradient; dx may be g of the same row stride
   void (*finalise)(const Gradient<T>&, int64_t row, int64_t rows, T* dx);
-  // backward of a 1x1 whose output gradient is behind another norm: left = input gradient of that norm
-  void (*norm_product_backward)(const Source<T>&, int64_t row, int64_t rows, const NormBackward<T>&, const void* panels,
+  // backward of a 1x1 with a norm behind it: left = input gradient of that norm
+  void (*conv1x1_norm_backward)(const Source<T>&, int64_t row, int64_t rows, const NormBackward<T>&, const void* panels,
                                 const BackwardEpilogue<T>&, void* workspace);
   // backward of a 1x1, behind pooling if `pool`: left = its output gradient
-  void (*product_backward)(const Source<T>&, const PoolGeometry* pool, int64_t row, int64_t rows, const Gradients<T>&,
+  void (*conv1x1_backward)(const Source<T>&, const PoolGeometry* pool, int64_t row, int64_t rows, const Gradients<T>&,
                            const void* panels, const BackwardEpilogue<T>&, void* workspace);
   // out = scale * x + shift, with or without ReLU, and its backward; `grad` may be the epilogue's gradient
   void (*norm)(const Source<T>&, bool relu, int64_t row, int64_t rows, T* out);

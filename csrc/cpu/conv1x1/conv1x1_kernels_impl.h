@@ -19,12 +19,14 @@ void norm_backward(const Source<T>& s, bool with_relu, int64_t row, int64_t rows
                    const BackwardEpilogue<T>& epilogue, void* memory) {
   Workspace workspace(memory);
   const int64_t n = s.channels;
-  A *sum = workspace.take<A>(n), *weighted = workspace.take<A>(n), *dy = workspace.take<A>(n);
-  const auto epilogue_pixel = epilogue.accumulate ? (with_relu ? epilogue_row<true, true, T> : epilogue_row<false, true, T>)
-                                          : (with_relu ? epilogue_row<true, false, T> : epilogue_row<false, false, T>);
-  sum_in_groups(rows, 1, n, sum, weighted, epilogue.sum, epilogue.weighted, [&](int64_t r) {
+  const GradientSums<A> sums{workspace.take<A>(n), workspace.take<A>(n)};
+  A* dy = workspace.take<A>(n);
+  const auto epilogue_pixel = epilogue.accumulate
+                                  ? (with_relu ? epilogue_row<true, true, T> : epilogue_row<false, true, T>)
+                                  : (with_relu ? epilogue_row<true, false, T> : epilogue_row<false, false, T>);
+  sum_in_groups(rows, 1, n, sums, epilogue.sums, [&](int64_t r) {
     for (int64_t j = 0; j < n; ++j) dy[j] = load(grad[(row + r) * n + j]);
-    epilogue_pixel(s, epilogue, row + r, 0, n, dy, A(1), sum, weighted);
+    epilogue_pixel(s, epilogue, row + r, 0, n, dy, A(1), sums);
   });
 }
 
@@ -45,29 +47,13 @@ void norm_gradient(const NormBackward<T>& norm, int64_t row, int64_t rows, T* dz
 }
 
 template <typename T>
-void norm_product_backward(const Source<T>& s, int64_t row, int64_t rows, const NormBackward<T>& norm,
+void conv1x1_norm_backward(const Source<T>& s, int64_t row, int64_t rows, const NormBackward<T>& norm,
                            const void* panels, const BackwardEpilogue<T>& epilogue, void* memory) {
   using Operand = typename Gemm<T>::Operand;
   Workspace workspace(memory);
-  const Rows<T> left(workspace, rows, norm.channels);
-  left.pad(rows, norm.channels);
+  const LeftFactor<T> left(workspace, rows, norm.channels);
   for (int64_t r = 0; r < rows; ++r) norm_gradient_row<Operand>(norm, row + r, left.row(r));
-  backward<T>(s, nullptr, row, rows, left, norm.channels, panels, epilogue, workspace);
-}
-
-// The gradient of a segment at one row, with its correction.
-template <typename Out, typename T>
-inline void gradient_row(const Gradient<T>& segment, int64_t row, Out* out) {
-  using A = accumulate_t<T>;
-  const T* g = segment.g + row * segment.ld;
-  if (!segment.x) {
-    for (int64_t j = 0; j < segment.columns; ++j) out[j] = store<Out>(A(load(g[j])));
-    return;
-  }
-  const T* x = segment.x + row * segment.ldx;
-  for (int64_t j = 0; j < segment.columns; ++j)
-    out[j] = store<Out>(
-        finalise_gradient<A>(load(g[j]), load(x[j]), segment.mean[j], segment.shift_sum[j], segment.slope_sum[j]));
+  backward<T>(s, nullptr, row, rows, left, panels, epilogue, workspace);
 }
 
 template <typename T>
@@ -77,7 +63,8 @@ void finalise_rows(const Gradient<T>& segment, int64_t row, int64_t rows, T* dx)
 
 // Columns of `left` from the gradient of a segment.
 template <typename T, typename A = accumulate_t<T>>
-inline void take_gradient(const Gradient<T>& segment, int64_t row, int64_t rows, const Rows<T>& left, int64_t column) {
+inline void take_gradient(const Gradient<T>& segment, int64_t row, int64_t rows, const LeftFactor<T>& left,
+                          int64_t column) {
   for (int64_t r = 0; r < rows; ++r) {
     auto* out = left.row(r) + column;
     gradient_row(segment, row + r, out);
@@ -88,16 +75,14 @@ inline void take_gradient(const Gradient<T>& segment, int64_t row, int64_t rows,
 }
 
 template <typename T>
-void product_backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows,
+void conv1x1_backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows,
                       const Gradients<T>& gradients, const void* panels, const BackwardEpilogue<T>& epilogue,
                       void* memory) {
   Workspace workspace(memory);
-  const int64_t depth = gradients.columns();
-  const Rows<T> left(workspace, rows, depth);
-  left.pad(rows, depth);
+  const LeftFactor<T> left(workspace, rows, gradients.columns());
   take_gradient(gradients.first, row, rows, left, 0);
   take_gradient(gradients.second, row, rows, left, gradients.first.columns);
-  backward<T>(s, pool, row, rows, left, depth, panels, epilogue, workspace);
+  backward<T>(s, pool, row, rows, left, panels, epilogue, workspace);
 }
 
 // An upper bound over all the kernels above.
@@ -106,7 +91,7 @@ int64_t workspace_bytes(int64_t widest_source, int64_t widest_product) {
   using Operand = typename Gemm<T>::Operand;
   constexpr int64_t kAlign = Gemm<T>::kAlign, kPanel = Gemm<T>::kPanel, kOperand = sizeof(Operand), kA = sizeof(A);
   const auto operands = [](int64_t rows, int64_t depth) {
-    return round_up(rows, kAlign) * Rows<T>::stride(depth) * kOperand;
+    return round_up(rows, kAlign) * LeftFactor<T>::stride(depth) * kOperand;
   };
   const int64_t rows = chunk_rows<T>(1), product = round_up(rows, kAlign) * round_up(widest_product, kPanel) * kA;
   // Chunks of narrow sources have more rows, at most kForwardBytes of them, and the padding.
@@ -128,10 +113,10 @@ const Conv1x1Kernels<T>& conv1x1_kernels() {
                                             kBackwardRows<T>,
                                             pack<T>,
                                             moments<T>,
-                                            product<T>,
+                                            conv1x1<T>,
                                             finalise_rows<T>,
-                                            norm_product_backward<T>,
-                                            product_backward<T>,
+                                            conv1x1_norm_backward<T>,
+                                            conv1x1_backward<T>,
                                             norm<T>,
                                             norm_backward<T>,
                                             norm_gradient<T>,

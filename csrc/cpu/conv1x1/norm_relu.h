@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elementwise loops over a chunk of rows: activations, moments, backward epilogues.  Plain loops over the scalar maths
-// of batch_norm_math.h that the compiler vectorises over channels.
+// Norm and ReLU of a chunk of rows: activations, moments, rounding of results, gradients.  Plain loops over the scalar
+// maths of batch_norm_math.h that the compiler vectorises over channels.
 #pragma once
 
 #include "cpu/simd/vec.h"
 
 namespace fastdense::FASTDENSE_TARGET {
 
-// Room for one chunk, handed out in cache lines.
+// Memory for one chunk, handed out in cache lines.
 class Workspace {
  public:
   explicit Workspace(void* start) : at_(static_cast<char*>(start)) {}
@@ -22,30 +22,29 @@ class Workspace {
   char* at_;
 };
 
-// Row-major factors of products: rows as far as products read, and a row stride that covers the padded depth, off the
-// power of two, so that rows do not fall into the same cache set.
+// A left factor of products: rows as far as products read, and a row stride that covers the padded depth, off the power
+// of two, so that rows do not fall into the same cache set.
 template <typename T>
-struct Rows {
+struct LeftFactor : RowMajor<typename Gemm<T>::Operand> {
   using Operand = typename Gemm<T>::Operand;
-  Operand* data;
-  int64_t ld;
-  Rows(Workspace& workspace, int64_t rows, int64_t depth) : ld(stride(depth)) {
-    data = workspace.take<Operand>(round_up(rows, Gemm<T>::kAlign) * ld);
+  const int64_t depth;
+
+  // Zeroes the values from `depth` on, as far as products read.
+  LeftFactor(Workspace& workspace, int64_t rows, int64_t depth)
+      : RowMajor<Operand>{workspace.take<Operand>(round_up(rows, Gemm<T>::kAlign) * stride(depth)), stride(depth)},
+        depth(depth) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = depth; i < round_up(depth, Gemm<T>::kAlign); ++i) row(r)[i] = Operand{};
   }
   static constexpr int64_t stride(int64_t depth) {
     return round_up(depth, Gemm<T>::kAlign) + 64 / int64_t(sizeof(Operand));
   }
-  Operand* row(int64_t r) const { return data + r * ld; }
-  // Zeroes the values from `depth` on, as far as products read.
-  void pad(int64_t rows, int64_t depth) const {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = depth; i < round_up(depth, Gemm<T>::kAlign); ++i) row(r)[i] = Operand{};
-  }
+  Operand* row(int64_t r) const { return this->data + r * this->ld; }
 };
 
 // y[rows], columns from `column` on = act(source)
 template <typename T>
-inline void activate(const Source<T>& s, int64_t row, int64_t rows, const Rows<T>& y, int64_t column) {
+inline void activate(const Source<T>& s, int64_t row, int64_t rows, const LeftFactor<T>& y, int64_t column) {
   using Operand = typename Gemm<T>::Operand;
   for (int64_t r = 0; r < rows; ++r) {
     const T* x = s.x + (row + r) * s.ld;
@@ -73,7 +72,7 @@ inline void activate_pooled_row(const Source<T>& s, const PoolGeometry& g, int64
 // As activate() with pooled rows; `memory` holds a row.
 template <typename T>
 inline void activate_pooled(const Source<T>& s, const PoolGeometry& g, int64_t row, int64_t rows,
-                            accumulate_t<T>* memory, const Rows<T>& y, int64_t column) {
+                            accumulate_t<T>* memory, const LeftFactor<T>& y, int64_t column) {
   using Operand = typename Gemm<T>::Operand;
   for (int64_t r = 0; r < rows; ++r) {
     activate_pooled_row(s, g, row + r, 0, s.channels, memory);
@@ -98,7 +97,7 @@ inline void activate_panels(const Source<T>& s, int64_t row, int64_t rows, int64
   }
 }
 
-// Columns [begin, end) of the pooled act(source) as panels; y[rows, end - begin] is room.
+// Columns [begin, end) of the pooled act(source) as panels; y[rows, end - begin] is workspace.
 template <typename T>
 inline void activate_pooled_panels(const Source<T>& s, const PoolGeometry& g, int64_t row, int64_t rows, int64_t begin,
                                    int64_t end, accumulate_t<T>* y, typename Gemm<T>::Operand* panels) {
@@ -164,17 +163,33 @@ inline void store_rows(const accumulate_t<T>* v, int64_t ldv, int64_t row, int64
   if (target.mean) moments(target.out + row * target.ld, target.ld, rows, n, target.mean, target.m2);
 }
 
-// One pixel of a epilogue, columns from `begin` on: the gradient share * dy of the activation passes its ReLU, or is taken
-// as it is with kRelu = false.  The sums are those of sum_in_groups().
+// The gradient of a segment at one row, with its correction.
+template <typename Out, typename T>
+inline void gradient_row(const Gradient<T>& segment, int64_t row, Out* out) {
+  using A = accumulate_t<T>;
+  const T* g = segment.g + row * segment.ld;
+  if (!segment.x) {
+    for (int64_t j = 0; j < segment.columns; ++j) out[j] = store<Out>(A(load(g[j])));
+    return;
+  }
+  const T* x = segment.x + row * segment.ldx;
+  for (int64_t j = 0; j < segment.columns; ++j)
+    out[j] = store<Out>(
+        finalise_gradient<A>(load(g[j]), load(x[j]), segment.mean[j], segment.shift_sum[j], segment.slope_sum[j]));
+}
+
+// The epilogue at one pixel, for n columns from `begin` on: the gradient share * dy of the activation passes its ReLU,
+// or is taken as it is with kRelu = false.  `sums` of these columns are those of sum_in_groups().
 template <bool kRelu, bool kAccumulate, typename T>
-inline void epilogue_row(const Source<T>& s, const BackwardEpilogue<T>& epilogue, int64_t pixel, int64_t begin, int64_t n,
-                     const accumulate_t<T>* __restrict dy, accumulate_t<T> share, accumulate_t<T>* __restrict sum,
-                     accumulate_t<T>* __restrict weighted) {
+inline void epilogue_row(const Source<T>& s, const BackwardEpilogue<T>& epilogue, int64_t pixel, int64_t begin,
+                         int64_t n, const accumulate_t<T>* __restrict dy, accumulate_t<T> share,
+                         GradientSums<accumulate_t<T>> sums) {
   using A = accumulate_t<T>;
   const T* __restrict x = s.x + pixel * s.ld + begin;
   T* __restrict g = epilogue.gradient + pixel * epilogue.ld + begin;
   const A* __restrict scale = s.scale + begin, * __restrict shift = s.shift + begin;
   const A* __restrict mean = epilogue.mean + begin;
+  A* __restrict sum = sums.sum, * __restrict weighted = sums.weighted;
   for (int64_t i = 0; i < n; ++i) {
     const A value = load(x[i]);
     A gradient = dy[i] * share;
@@ -190,12 +205,14 @@ inline void epilogue_row(const Source<T>& s, const BackwardEpilogue<T>& epilogue
   }
 }
 
-// body(row) for all rows, which adds n columns to `sum` and `weighted`. After every kSummed pixels these go over to the
-// totals and start anew: long sums in float would round too often.
+// body(row) for all rows, which adds n columns to `sums`.  After every kSummed pixels these go over to the totals and
+// start anew: long sums in float would round too often.
 constexpr int64_t kSummed = 32;
 template <typename A, typename Body>
-inline void sum_in_groups(int64_t rows, int64_t pixels_per_row, int64_t n, A* __restrict sum, A* __restrict weighted,
-                          double* __restrict total, double* __restrict total_weighted, const Body& body) {
+inline void sum_in_groups(int64_t rows, int64_t pixels_per_row, int64_t n, GradientSums<A> sums,
+                          GradientSums<double> totals, const Body& body) {
+  A* __restrict sum = sums.sum, * __restrict weighted = sums.weighted;
+  double* __restrict total = totals.sum, * __restrict total_weighted = totals.weighted;
   const int64_t step = pixels_per_row < kSummed ? kSummed / pixels_per_row : 1;
   for (int64_t begin = 0; begin < rows; begin += step) {
     for (int64_t i = 0; i < n; ++i) sum[i] = weighted[i] = 0;

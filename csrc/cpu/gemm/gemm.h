@@ -13,6 +13,19 @@ namespace fastdense::FASTDENSE_TARGET {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// A row-major matrix whose rows are `ld` elements apart.
+template <typename V>
+struct RowMajor {
+  V* data;
+  int64_t ld;
+  operator RowMajor<const V>() const
+    requires(!std::is_const_v<V>)
+  {
+    return {data, ld};
+  }
+  RowMajor from(int64_t row, int64_t column) const { return {data + row * ld + column, ld}; }
+};
+
 // Here factors are of the type of arithmetic, panels are [depth][kPanel], and the inner loop is two vector loads,
 // kTileRows broadcasts and 2 * kTileRows fused multiply-adds.
 template <typename T>
@@ -38,16 +51,17 @@ struct Gemm {
   }
 
   // C[rows, n] = L[rows, depth] * B[depth, n], or += with `accumulate`
-  static void multiply(int64_t rows, int64_t depth, int64_t n, const Operand* left, int64_t ldl, const Operand* panels,
-                       A* c, int64_t ldc, bool accumulate = false) {
+  static void multiply(int64_t rows, int64_t depth, int64_t n, RowMajor<const Operand> left, const Operand* panels,
+                       RowMajor<A> c, bool accumulate = false) {
     for (int64_t k = 0; k < depth; k += kGemmBlock) {
       const int64_t block = depth - k < kGemmBlock ? depth - k : kGemmBlock;
       for (int64_t j = 0; j < n; j += kPanel)
-        column(rows, block, left + k, ldl, 1, panels + j * depth + k * kPanel, c + j, ldc, accumulate || k > 0);
+        column(rows, block, {left.data + k, left.ld, 1}, panels + j * depth + k * kPanel, c.from(0, j),
+               accumulate || k > 0);
     }
   }
 
-  // Elements of room that multiply_transposed needs.
+  // Elements of workspace that transpose() needs.
   static constexpr int64_t transposed_size(int64_t, int64_t) { return 0; }
 
   // A left factor of multiply_transposed, prepared once for all its columns.  Here it is as it was.
@@ -56,19 +70,25 @@ struct Gemm {
     int64_t ld;
     Transposed from(int64_t row) const { return {data + row * ld, ld}; }
   };
-  static Transposed transpose(int64_t, int64_t, const Operand* left, int64_t ldl, Operand*) { return {left, ldl}; }
+  static Transposed transpose(int64_t, int64_t, RowMajor<const Operand> left, Operand*) { return {left.data, left.ld}; }
 
   // C[m, n] += L[rows, m]^T * R[rows, n]
   static void multiply_transposed(int64_t rows, int64_t m, int64_t n, const Transposed& left, const Operand* panels,
-                                  A* c, int64_t ldc) {
-    for (int64_t j = 0; j < n; j += kPanel) column(m, rows, left.data, 1, left.ld, panels + j * rows, c + j, ldc, true);
+                                  RowMajor<A> c) {
+    for (int64_t j = 0; j < n; j += kPanel)
+      column(m, rows, {left.data, 1, left.ld}, panels + j * rows, c.from(0, j), true);
   }
 
  private:
-  // C[Rows, kPanel] (+)= sum_k L(i, k) * panel[k, :] with L(i, k) = left[i * row_stride + k * step].
+  // L(i, k) = data[i * row_stride + k * step]
+  struct Left {
+    const A* data;
+    int64_t row_stride, step;
+  };
+
+  // C[Rows, kPanel] (+)= sum_k L(i, k) * panel[k, :]
   template <int Rows>
-  static void tile(int64_t depth, const A* left, int64_t row_stride, int64_t step, const A* panel, A* c, int64_t ldc,
-                   bool accumulate) {
+  static void tile(int64_t depth, Left left, const A* panel, RowMajor<A> c, bool accumulate) {
     V sum[Rows][2];
 #pragma GCC unroll 12
     for (int i = 0; i < Rows; ++i) {
@@ -79,40 +99,38 @@ struct Gemm {
       const V p0 = V::load(panel + k * kPanel), p1 = V::load(panel + k * kPanel + V::kLanes);
 #pragma GCC unroll 12
       for (int i = 0; i < Rows; ++i) {
-        const V l = V::splat(left[i * row_stride + k * step]);
+        const V l = V::splat(left.data[i * left.row_stride + k * left.step]);
         sum[i][0] = V::fma(l, p0, sum[i][0]);
         sum[i][1] = V::fma(l, p1, sum[i][1]);
       }
     }
 #pragma GCC unroll 12
     for (int i = 0; i < Rows; ++i) {
+      A* to = c.data + i * c.ld;
       // Last, not first: what many chunks have added up is then rounded once a chunk, not once a term.
       if (accumulate) {
-        sum[i][0] = V::fma(V::splat(1), V::load(c + i * ldc), sum[i][0]);
-        sum[i][1] = V::fma(V::splat(1), V::load(c + i * ldc + V::kLanes), sum[i][1]);
+        sum[i][0] = V::fma(V::splat(1), V::load(to), sum[i][0]);
+        sum[i][1] = V::fma(V::splat(1), V::load(to + V::kLanes), sum[i][1]);
       }
-      sum[i][0].store(c + i * ldc);
-      sum[i][1].store(c + i * ldc + V::kLanes);
+      sum[i][0].store(to);
+      sum[i][1].store(to + V::kLanes);
     }
   }
 
   // The last, short tile of a column of tiles.
   template <int Rows>
-  static void short_tile(int64_t rows, int64_t depth, const A* left, int64_t row_stride, int64_t step, const A* panel,
-                         A* c, int64_t ldc, bool accumulate) {
+  static void short_tile(int64_t rows, int64_t depth, Left left, const A* panel, RowMajor<A> c, bool accumulate) {
     if constexpr (Rows > 0) {
-      if (rows == Rows) return tile<Rows>(depth, left, row_stride, step, panel, c, ldc, accumulate);
-      short_tile<Rows - 1>(rows, depth, left, row_stride, step, panel, c, ldc, accumulate);
+      if (rows == Rows) return tile<Rows>(depth, left, panel, c, accumulate);
+      short_tile<Rows - 1>(rows, depth, left, panel, c, accumulate);
     }
   }
 
-  static void column(int64_t rows, int64_t depth, const A* left, int64_t row_stride, int64_t step, const A* panel, A* c,
-                     int64_t ldc, bool accumulate) {
+  static void column(int64_t rows, int64_t depth, Left left, const A* panel, RowMajor<A> c, bool accumulate) {
+    const auto from = [&](int64_t row) { return Left{left.data + row * left.row_stride, left.row_stride, left.step}; };
     int64_t i = 0;
-    for (; i + kTileRows <= rows; i += kTileRows)
-      tile<kTileRows>(depth, left + i * row_stride, row_stride, step, panel, c + i * ldc, ldc, accumulate);
-    short_tile<kTileRows - 1>(rows - i, depth, left + i * row_stride, row_stride, step, panel, c + i * ldc, ldc,
-                              accumulate);
+    for (; i + kTileRows <= rows; i += kTileRows) tile<kTileRows>(depth, from(i), panel, c.from(i, 0), accumulate);
+    short_tile<kTileRows - 1>(rows - i, depth, from(i), panel, c.from(i, 0), accumulate);
   }
 };
 

@@ -21,34 +21,36 @@ class TileScope {
 
 template <>
 struct Gemm<bfloat16> : PairFactors {
-  static void multiply(int64_t rows, int64_t depth, int64_t n, const Operand* left, int64_t ldl, const Operand* panels,
-                       A* c, int64_t ldc, bool accumulate = false) {
+  static void multiply(int64_t rows, int64_t depth, int64_t n, RowMajor<const Operand> left, const Operand* panels,
+                       RowMajor<A> c, bool accumulate = false) {
     const TileScope scope;
     const int64_t deep = round_up(depth, kAlign);
     for (int64_t j = 0; j < n; j += kPanel)
       for (int64_t i = 0; i < rows; i += 32)
-        block(rows - i > 16, deep, left + i * ldl, ldl, panels + j * deep, c + i * ldc + j, ldc, accumulate);
+        block(rows - i > 16, deep, left.from(i, 0), panels + j * deep, c.from(i, j), accumulate);
   }
 
   static void multiply_transposed(int64_t rows, int64_t m, int64_t n, const Transposed& left, const Operand* panels,
-                                  A* c, int64_t ldc) {
+                                  RowMajor<A> c) {
     const TileScope scope;
     const int64_t deep = round_up(rows, kAlign);
     for (int64_t j = 0; j < n; j += kPanel)
       for (int64_t i = 0; i < m; i += 32)
-        block(m - i > 16, deep, left.data + i * left.ld, left.ld, panels + j * deep, c + i * ldc + j, ldc, true);
+        block(m - i > 16, deep, {left.data + i * left.ld, left.ld}, panels + j * deep, c.from(i, j), true);
   }
 
  private:
   // C[16 or 32, 32] (+)= left * panel
-  static void block(bool two, int64_t depth, const Operand* left, int64_t ldl, const Operand* panel, A* c, int64_t ldc,
+  static void block(bool two, int64_t depth, RowMajor<const Operand> left, const Operand* panel, RowMajor<A> c,
                     bool accumulate) {
-    const int64_t stride = ldl * int64_t(sizeof(Operand)), panel_stride = kPanel * 4, c_stride = ldc * 4;
+    const int64_t stride = left.ld * int64_t(sizeof(Operand)), panel_stride = kPanel * 4, c_stride = c.ld * 4;
+    const Operand *const upper = left.data, *const lower = left.data + 16 * left.ld;
+    A *const out = c.data, *const lower_out = c.data + 16 * c.ld;
     if (accumulate) {
-      _tile_loadd(0, c, c_stride);
-      _tile_loadd(1, c + 16, c_stride);
-      if (two) _tile_loadd(2, c + 16 * ldc, c_stride);
-      if (two) _tile_loadd(3, c + 16 * ldc + 16, c_stride);
+      _tile_loadd(0, out, c_stride);
+      _tile_loadd(1, out + 16, c_stride);
+      if (two) _tile_loadd(2, lower_out, c_stride);
+      if (two) _tile_loadd(3, lower_out + 16, c_stride);
     } else {
       _tile_zero(0);
       _tile_zero(1);
@@ -56,20 +58,20 @@ struct Gemm<bfloat16> : PairFactors {
       _tile_zero(3);
     }
     for (int64_t k = 0; k < depth; k += 32) {
-      _tile_loadd(4, left + k, stride);
+      _tile_loadd(4, upper + k, stride);
       _tile_loadd(6, panel + k * kPanel, panel_stride);
       _tile_loadd(7, panel + k * kPanel + 32, panel_stride);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       if (!two) continue;
-      _tile_loadd(5, left + 16 * ldl + k, stride);
+      _tile_loadd(5, lower + k, stride);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, c_stride);
-    _tile_stored(1, c + 16, c_stride);
-    if (two) _tile_stored(2, c + 16 * ldc, c_stride);
-    if (two) _tile_stored(3, c + 16 * ldc + 16, c_stride);
+    _tile_stored(0, out, c_stride);
+    _tile_stored(1, out + 16, c_stride);
+    if (two) _tile_stored(2, lower_out, c_stride);
+    if (two) _tile_stored(3, lower_out + 16, c_stride);
   }
 };
 

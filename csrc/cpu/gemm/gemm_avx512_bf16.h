@@ -7,19 +7,19 @@ namespace fastdense::FASTDENSE_TARGET {
 
 template <>
 struct Gemm<bfloat16> : PairFactors {
-  static void multiply(int64_t rows, int64_t depth, int64_t n, const Operand* left, int64_t ldl, const Operand* panels,
-                       A* c, int64_t ldc, bool accumulate = false) {
+  static void multiply(int64_t rows, int64_t depth, int64_t n, RowMajor<const Operand> left, const Operand* panels,
+                       RowMajor<A> c, bool accumulate = false) {
     for (int64_t k = 0; k < depth; k += kGemmBlock) {
       const int64_t block = depth - k < kGemmBlock ? depth - k : kGemmBlock;
       for (int64_t j = 0; j < n; j += kPanel)
-        column(rows, block, left + k, ldl, panels + j * round_up(depth, kAlign) + k * kPanel, c + j, ldc,
+        column(rows, block, left.from(0, k), panels + j * round_up(depth, kAlign) + k * kPanel, c.from(0, j),
                accumulate || k > 0);
     }
   }
 
   static void multiply_transposed(int64_t rows, int64_t m, int64_t n, const Transposed& left, const Operand* panels,
-                                  A* c, int64_t ldc) {
-    multiply(m, rows, n, left.data, left.ld, panels, c, ldc, true);
+                                  RowMajor<A> c) {
+    multiply(m, rows, n, {left.data, left.ld}, panels, c, true);
   }
 
  private:
@@ -27,8 +27,7 @@ struct Gemm<bfloat16> : PairFactors {
 
   // C[Rows, kPanel] (+)= left * panel, pair by pair of the depth.
   template <int Rows>
-  static void tile(int64_t pairs, const Operand* left, int64_t ldl, const Operand* panel, A* c, int64_t ldc,
-                   bool accumulate) {
+  static void tile(int64_t pairs, RowMajor<const Operand> left, const Operand* panel, RowMajor<A> c, bool accumulate) {
     const auto pair = [](const Operand* at) {
       int32_t word;
       __builtin_memcpy(&word, at, sizeof(word));
@@ -42,39 +41,40 @@ struct Gemm<bfloat16> : PairFactors {
       const __m512bh p0 = vector(panel + 2 * k * kPanel), p1 = vector(panel + 2 * k * kPanel + kPanel);
 #pragma GCC unroll 12
       for (int i = 0; i < Rows; ++i) {
-        const __m512bh l = pair(left + i * ldl + 2 * k);
+        const __m512bh l = pair(left.data + i * left.ld + 2 * k);
         sum[i][0] = _mm512_dpbf16_ps(sum[i][0], l, p0);
         sum[i][1] = _mm512_dpbf16_ps(sum[i][1], l, p1);
       }
     }
 #pragma GCC unroll 12
     for (int i = 0; i < Rows; ++i) {
+      A* to = c.data + i * c.ld;
       if (accumulate) {
-        sum[i][0] = _mm512_add_ps(sum[i][0], _mm512_loadu_ps(c + i * ldc));
-        sum[i][1] = _mm512_add_ps(sum[i][1], _mm512_loadu_ps(c + i * ldc + 16));
+        sum[i][0] = _mm512_add_ps(sum[i][0], _mm512_loadu_ps(to));
+        sum[i][1] = _mm512_add_ps(sum[i][1], _mm512_loadu_ps(to + 16));
       }
-      _mm512_storeu_ps(c + i * ldc, sum[i][0]);
-      _mm512_storeu_ps(c + i * ldc + 16, sum[i][1]);
+      _mm512_storeu_ps(to, sum[i][0]);
+      _mm512_storeu_ps(to + 16, sum[i][1]);
     }
   }
 
   // The last, short tile of a column of tiles.
   template <int Rows>
-  static void short_tile(int64_t rows, int64_t pairs, const Operand* left, int64_t ldl, const Operand* panel, A* c,
-                         int64_t ldc, bool accumulate) {
+  static void short_tile(int64_t rows, int64_t pairs, RowMajor<const Operand> left, const Operand* panel, RowMajor<A> c,
+                         bool accumulate) {
     if constexpr (Rows > 0) {
-      if (rows == Rows) return tile<Rows>(pairs, left, ldl, panel, c, ldc, accumulate);
-      short_tile<Rows - 1>(rows, pairs, left, ldl, panel, c, ldc, accumulate);
+      if (rows == Rows) return tile<Rows>(pairs, left, panel, c, accumulate);
+      short_tile<Rows - 1>(rows, pairs, left, panel, c, accumulate);
     }
   }
 
-  static void column(int64_t rows, int64_t depth, const Operand* left, int64_t ldl, const Operand* panel, A* c,
-                     int64_t ldc, bool accumulate) {
+  static void column(int64_t rows, int64_t depth, RowMajor<const Operand> left, const Operand* panel, RowMajor<A> c,
+                     bool accumulate) {
     const int64_t pairs = (depth + 1) / 2;
     int64_t i = 0;
     for (; i + kTileRows <= rows; i += kTileRows)
-      tile<kTileRows>(pairs, left + i * ldl, ldl, panel, c + i * ldc, ldc, accumulate);
-    short_tile<kTileRows - 1>(rows - i, pairs, left + i * ldl, ldl, panel, c + i * ldc, ldc, accumulate);
+      tile<kTileRows>(pairs, left.from(i, 0), panel, c.from(i, 0), accumulate);
+    short_tile<kTileRows - 1>(rows - i, pairs, left.from(i, 0), panel, c.from(i, 0), accumulate);
   }
 };
 

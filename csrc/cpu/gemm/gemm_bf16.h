@@ -36,11 +36,11 @@ struct PairFactors {
     int64_t ld;
     Transposed from(int64_t row) const { return {data + row, ld}; }
   };
-  static Transposed transpose(int64_t rows, int64_t m, const Operand* left, int64_t ldl, Operand* out) {
+  static Transposed transpose(int64_t rows, int64_t m, RowMajor<const Operand> left, Operand* out) {
     const int64_t ld = transposed_ld(rows);
     for (int64_t r = 0; r < rows; r += 32)
       for (int64_t j = 0; j < m; j += 16)
-        transpose_block(rows - r < 32 ? rows - r : 32, left + r * ldl + j, ldl, out + j * ld + r, ld);
+        transpose_block(rows - r < 32 ? rows - r : 32, left.from(r, j), {out + j * ld + r, ld});
     return {out, ld};
   }
 
@@ -50,9 +50,9 @@ struct PairFactors {
 
   // [32, 16] to [16, 32]; rows from `rows` on are taken as zero.  Pairs of rows become one 32-bit number a column, and
   // the 16 x 16 matrix of these is transposed in registers.
-  static void transpose_block(int64_t rows, const Operand* in, int64_t ldi, Operand* out, int64_t ldo) {
+  static void transpose_block(int64_t rows, RowMajor<const Operand> in, RowMajor<Operand> out) {
     const auto row = [&](int64_t r) {
-      return r < rows ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + r * ldi)))
+      return r < rows ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.data + r * in.ld)))
                       : _mm512_setzero_si512();
     };
     __m512i v[16], w[16];
@@ -75,10 +75,10 @@ struct PairFactors {
       const __m512i a = _mm512_shuffle_i32x4(v[q], v[q + 4], 0x44), b = _mm512_shuffle_i32x4(v[q], v[q + 4], 0xee);
       const __m512i c = _mm512_shuffle_i32x4(v[q + 8], v[q + 12], 0x44);
       const __m512i d = _mm512_shuffle_i32x4(v[q + 8], v[q + 12], 0xee);
-      _mm512_storeu_si512(out + q * ldo, _mm512_shuffle_i32x4(a, c, 0x88));
-      _mm512_storeu_si512(out + (q + 4) * ldo, _mm512_shuffle_i32x4(a, c, 0xdd));
-      _mm512_storeu_si512(out + (q + 8) * ldo, _mm512_shuffle_i32x4(b, d, 0x88));
-      _mm512_storeu_si512(out + (q + 12) * ldo, _mm512_shuffle_i32x4(b, d, 0xdd));
+      _mm512_storeu_si512(out.data + q * out.ld, _mm512_shuffle_i32x4(a, c, 0x88));
+      _mm512_storeu_si512(out.data + (q + 4) * out.ld, _mm512_shuffle_i32x4(a, c, 0xdd));
+      _mm512_storeu_si512(out.data + (q + 8) * out.ld, _mm512_shuffle_i32x4(b, d, 0x88));
+      _mm512_storeu_si512(out.data + (q + 12) * out.ld, _mm512_shuffle_i32x4(b, d, 0xdd));
     }
   }
 };

@@ -50,8 +50,8 @@ Isa machine_isa() {
 }
 
 std::optional<Isa> parse(std::string_view name) {
-  for (const Isa level : kIsas) {
-    if (name == isa_name(level)) return level;
+  for (const Isa isa : kIsas) {
+    if (name == isa_name(isa)) return isa;
   }
   return std::nullopt;
 }
@@ -68,33 +68,33 @@ Isa initial_isa() {
 }
 
 std::atomic<Isa>& current() {
-  static std::atomic<Isa> level{initial_isa()};
-  return level;
+  static std::atomic<Isa> isa{initial_isa()};
+  return isa;
 }
 
 }  // namespace
 
 Isa current_isa() { return current().load(std::memory_order_relaxed); }
 
-const char* isa_name(Isa level) {
+const char* isa_name(Isa isa) {
   constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
-  return kNames[static_cast<int>(level)];
+  return kNames[static_cast<int>(isa)];
 }
 
-void set_isa(Isa level) {
-  if (level > machine_isa()) {
+void set_isa(Isa isa) {
+  if (isa > machine_isa()) {
     throw std::invalid_argument(std::string("set_simd_level: expected a level this machine has, at most ") +
-                                isa_name(machine_isa()) + ", got " + isa_name(level));
+                                isa_name(machine_isa()) + ", got " + isa_name(isa));
   }
-  current().store(level, std::memory_order_relaxed);
+  current().store(isa, std::memory_order_relaxed);
 }
 
 void set_isa(const char* name) {
-  const std::optional<Isa> level = parse(name);
-  if (!level) {
+  const std::optional<Isa> isa = parse(name);
+  if (!isa) {
     throw std::invalid_argument(std::string("set_simd_level: expected name to be ") + kAllowed + ", got " + name);
   }
-  set_isa(*level);
+  set_isa(*isa);
 }
 
 }  // namespace fastdense

@@ -2,8 +2,8 @@
 // Which vector instructions the CPU loops may use, chosen when the program runs.
 //
 // The extension is compiled for the baseline of its architecture, so that one binary runs everywhere; loops
-// that gain from wider vectors are compiled once more for each level (per-function targets) and picked by
-// current_isa(). FASTDENSE_SIMD=baseline|avx2|avx512|avx512_bf16|amx in the environment lowers the level.
+// that gain from wider vectors are compiled once more for each instruction set (per-function targets) and picked by
+// current_isa(). FASTDENSE_SIMD=baseline|avx2|avx512|avx512_bf16|amx in the environment chooses a narrower one.
 #pragma once
 
 // The matrix tiles of AMX-BF16 need a compiler that knows them and Linux's permission.
@@ -20,10 +20,10 @@ enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 
 
 Isa current_isa();
 
-const char* isa_name(Isa level);
+const char* isa_name(Isa isa);
 
-// For tests; throws std::invalid_argument when the machine lacks the level.
-void set_isa(Isa level);
+// For tests; throws std::invalid_argument when the machine lacks it.
+void set_isa(Isa isa);
 void set_isa(const char* name);
 
 }  // namespace fastdense

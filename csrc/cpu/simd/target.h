@@ -2,7 +2,7 @@
 // Opens the code of one instruction set.  A file that setup.py writes includes <op>_kernels.h and with it every shared
 // header (so that shared inline functions stay portable), defines FASTDENSE_TARGET (a namespace) and
 // FASTDENSE_TARGET_<SET>, includes this file, then <op>_kernels_impl.h, and ends with cpu/simd/target_end.h.
-// FASTDENSE_TARGET_PAIRS: products of bfloat16 by pairs.
+// FASTDENSE_TARGET_PAIRS: instructions that multiply bfloat16 pair by pair.
 #if defined(FASTDENSE_TARGET_AVX2) || defined(FASTDENSE_TARGET_AVX512)
 #include <immintrin.h>
 #endif

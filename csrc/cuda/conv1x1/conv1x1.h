@@ -37,21 +37,21 @@ bool fuses_conv1x1(const CudaContext& cuda, const Matrix<const T>& x, const at::
   }
 }
 
-// z [rows, width] = relu(norm(x)) * packed^T, and unless they are nullptr mean and variance of its columns; or with a
-// norm behind it relu(behind(z)) in the place of z.
+// z [rows, width] = relu(norm(x)) * packed^T, and mean and variance of its columns where wanted; or with a norm behind
+// it relu(behind(z)) in the place of z.
 template <typename T>
-void conv1x1(const CudaBlockForward<T>& rows, const Matrix<const T>& x, const NormParams<accumulate_t<T>>& norm,
-             const at::Tensor& packed, const at::Tensor& z, accumulate_t<T>* mean, accumulate_t<T>* var,
+void conv1x1(const CudaBlockForward<T>& block, const Matrix<const T>& x, const NormParams<accumulate_t<T>>& norm,
+             const at::Tensor& packed, const at::Tensor& z, const BatchStatistics<accumulate_t<T>>& statistics,
              const NormParams<accumulate_t<T>>& behind = {}) {
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t count = z.size(0), width = z.size(1);
-    const int64_t tile = conv1x1_tile<T>(count, width, rows.cuda.multiprocessors());
+    const int64_t tile = conv1x1_tile<T>(count, width, block.cuda.multiprocessors());
     typename CudaBlockForward<T>::Partials partial;
-    if (mean) partial = {rows.numbers({(count + tile - 1) / tile, 2, width}), tile, 1, 2 * width};
+    if (statistics.mean) partial = {block.numbers({(count + tile - 1) / tile, 2, width}), tile, 1, 2 * width};
     check_launch(launch_conv1x1<T>(
-        {x, rows.const_matrix(packed), rows.matrix(z), norm, mean ? partial.of_chunk(0) : nullptr, behind}, count,
-        packed.size(1), width, tile, rows.cuda.stream));
-    if (mean) rows.finalise_moments(partial, nullptr, count, mean, var);
+        {x, block.const_matrix(packed), block.matrix(z), norm, statistics.mean ? partial.of_chunk(0) : nullptr, behind},
+        count, packed.size(1), width, tile, block.cuda.stream));
+    if (statistics.mean) block.finalise_moments(partial, nullptr, count, statistics);
   }
 }
 
@@ -62,22 +62,22 @@ struct Conv1x1Backward {
 
 // Backward of the same with the gradient dz of z; adds to `gradient`, or writes it.
 template <typename T>
-Conv1x1Backward conv1x1_backward(const CudaBlockForward<T>& rows, const Matrix<const T>& x,
+Conv1x1Backward conv1x1_backward(const CudaBlockForward<T>& block, const Matrix<const T>& x,
                                  const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed,
                                  const at::Tensor& dz, const Matrix<T>& gradient, bool add, bool needs_weight) {
   Conv1x1Backward g;
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t count = dz.size(0), width = packed.size(0), columns = packed.size(1);
-    const int64_t splits = conv1x1_backward_splits<T>(count, columns, rows.cuda.multiprocessors());
-    const auto numbers = [&](const at::Tensor& t) { return t.defined() ? rows.sums(t) : nullptr; };
-    g.partial = rows.numbers({splits, 2, columns});
-    if (needs_weight) g.dweight = rows.numbers({width, columns});
-    const at::Tensor parts = needs_weight && splits > 1 ? rows.numbers({splits, width, columns}) : g.dweight;
-    check_launch(launch_conv1x1_backward<T>(
-        {rows.const_matrix(dz), x, rows.const_matrix(packed), gradient, norm, numbers(g.partial), numbers(parts), add},
-        count, columns, width, splits, rows.cuda.stream));
+    const int64_t splits = conv1x1_backward_splits<T>(count, columns, block.cuda.multiprocessors());
+    const auto numbers = [&](const at::Tensor& t) { return t.defined() ? block.sums(t) : nullptr; };
+    g.partial = block.numbers({splits, 2, columns});
+    if (needs_weight) g.dweight = block.numbers({width, columns});
+    const at::Tensor parts = needs_weight && splits > 1 ? block.numbers({splits, width, columns}) : g.dweight;
+    check_launch(launch_conv1x1_backward<T>({block.const_matrix(dz), x, block.const_matrix(packed), gradient, norm,
+                                             numbers(g.partial), numbers(parts), add},
+                                            count, columns, width, splits, block.cuda.stream));
     if (needs_weight && splits > 1)
-      check_launch(launch_sum_partials(numbers(parts), splits, width * columns, numbers(g.dweight), rows.cuda.stream));
+      check_launch(launch_sum_partials(numbers(parts), splits, width * columns, numbers(g.dweight), block.cuda.stream));
   }
   return g;
 }

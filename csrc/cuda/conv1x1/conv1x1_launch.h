@@ -23,7 +23,7 @@ inline bool is_conv1x1_width(int64_t width) {
 // Rows of a tile of launch_conv1x1(): the most that leave a tile for every multiprocessor.
 template <typename T>
 int64_t conv1x1_tile(int64_t rows, int64_t width, int64_t multiprocessors) {
-  int64_t tile = sizeof(T) == 4 && width > 128 ? 64 : 128;  // by the room in shared memory
+  int64_t tile = sizeof(T) == 4 && width > 128 ? 64 : 128;  // what shared memory holds
   while (tile > 32 && (rows + tile - 1) / tile < multiprocessors) tile /= 2;
   return tile;
 }

@@ -12,20 +12,21 @@ namespace fastdense {
 constexpr int kStepBytes = 128;             // of a row that a tile of the prefix holds
 constexpr int kMostSharedBytes = 99 << 10;  // of a block: what compute capability 8.6 and 12.0 offer
 
-// What a multiprocessor has, of which a block takes 1 KiB on top of what it asks for.
+// Bytes that a multiprocessor has, of which a block takes 1 KiB on top of what it asks for.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-constexpr int kSharedRoom = 100 << 10;
+constexpr int kSharedBytesOfMultiprocessor = 100 << 10;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kSharedRoom = 164 << 10;
+constexpr int kSharedBytesOfMultiprocessor = 164 << 10;
 #else
-constexpr int kSharedRoom = 228 << 10;
+constexpr int kSharedBytesOfMultiprocessor = 228 << 10;
 #endif
 
-// How many blocks a multiprocessor is to have registers for: as many as shared memory holds, of threads with 128
-// registers, or of 256 where threads need more.
+// How many blocks a multiprocessor should have registers for: as many as fit into its shared memory, with 128 registers
+// a thread, or 256 where threads need more.
 constexpr int least_blocks(int threads, int shared_bytes, bool many_registers) {
-  const int workspace = kSharedRoom / (shared_bytes + 1024), registers = (many_registers ? 256 : 512) / threads;
-  return workspace < 1 || registers < 1 ? 1 : workspace < registers ? workspace : registers;
+  const int by_shared = kSharedBytesOfMultiprocessor / (shared_bytes + 1024);
+  const int by_registers = (many_registers ? 256 : 512) / threads;
+  return by_shared < 1 || by_registers < 1 ? 1 : by_shared < by_registers ? by_shared : by_registers;
 }
 
 struct ChannelScale {
@@ -106,10 +107,5 @@ auto with_width(int64_t width, const Body& body) {
       return body(std::integral_constant<int, 192>());
   }
 }
-
-// The storage types that tensor cores multiply; float as TF32.  A build for tests may ask for fewer.
-#ifndef FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE
-#define FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE(X) X(float) X(bfloat16) X(half)
-#endif
 
 }  // namespace fastdense

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA reductions over a matrix of rows with channels innermost; included by .cu files only.
+// CUDA reductions over the rows of a matrix, column by column; included by .cu files only.
 //
-// A reduction is a class ColumnReduce<T, V> with
-//   using Params = ...                                        what the launcher was given, T being the storage type
-//   static constexpr int kTileRows                            of a tile: more hide more latency, fewer leave registers
-//   ColumnReduce(const Params&, int64_t first, int count)            takes V neighbouring columns, of which `count`
-//   exist template <int kRows> void tile(int64_t row, int64_t step) works on rows row, row + step, ... of them State
-//   what lanes join and blocks write, or NoState State& state();  accumulate_t<T>* partial() const
-//   [splits][2][columns], or nullptr
+// A reduction is a class ColumnReduce<T, V>, T being the storage type, which takes V neighbouring columns.  It has
+//   using Params                       what the launcher was given
+//   static constexpr int kTileRows     of a tile: more hide more latency, fewer leave registers
+//   ColumnReduce(const Params&, int64_t first, int count)
+//                                      of its columns, which start at `first`, only `count` exist
+//   template <int kRows> void tile(int64_t row, int64_t step)
+//                                      works on rows row, row + step, ...
+//   State                              what lanes join and blocks write, or NoState
+//   State& state();  accumulate_t<T>* partial() const
+//                                      [splits][2][columns], or nullptr
 // A tile loads all its rows before it stores any, so that loads are in flight together.
 #pragma once
 
@@ -125,7 +128,7 @@ __device__ void join_lanes(State& state, unsigned char* shared) {
   }
 }
 
-constexpr int kReduceThreads = 256, kLeastReduceBlocks = 2;  // of a block; blocks an SM has room for
+constexpr int kReduceThreads = 256, kLeastReduceBlocks = 2;  // of a block; blocks an SM holds
 
 template <template <typename, int> class ColumnReduce, typename T, int V>
 __global__ void __launch_bounds__(kReduceThreads, kLeastReduceBlocks)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernels over pixel rows that several ops are built of: everything but the products and the convolutions, which
-// are the library's.  No torch header.  Rows are pixels, channels are innermost; T is the storage type,
-// A = accumulate_t<T> that of arithmetic.
+// CUDA kernels that the blocks are built of, but for products and convolutions: norm + ReLU, statistics, slices of a
+// buffer, their backward, packed weights.  No torch header.  Rows are pixels, channels are innermost; T is the storage
+// type, A = accumulate_t<T> that of arithmetic.
 //
 // All but the smallest are reductions over a matrix: a thread owns a few neighbouring channels, keeps what belongs to
 // them in registers, and walks down rows; lanes of a block beside each other in the rows join their sums in shared
@@ -15,6 +15,7 @@
 
 #include "core/batch_norm_math.h"
 #include "core/dropout_math.h"
+#include "core/geometry.h"
 #include "cuda/launch.h"
 
 namespace fastdense {
@@ -162,8 +163,8 @@ template <typename T>
 cudaError_t launch_input_gradient(const InputGradientParams<T>&, int64_t rows, int64_t columns, int64_t splits,
                                   cudaStream_t);
 
-// A consumer of a prefix takes its leave: gradient (+)= scale * dym, with dym the gradient dy of relu(norm(x)), or of
-// norm(x), in front of the ReLU, and partial sums of dym and dym * (x - mean).  y = relu(norm(x)) is written over dy
+// One consumer of a prefix adds its gradient: gradient (+)= scale * dym, with dym the gradient dy of relu(norm(x)), or
+// of norm(x), in front of the ReLU, and partial sums of dym and dym * (x - mean).  y = relu(norm(x)) is written over dy
 // for the weight's gradient if `keep_y`.  The rows may be a part of all; `splits` of them, the same for every part.
 template <typename T>
 struct AccumulateParams {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward and backward of the CPU dense block share: slabs of the convolution, its weights, the bottleneck.
+// What forward and backward of the dense block share on the CPU: slabs of the convolution, and the bottleneck.
 #pragma once
 
 #include "cpu/conv/conv2d_weights.h"
 #include "dense_block/dense_block.h"
+#include "dense_block/dense_block_kernels.h"
 
 namespace fastdense {
 
@@ -12,12 +13,12 @@ class DenseBlockConvolution {
  public:
   using A = accumulate_t<T>;
 
-  DenseBlockConvolution(const DenseBlockArgs& args, BlockForward<T>& rows)
+  DenseBlockConvolution(const DenseBlockArgs& args, BlockForward<T>& block)
       : kernels(dense_block_kernels<T>(current_isa())), args_(args) {
-    slab_planes_ = choose_slab(rows.workers);
+    slab_planes_ = choose_slab(block.workers);
     const int64_t taps = args.conv.taps() * args.growth;
     const int64_t tail = args.tail == Tail::kTransition ? args.tail_conv.weight.size(0) : 0;
-    rows.reserve_workspace(
+    block.reserve_workspace(
         std::max(args.channels(), args.width), std::max({taps, args.width, tail}),
         slab_planes_ * args.conv.plane() * args.growth * int64_t(sizeof(A)) + 64 +
             kernels.winograd_bytes(args.conv, std::max(args.bottleneck ? 0 : args.channels(), args.width),
@@ -49,15 +50,15 @@ class DenseBlockConvolution {
 
 // z [pixels, b] = act(prefix) * conv1^T; partial [chunks, 2, b]: mean and M2 of each chunk, or nullptr.
 template <typename T>
-void make_bottleneck(const BlockForward<T>& rows, const LayerArgs& layer, int64_t pixels, const Source<T>& prefix, T* z,
-                     double* partial) {
+void make_bottleneck(const BlockForward<T>& block, const LayerArgs& layer, int64_t pixels, const Source<T>& prefix,
+                     T* z, double* partial) {
   const int64_t b = layer.conv1.weight.size(0);
-  const at::Tensor panels = rows.pack_forward(layer.conv1.weight);
-  rows.for_each_chunk(
-      pixels, rows.kernels.chunk_rows(layer.channels), [&](int64_t worker, int64_t chunk, int64_t row, int64_t count) {
+  const at::Tensor panels = block.pack_forward(layer.conv1.weight);
+  block.for_each_chunk(
+      pixels, block.kernels.chunk_rows(layer.channels), [&](int64_t worker, int64_t chunk, int64_t row, int64_t count) {
         double* moments = partial ? partial + 2 * chunk * b : nullptr;
-        rows.kernels.product({prefix}, nullptr, row, count, rows.panels_of(panels),
-                             {{z, b, b, moments, moments ? moments + b : nullptr}}, rows.workspace(worker));
+        block.kernels.conv1x1({prefix}, nullptr, row, count, block.panels_of(panels),
+                              {{z, b, b, moments, moments ? moments + b : nullptr}}, block.workspace(worker));
       });
 }
 

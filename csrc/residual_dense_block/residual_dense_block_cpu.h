@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the passes of the residual dense block on the CPU share: tiles of the images, and weights and their gradients
-// tap by tap.
+// What forward and backward of the residual dense block share on the CPU: tiles of the images, packed weights and their
+// gradients.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@ class ResidualConvolution {
   using A = accumulate_t<T>;
 
  public:
-  ResidualConvolution(const ResidualDenseBlockArgs& args, const BlockForward<T>& rows)
-      : kernels(residual_dense_block_kernels<T>(current_isa())), args_(args), rows_(rows) {}
+  ResidualConvolution(const ResidualDenseBlockArgs& args, const BlockForward<T>& block)
+      : kernels(residual_dense_block_kernels<T>(current_isa())), args_(args), block_(block) {}
 
   const ResidualDenseBlockKernels<T>& kernels;
 
@@ -32,17 +32,17 @@ class ResidualConvolution {
     constexpr int64_t kColumns = 48, kBytes = 640 * 1024, kCopies = 4;  // a pixel is in four patches
     const int64_t height = args_.height, width = args_.width;
     const int64_t columns = even(ceil(width, ceil(width, kColumns))), across = ceil(width, columns);
-    const int64_t row_bytes = kCopies * columns * rows_.padded_depth(channels) * rows_.kernels.operand_bytes;
+    const int64_t row_bytes = kCopies * columns * block_.padded_depth(channels) * block_.kernels.operand_bytes;
     const int64_t fit = std::max<int64_t>(2, kBytes / std::max<int64_t>(1, row_bytes) / 2 * 2);
     int64_t rows = std::min(fit, even(ceil(height, ceil(height, fit))));
-    while (rows > 2 && ceil(height, rows) * across * args_.batch < 4 * rows_.workers) rows -= 2;
+    while (rows > 2 && ceil(height, rows) * across * args_.batch < 4 * block_.workers) rows -= 2;
     return {{0, 0, rows, 0, columns}, ceil(height, rows), across};
   }
 
   // body(worker, tile) for all tiles.
   template <typename Body>
   void for_each_tile(const Tiles& t, const Body& body) const {
-    rows_.for_each_worker(args_.batch * t.down * t.across, [&](int64_t worker, int64_t unit) {
+    block_.for_each_worker(args_.batch * t.down * t.across, [&](int64_t worker, int64_t unit) {
       Tile tile{unit / (t.down * t.across), unit / t.across % t.down * t.first.rows, t.first.rows,
                 unit % t.across * t.first.columns, t.first.columns};
       tile.rows = std::min(tile.rows, args_.height - tile.row);
@@ -52,10 +52,10 @@ class ResidualConvolution {
   }
 
   at::Tensor pack(const ResidualLayerArgs& layer, bool reversed) const {
-    return pack_tile_panels(rows_, kernels, layer.geometry, layer.conv.weight, reversed);
+    return pack_conv2d_weight(block_, kernels, layer.geometry, layer.conv.weight, reversed);
   }
   at::Tensor weight_gradient(const ResidualLayerArgs& layer, const at::Tensor& by_worker) const {
-    return total_tile_gradient(rows_, kernels, layer.geometry, layer.conv.weight, by_worker);
+    return sum_conv2d_weight_gradient(block_, kernels, layer.geometry, layer.conv.weight, by_worker);
   }
 
  private:
@@ -63,7 +63,7 @@ class ResidualConvolution {
   static int64_t even(int64_t n) { return n + n % 2; }
 
   const ResidualDenseBlockArgs& args_;
-  const BlockForward<T>& rows_;
+  const BlockForward<T>& block_;
 };
 
 }  // namespace fastdense

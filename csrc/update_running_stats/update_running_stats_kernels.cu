@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/batch_norm_math.h"
-#include "running_stats/running_stats_launch.h"
+#include "update_running_stats/update_running_stats_launch.h"
 
 namespace fastdense {
 namespace {

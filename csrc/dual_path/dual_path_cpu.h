@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward and backward of the CPU dual path stage share: the operands of conv_a, and the grouped convolution.
+// What forward and backward of the dual path stage share on the CPU: the inputs of conv_a, 1x1 convolutions with the
+// statistics of their results, and the grouped convolution.
 #pragma once
 
 #include <ATen/ops/convolution.h>
@@ -72,48 +73,46 @@ class DualPathBlocks {
   using A = accumulate_t<T>;
   using Coefficients = typename BlockForward<T>::Coefficients;
 
-  DualPathBlocks(const DualPathArgs& args, BlockForward<T>& rows, at::ScalarType dtype)
-      : conv(args, dtype), args_(args), rows_(rows) {
+  DualPathBlocks(const DualPathArgs& args, BlockForward<T>& block, at::ScalarType dtype)
+      : conv(args, dtype), args_(args), block_(block) {
     const int64_t widest = std::max({args.channels(), args.in_channels, args.width_a, args.width_b});
-    rows.reserve_workspace(widest, widest);
+    block.reserve_workspace(widest, widest);
   }
 
   // What conv_a of block i reads; `dense` are the dense channels.
   Sources<T> sources(int64_t i, const Coefficients& c, Columns<const T> residual, Columns<const T> dense) const {
-    if (i == 0) return {rows_.source(residual.data, residual.ld, c)};
-    return {rows_.source(residual.data, residual.ld, c, 0, args_.residual),
-            rows_.source(dense.data, dense.ld, c, args_.residual, c.n - args_.residual)};
+    if (i == 0) return {block_.source(residual.data, residual.ld, c)};
+    return {block_.source(residual.data, residual.ld, c, 0, args_.residual),
+            block_.source(dense.data, dense.ld, c, args_.residual, c.n - args_.residual)};
   }
 
-  // a = conv_a(act(sources)); mean and var [ra] of the result, or nullptr.
-  void make_a(int64_t i, const Sources<T>& sources, T* a, A* mean, A* var) const {
+  // a = conv_a(act(sources)), and the batch statistics [ra] of the result where wanted.
+  void make_a(int64_t i, const Sources<T>& sources, T* a, const BatchStatistics<A>& statistics) const {
     const DualPathBlockArgs& block = args_.blocks[size_t(i)];
-    product(block.conv_a.weight, sources, nullptr, args_.a_pixels(i), {{a, args_.width_a, args_.width_a}},
-            {{mean, var}});
+    conv1x1(block.conv_a.weight, sources, nullptr, args_.a_pixels(i), {{a, args_.width_a, args_.width_a}},
+            {statistics});
   }
 
   // u = relu(norm_b(a)).
   void activate_a(int64_t i, const T* a, const Coefficients& c, T* u) const {
-    const Source<T> source = rows_.source(a, args_.width_a, c);
-    rows_.for_each_chunk(
-        args_.a_pixels(i), rows_.kernels.chunk_rows(args_.width_a),
-        [&](int64_t, int64_t, int64_t row, int64_t count) { rows_.kernels.norm(source, true, row, count, u); });
+    const Source<T> source = block_.source(a, args_.width_a, c);
+    block_.for_each_chunk(
+        args_.a_pixels(i), block_.kernels.chunk_rows(args_.width_a),
+        [&](int64_t, int64_t, int64_t row, int64_t count) { block_.kernels.norm(source, true, row, count, u); });
   }
 
-  struct Statistics {
-    A *mean = nullptr, *var = nullptr;
-  };
+  using Statistics = BatchStatistics<A>;
 
   // Targets of act(sources) * weight for `pixels` rows, and the batch statistics of each where wanted.
-  void product(const at::Tensor& weight, const Sources<T>& sources, const PoolGeometry* pool, int64_t pixels,
+  void conv1x1(const at::Tensor& weight, const Sources<T>& sources, const PoolGeometry* pool, int64_t pixels,
                Targets<T> targets, std::array<Statistics, 2> statistics) const {
-    const at::Tensor panels = rows_.pack_forward(weight);
-    const int64_t most = rows_.kernels.chunk_rows(sources.channels()), chunks = rows_.num_chunks(pixels, most);
+    const at::Tensor panels = block_.pack_forward(weight);
+    const int64_t most = block_.kernels.chunk_rows(sources.channels()), chunks = block_.num_chunks(pixels, most);
     at::Tensor partial[2];
     Target<T>* target[2] = {&targets.first, &targets.second};
     for (int t = 0; t < 2; ++t)
-      partial[t] = rows_.template temporary<double>({statistics[t].mean ? chunks : 0, 2, target[t]->columns});
-    rows_.for_each_chunk(pixels, most, [&](int64_t worker, int64_t chunk, int64_t row, int64_t count) {
+      partial[t] = block_.template temporary<double>({statistics[t].mean ? chunks : 0, 2, target[t]->columns});
+    block_.for_each_chunk(pixels, most, [&](int64_t worker, int64_t chunk, int64_t row, int64_t count) {
       Targets<T> to = targets;
       Target<T>* each[2] = {&to.first, &to.second};
       for (int t = 0; t < 2; ++t) {
@@ -121,19 +120,19 @@ class DualPathBlocks {
         each[t]->mean = partial[t].template mutable_data_ptr<double>() + 2 * chunk * each[t]->columns;
         each[t]->m2 = each[t]->mean + each[t]->columns;
       }
-      rows_.kernels.product(sources, pool, row, count, rows_.panels_of(panels), to, rows_.workspace(worker));
+      block_.kernels.conv1x1(sources, pool, row, count, block_.panels_of(panels), to, block_.workspace(worker));
     });
-    const auto count = [&](int64_t chunk) { return rows_.chunk_count(pixels, most, chunk); };
+    const auto count = [&](int64_t chunk) { return block_.chunk_count(pixels, most, chunk); };
     for (int t = 0; t < 2; ++t)
       if (statistics[t].mean)
-        rows_.combine(partial[t], target[t]->columns, count, statistics[t].mean, statistics[t].var);
+        block_.combine(partial[t], target[t]->columns, count, statistics[t].mean, statistics[t].var);
   }
 
   const GroupedConvolution conv;
 
  private:
   const DualPathArgs& args_;
-  const BlockForward<T>& rows_;
+  const BlockForward<T>& block_;
 };
 
 }  // namespace fastdense

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Large results on the CPU are fresh memory, and its first touch costs one page fault for every 4 KiB, often more than
-// the arithmetic.  Where Linux hands out huge pages on request, this requests them.
+// Large results on the CPU are fresh memory, whose first touch costs one page fault for every 4 KiB, often more than
+// the arithmetic.  Where Linux gives huge pages on request, this requests them; other tensors are returned as they are.
 #pragma once
 
 #include <ATen/core/Tensor.h>

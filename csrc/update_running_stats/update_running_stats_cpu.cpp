@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "core/batch_norm_math.h"
-#include "running_stats/running_stats.h"
+#include "update_running_stats/update_running_stats.h"
 
 namespace fastdense {
 namespace {

@@ -8,8 +8,8 @@
 
 #include "core/batch_norm_math.h"
 #include "core/storage.h"
-#include "running_stats/running_stats.h"
-#include "running_stats/running_stats_launch.h"
+#include "update_running_stats/update_running_stats.h"
+#include "update_running_stats/update_running_stats_launch.h"
 
 namespace fastdense {
 

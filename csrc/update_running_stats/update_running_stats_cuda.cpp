@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "running_stats/running_stats_cuda.h"
+#include "update_running_stats/update_running_stats_cuda.h"
 
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The CUDA kernel of update_running_stats_: many norms a launch.  No torch header.
 #pragma once
 
 #include <cstdint>

@@ -128,5 +128,5 @@ wheels: sdist  ## build a wheel for each Python found, try each in a clean envir
 	@$(BIN)/python release/wheels.py "$$(ls -t dist/fastdense-*.tar.gz | head -n 1)" $(WHEELS)
 
 clean:  ## remove builds and caches, keep .venv
-	@rm -rf build dist site *.egg-info fastdense/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf build dist site *.egg-info fastdense/*.so fastdense/_C*.json .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

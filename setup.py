@@ -12,6 +12,7 @@ MAX_JOBS, DEBUG=1, SANITIZE=address,undefined (what GCC's -fsanitize takes; "mak
 
 import atexit
 import contextlib
+import json
 import logging
 import os
 import re
@@ -206,6 +207,14 @@ def extension() -> cpp_extension.CppExtension:
     )
 
 
+def write_facts(binary: Path) -> None:
+    """Writes beside the compiled module what it was built with: what fastdense/_build_info.py reads."""
+    cuda = torch.version.cuda if find_cuda() else None
+    facts = {"version": PROJECT["version"], "torch": torch.__version__, "cuda": cuda}
+    facts["cuda_arch_list"] = find_arch_list() if cuda else None
+    binary.with_suffix(".json").write_text(json.dumps(facts) + "\n")
+
+
 @contextlib.contextmanager
 def short_progress() -> Iterator[None]:
     """Shortens ninja's "[3/57] command" to "[3/57] file"; the rest, as failed commands and their errors, stays."""
@@ -233,6 +242,8 @@ def short_progress() -> Iterator[None]:
 
 
 class Build(cpp_extension.BuildExtension):
+    links = True
+
     def finalize_options(self) -> None:
         super().finalize_options()
         # ninja decides what is out of date, by headers and flags as well: it is always asked, and
@@ -244,12 +255,16 @@ class Build(cpp_extension.BuildExtension):
         print(f"fastdense: building for {describe_target()}", file=sys.stderr, flush=True)
         with short_progress():
             super().run()
+        if self.links:
+            write_facts(Path(self.get_ext_fullpath("fastdense._C")))
         if hint := cpu_build_hint():
             atexit.register(print, hint, file=sys.stderr)  # setuptools may have more to say
 
 
 class CudaObjects(Build):
     """Compiles what a CPU build leaves out, and links nothing."""
+
+    links = False
 
     def run(self) -> None:
         if not find_cuda():

@@ -15,7 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from docstrings import PACKAGES, path_of, public_names
-from fastdense.cli.parser import make_parser
+from fastdense.cli.commands import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the repository's pages link to, and where the site has it; a link to anything else becomes its text.

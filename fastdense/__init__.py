@@ -1,33 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Densely connected networks on shared buffers: the same numbers, less memory, more speed."""
 
-from typing import TYPE_CHECKING
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: F401  (loads the libraries that _C links against)
+from fastdense._build_info import version
 
-from fastdense import _C, _old_paths, models, nn, ops
-from fastdense.fusion.convert import convert, restore
-from fastdense.fusion.report import report
-from fastdense.ops import bicubic_resize
-from fastdense.sr.upscaling import upscale
-
-if TYPE_CHECKING:
-    from fastdense._C import BuildInfo
-
-_old_paths.install()
-
-__version__: str = _C.build_info()["version"]
-
-
-def build_info() -> "BuildInfo":
-    """What was compiled, and what it makes of this machine.
-
-    Returns:
-        A dict of ``version``; ``torch``, the version compiled with; ``cuda`` and ``cuda_arch_list``, None in a build
-        for the CPU alone; ``compiler``; ``simd``, the vector instructions in use; ``cuda_kernels``, the choice
-        of FASTDENSE_CUDA_KERNELS; ``threads`` of this machine.
-    """
-    return _C.build_info()
-
+__version__ = version()
 
 __all__ = ["bicubic_resize", "build_info", "convert", "models", "nn", "ops", "report", "restore", "upscale"]
+
+
+def _is_command() -> bool:
+    """Whether Python was started as ``fastdense ...`` or ``python -m fastdense ...``."""
+    if sys.argv[:1] == ["-m"]:  # while Python looks for the module; -Im and the like are options too
+        return any(
+            option[:1] == "-" and option[-1:] == "m" and name == __name__ for option, name in pairwise(sys.orig_argv)
+        )
+    return Path(*sys.argv[:1]).name == __name__
+
+
+if TYPE_CHECKING or not _is_command():
+    from fastdense import _extension, models, nn, ops  # noqa: F401  (says what to do if there is no torch or no build)
+    from fastdense._extension import build_info
+    from fastdense._library import bicubic_resize, convert, report, restore, upscale
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Loads the library once a command uses it: torch takes seconds, help and version do without it."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from fastdense import _library
+
+        return getattr(_library, name)

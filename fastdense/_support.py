@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 class InputError(ValueError):
@@ -19,6 +19,20 @@ class InputError(ValueError):
 
 class MissingExtraError(ImportError):
     """A package of an optional dependency group is not installed."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, once what was done so far is kept. The message says what; the command line prints the next command.
+
+    Attributes:
+        resumes: whether the same command with ``--resume`` goes on from there.
+        result: what there is of a result.
+    """
+
+    def __init__(self, message: str, *, resumes: bool, result: Any = None) -> None:
+        super().__init__(message)
+        self.resumes = resumes
+        self.result = result
 
 
 @contextlib.contextmanager
@@ -72,11 +86,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

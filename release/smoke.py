@@ -26,7 +26,12 @@ def check_files() -> None:
     files = {str(path) for path in distribution.files or ()}
     assert Path(fastdense.__file__).is_relative_to(sys.prefix), fastdense.__file__
     assert distribution.version == fastdense.__version__
-    assert {"fastdense/py.typed", "fastdense/_C.pyi", "fastdense/cli/parser.py"} <= files
+    assert {
+        "fastdense/py.typed",
+        "fastdense/_C.pyi",
+        "fastdense/cli/commands.py",
+        "fastdense/models/catalogue.json",
+    } <= files
     assert any(name.endswith("licenses/LICENSE") for name in files)
     top = {name.split("/")[0] for name in files if not name.startswith("..")}
     assert top == {"fastdense", f"fastdense-{distribution.version}.dist-info"}, top
@@ -84,9 +89,12 @@ def check_models() -> None:
 
 
 def check_commands() -> None:
-    """Help works; a command that needs optional packages says which."""
+    """Help works, so do commands that need no other package; one that does says which."""
     assert "upscale" in command("-h").stdout
-    asked = command("info")
+    assert command("--version").stdout == f"fastdense {fastdense.__version__}\n"
+    assert f"built with torch     {torch.__version__}" in command("info").stdout
+    assert "densenet121" in command("models").stdout
+    asked = command("bench")
     assert asked.returncode == 2 and "pip install 'fastdense[cli]'" in asked.stderr, asked
 
 

@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: help that teaches, errors that say what to do, exit codes."""
 
+import json
+import re
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import numpy
 import pytest
 from PIL import Image
 
 import fastdense
+from fastdense import _choices
+from fastdense.bench import nets
 from fastdense.cli import main
-from fastdense.cli.parser import make_parser
+from fastdense.cli.commands import make_parser
+from fastdense.models import catalogue
+from fastdense.ops.bicubic import PRESETS
 
 
 @pytest.mark.parametrize("command", ["info", "models", "bench", "train", "resize", "upscale", "evaluate", "demo"])
@@ -39,11 +47,17 @@ def test_info(capsys):
         (["bench", "--sweep", "depth", "--depths", "41"], "6 n \\+ 4"),
         (["train", "--model", "nope"], "expected --model to be one of"),
         (["train", "--data", "no-such-folder"], "no-such-folder"),
+        (
+            ["train", "--model", "rrdbnet"],
+            "rrdbnet, which enlarges pictures: fastdense train --task sr --model rrdbnet tr",
+        ),
+        (
+            ["train", "--task", "sr", "--model", "dpn68"],
+            "expected --model of --task sr to be one of drcn, .*, got 'dpn68'",
+        ),
     ],
 )
 def test_input_errors_exit_with_2(arguments, message, capsys, tmp_path):
-    import re
-
     if arguments[0] == "train":
         arguments = [*arguments, "--out", str(tmp_path)]
     assert main(arguments) == 2
@@ -138,7 +152,7 @@ def test_resize_of_a_folder(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["in.png", "out.png"], "either --scale or --size"),
+        (["in.png", "out.png"], "exactly one of --scale and --size"),
         (["missing", "out.png", "--scale", "2"], "IN to be a picture or a folder, got missing"),
         (["in.png", "out.xyz", "--scale", "2"], "OUT to end in"),
         (["in.png", "out.png", "--scale", "0.01"], "large enough"),
@@ -177,3 +191,88 @@ def test_train_refuses_what_is_no_assignment(text, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--set", text])
     assert f"expected NAME=VALUE like depth=20, got {text!r}" in capsys.readouterr().err
+
+
+# --- version, JSON, completion ----------------------------------------------------------------------------------------
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"fastdense {fastdense.__version__}\n"
+
+
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["build"] == fastdense.build_info()
+    assert found["models"] == fastdense.models.list()
+    assert found["versions"]["torch"] and found["cores"] >= 1
+
+
+@pytest.mark.parametrize("package", ["rich", "tqdm", "psutil", "PIL"])
+def test_info_and_models_need_no_other_package(package, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    for arguments in (["info"], ["info", "--json"], ["models"], ["models", "--json"]):
+        assert main(arguments) == 0
+        assert "densenet121" in capsys.readouterr().out
+
+
+def test_info_says_how_to_build_for_another_torch(monkeypatch, capsys):
+    monkeypatch.setattr("torch.__version__", "9.9.9")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().err
+    assert f"built with torch {fastdense.build_info()['torch']}, but 9.9.9 is installed; build it again:" in text
+    assert "-m pip install --no-build-isolation" in text
+
+
+def test_models_as_json(capsys):
+    assert main(["models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(found) == fastdense.models.list()
+    assert found["densenet121"]["parameters"] == 7_978_856
+    assert found["densenet121"]["shape"] == [3, 224, 224]
+
+
+def test_figures_of_the_models_are_what_is_counted():
+    """If this fails because a model has changed: ``python -m fastdense.models.catalogue`` writes the file again."""
+    kept = json.loads(catalogue.FILE.read_text())
+    assert list(kept) == fastdense.models.list() == sorted(catalogue.CATALOGUE)
+    for name, figures in kept.items():
+        assert catalogue.describe(name) == figures, name
+
+
+def test_figures_are_written_again_as_they_are(monkeypatch, tmp_path):
+    kept = json.loads(catalogue.FILE.read_text())
+    monkeypatch.setattr(catalogue, "describe", kept.get)
+    monkeypatch.setattr(catalogue, "FILE", tmp_path / "catalogue.json")
+    before = Path(catalogue.__file__).with_suffix(".json").read_text()
+    catalogue.main()
+    assert (tmp_path / "catalogue.json").read_text() == before
+
+
+def test_shell_completion_where_argcomplete_is_installed(monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "argcomplete", types.SimpleNamespace(autocomplete=asked.append))
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert asked == []
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    (parser,) = asked
+    assert parser.prog == "fastdense"
+    monkeypatch.setitem(sys.modules, "argcomplete", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+
+
+def test_choices_are_those_of_the_library():
+    assert set(_choices.BENCH_VARIANTS) == set(nets.VARIANTS)
+    assert set(_choices.PRESET_NAMES) == set(PRESETS)
+    assert set(_choices.COMPARED_VARIANTS) | set(_choices.SWEEP_VARIANTS) <= set(nets.VARIANTS)
+    assert {variant.memory for variant in nets.VARIANTS.values()} - {None} == set(_choices.DUAL_PATH_MEMORY_MODES)

@@ -344,6 +344,20 @@ def test_nothing_found_names_what_was_looked_for():
         fastdense.convert(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("function", [fastdense.convert, fastdense.restore, fastdense.report])
+@pytest.mark.parametrize(
+    ("model", "got"),
+    [
+        ("densenet121", r"the name 'densenet121'; make the model first, e.g. fastdense.models.create\('densenet121'\)"),
+        (nn.Linear, r"the class Linear; make the model first, e.g. Linear\(...\)"),
+        ({"weight": 1}, "dict$"),
+    ],
+)
+def test_what_is_no_module_is_named(function, model, got):
+    with pytest.raises(TypeError, match=f"^{function.__name__}: expected model to be a torch.nn.Module, got {got}"):
+        function(model)
+
+
 def test_unknown_memory_mode_changes_nothing():
     net = torchvision_net()
     with pytest.raises(ValueError, match=r"memory to be one of \('balanced', 'min'\), got 'tiny'"):

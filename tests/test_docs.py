@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fastdense.cli.parser import make_parser
+from fastdense.cli.commands import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("fastdense", *(f"fastdense.{name}" for name in ("nn", "ops", "models", "train", "bench", "sr.quality")))

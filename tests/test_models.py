@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model definitions: published parameter counts, torchvision's keys and numbers, the registry."""
 
+import inspect
 import re
+import typing
 
 import monai.networks.nets.densenet as monai_densenet
 import pytest
@@ -101,11 +103,43 @@ def test_parameter_counts_in_three_dimensions(name, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+def test_monai_s_words_are_understood():
+    with torch.device("meta"):
+        theirs = monai_densenet.DenseNet121(spatial_dims=3, in_channels=1, out_channels=2, dropout_prob=0.25)
+        ours = models.densenet121(spatial_dims=3, in_channels=1, out_channels=2, dropout_prob=0.25)
+    shapes = [[p.shape for p in model.parameters()] for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    rates = {layer.drop_rate for layer in ours.modules() if isinstance(layer, fastdense.plain.dense_block.DenseLayer)}
+    assert rates == {0.25}
+    with pytest.raises(
+        ValueError, match="densenet169: expected num_classes or out_channels, MONAI's word for it, got bo"
+    ):
+        models.densenet169(num_classes=2, out_channels=2)
+
+
+@pytest.mark.parametrize("name", models.list())
+def test_arguments_of_a_model_s_function_are_those_of_its_class(name):
+    """Those written out, and those of ``**options``, by name and type."""
+    function = getattr(models, name)
+    known = typing.get_type_hints(function)
+    made = known.pop("return")
+    assert issubclass(made, torch.nn.Module)
+    options = typing.get_args(known.pop("options", None))
+    given = known | (typing.get_type_hints(options[0]) if options else {})
+    assert not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()) or options
+    theirs = typing.get_type_hints(made.__init__)
+    apart = {"image_channels", *models.densenet._MONAI} if options else {"depth", "growth_rate", "drop_rates", "width"}
+    for argument, kind in given.items():
+        if argument not in apart:
+            assert theirs[argument] == kind, argument
+
+
 SMALL = {"growth_rate": 4, "block_config": (2, 2)}
 
 
 def small_densenet(dims: int = 2, image_channels: int = 3) -> torch.nn.Module:
-    return models.densenet._imagenet((2, 2), 4, 6, spatial_dims=dims, image_channels=image_channels, num_classes=5)
+    options = {"spatial_dims": dims, "image_channels": image_channels, "num_classes": 5}
+    return models.densenet._imagenet("small", (2, 2), 4, 6, options)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

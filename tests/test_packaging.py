@@ -56,7 +56,7 @@ def test_wheel_holds_the_package_and_its_types(packed):
     """Besides the compiled module."""
     files = {path.relative_to(packed / "wheel").as_posix() for path in (packed / "wheel").rglob("*") if path.is_file()}
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastdense").rglob("*.py")}
-    assert files == package | {"fastdense/py.typed", "fastdense/_C.pyi"}
+    assert files == package | {"fastdense/py.typed", "fastdense/_C.pyi", "fastdense/models/catalogue.json"}
 
 
 # --- interfaces ------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def write_bomb(path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["in.png", "out.png"], "upscale: expected --scale to be given without --model, got neither"),
+        (["in.png", "out.png"], "upscale: expected --model or --scale to be given, got neither"),
         (["in.png", "out.png", "--model", "net.pt", "--scale", "2"], "--scale to be 4 like the model's, got 2"),
         (["in.png", "out.png", "--model", "absent.pth"], "expected --model to be a file or realesrgan-x4plus"),
         (["in.png", "out.png", "--model", "in.png"], "to be a whole checkpoint of tensors"),

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from fastdense._build_info import PACKAGE
+from fastdense._extension import build_info
+
 _PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "pillow")
 
 
@@ -20,8 +23,6 @@ def describe(threads: int = 0) -> dict[str, object]:
     Args:
         threads: CPU threads asked for; 0 stands for torch's own choice.
     """
-    import fastdense
-
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),
@@ -35,8 +36,8 @@ def describe(threads: int = 0) -> dict[str, object]:
             "convolutions": torch.backends.cudnn.allow_tf32,
             "products": torch.backends.cuda.matmul.allow_tf32,
         },
-        "build": fastdense.build_info(),
-        "commit": git_commit(Path(fastdense.__file__).resolve().parent.parent),
+        "build": build_info(),
+        "commit": git_commit(PACKAGE.parent),
     }
 
 

@@ -8,10 +8,6 @@ import json
 
 from fastdense.bench.nets import Net
 
-DEVICES = ("cpu", "cuda")
-DTYPES = ("float32", "bfloat16", "float16")
-MODES = ("train", "eval")
-
 
 @dataclasses.dataclass(frozen=True)
 class Job:

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdense import models
+from fastdense._choices import DualPathMemoryMode
 from fastdense._support import InputError, extra
+from fastdense.fusion.convert import convert, restore
 
 # Dense layers per block of the ImageNet networks that torchvision has no function for.
 _MORE_BLOCKS = {"densenet264": (6, 12, 64, 48)}
@@ -89,7 +92,7 @@ class Variant:
     channels_last: bool
     memory_efficient: bool = False
     compile: str | None = None
-    memory: str | None = None
+    memory: DualPathMemoryMode | None = None
     timm: bool = False
     graph: bool = False
 
@@ -112,14 +115,11 @@ VARIANTS = {
 
 # The two layouts of unchanged PyTorch; ratios refer to the better of them.
 PLAIN_LAYOUTS = ("plain", "plain-channels-last")
-MEMORY_MODES = ("balanced", "min", "reversible")
 
 
 def known_nets() -> list[str]:
     """Names that `plain_model` accepts."""
-    import fastdense
-
-    return sorted({*_TORCHVISION, *_TIMM, *_MORE_BLOCKS, "densenet_cifar", *fastdense.models.list()})
+    return sorted({*_TORCHVISION, *_TIMM, *_MORE_BLOCKS, "densenet_cifar", *models.list()})
 
 
 def plain_model(net: Net, *, memory_efficient: bool = False) -> nn.Module:
@@ -192,14 +192,12 @@ def cifar_densenet(net: Net, *, memory_efficient: bool = False) -> nn.Module:
 
 def _restored_model(net: Net, memory_efficient: bool) -> nn.Module:
     """Builds one of fastdense's networks and turns it into plain modules."""
-    import fastdense
-
-    if net.name not in fastdense.models.list():
+    if net.name not in models.list():
         known = ", ".join(known_nets())
         raise InputError(f"bench: expected --model to be one of {known}, got {net.name!r}")
     if memory_efficient:
         raise InputError(f"bench: torchvision has no memory_efficient form of {net.label}")
-    return fastdense.restore(fastdense.models.create(net.name, **net.create_kwargs()))
+    return restore(models.create(net.name, **net.create_kwargs()))
 
 
 def _moved_to_timm(net: Net, like: nn.Module) -> nn.Module:
@@ -225,9 +223,7 @@ def build(net: Net, variant: Variant) -> nn.Module:
     if variant.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if variant.memory is not None:
-        import fastdense
-
-        if variant.memory not in fastdense.models.memory_modes(net.name):
+        if variant.memory not in models.memory_modes(net.name):
             raise InputError(f"bench: expected a memory mode of {net.label}, got {variant.memory!r}")
-        model = fastdense.convert(model, memory=variant.memory)
+        model = convert(model, memory=variant.memory)
     return model

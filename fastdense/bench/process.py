@@ -41,6 +41,7 @@ class Worker:
             stderr=self._errors,
             env=_environment(job.threads),
             bufsize=0,
+            process_group=0,  # Ctrl-C is for the parent, which ends its workers
         )
         self._send(job.to_json())
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdense._C import build_info
+from fastdense._extension import build_info
 from fastdense.bench.memory import mib_per_image
 from fastdense.bench.nets import PLAIN_LAYOUTS, VARIANTS, Net
 from fastdense.bench.roofline import Ceilings, training_roofline
@@ -119,11 +119,12 @@ class BenchResult:
     skipped: list[str]
     rows: list[Row]
     ceilings: Ceilings | None = None
+    interrupted: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether every variant gave every number."""
-        return not any(row.time_error or row.memory_error for row in self.rows)
+        return not self.interrupted and not any(row.time_error or row.memory_error for row in self.rows)
 
     @property
     def time_baseline(self) -> Row | None:
@@ -150,13 +151,13 @@ class BenchResult:
             "time_ratio": median_ratio(row.seconds, fast.seconds if fast else []),
             "memory_ratio": row.slope / small.slope if row.slope is not None and small and small.slope else None,
             "max_loss_difference": row.loss_difference,
-            **self.against_floor(row),
+            **self.against_roofline(row),
             "time_error": row.time_error,
             "memory_error": row.memory_error,
         }
 
-    def against_floor(self, row: Row) -> dict[str, float | None]:
-        """Compulsory traffic over time, and the share of the time that the model of `floor` calls the least."""
+    def against_roofline(self, row: Row) -> dict[str, float | None]:
+        """Compulsory traffic over time, and the share of the time that `fastdense.bench.roofline` calls the least."""
         config, variant = self.config, VARIANTS[row.variant]
         floor = None
         if self.ceilings and config.mode == "train" and row.seconds:
@@ -186,6 +187,7 @@ class BenchResult:
             "ceilings": self.ceilings and dataclasses.asdict(self.ceilings),
             "images": {"source": self.images, "skipped": self.skipped},
             "labels": "arbitrary but fixed",
+            "interrupted": self.interrupted,
             "baseline": {
                 "time": fast and fast.variant,
                 "memory": small and small.variant,

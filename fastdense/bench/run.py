@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdense._support import Interrupted
 from fastdense.bench.environment import describe
 from fastdense.bench.job import Job
 from fastdense.bench.photographs import PhotoBatch, load_batch
@@ -49,17 +50,28 @@ def run_bench(config: BenchConfig, tick: Tick = lambda _: None) -> BenchResult:
 
     Raises:
         InputError: there are no usable images.
+        Interrupted: Ctrl-C; ``result`` has the samples of the rounds that were timed completely.
     """
     most = max(config.batch, *config.memory_batches, 1)
+    interrupted = False
     with stored_batch(config, most) as (path, photos):
         rows = [Row(variant) for variant in config.variants]
-        for _ in range(config.repeats):
-            time_rows([row for row in rows if not row.time_error], config, path, tick)
-        for row in rows:
-            if not row.time_error:
-                measure_memory(row, config, path, tick)
+        try:
+            for _ in range(config.repeats):
+                time_rows([row for row in rows if not row.time_error], config, path, tick)
+            for row in rows:
+                if not row.time_error:
+                    measure_memory(row, config, path, tick)
+        except KeyboardInterrupt:
+            if not any(row.seconds for row in rows):
+                raise
+            interrupted = True
     ceilings = measure_ceilings(getattr(torch, config.dtype)) if config.device == "cuda" else None
-    return BenchResult(config, describe(config.threads), photos.source, photos.skipped, rows, ceilings)
+    result = BenchResult(config, describe(config.threads), photos.source, photos.skipped, rows, ceilings, interrupted)
+    if interrupted:
+        done = f"{max(len(row.seconds) for row in rows)} of {config.repeats * config.steps} rounds"
+        raise Interrupted(f"stopped; {done} were timed. To measure all:", resumes=False, result=result)
+    return result
 
 
 def count_ticks(config: BenchConfig) -> int:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from fastdense._choices import SWEEP_DEPTHS
+from fastdense._support import Interrupted
 from fastdense.bench.environment import describe
 from fastdense.bench.process import Worker, WorkerError
 from fastdense.bench.results import (
@@ -21,9 +23,6 @@ from fastdense.bench.results import (
     reference_row,
 )
 from fastdense.bench.run import Tick, make_job, measure_peak, stored_batch
-
-DEPTHS = (40, 70, 100, 130, 160, 190)
-SWEEP_VARIANTS = ("plain", "memory-efficient", "balanced", "min")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class SweepConfig:
     """
 
     base: BenchConfig
-    depths: tuple[int, ...] = DEPTHS
+    depths: tuple[int, ...] = SWEEP_DEPTHS
 
     def at(self, depth: int) -> BenchConfig:
         """The benchmark of one depth."""
@@ -78,11 +77,12 @@ class SweepResult:
     images: str
     skipped: list[str]
     points: list[SweepPoint]
+    interrupted: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether every point was measured."""
-        return not any(point.error for point in self.points)
+        return not self.interrupted and not any(point.error for point in self.points)
 
     def line(self, variant: str) -> list[SweepPoint]:
         """The measured points of one variant, in order of depth."""
@@ -108,6 +108,7 @@ class SweepResult:
             },
             "environment": self.environment,
             "images": {"source": self.images, "skipped": self.skipped},
+            "interrupted": self.interrupted,
             "points": [dataclasses.asdict(point) | {"step_mib": point.step_mib} for point in self.points],
         }
 
@@ -118,15 +119,27 @@ def run_sweep(config: SweepConfig, tick: Tick = lambda _: None) -> SweepResult:
     Args:
         config: what to measure.
         tick: progress callback, called once per point.
+
+    Raises:
+        Interrupted: Ctrl-C; ``result`` has the points of the depths that were measured completely.
     """
-    points = []
+    points: list[SweepPoint] = []
+    interrupted = False
     with stored_batch(config.base, config.base.batch) as (images, photos):
-        for depth in config.depths:
-            row = [_measure(config.at(depth), variant, images, tick) for variant in config.base.variants]
-            _compare_losses(row, config.base.dtype)
-            points += row
-    environment = describe(config.base.threads)
-    return SweepResult(config, environment, photos.source, photos.skipped, points)
+        try:
+            for depth in config.depths:
+                row = [_measure(config.at(depth), variant, images, tick) for variant in config.base.variants]
+                _compare_losses(row, config.base.dtype)
+                points += row
+        except KeyboardInterrupt:
+            if not points:
+                raise
+            interrupted = True
+    result = SweepResult(config, describe(config.base.threads), photos.source, photos.skipped, points, interrupted)
+    if interrupted:
+        done = f"{len(points) // len(config.base.variants)} of {len(config.depths)} depths"
+        raise Interrupted(f"stopped; {done} were measured. To measure all:", resumes=False, result=result)
+    return result
 
 
 def _measure(config: BenchConfig, variant: str, images: str, tick: Tick) -> SweepPoint:

@@ -154,7 +154,7 @@ def print_sweep(result: SweepResult, console: Console) -> None:
     for variant in base.variants:
         table.add_column(variant, justify="right", no_wrap=True)
     found = {(point.variant, point.depth): point for point in result.points}
-    for depth in result.config.depths:
+    for depth in sorted({point.depth for point in result.points}):
         points = [found[variant, depth] for variant in base.variants]
         cells = ["[red]failed[/red]" if p.error else _number(p.step_mib, 0) for p in points]
         table.add_row(str(depth), *cells)

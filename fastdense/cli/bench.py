@@ -4,15 +4,73 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fastdense._support import InputError, check_output, extra, write_json
-from fastdense.bench import BenchConfig, Net, SweepConfig, run_bench, run_sweep
-from fastdense.bench.nets import MEMORY_MODES, VARIANTS, known_nets
-from fastdense.bench.run import count_ticks
-from fastdense.bench.sweep import SWEEP_VARIANTS
+from fastdense._choices import (
+    BENCH_MODES,
+    BENCH_VARIANTS,
+    COMPARED_VARIANTS,
+    DUAL_PATH_MEMORY_MODES,
+    SWEEP_DEPTHS,
+    SWEEP_VARIANTS,
+)
+from fastdense._support import InputError, Interrupted, check_output, write_json
+from fastdense.cli.arguments import Commands, add_command, add_machine, add_model, names, numbers
+from fastdense.cli.terminal import console, progress
+
+if TYPE_CHECKING:
+    from fastdense.bench import BenchConfig
+
+HELP = """Compare time and memory with plain PyTorch.
+
+Compares time and memory of the plain torchvision or timm model, the same with checkpointing, and fastdense's modes.
+Each runs in its own process; they take turns, one training step at a time. A timing counts only if all variants reach
+the same loss.
+
+examples:
+  fastdense bench                                         DenseNet-121, 224 x 224, batch 8
+  fastdense bench --model densenet_cifar --depth 100 --batch 64
+  fastdense bench --dtype bfloat16 --variants plain-channels-last,balanced
+  fastdense bench --mode eval --json eval.json --plot eval.png
+  fastdense bench --sweep depth --plot depth.png          memory against the number of layers
+
+Exit code 1 if a variant failed or its losses disagree. Ctrl-C shows and writes what was measured so far.
+"""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = add_command(commands, "bench", HELP, run)
+    add_model(parser, "densenet121", "densenet121", depth=100)
+    parser.add_argument("--batch", type=int, help="images per step (default: 8, or 64 for densenet_cifar)")
+    parser.add_argument("--size", type=int, help="side of an image in pixels (default: 224, or 32 for densenet_cifar)")
+    parser.add_argument("--mode", choices=BENCH_MODES, default="train", help="whole training steps or eval forwards")
+    parser.add_argument(
+        "--variants",
+        type=names(BENCH_VARIANTS),
+        metavar="A,B",
+        help=f"from {', '.join(BENCH_VARIANTS)} (default: {','.join(COMPARED_VARIANTS)})",
+    )
+    parser.add_argument(
+        "--memory", type=names(DUAL_PATH_MEMORY_MODES), help="fastdense's modes only, e.g. balanced,min"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per repeat (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="fresh starts of all processes (default: %(default)s)")
+    parser.add_argument(
+        "--memory-batches",
+        type=numbers,
+        default=(4, 12),
+        metavar="M,N",
+        help="batch sizes of the memory slope, 0 for none (default: 4,12)",
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures (default: scikit-image's photographs)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples and the environment")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
+    parser.add_argument("--sweep", choices=("depth",), help="memory against depth of a CIFAR DenseNet-BC")
+    parser.add_argument("--depths", type=numbers, default=SWEEP_DEPTHS, metavar="L,L", help="depths of the sweep")
+    add_machine(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -22,17 +80,20 @@ def run(options: argparse.Namespace) -> int:
 
 def make_config(options: argparse.Namespace) -> BenchConfig:
     """Checks the options and fills in what depends on the model."""
-    from fastdense.cli.parser import BENCH_VARIANTS
+    import torch
+
+    from fastdense.bench import VARIANTS, BenchConfig, Net
+    from fastdense.bench.nets import known_nets
 
     if options.model not in known_nets():
         raise InputError(f"bench: expected --model to be one of {', '.join(known_nets())}, got {options.model!r}")
     net = Net(options.model, options.depth, options.growth_rate)
-    variants = options.variants or BENCH_VARIANTS
+    variants = options.variants or COMPARED_VARIANTS
     if options.memory:
-        unwanted = [v for v in options.variants or () if v in MEMORY_MODES and v not in options.memory]
+        unwanted = [v for v in options.variants or () if v in DUAL_PATH_MEMORY_MODES and v not in options.memory]
         if unwanted:
             raise InputError(f"bench: expected --memory to include {unwanted[0]} of --variants, got {options.memory}")
-        variants = tuple(v for v in variants if v not in MEMORY_MODES)
+        variants = tuple(v for v in variants if v not in DUAL_PATH_MEMORY_MODES)
         variants += tuple(v for v in options.memory if v not in variants)
     config = BenchConfig(
         net=net,
@@ -72,33 +133,27 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
             f"bench: expected {graphs[0]} of --variants to run with --device cuda and without float16, which scales its"
             f" losses on the host, got --device {config.device} --dtype {config.dtype}"
         )
-    if config.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise InputError("bench: expected --device to be usable, got cuda without a CUDA GPU; use --device cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("bench: device 'cuda' is not available; use --device cpu")
     return config
 
 
 def run_comparison(config: BenchConfig, options: argparse.Namespace) -> int:
-    """Runs one benchmark and shows it; options may carry ``json`` and ``plot``."""
+    """Runs one benchmark and shows it."""
+    from fastdense.bench import run_bench
     from fastdense.bench.plots import save_bench
+    from fastdense.bench.run import count_ticks
     from fastdense.bench.tables import print_bench
 
     with progress("bench", count_ticks(config)) as tick:
-        result = run_bench(config, tick)
+        result, stop = _measured(lambda: run_bench(config, tick))
     print_bench(result, console())
-    if options.json:
-        write_json(options.json, result.to_json())
-        console().print(f"wrote {options.json}", highlight=False)
-    if options.plot:
-        save_bench(result, options.plot)
-        console().print(f"drew {options.plot}", highlight=False)
-    return 0 if result.ok else 1
+    return _finish(result, stop, options, save_bench)
 
 
 def run_depth_sweep(options: argparse.Namespace) -> int:
     """Measures memory against depth."""
+    from fastdense.bench import SweepConfig, run_sweep
     from fastdense.bench.plots import save_sweep
     from fastdense.bench.tables import print_sweep
 
@@ -109,33 +164,29 @@ def run_depth_sweep(options: argparse.Namespace) -> int:
         if depth < 10 or (depth - 4) % 6:
             raise InputError(f"bench: expected --depths to be of the form 6 n + 4 (10, 16, ..., 100), got {depth}")
     with progress("sweep", len(config.depths) * len(config.base.variants)) as tick:
-        result = run_sweep(config, tick)
+        result, stop = _measured(lambda: run_sweep(config, tick))
     print_sweep(result, console())
+    return _finish(result, stop, options, save_sweep)
+
+
+def _measured(measure: Callable[[], Any]) -> tuple[Any, Interrupted | None]:
+    """The result, or what there is of it when Ctrl-C was pressed."""
+    try:
+        return measure(), None
+    except Interrupted as stop:
+        return stop.result, stop
+
+
+def _finish(
+    result: Any, stop: Interrupted | None, options: argparse.Namespace, save: Callable[[Any, Path], None]
+) -> int:
+    """Writes and draws what the options ask for."""
     if options.json:
         write_json(options.json, result.to_json())
+        print(f"wrote {options.json}")
     if options.plot:
-        save_sweep(result, options.plot)
-        console().print(f"drew {options.plot}", highlight=False)
+        save(result, options.plot)
+        print(f"drew {options.plot}")
+    if stop:
+        raise stop
     return 0 if result.ok else 1
-
-
-def console() -> Any:
-    """The terminal; wide enough for the table where the output is a file."""
-    with extra("cli"):
-        from rich.console import Console
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=140)
-
-
-@contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on stderr; yields the callback that moves it by one."""
-    with extra("cli"):
-        from tqdm import tqdm
-    with tqdm(total=total, desc=title, leave=False, dynamic_ncols=True) as bar:
-
-        def tick(what: str) -> None:
-            bar.set_postfix_str(what, refresh=False)
-            bar.update()
-
-        yield tick

@@ -4,21 +4,39 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+import sys
+import textwrap
 
-import torch
+from fastdense._build_info import build_commands
+from fastdense.cli.arguments import Commands, add_command
 
-import fastdense
-from fastdense._support import extra
-from fastdense.bench.environment import cpu_name, gpu_names, total_memory_gib, usable_cores
+HELP = """Show what was built and what this machine offers.
+
+examples:
+  fastdense info
+  fastdense info --json
+"""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = add_command(commands, "info", HELP, run)
+    parser.add_argument("--json", action="store_true", help="print JSON, with the versions of other packages")
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints what was built and what this machine offers."""
-    with extra("cli"):
-        from rich.console import Console
-        from rich.table import Table
+    import torch
+
+    import fastdense
+    from fastdense.bench.environment import cpu_name, describe, gpu_names, total_memory_gib, usable_cores
+
+    if options.json:
+        print(json.dumps({**describe(), "models": fastdense.models.list()}, indent=2))
+        return 0
     info = fastdense.build_info()
-    table = Table(show_header=False, box=None, pad_edge=False)
     rows = {
         "fastdense": info["version"],
         "built with torch": info["torch"],
@@ -32,14 +50,14 @@ def run(options: argparse.Namespace) -> int:
         "GPUs": ", ".join(gpu_names()) or "none",
         "models": ", ".join(fastdense.models.list()),
     }
+    margin, width = max(map(len, rows)) + 2, shutil.get_terminal_size().columns
     for name, value in rows.items():
-        table.add_row(name, str(value))
-    console = Console()
-    console.print(table)
+        print(textwrap.fill(str(value), width, initial_indent=name.ljust(margin), subsequent_indent=" " * margin))
     if info["torch"] != torch.__version__:
-        console.print(
-            f"built with torch {info['torch']}, but {torch.__version__} is installed; run: "
-            "pip install --no-build-isolation --force-reinstall --no-deps fastdense",
-            style="yellow",
+        print(
+            f"fastdense: built with torch {info['torch']}, but {torch.__version__} is installed; build it again:",
+            *build_commands(torch.version.cuda),
+            sep="\n",
+            file=sys.stderr,
         )
     return 0

@@ -4,52 +4,48 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
 
-import numpy
+from fastdense._choices import PRESET_NAMES
+from fastdense._support import InputError
+from fastdense.cli.arguments import Commands, add_command, add_pictures, width_and_height
 
-from fastdense._support import InputError, check_output
-from fastdense.cli.bench import progress
-from fastdense.sr.images import CorruptImageError, check_suffix, image_pairs, read_samples, write_samples
-from fastdense.sr.resize_samples import resize_samples
+HELP = """Resize pictures with a bicubic convention of your choice.
 
-Change = Callable[[numpy.ndarray], numpy.ndarray]
+Resizes as a library does, bit for bit: torch, torch_antialias, pillow, opencv or matlab. Alpha and 16 bits per sample
+are kept. Each channel is resampled by itself. A folder is resized with all its sub-folders.
+
+examples:
+  fastdense resize in.png out.png --scale 2 --preset matlab
+  fastdense resize photographs/ small/ --scale 0.25 --preset pillow
+  fastdense resize in.png out.png --size 640x480
+
+Exit code 1 if a picture of a folder could not be read; the others are resized.
+"""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = add_command(commands, "resize", HELP, run)
+    add_pictures(parser)
+    parser.add_argument("--scale", type=float, metavar="S", help="2 doubles width and height")
+    parser.add_argument("--size", type=width_and_height, metavar="WxH", help="instead of --scale")
+    parser.add_argument("--preset", choices=PRESET_NAMES, default="torch_antialias", help="default: %(default)s")
+    parser.add_argument(
+        "--antialias",
+        action=argparse.BooleanOptionalAction,
+        help="widen the cubic when shrinking (default: the preset's)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Resizes one picture or all pictures of a folder."""
+    from fastdense.cli.images import change_images, resize_samples
+
     if (options.scale is None) == (options.size is None):
-        raise InputError("resize: expected either --scale or --size to be given")
+        raise InputError("resize: expected exactly one of --scale and --size to be given")
     size = (options.size[1], options.size[0]) if options.size else None
-
-    def change(samples: numpy.ndarray) -> numpy.ndarray:
-        return resize_samples(samples, size, options.scale, options.preset, options.antialias)
-
-    return change_images("resize", options.input, options.output, change)
-
-
-def change_images(command: str, source: Path, target: Path, change: Change) -> int:
-    """Reads, changes and writes one picture or all pictures of a folder; what the command then returns."""
-    jobs = image_pairs(command, source, target)
-    failed = []
-    with progress(command, len(jobs)) as tick:
-        for read, write in jobs:
-            check_suffix(command, write)
-            check_output(f"{command}: expected OUT", write)
-            try:
-                samples = read_samples(read)
-            except CorruptImageError as error:
-                if source.is_file():
-                    raise InputError(f"{command}: expected IN to be a picture, got {error}") from error
-                failed.append(str(error))
-            else:
-                try:
-                    write_samples(command, write, change(samples))
-                except ValueError as error:
-                    raise InputError(f"{command}: {read}: {error}") from error
-            tick(read.name)
-    for line in failed:
-        print(f"skipped {line}")
-    print(f"{command}d {len(jobs) - len(failed)} of {len(jobs)} pictures into {target}")
-    return 1 if failed else 0
+    return change_images(
+        "resize",
+        options,
+        lambda samples: resize_samples(samples, size, options.scale, options.preset, options.antialias),
+    )

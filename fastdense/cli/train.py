@@ -7,7 +7,67 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fastdense._choices import SCHEDULES, TRAIN_MEMORY
 from fastdense._support import InputError
+from fastdense.cli.arguments import Commands, add_command, add_machine, add_model, assignment
+
+HELP = """Train a model on pictures or digits.
+
+Trains a model on a folder of pictures with one sub-folder a class, or on the 8 x 8 digits of scikit-learn. Writes
+checkpoint.pt (atomic, also inside an epoch), metrics.json and curves.png; a run that was killed continues with
+--resume and ends with the same weights. Ctrl-C writes a checkpoint of the last step.
+
+examples:
+  fastdense train --data digits --epochs 10
+  fastdense train --data pictures/ --model densenet121 --size 224 --batch 16 --out runs/pictures
+  fastdense train --model resnet_cifar --set depth=20 --data digits --epochs 20
+  fastdense train --data digits --out runs/digits --resume
+  fastdense train --task sr --scale 2                     SRCNN on the photographs of scikit-image; writes model.pt
+  fastdense train --task sr --model rrdbnet --set blocks=3 --data pictures/ --scale 4
+"""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = add_command(commands, "train", HELP, run)
+    add_model(parser, None, "densenet_cifar, or srcnn with sr", depth=40)
+    parser.add_argument(
+        "--task", choices=("classify", "sr"), default="classify", help="sr: super-resolution (default: %(default)s)"
+    )
+    parser.add_argument("--scale", type=int, default=2, metavar="S", help="of super-resolution (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="of super-resolution (default: %(default)s)")
+    parser.add_argument(
+        "--set",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the model's function, e.g. --set depth=20; may be given again",
+    )
+    parser.add_argument("--data", metavar="digits|photographs|DIR", help="default: digits, or photographs with sr")
+    parser.add_argument(
+        "--size", type=int, help="side of an image in pixels (default: 16 for digits, else 32), with sr of a patch"
+    )
+    parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, help="images per step (default: 64, or 16 with sr)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: 0.1, or 0.001 with sr)")
+    parser.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default="cosine",
+        help="how the rate falls: to 0, or by 10 at 50 %% and 75 %% (default: cosine; not with sr)",
+    )
+    parser.add_argument("--momentum", type=float, default=0.9, help="Nesterov momentum (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
+    parser.add_argument("--memory", choices=TRAIN_MEMORY, default="balanced", help="default: balanced")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/train, or runs/sr with sr")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    again.add_argument("--fresh", action="store_true", help="start anew although --out holds a checkpoint")
+    parser.add_argument(
+        "--checkpoint-seconds", type=float, default=60.0, metavar="S", help="between checkpoints (default: 60)"
+    )
+    add_machine(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -16,13 +76,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _classify(options: argparse.Namespace) -> int:
-    options.model = options.model or "densenet_cifar"
-    import fastdense
+    from fastdense import models
     from fastdense.train import TrainConfig, train
     from fastdense.train.data import DIGITS
 
-    if options.model not in fastdense.models.list():
-        known = ", ".join(fastdense.models.list())
+    options.model = options.model or "densenet_cifar"
+    if options.model not in models.list():
+        known = ", ".join(models.list())
         raise InputError(f"train: expected --model to be one of {known}, got {options.model!r}")
     config = TrainConfig(
         model=options.model,

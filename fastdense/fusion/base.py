@@ -16,15 +16,15 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx, nn
 
+from fastdense._choices import MEMORY_MODES
 from fastdense.fusion.checks import NotFusible
 from fastdense.ops.arguments import devices, is_exporting, missing_kernels
-from fastdense.ops.dense_block import MEMORY_MODES
 
 
 class FusedModule(nn.Module):
     """Base of the mixins: memory mode, the plain class behind it, pickling, the one warning."""
 
-    memory: str = "balanced"
+    memory: Any = "balanced"  # one of memory_modes
     memory_modes: tuple[str, ...] = MEMORY_MODES
 
     def fused_run(self, behind: Sequence[nn.Module]) -> "Run | None":
@@ -84,12 +84,6 @@ def plain_class(fused: type[nn.Module]) -> Any:
 
 def _new_fused(mixin: type[FusedModule], plain: type[nn.Module]) -> nn.Module:
     return copyreg.__newobj__(fused_class(mixin, plain))  # type: ignore[attr-defined]
-
-
-def check_memory(memory: str, modes: tuple[str, ...] = MEMORY_MODES) -> str:
-    if memory not in modes:
-        raise ValueError(f"fastdense: expected memory to be one of {modes}, got {memory!r}")
-    return memory
 
 
 def is_traced(input: Any) -> bool:

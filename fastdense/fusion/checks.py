@@ -44,6 +44,18 @@ class NotFusibleInTraining(NotFusible):
     """A reason that goes away in eval mode: the block is converted, and runs plainly while it trains."""
 
 
+def check_module(op: str, model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, str):
+        got = f"the name {model!r}; make the model first, e.g. fastdense.models.create({model!r})"
+    elif isinstance(model, type):
+        got = f"the class {model.__name__}; make the model first, e.g. {model.__name__}(...)"
+    else:
+        got = type(model).__name__
+    raise TypeError(f"{op}: expected model to be a torch.nn.Module, got {got}")
+
+
 def has_no_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` runs its class's forward and nothing else."""
     state = module.__dict__

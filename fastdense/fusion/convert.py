@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from fastdense.fusion.base import FusedModule, check_memory, fused_class, plain_class
-from fastdense.fusion.checks import NotFusible, NotFusibleInTraining, is_known_class
+from fastdense._choices import DualPathMemoryMode
+from fastdense.fusion.base import FusedModule, fused_class, plain_class
+from fastdense.fusion.checks import NotFusible, NotFusibleInTraining, check_module, is_known_class
 from fastdense.fusion.dense_block import FusedDenseBlock, FusedTransition, RecomputedTransition
 from fastdense.fusion.dense_layers import BLOCKS, is_transition, read_block, read_transition
 from fastdense.fusion.dual_path import FusedDualPathBlock
@@ -31,13 +32,14 @@ from fastdense.fusion.residual_layers import (
     read_residual_block,
 )
 from fastdense.fusion.sequential import FusedSequential
+from fastdense.ops.arguments import check_memory
 from fastdense.plain.dense_block import PlainDenseBlock
 from fastdense.plain.dual_path import PlainDualPathBlock
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def convert(model: Model, *, memory: str = "balanced") -> Model:
+def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
     """Lets every dense block of ``model`` run on one shared buffer, and every dual path stage on its output.
 
     Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, the blocks of the dual path
@@ -56,6 +58,7 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
         ``model``.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if ``model`` contains no such block, or ``memory`` is not a mode of one that it contains.
 
     Note:
@@ -66,6 +69,7 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
         >>> import torchvision, fastdense
         >>> model = fastdense.convert(torchvision.models.densenet121())
     """
+    check_module("convert", model)
     found = find(model)
     if not any(kind.is_block for _, _, kind in found):
         looked_for = ", ".join(".".join(known) for known in BLOCKS + DUAL_PATH_BLOCKS)
@@ -74,7 +78,7 @@ def convert(model: Model, *, memory: str = "balanced") -> Model:
             f"(looked for {looked_for}, and for layers that read all earlier features), got {type(model).__name__}"
         )
     for _, _, kind in found:
-        check_memory(memory, kind.mixin.memory_modes)
+        check_memory("convert", memory, kind.mixin.memory_modes)
     for kind in PATTERNS:
         for name, module, its_kind in found:
             if its_kind is kind:
@@ -96,7 +100,11 @@ def restore(model: Model) -> Model:
 
     Returns:
         ``model``.
+
+    Raises:
+        TypeError: if ``model`` is no module.
     """
+    check_module("restore", model)
     for module in model.modules():
         if isinstance(module, FusedModule):
             module.__class__ = plain_class(type(module))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdense._choices import DUAL_PATH_MEMORY_MODES, MemoryMode
 from fastdense.fusion.base import FusedModule, Run, check_runs_here, is_traced
 from fastdense.fusion.batch_statistics import group_name, process_group_of, update_norms
 from fastdense.fusion.channel_order import PrependedFeatures
@@ -26,12 +27,11 @@ from fastdense.fusion.dense_layers import (
 from fastdense.fusion.max_pool_transition import read_max_pool_transition, run_recomputed
 from fastdense.ops import dense_block
 from fastdense.ops.arguments import count_pixels
-from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 from fastdense.plain.stochastic_depth import statistics_move_if
 
 
 def run_block(
-    input: Tensor, layers: list[Layer], tail: Tail | None, memory: str, *, prepends_features: bool = False
+    input: Tensor, layers: list[Layer], tail: Tail | None, memory: MemoryMode, *, prepends_features: bool = False
 ) -> Tensor:
     """One operator call for a block and its tail, then the running statistics of all its norms.
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdense._choices import DUAL_PATH_MEMORY_MODES, DualPathMemoryMode
 from fastdense.fusion.base import FusedModule, Run, check_runs_here, is_traced
 from fastdense.fusion.batch_statistics import group_name, process_group_of, update_norms
 from fastdense.fusion.checks import NotFusible, has_no_hooks
@@ -24,7 +25,6 @@ from fastdense.fusion.dual_path_layers import (
 )
 from fastdense.ops import BatchStatistics, dual_path_stage
 from fastdense.ops.arguments import count_pixels
-from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 from fastdense.plain.stochastic_depth import statistics_move_if
 
 # Both paths in one tensor, or as a tuple of two tensors; the library's own blocks know the former only.
@@ -77,7 +77,7 @@ def _joined(x: Paths) -> Tensor:
 Factor = float | Tensor
 
 
-def run_stages(x: Tensor, stages: list[list[DualPath]], memory: str) -> Tensor:
+def run_stages(x: Tensor, stages: list[list[DualPath]], memory: DualPathMemoryMode) -> Tensor:
     """Stages one after the other; what keeps any of them from being fused is found before the first has run."""
     check_runs_here("dual_path_stage", x)
     if memory == "reversible" and _computes_in(x) not in (torch.float32, torch.float64):
@@ -92,7 +92,7 @@ def _parts(block: DualPath) -> list[NormConv]:
     return [part for part in (block.projection, block.a, block.b, block.c) if part is not None]
 
 
-def _run_stage(x: Tensor, blocks: list[DualPath], memory: str, group: Any) -> Tensor:
+def _run_stage(x: Tensor, blocks: list[DualPath], memory: DualPathMemoryMode, group: Any) -> Tensor:
     """One operator call for all blocks, or for each row of blocks between those that stochastic depth leaves out."""
     factors = draw_factors(block.depth for block in blocks)
     begin = 0
@@ -115,7 +115,9 @@ def _left_out(x: Tensor, block: DualPath) -> Tensor:
     return torch.cat([x, x.new_zeros(x.shape[0], block.growth, *x.shape[2:])], 1)
 
 
-def _run_row(x: Tensor, blocks: list[DualPath], factors: list[Factor], memory: str, group: Any) -> Tensor:
+def _run_row(
+    x: Tensor, blocks: list[DualPath], factors: list[Factor], memory: DualPathMemoryMode, group: Any
+) -> Tensor:
     """One operator call, then the running statistics of all norms."""
     projection = blocks[0].projection
     out, statistics = dual_path_stage(

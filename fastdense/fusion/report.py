@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fastdense.fusion.base import FusedModule
-from fastdense.fusion.checks import NotFusible
+from fastdense.fusion.checks import NotFusible, check_module
 from fastdense.fusion.convert import Pattern, find, forget_equivalence_checks, restore
 from fastdense.fusion.inferred_layers import count_layers
 from fastdense.fusion.saved_memory import saved_bytes_per_image
@@ -72,6 +72,9 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
     Returns:
         The report.
 
+    Raises:
+        TypeError: if ``model`` is no module.
+
     Example:
         >>> import fastdense
         >>> print(report(fastdense.models.densenet_cifar(10), (3, 32, 32)))  # doctest: +ELLIPSIS
@@ -84,6 +87,7 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
         features.denseblock3  block       1       fused
         kept for the backward pass of one image: ... MiB, plainly ... MiB (ratio 0..., ... MiB saved)
     """
+    check_module("report", model)
     rows = [_row(name, module, kind) for name, module, kind in find(model)]
     forget_equivalence_checks(model)
     if input_shape is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fastdense._choices import DUAL_PATH_MEMORY_MODES, MEMORY_MODES
 from fastdense.models.densenet import (
     DenseNet,
     densenet121,
@@ -32,8 +33,6 @@ from fastdense.models.sr.rrdbnet import RRDBNet, rrdbnet
 from fastdense.models.sr.srcnn import SRCNN, srcnn
 from fastdense.models.sr.srdensenet import SRDenseNet, srdensenet
 from fastdense.models.sr.vdsr import VDSR, vdsr
-from fastdense.ops.dense_block import MEMORY_MODES
-from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
 
 __all__ = [
     "DPN",
@@ -143,6 +142,11 @@ def memory_modes(name: str) -> tuple[str, ...]:
     if name.startswith("dpn"):
         return DUAL_PATH_MEMORY_MODES
     return MEMORY_MODES if name.startswith(("densenet", "fc_densenet")) else ()
+
+
+def is_super_resolution(name: str) -> bool:
+    """Whether the model called ``name`` enlarges pictures."""
+    return issubclass(_MODELS[name].__annotations__["return"], SuperResolutionNet)
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:

@@ -2,16 +2,22 @@
 """What there is to know of a model before it runs: parameters, work, memory for the backward pass, paper.
 
 Everything is counted on tensors without memory (the meta device), so the largest model takes as little time as the
-smallest.
+smallest. ``catalogue.json`` keeps the figures of all models, for ``fastdense models``; write it again by
+``python -m fastdense.models.catalogue``, half a minute, when a model or what it keeps for backward has changed.
 """
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fastdense import models
 from fastdense.fusion.convert import restore
 from fastdense.fusion.saved_memory import saved_bytes_per_image
+
+FILE = Path(__file__).with_suffix(".json")
 
 
 class ModelInfo(NamedTuple):
@@ -93,3 +99,22 @@ def count_model(model: nn.Module, shape: tuple[int, ...]) -> ModelCounts:
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         model.eval()(torch.empty(1, *shape, device="meta"))
     return ModelCounts(parameters, flops.get_total_flops() // 2, plain, kept)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """The entry of a model in ``catalogue.json``: paper, year, shape, and its :class:`ModelCounts` by name."""
+    info = CATALOGUE[name]
+    with torch.device("meta"):
+        model = models.create(name, **info.kwargs)
+    counts = count_model(model, info.shape)
+    return {"paper": info.paper, "year": info.year, "shape": list(info.shape), **counts._asdict()}
+
+
+def main() -> None:
+    """Writes ``catalogue.json``, a line a model."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(describe(name))}" for name in models.list()]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

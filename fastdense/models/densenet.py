@@ -9,11 +9,12 @@ Reference:
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdense._choices import MemoryMode, SurvivalMode, SurvivalScale
 from fastdense.nn import DenseBlock, DenseFeatures, Transition, linear_decay
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -57,11 +58,11 @@ class DenseNet(nn.Module):
         compression: float = 0.5,
         drop_rate: float = 0.0,
         survival: float = 1.0,
-        survival_mode: str = "batch",
-        survival_scale: str = "test",
+        survival_mode: SurvivalMode = "batch",
+        survival_scale: SurvivalScale = "test",
         num_classes: int = 1000,
         spatial_dims: int = 2,
-        memory: str = "balanced",
+        memory: MemoryMode = "balanced",
     ) -> None:
         super().__init__()
         if not 0 < compression <= 1:
@@ -106,56 +107,91 @@ class DenseNet(nn.Module):
         return self.classifier(_POOL[x.dim() - 3](x, 1).flatten(1))
 
 
+class DenseNetOptions(TypedDict, total=False):
+    """Arguments of the DenseNets for ImageNet; those left out have the defaults of :class:`DenseNet`."""
+
+    image_channels: int
+    """Channels of the input, 3 by default; ``in_channels`` is MONAI's word for it."""
+    num_classes: int
+    """Outputs of the classifier; ``out_channels`` is MONAI's word for it."""
+    spatial_dims: int
+    """1 for signals, 2 for images, 3 for volumes."""
+    drop_rate: float
+    """Probability that a new feature is dropped in training; ``dropout_prob`` is MONAI's word for it."""
+    memory: MemoryMode
+    """What the blocks keep for the backward pass."""
+    bn_size: int
+    """Width of the bottleneck in units of the growth rate."""
+    bottleneck: bool
+    """Whether a 1x1 convolution stands in front of each 3x3."""
+    compression: float
+    """Share of the channels that a transition keeps."""
+    survival: float
+    """Stochastic depth, as of :class:`DenseNet`."""
+    survival_mode: SurvivalMode
+    """See :class:`fastdense.nn.StochasticDepth`."""
+    survival_scale: SurvivalScale
+    """See :class:`fastdense.nn.StochasticDepth`."""
+    in_channels: int
+    """MONAI's word for ``image_channels``."""
+    out_channels: int
+    """MONAI's word for ``num_classes``."""
+    dropout_prob: float
+    """MONAI's word for ``drop_rate``."""
+
+
+_MONAI = {"in_channels": "image_channels", "out_channels": "num_classes", "dropout_prob": "drop_rate"}
+
+
 def _imagenet(
-    block_config: Sequence[int],
-    growth_rate: int,
-    in_channels: int,
-    *,
-    spatial_dims: int = 2,
-    image_channels: int = 3,
-    **kwargs: Any,
+    op: str, block_config: Sequence[int], growth_rate: int, init_features: int, options: DenseNetOptions
 ) -> DenseNet:
+    arguments: dict[str, Any] = {"image_channels": 3, "spatial_dims": 2}
+    for name, value in options.items():
+        ours = _MONAI.get(name, name)
+        if ours != name and ours in options:
+            raise ValueError(f"{op}: expected {ours} or {name}, MONAI's word for it, got both")
+        arguments[ours] = value
+    image_channels, spatial_dims = arguments.pop("image_channels"), arguments["spatial_dims"]
     if spatial_dims not in (1, 2, 3):
-        raise ValueError(f"DenseNet: expected spatial_dims to be 1, 2 or 3, got {spatial_dims!r}")
+        raise ValueError(f"{op}: expected spatial_dims to be 1, 2 or 3, got {spatial_dims!r}")
     dims = spatial_dims - 1
     stem: list[tuple[str, nn.Module]] = [
-        ("conv0", _CONV[dims](image_channels, in_channels, 7, stride=2, padding=3, bias=False)),
-        ("norm0", _NORM[dims](in_channels)),
+        ("conv0", _CONV[dims](image_channels, init_features, 7, stride=2, padding=3, bias=False)),
+        ("norm0", _NORM[dims](init_features)),
         ("relu0", nn.ReLU(inplace=True)),
         ("pool0", _MAX_POOL[dims](3, stride=2, padding=1)),
     ]
-    return DenseNet(
-        stem, in_channels, growth_rate=growth_rate, block_config=block_config, spatial_dims=spatial_dims, **kwargs
-    )
+    return DenseNet(stem, init_features, growth_rate=growth_rate, block_config=block_config, **arguments)
 
 
-def densenet121(**kwargs: Any) -> DenseNet:
-    """DenseNet-121, k=32, 7,978,856 parameters at 1000 classes; keyword arguments of :class:`DenseNet`,
-    and ``image_channels``."""
-    return _imagenet((6, 12, 24, 16), 32, 64, **kwargs)
+def densenet121(**options: Unpack[DenseNetOptions]) -> DenseNet:
+    """DenseNet-121, k=32, 7,978,856 parameters at 1000 classes.
+
+    Example:
+        >>> volumes = densenet121(spatial_dims=3, in_channels=1, out_channels=2)
+    """
+    return _imagenet("densenet121", (6, 12, 24, 16), 32, 64, options)
 
 
-def densenet161(**kwargs: Any) -> DenseNet:
-    """DenseNet-161, k=48, 28,681,000 parameters at 1000 classes; keyword arguments of :class:`DenseNet`,
-    and ``image_channels``."""
-    return _imagenet((6, 12, 36, 24), 48, 96, **kwargs)
+def densenet161(**options: Unpack[DenseNetOptions]) -> DenseNet:
+    """DenseNet-161, k=48, 28,681,000 parameters at 1000 classes."""
+    return _imagenet("densenet161", (6, 12, 36, 24), 48, 96, options)
 
 
-def densenet169(**kwargs: Any) -> DenseNet:
-    """DenseNet-169, k=32, 14,149,480 parameters at 1000 classes; keyword arguments of :class:`DenseNet`,
-    and ``image_channels``."""
-    return _imagenet((6, 12, 32, 32), 32, 64, **kwargs)
+def densenet169(**options: Unpack[DenseNetOptions]) -> DenseNet:
+    """DenseNet-169, k=32, 14,149,480 parameters at 1000 classes."""
+    return _imagenet("densenet169", (6, 12, 32, 32), 32, 64, options)
 
 
-def densenet201(**kwargs: Any) -> DenseNet:
-    """DenseNet-201, k=32, 20,013,928 parameters at 1000 classes; keyword arguments of :class:`DenseNet`,
-    and ``image_channels``."""
-    return _imagenet((6, 12, 48, 32), 32, 64, **kwargs)
+def densenet201(**options: Unpack[DenseNetOptions]) -> DenseNet:
+    """DenseNet-201, k=32, 20,013,928 parameters at 1000 classes."""
+    return _imagenet("densenet201", (6, 12, 48, 32), 32, 64, options)
 
 
-def densenet264(*, growth_rate: int = 32, **kwargs: Any) -> DenseNet:
+def densenet264(*, growth_rate: int = 32, **options: Unpack[DenseNetOptions]) -> DenseNet:
     """DenseNet-264: 33,337,704 parameters with k=32, 72,686,632 with k=48 (arXiv:1707.06990)."""
-    return _imagenet((6, 12, 64, 48), growth_rate, 2 * growth_rate, **kwargs)
+    return _imagenet("densenet264", (6, 12, 64, 48), growth_rate, 2 * growth_rate, options)
 
 
 def densenet_cifar(
@@ -164,7 +200,13 @@ def densenet_cifar(
     bottleneck: bool = True,
     compression: float = 0.5,
     num_classes: int = 10,
-    **kwargs: Any,
+    *,
+    bn_size: int = 4,
+    drop_rate: float = 0.0,
+    survival: float = 1.0,
+    survival_mode: SurvivalMode = "batch",
+    survival_scale: SurvivalScale = "test",
+    memory: MemoryMode = "balanced",
 ) -> DenseNet:
     """DenseNet for small images: three blocks, a 3x3 stem of stride 1, no pooling in front.
 
@@ -175,7 +217,7 @@ def densenet_cifar(
             ``compression=1``.
         compression: theta of the transitions.
         num_classes: outputs of the classifier.
-        **kwargs: ``drop_rate``, ``memory``, ``bn_size`` of :class:`DenseNet`.
+        bn_size, drop_rate, survival, survival_mode, survival_scale, memory: see :class:`DenseNet`.
 
     Raises:
         ValueError: if ``depth`` does not give three equal blocks.
@@ -197,5 +239,10 @@ def densenet_cifar(
         bottleneck=bottleneck,
         compression=compression,
         num_classes=num_classes,
-        **kwargs,
+        bn_size=bn_size,
+        drop_rate=drop_rate,
+        survival=survival,
+        survival_mode=survival_mode,
+        survival_scale=survival_scale,
+        memory=memory,
     )

@@ -9,11 +9,12 @@ Reference:
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdense._choices import DualPathMemoryMode, SurvivalMode, SurvivalScale
 from fastdense.nn import DenseFeatures, DualPathBlock, StochasticDepth, linear_decay
 from fastdense.plain.dual_path import NormRelu
 
@@ -85,10 +86,10 @@ class DPN(nn.Module):
         num_classes: int = 1000,
         drop_rate: float = 0.0,
         survival: float = 1.0,
-        survival_mode: str = "batch",
-        survival_scale: str = "test",
+        survival_mode: SurvivalMode = "batch",
+        survival_scale: SurvivalScale = "test",
         test_time_pooling: bool = False,
-        memory: str = "balanced",
+        memory: DualPathMemoryMode = "balanced",
     ) -> None:
         super().__init__()
         if len(blocks) != len(growth_rates):
@@ -183,43 +184,64 @@ _VARIANTS = {
 }
 
 
-def _create(name: str, **kwargs: Any) -> DPN:
-    variant = _VARIANTS[name]._asdict()
+class DPNOptions(TypedDict, total=False):
+    """Arguments of the published networks; those left out have the defaults of :class:`DPN`."""
+
+    image_channels: int
+    """Channels of the input, 3 by default."""
+    num_classes: int
+    """Outputs of the classifier, 1000 by default."""
+    drop_rate: float
+    """Probability that a feature in front of the classifier is dropped in training."""
+    test_time_pooling: bool
+    """In eval mode, classify every 7x7 window of the last map, for larger pictures; as of :class:`DPN`."""
+    memory: DualPathMemoryMode
+    """What the stages keep for the backward pass."""
+    survival: float
+    """Stochastic depth, as of :class:`DPN`."""
+    survival_mode: SurvivalMode
+    """See :class:`fastdense.nn.StochasticDepth`."""
+    survival_scale: SurvivalScale
+    """See :class:`fastdense.nn.StochasticDepth`."""
+
+
+def _create(name: str, options: DPNOptions) -> DPN:
+    variant: dict[str, Any] = _VARIANTS[name]._asdict()
     small = variant.pop("small")
-    variant |= {"stem_kernel": 3 if small else 7, "residual_channels": 64 if small else 256}
-    return DPN(**(variant | kwargs))
+    variant |= {"stem_kernel": 3 if small else 7, "residual_channels": 64 if small else 256, **options}
+    return DPN(**variant)
 
 
-def dpn48b(**kwargs: Any) -> DPN:
-    """DPN-48b, 9,126,226 parameters at 1000 classes; SiLU in stem and head; keyword arguments of :class:`DPN`."""
-    return _create("dpn48b", **kwargs)
+def dpn48b(**options: Unpack[DPNOptions]) -> DPN:
+    """DPN-48b, 9,126,226 parameters at 1000 classes; SiLU in stem and head."""
+    return _create("dpn48b", options)
 
 
-def dpn68(**kwargs: Any) -> DPN:
-    """DPN-68, 12,611,602 parameters at 1000 classes; keyword arguments of :class:`DPN`."""
-    return _create("dpn68", **kwargs)
+def dpn68(**options: Unpack[DPNOptions]) -> DPN:
+    """DPN-68, 12,611,602 parameters at 1000 classes."""
+    return _create("dpn68", options)
 
 
-def dpn68b(**kwargs: Any) -> DPN:
-    """DPN-68b, DPN-68 with ``split_last``; keyword arguments of :class:`DPN`."""
-    return _create("dpn68b", **kwargs)
+def dpn68b(**options: Unpack[DPNOptions]) -> DPN:
+    """DPN-68b, DPN-68 with ``split_last``."""
+    return _create("dpn68b", options)
 
 
-def dpn92(**kwargs: Any) -> DPN:
-    """DPN-92, 37,668,392 parameters at 1000 classes; keyword arguments of :class:`DPN`."""
-    return _create("dpn92", **kwargs)
+def dpn92(**options: Unpack[DPNOptions]) -> DPN:
+    """DPN-92, 37,668,392 parameters at 1000 classes."""
+    return _create("dpn92", options)
 
 
-def dpn98(**kwargs: Any) -> DPN:
-    """DPN-98, 61,570,728 parameters at 1000 classes; keyword arguments of :class:`DPN`."""
-    return _create("dpn98", **kwargs)
+def dpn98(**options: Unpack[DPNOptions]) -> DPN:
+    """DPN-98, 61,570,728 parameters at 1000 classes."""
+    return _create("dpn98", options)
 
 
-def dpn107(**kwargs: Any) -> DPN:
-    """DPN-107, 86,917,800 parameters at 1000 classes; keyword arguments of :class:`DPN`."""
-    return _create("dpn107", **kwargs)
+def dpn107(**options: Unpack[DPNOptions]) -> DPN:
+    """DPN-107, 86,917,800 parameters at 1000 classes."""
+    return _create("dpn107", options)
 
 
-def dpn131(**kwargs: Any) -> DPN:
-    """DPN-131, 79,254,504 parameters at 1000 classes; keyword arguments of :class:`DPN`."""
-    return _create("dpn131", **kwargs)
+def dpn131(**options: Unpack[DPNOptions]) -> DPN:
+    """DPN-131, 79,254,504 parameters at 1000 classes."""
+    return _create("dpn131", options)

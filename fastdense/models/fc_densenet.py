@@ -8,11 +8,12 @@ Reference:
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from fastdense._choices import MemoryMode, SurvivalMode, SurvivalScale
 from fastdense.fusion.dense_block import RecomputedTransition
 from fastdense.nn import DenseBlock, linear_decay
 
@@ -81,9 +82,9 @@ class FCDenseNet(nn.Module):
         num_classes: int = 11,
         drop_rate: float = 0.2,
         survival: float = 1.0,
-        survival_mode: str = "batch",
-        survival_scale: str = "test",
-        memory: str = "balanced",
+        survival_mode: SurvivalMode = "batch",
+        survival_scale: SurvivalScale = "test",
+        memory: MemoryMode = "balanced",
     ) -> None:
         super().__init__()
         if len(down_layers) != len(up_layers):
@@ -150,16 +151,37 @@ def centre_crop(x: Tensor, like: Tensor) -> Tensor:
     return x[:, :, top : top + like.shape[2], left : left + like.shape[3]]
 
 
-def fc_densenet56(**kwargs: Any) -> FCDenseNet:
-    """FC-DenseNet56, k=12, 1,375,019 parameters at 11 classes; keyword arguments of :class:`FCDenseNet`."""
-    return FCDenseNet(12, (4,) * 5, 4, (4,) * 5, **kwargs)
+class FCDenseNetOptions(TypedDict, total=False):
+    """Arguments of the published networks; those left out have the defaults of :class:`FCDenseNet`."""
+
+    in_channels: int
+    """Channels of the image, 3 by default."""
+    num_classes: int
+    """Of the result, 11 by default."""
+    drop_rate: float
+    """Probability that a new feature is dropped in training, 0.2 by default."""
+    memory: MemoryMode
+    """What the blocks keep for the backward pass."""
+    init_features: int
+    """Channels of the first convolution."""
+    survival: float
+    """Stochastic depth, as of :class:`FCDenseNet`."""
+    survival_mode: SurvivalMode
+    """See :class:`fastdense.nn.StochasticDepth`."""
+    survival_scale: SurvivalScale
+    """See :class:`fastdense.nn.StochasticDepth`."""
 
 
-def fc_densenet67(**kwargs: Any) -> FCDenseNet:
-    """FC-DenseNet67, k=16, 3,460,475 parameters at 11 classes; keyword arguments of :class:`FCDenseNet`."""
-    return FCDenseNet(16, (5,) * 5, 5, (5,) * 5, **kwargs)
+def fc_densenet56(**options: Unpack[FCDenseNetOptions]) -> FCDenseNet:
+    """FC-DenseNet56, k=12, 1,375,019 parameters at 11 classes."""
+    return FCDenseNet(12, (4,) * 5, 4, (4,) * 5, **options)
 
 
-def fc_densenet103(**kwargs: Any) -> FCDenseNet:
-    """FC-DenseNet103, k=16, 9,318,075 parameters at 11 classes; keyword arguments of :class:`FCDenseNet`."""
-    return FCDenseNet(16, (4, 5, 7, 10, 12), 15, (12, 10, 7, 5, 4), **kwargs)
+def fc_densenet67(**options: Unpack[FCDenseNetOptions]) -> FCDenseNet:
+    """FC-DenseNet67, k=16, 3,460,475 parameters at 11 classes."""
+    return FCDenseNet(16, (5,) * 5, 5, (5,) * 5, **options)
+
+
+def fc_densenet103(**options: Unpack[FCDenseNetOptions]) -> FCDenseNet:
+    """FC-DenseNet103, k=16, 9,318,075 parameters at 11 classes."""
+    return FCDenseNet(16, (4, 5, 7, 10, 12), 15, (12, 10, 7, 5, 4), **options)

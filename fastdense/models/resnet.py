@@ -7,14 +7,16 @@ Reference:
     figure 1(b); G. Huang et al. Deep Networks with Stochastic Depth. ECCV 2016, arXiv:1603.09382.
 """
 
-from typing import Any
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdense._choices import SurvivalMode, SurvivalScale
 from fastdense.plain.stochastic_depth import StochasticDepth, check_choice, linear_decay
 
-SHORTCUTS = ("subsample", "average")
+ShortcutKind = Literal["subsample", "average"]
+SHORTCUTS: tuple[ShortcutKind, ...] = get_args(ShortcutKind)
 
 
 class Shortcut(nn.Module):
@@ -34,7 +36,7 @@ class Shortcut(nn.Module):
         ValueError: if channels would have to go, or ``kind`` is unknown.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, kind: str = "subsample") -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, kind: ShortcutKind = "subsample") -> None:
         super().__init__()
         check_choice("Shortcut", "kind", kind, SHORTCUTS)
         if out_channels < in_channels:
@@ -79,7 +81,7 @@ class ResidualBlock(nn.Module):
         stride: int = 1,
         *,
         pre_activation: bool = False,
-        shortcut: str = "subsample",
+        shortcut: ShortcutKind = "subsample",
         bias: bool = False,
         drop: StochasticDepth | None = None,
     ) -> None:
@@ -130,11 +132,11 @@ class ResNet(nn.Module):
         *,
         num_classes: int = 10,
         pre_activation: bool = False,
-        shortcut: str = "subsample",
+        shortcut: ShortcutKind = "subsample",
         bias: bool = False,
         survival: float = 1.0,
-        mode: str = "batch",
-        scale: str = "test",
+        mode: SurvivalMode = "batch",
+        scale: SurvivalScale = "test",
         in_channels: int = 3,
     ) -> None:
         super().__init__()
@@ -185,8 +187,19 @@ class ResNet(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def resnet_cifar(depth: int = 110, num_classes: int = 10, **kwargs: Any) -> ResNet:
-    """ResNet with option A shortcuts; keyword arguments of :class:`ResNet`.
+def resnet_cifar(
+    depth: int = 110,
+    num_classes: int = 10,
+    *,
+    pre_activation: bool = False,
+    shortcut: ShortcutKind = "subsample",
+    bias: bool = False,
+    survival: float = 1.0,
+    mode: SurvivalMode = "batch",
+    scale: SurvivalScale = "test",
+    in_channels: int = 3,
+) -> ResNet:
+    """ResNet with option A shortcuts; arguments of :class:`ResNet`.
 
     | depth | 20 | 32 | 44 | 56 | 110 | 1202 |
     | --- | --- | --- | --- | --- | --- | --- |
@@ -199,10 +212,30 @@ def resnet_cifar(depth: int = 110, num_classes: int = 10, **kwargs: Any) -> ResN
         >>> sum(p.numel() for p in resnet_cifar(20).parameters())
         269722
     """
-    return ResNet(depth, num_classes=num_classes, **kwargs)
+    return ResNet(
+        depth,
+        num_classes=num_classes,
+        pre_activation=pre_activation,
+        shortcut=shortcut,
+        bias=bias,
+        survival=survival,
+        mode=mode,
+        scale=scale,
+        in_channels=in_channels,
+    )
 
 
-def preresnet_cifar(depth: int = 110, num_classes: int = 10, **kwargs: Any) -> ResNet:
+def preresnet_cifar(
+    depth: int = 110,
+    num_classes: int = 10,
+    *,
+    shortcut: ShortcutKind = "subsample",
+    bias: bool = False,
+    survival: float = 1.0,
+    mode: SurvivalMode = "batch",
+    scale: SurvivalScale = "test",
+    in_channels: int = 3,
+) -> ResNet:
     """ResNet whose norm and ReLU stand in front of each convolution; as many parameters as :func:`resnet_cifar`.
 
     The sum of a block stays as it is. The stem has no norm; one stands behind the last block.
@@ -214,17 +247,38 @@ def preresnet_cifar(depth: int = 110, num_classes: int = 10, **kwargs: Any) -> R
         >>> sum(p.numel() for p in preresnet_cifar(20).parameters())
         269722
     """
-    return ResNet(depth, num_classes=num_classes, pre_activation=True, **kwargs)
+    return ResNet(
+        depth,
+        num_classes=num_classes,
+        pre_activation=True,
+        shortcut=shortcut,
+        bias=bias,
+        survival=survival,
+        mode=mode,
+        scale=scale,
+        in_channels=in_channels,
+    )
 
 
-def stochastic_depth_cifar(depth: int = 110, num_classes: int = 10, survival: float = 0.5, **kwargs: Any) -> ResNet:
+def stochastic_depth_cifar(
+    depth: int = 110,
+    num_classes: int = 10,
+    survival: float = 0.5,
+    *,
+    pre_activation: bool = False,
+    shortcut: ShortcutKind = "average",
+    bias: bool = True,
+    mode: SurvivalMode = "batch",
+    scale: SurvivalScale = "test",
+    in_channels: int = 3,
+) -> ResNet:
     """The authors' network of stochastic depth: biases in convolutions, averaging shortcuts, 1,732,010 parameters.
 
     Args:
         depth: number of layers, 110 or 1202 in the paper.
         num_classes: outputs of the classifier.
         survival: probability that the last block is computed in training.
-        **kwargs: of :class:`ResNet`.
+        pre_activation, shortcut, bias, mode, scale, in_channels: of :class:`ResNet`.
 
     Reference:
         G. Huang et al. Deep Networks with Stochastic Depth. ECCV 2016, arXiv:1603.09382, section 4.
@@ -233,5 +287,14 @@ def stochastic_depth_cifar(depth: int = 110, num_classes: int = 10, survival: fl
         >>> sum(p.numel() for p in stochastic_depth_cifar().parameters())
         1732010
     """
-    defaults = {"shortcut": "average", "bias": True, **kwargs}
-    return ResNet(depth, num_classes=num_classes, survival=survival, **defaults)
+    return ResNet(
+        depth,
+        num_classes=num_classes,
+        pre_activation=pre_activation,
+        shortcut=shortcut,
+        bias=bias,
+        survival=survival,
+        mode=mode,
+        scale=scale,
+        in_channels=in_channels,
+    )

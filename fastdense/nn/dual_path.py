@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from fastdense._choices import DualPathMemoryMode, SurvivalMode, SurvivalScale
 from fastdense.fusion.dual_path import FusedDualPathBlock
 from fastdense.fusion.sequential import FusedSequential
 from fastdense.plain.dual_path import NormRelu as NormRelu
@@ -92,10 +93,10 @@ class DualPathStage(FusedSequential, nn.Sequential):
         split_last: bool = False,
         spatial_dims: int = 2,
         survival: float | Sequence[float] = 1.0,
-        survival_mode: str = "batch",
-        survival_scale: str = "test",
+        survival_mode: SurvivalMode = "batch",
+        survival_scale: SurvivalScale = "test",
         eps: float = 1e-3,
-        memory: str = "balanced",
+        memory: DualPathMemoryMode = "balanced",
     ) -> None:
         if not isinstance(num_blocks, int) or num_blocks < 1:
             raise ValueError(f"DualPathStage: expected num_blocks to be a positive integer, got {num_blocks!r}")

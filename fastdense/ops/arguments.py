@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdense import _C
+from fastdense._extension import _C
 from fastdense.ops import cpu_build
 
 _DEVICES = ("cpu", "meta")

@@ -10,7 +10,8 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdense import _C
+from fastdense._choices import Preset
+from fastdense._extension import _C
 from fastdense.ops.arguments import is_exporting
 
 BORDERS = ("clamp", "drop", "symmetric")
@@ -41,7 +42,7 @@ class BicubicPreset(NamedTuple):
     bytes: str
 
 
-PRESETS = {
+PRESETS: dict[Preset, BicubicPreset] = {
     "torch": BicubicPreset(-0.75, False, "clamp", "floor", "torch"),
     "torch_antialias": BicubicPreset(-0.5, True, "drop", "floor", "torch"),
     "pillow": BicubicPreset(-0.5, True, "drop", "round", "pillow"),
@@ -124,7 +125,7 @@ def bicubic_resize(
     size: int | Sequence[int] | None = None,
     scale_factor: float | Sequence[float] | None = None,
     *,
-    preset: str = "torch",
+    preset: Preset = "torch",
     a: float | None = None,
     antialias: bool | None = None,
     border: str | None = None,

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastdense import _C
+from fastdense._extension import _C
 
 HINT = "this build is for the CPU only; to run on a GPU, build again with FORCE_CUDA=1"  # as setup.py says
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdense._choices import MEMORY_MODES, MemoryMode
 from fastdense.ops.arguments import (
     BatchStatistics,
     NormWeights,
@@ -21,8 +22,6 @@ from fastdense.ops.arguments import (
     refuse_double_backward,
     statistics_dtype,
 )
-
-MEMORY_MODES = ("balanced", "min")
 
 
 class LayerWeights(NamedTuple):
@@ -56,7 +55,7 @@ def dense_block(
     tail: TailWeights | None = None,
     drop_rate: float = 0.0,
     seed: Tensor | None = None,
-    memory: str = "balanced",
+    memory: MemoryMode = "balanced",
     process_group: str = "",
     active: Sequence[bool] | None = None,
 ) -> tuple[Tensor, BatchStatistics]:

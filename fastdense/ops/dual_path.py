@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdense._choices import DUAL_PATH_MEMORY_MODES, DualPathMemoryMode
 from fastdense.ops.arguments import (
     BatchStatistics,
     NormWeights,
@@ -20,8 +21,6 @@ from fastdense.ops.arguments import (
     refuse_double_backward,
     statistics_dtype,
 )
-
-DUAL_PATH_MEMORY_MODES = ("balanced", "min", "reversible")
 
 
 class ProjectionWeights(NamedTuple):
@@ -50,7 +49,7 @@ def dual_path_stage(
     residual_channels: int,
     projection: ProjectionWeights | None = None,
     stride: int = 1,
-    memory: str = "balanced",
+    memory: DualPathMemoryMode = "balanced",
     process_group: str = "",
 ) -> tuple[Tensor, BatchStatistics]:
     """Runs a stage of dual path blocks without concatenating.

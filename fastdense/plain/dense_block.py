@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense.fusion.base import check_memory
+from fastdense._choices import MEMORY_MODES, MemoryMode, SurvivalMode, SurvivalScale
+from fastdense.ops.arguments import check_memory
 from fastdense.plain.arguments import check_positive, check_spatial_dims
 from fastdense.plain.stochastic_depth import StochasticDepth, survivals
 
@@ -99,12 +100,12 @@ class PlainDenseBlock(nn.Module):
         *,
         bn_size: int = 4,
         drop_rate: float = 0.0,
-        memory: str = "balanced",
+        memory: MemoryMode = "balanced",
         bottleneck: bool = True,
         spatial_dims: int = 2,
         survival: float | Sequence[float] = 1.0,
-        survival_mode: str = "batch",
-        survival_scale: str = "test",
+        survival_mode: SurvivalMode = "batch",
+        survival_scale: SurvivalScale = "test",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -128,7 +129,7 @@ class PlainDenseBlock(nn.Module):
             )
             self.add_module(f"denselayer{index + 1}", layer)
         self.out_channels = in_channels + num_layers * growth_rate
-        self.memory = check_memory(memory)
+        self.memory = check_memory("DenseBlock", memory, MEMORY_MODES)
 
     def forward(self, init_features: Tensor) -> Tensor:
         features = [init_features]

@@ -4,8 +4,8 @@
 import torch
 from torch import Tensor, nn
 
-from fastdense.fusion.base import check_memory
-from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES
+from fastdense._choices import DUAL_PATH_MEMORY_MODES, DualPathMemoryMode
+from fastdense.ops.arguments import check_memory
 from fastdense.plain.stochastic_depth import StochasticDepth
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -72,7 +72,7 @@ class PlainDualPathBlock(nn.Module):
         spatial_dims: int = 2,
         stochastic_depth: StochasticDepth | None = None,
         eps: float = 1e-3,
-        memory: str = "balanced",
+        memory: DualPathMemoryMode = "balanced",
     ) -> None:
         super().__init__()
         if stride not in (1, 2) or (stride == 2 and not projection):
@@ -108,7 +108,7 @@ class PlainDualPathBlock(nn.Module):
         else:
             self.c1x1_c = conv(width, residual_channels + growth_rate)
         self.out_channels = (residual_channels + 2 * growth_rate if projection else in_channels) + growth_rate
-        self.memory = check_memory(memory, DUAL_PATH_MEMORY_MODES)
+        self.memory = check_memory("DualPathBlock", memory, DUAL_PATH_MEMORY_MODES)
         if stochastic_depth is not None:
             self.stochastic_depth = stochastic_depth
 

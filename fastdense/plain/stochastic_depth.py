@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MODES = ("batch", "sample")
-
-
-SCALES = ("test", "train")
+from fastdense._choices import SURVIVAL_MODES, SURVIVAL_SCALES, SurvivalMode, SurvivalScale
 
 
 def check_probability(op: str, name: str, value: float) -> None:
@@ -107,11 +104,11 @@ class StochasticDepth(nn.Module):
         tensor([2.])
     """
 
-    def __init__(self, survival: float, mode: str = "batch", scale: str = "test") -> None:
+    def __init__(self, survival: float, mode: SurvivalMode = "batch", scale: SurvivalScale = "test") -> None:
         super().__init__()
         check_probability("StochasticDepth", "survival", survival)
-        check_choice("StochasticDepth", "mode", mode, MODES)
-        check_choice("StochasticDepth", "scale", scale, SCALES)
+        check_choice("StochasticDepth", "mode", mode, SURVIVAL_MODES)
+        check_choice("StochasticDepth", "scale", scale, SURVIVAL_SCALES)
         self.survival = float(survival)
         self.mode = mode
         self.scale = scale

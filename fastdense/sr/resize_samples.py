@@ -9,6 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fastdense._choices import Preset
 from fastdense.ops.bicubic import PRESETS, axis_order, bicubic_resize, sizes_and_steps
 from fastdense.sr.samples import alpha_peak, check_finite, has_alpha, is_opaque
 
@@ -24,7 +25,7 @@ def resize_samples(
     samples: numpy.ndarray,
     size: tuple[int, int] | None,
     scale: float | None,
-    preset: str,
+    preset: Preset,
     antialias: bool | None = None,
     alpha: str | None = None,
 ) -> numpy.ndarray:
@@ -58,7 +59,7 @@ def resize_samples(
     return made if samples.ndim == 3 else made[..., 0]
 
 
-def _resized(pixels: numpy.ndarray, options: dict) -> numpy.ndarray:
+def _resized(pixels: numpy.ndarray, options: dict[str, Any]) -> numpy.ndarray:
     dtype = pixels.dtype
     if dtype in (numpy.uint8, numpy.float32, numpy.float64):
         return _pixels(bicubic_resize(_planes(pixels.copy()), **options))
@@ -70,7 +71,7 @@ def _resized(pixels: numpy.ndarray, options: dict) -> numpy.ndarray:
     return _rounded(_pixels(bicubic_resize(planes, **options)), dtype)
 
 
-def _axis_by_axis(planes: Tensor, options: dict) -> Tensor:
+def _axis_by_axis(planes: Tensor, options: dict[str, Any]) -> Tensor:
     """Clipped and rounded to 16 bits after each axis, as Pillow does."""
     size, scale, preset = options["size"], options["scale_factor"], PRESETS[options["preset"]]
     sizes, steps = sizes_and_steps(planes, size, scale, preset.rounding, False)
@@ -84,7 +85,7 @@ def _axis_by_axis(planes: Tensor, options: dict) -> Tensor:
     return planes
 
 
-def _resized_like_pillow(pixels: numpy.ndarray, options: dict) -> numpy.ndarray:
+def _resized_like_pillow(pixels: numpy.ndarray, options: dict[str, Any]) -> numpy.ndarray:
     """In bytes and with the integer divisions of Pillow."""
     alpha = pixels[..., -1:].astype(numpy.int32)
     product = pixels[..., :-1] * alpha + 128
@@ -95,7 +96,7 @@ def _resized_like_pillow(pixels: numpy.ndarray, options: dict) -> numpy.ndarray:
     return numpy.where((alpha == 0) | (alpha == 255), made, numpy.concatenate([colours, alpha], 2)).astype(numpy.uint8)
 
 
-def _resized_premultiplied(pixels: numpy.ndarray, options: dict) -> numpy.ndarray:
+def _resized_premultiplied(pixels: numpy.ndarray, options: dict[str, Any]) -> numpy.ndarray:
     dtype, peak = pixels.dtype, alpha_peak(pixels.dtype)
     values: Any = pixels.astype(numpy.float32 if dtype == numpy.float16 else numpy.float64)
     values[..., :-1] *= values[..., -1:] / peak

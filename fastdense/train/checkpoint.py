@@ -25,11 +25,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
             and plain Python values only.
     """
     state = {"format": FORMAT, **state}
-    try:
-        write_atomically(path, lambda file: torch.save(state, file))
-    except BaseException:
-        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
-        raise
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def load(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fastdense._choices import DTYPES, SCHEDULES, TRAIN_MEMORY
 from fastdense._support import InputError
 from fastdense.train.data import DIGITS, Dataset
-
-MEMORY = ("balanced", "min", "plain")
-DTYPES = ("float32", "bfloat16", "float16")
-SCHEDULES = ("cosine", "steps")
 
 # What may change between the parts of a resumed run: where it runs and how it writes. Bits are kept only as far as
 # the machine gives the same sums, so with the same number of threads.
@@ -83,7 +80,7 @@ class TrainConfig:
             "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             "weight_decay": (self.weight_decay >= 0 and math.isfinite(self.weight_decay), "0 or more"),
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
-            "memory": (self.memory in MEMORY, f"one of {', '.join(MEMORY)}"),
+            "memory": (self.memory in TRAIN_MEMORY, f"one of {', '.join(TRAIN_MEMORY)}"),
             "dtype": (self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
             "seed": (0 <= self.seed < 2**63, "in [0, 2**63)"),
             "threads": (self.threads >= 0, "0 or more"),

@@ -11,19 +11,21 @@ import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastdense import build_info, models
-from fastdense._support import InputError, extra, write_atomically, write_json
+from fastdense import models
+from fastdense._extension import build_info
+from fastdense._support import InputError, Interrupted, extra, write_atomically, write_json
 from fastdense.fusion.convert import restore
 from fastdense.train import checkpoint
 from fastdense.train import processes as several
 from fastdense.train.config import TrainConfig
 from fastdense.train.data import Dataset, EpochPlan, Split, augment, load, pixels, plan_epoch
+from fastdense.train.interrupts import Interrupts, deferred
 
 
 class NonFiniteLossError(InputError):
@@ -89,6 +91,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     Raises:
         InputError: the configuration, the data or the checkpoint cannot be used.
         NonFiniteLossError: the loss became infinite or NaN.
+        Interrupted: Ctrl-C; the checkpoint holds the last step. It is a KeyboardInterrupt.
     """
     path = config.out / "checkpoint.pt"
     if path.exists() and not (config.resume or config.fresh):
@@ -99,8 +102,8 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     device = find_device(config.device)
     _make_folder(config.out)
     data = load(config.data, config.size)
-    with several.started(device) as processes, _surroundings(config, processes.device):
-        run = _Run(config, data, processes, path, progress)
+    with several.started(device) as processes, _surroundings(config, processes.device), deferred() as interrupts:
+        run = _Run(config, data, processes, path, progress, interrupts)
         processes.wait()  # all have seen whether there is a checkpoint
         if config.fresh and processes.is_first:
             path.unlink(missing_ok=True)
@@ -123,6 +126,11 @@ def make_model(config: TrainConfig, data: Dataset, processes: int = 1) -> nn.Mod
     Raises:
         InputError: the model does not exist, or does not take these arguments or images of this size.
     """
+    if config.model in models.list() and models.is_super_resolution(config.model):
+        raise InputError(
+            f"train: expected a model that classifies images, got {config.model}, which enlarges pictures: "
+            f"fastdense train --task sr --model {config.model} trains it"
+        )
     classes = len(data.classes)
     arguments = {"num_classes": classes, **config.model_kwargs}
     if arguments["num_classes"] != classes:
@@ -161,7 +169,13 @@ class _Run:
     """One training run with everything that changes while it goes on."""
 
     def __init__(
-        self, config: TrainConfig, data: Dataset, processes: several.Processes, path: Path, progress: bool
+        self,
+        config: TrainConfig,
+        data: Dataset,
+        processes: several.Processes,
+        path: Path,
+        progress: bool,
+        interrupts: Interrupts,
     ) -> None:
         self.config = config
         self.data = data
@@ -169,6 +183,7 @@ class _Run:
         self.device = device = processes.device
         self.path = path
         self.show_progress = progress and processes.is_first
+        self.interrupts = interrupts
         torch.manual_seed(config.seed)
         self.model = make_model(config, data, processes.world).to(device)
         self.network = processes.wrap(self.model)
@@ -219,6 +234,14 @@ class _Run:
         }
         checkpoint.save(self.path, state)
 
+    def stop(self) -> NoReturn:
+        """Writes a checkpoint of the last step and ends the run, as Ctrl-C asks."""
+        self.save()
+        if not self.processes.is_first:
+            raise KeyboardInterrupt
+        step, steps = self.progress.step, self.epoch_steps * self.config.epochs
+        raise Interrupted(f"stopped after step {step} of {steps}, which {self.path} holds. Go on with:", resumes=True)
+
     def train(self) -> None:
         """Trains the epochs that are left."""
         while self.progress.epoch < self.config.epochs:
@@ -245,8 +268,11 @@ class _Run:
                 now.seconds += time.perf_counter() - start
                 bar.set_postfix(loss=f"{now.loss_sum / now.seen:.4f}", accuracy=f"{now.correct / now.seen:.4f}")
                 bar.update(seen)
-                late = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
-                if any(self.processes.total(late)) and now.position < self.epoch_steps:
+                is_late = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
+                late, asked = self.processes.total(is_late, self.interrupts.asked)
+                if asked:
+                    self.stop()
+                if late and now.position < self.epoch_steps:
                     self.save()
 
     def _train_step(self, plan: EpochPlan) -> int:
@@ -322,6 +348,8 @@ class _Run:
             labels = labels.to(self.device)
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
             correct += _count_correct(logits, labels)
+            if any(self.processes.total(self.interrupts.asked)):
+                self.stop()
         return loss / len(split), correct / len(split)
 
 

@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdense import models
-from fastdense._support import InputError, extra, write_json
+from fastdense._choices import DTYPES
+from fastdense._support import InputError, Interrupted, extra, write_json
 from fastdense.bench.photographs import SCIKIT_IMAGE_FILES, scikit_image_folder
 from fastdense.models import SuperResolutionNet, save_super_resolution
 from fastdense.ops.bicubic import bicubic_resize
 from fastdense.sr.images import CorruptImageError, find_images, open_image
 from fastdense.sr.quality import evaluate_image, luminance
 from fastdense.train import checkpoint
-from fastdense.train.config import DTYPES
+from fastdense.train.interrupts import Interrupts, deferred
 from fastdense.train.loop import NonFiniteLossError, find_device
 
 PHOTOGRAPHS = "photographs"
@@ -176,6 +177,7 @@ def train_super_resolution(config: SuperResolutionConfig, progress: bool = True)
     Raises:
         InputError: pictures, arguments or a checkpoint that cannot be used.
         NonFiniteLossError: the loss became infinite or NaN.
+        Interrupted: Ctrl-C; the checkpoint holds the last step. It is a KeyboardInterrupt.
     """
     path = config.out / "checkpoint.pt"
     if path.exists() and not config.resume and not config.fresh:
@@ -193,7 +195,8 @@ def train_super_resolution(config: SuperResolutionConfig, progress: bool = True)
     training, testing, skipped = load_pictures(config.data)
     patches = Patches(training, run.net.colours, config.scale, config.patch)
     first = run.restore() if config.resume and path.exists() else 0
-    run.steps(patches, first, progress)
+    with deferred() as interrupts:
+        run.steps(patches, first, progress, interrupts)
     averaged = run.averaged.eval()
     qualities = [evaluate_image(picture, config.scale, averaged)[0] for picture in testing]
     bicubic = sum(q.bicubic_psnr for q in qualities) / len(qualities)
@@ -206,12 +209,14 @@ def train_super_resolution(config: SuperResolutionConfig, progress: bool = True)
 
 
 def _make(config: SuperResolutionConfig) -> SuperResolutionNet:
+    known = [name for name in models.list() if models.is_super_resolution(name)]
+    if config.model not in known:
+        raise InputError(f"train: expected --model of --task sr to be one of {', '.join(known)}, got {config.model!r}")
     try:
         net = models.create(config.model, **{"scale": config.scale, **config.model_kwargs})
     except TypeError as error:
         raise InputError(f"train: expected --set to name arguments of {config.model}: {error}") from error
-    if not isinstance(net, SuperResolutionNet):
-        raise InputError(f"train: expected --model to be a super-resolution network with --task sr, got {config.model}")
+    assert isinstance(net, SuperResolutionNet)
     return net
 
 
@@ -226,7 +231,7 @@ class _Run:
         self.optimizer = torch.optim.Adam(self.net.parameters(), config.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=config.dtype == "float16")
 
-    def steps(self, patches: Patches, first: int, progress: bool) -> None:
+    def steps(self, patches: Patches, first: int, progress: bool, interrupts: Interrupts) -> None:
         with extra("cli"):
             from tqdm import tqdm
         config, written = self.config, time.monotonic()
@@ -240,9 +245,13 @@ class _Run:
                 raise NonFiniteLossError(f"train: the loss became {loss} at step {step}; try a smaller --lr")
             self.average(min(config.average, (1 + step) / (_WARM_UP + step)))
             bar.set_postfix_str(f"L1 {loss:.4f}", refresh=False)
-            if time.monotonic() - written >= config.checkpoint_seconds or step + 1 == config.steps:
+            late = time.monotonic() - written >= config.checkpoint_seconds
+            if late or interrupts.asked or step + 1 == config.steps:
                 self.save(step + 1)
                 written = time.monotonic()
+            if interrupts.asked:
+                done = f"step {step + 1} of {config.steps}, which {self.path} holds"
+                raise Interrupted(f"stopped after {done}. Go on with:", resumes=True)
 
     def step(self, small: Tensor, large: Tensor) -> float:
         """The loss, in float32, before the step; weights stay where it is not finite."""

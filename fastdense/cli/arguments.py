@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands are told: parsers of option values, and options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fastdense._choices import DEVICES, DTYPES
+
+Commands = argparse._SubParsersAction
+Run = Callable[[argparse.Namespace], int]
+
+
+def add_command(commands: Commands, name: str, text: str, run: Run) -> argparse.ArgumentParser:
+    """Adds a command; the first line of its help stands in the list of commands."""
+    summary = text.strip().partition("\n")[0].rstrip(".")
+    parser = commands.add_parser(
+        name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser, default: str | None, shown: str, depth: int) -> None:
+    """The network to benchmark or train."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default=default, metavar="NAME", help=f"model name (default: {shown})")
+    model.add_argument("--depth", type=int, default=depth, help="layers of densenet_cifar (default: %(default)s)")
+    model.add_argument(
+        "--growth-rate", type=int, default=12, metavar="K", help="channels a layer adds, densenet_cifar (default: 12)"
+    )
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Where to compute, in which type."""
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=DEVICES, default="cpu", help="default: %(default)s")
+    machine.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="16-bit types mean autocast (default: %(default)s)"
+    )
+    add_threads(machine)
+    machine.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def add_threads(parser: argparse._ActionsContainer) -> None:
+    """How many threads compute."""
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def add_pictures(parser: argparse.ArgumentParser) -> None:
+    """A picture or a folder to read, and where the results go."""
+    parser.add_argument("input", type=Path, metavar="IN", help="a picture or a folder")
+    parser.add_argument("output", type=Path, metavar="OUT", help="a picture, or a folder where IN is one")
+    parser.add_argument("--resume", action="store_true", help="leave out pictures whose result is in OUT already")
+
+
+def assignment(text: str) -> tuple[str, object]:
+    """Parses ``name=value``, the value as a Python literal, or else as text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE like depth=20, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def width_and_height(text: str) -> tuple[int, int]:
+    """Parses ``640x480``."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        width = height = 0
+    if min(width, height) < 1:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT like 640x480, got {text!r}")
+    return width, height
+
+
+def byte_count(text: str) -> int:
+    """Parses ``500M`` or ``2G``; units are powers of 1024."""
+    number, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        count = int(float(number) * 1024 ** ("", "K", "M", "G", "T").index(unit))
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a size like 500M or 2G, got {text!r}")
+    return count
+
+
+def names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of comma-separated names out of `known`."""
+    allowed = tuple(known)
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+        unknown = [name for name in found if name not in allowed]
+        if unknown or not found:
+            raise argparse.ArgumentTypeError(f"expected names out of {', '.join(allowed)}, got {text!r}")
+        return found
+
+    return parse
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Parses comma-separated positive integers; 0 alone means none."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = (-1,)
+    if values == (0,):
+        return ()
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive integers like 4,12, got {text!r}")
+    return values

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,13 +82,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file so that `path` holds the old content or the new, never a part of it.
 
     Args:
-        path: the file to replace; its folder is created.
+        path: the file to replace; its folder is created. A symbolic link stays, and what it points to is replaced.
         write: called with a binary file opened for writing.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    # A name of its own, and short, since that of `path` may be as long as the system takes.
+    temporary = path.with_name(f".fastdense-{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

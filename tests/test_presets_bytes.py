@@ -158,7 +158,7 @@ def test_what_is_no_size(size):
 
 def test_an_image_without_its_batch_is_not_a_signal():
     image = torch.rand(3, 24, 39)
-    message = r"shape \[N, C, H, W\] with scale_factor, got \(3, 24, 39\); write input\[None\] for one image"
+    message = r"shape \[N, C, H, W\] with scale_factor, got three dimensions; write input\[None\] for one image"
     with pytest.raises(ValueError, match=message):
         bicubic_resize(image, scale_factor=2)
     assert bicubic_resize(image[None], scale_factor=2).shape == (1, 3, 48, 78)

@@ -83,14 +83,13 @@ def _number(value: Any) -> Any:
 
 
 def sizes_and_steps(
-    input: Tensor, size: Any, scale_factor: Any, rounding: str, align_corners: bool
+    old: Sequence[int], size: Any, scale_factor: Any, rounding: str, align_corners: bool
 ) -> tuple[list[int], list[float]]:
-    """Size of the result, and how many input samples an output sample is wide, by axis."""
+    """Size of the result of spatial sizes ``old``, and how many input samples an output sample is wide, by axis."""
     if (size is None) == (scale_factor is None):
         raise ValueError(
             f"bicubic_resize: expected either size or scale_factor to be given, got {size!r} and {scale_factor!r}"
         )
-    old = list(input.shape[2:])
     if size is not None:
         sizes = _per_axis("size", size, len(old))
         for value in sizes:
@@ -103,7 +102,7 @@ def sizes_and_steps(
         if len(old) == 1 and isinstance(_number(scale_factor), int | float):
             raise ValueError(
                 f"bicubic_resize: expected an image to have shape [N, C, H, W] with scale_factor, got "
-                f"{tuple(input.shape)}; write input[None] for one image, scale_factor=({scale_factor},) for signals"
+                f"three dimensions; write input[None] for one image, scale_factor=({scale_factor},) for signals"
             )
         scales = _per_axis("scale_factor", scale_factor, len(old))
         for n, value in zip(old, scales, strict=True):
@@ -200,7 +199,7 @@ def bicubic_resize(
         # Unlike a constant matrix it takes inputs of changing size.
         enlarged = F.interpolate(_widened(input), size, scale_factor, "bicubic", align_corners)
         return _finished(enlarged, residual, low, high, dtype)
-    sizes, steps = sizes_and_steps(input, size, scale_factor, rounding, align_corners)
+    sizes, steps = sizes_and_steps(list(input.shape[2:]), size, scale_factor, rounding, align_corners)
     if known.bytes == "torch" and (antialias or dtype == torch.uint8):
         # There torch leaves an axis alone whose size stays, whatever its scale factor is.
         steps = [1.0 if n == m else step for n, m, step in zip(input.shape[2:], sizes, steps, strict=True)]

@@ -59,6 +59,18 @@ def resize_samples(
     return made if samples.ndim == 3 else made[..., 0]
 
 
+def resized_size(
+    samples: numpy.ndarray, size: tuple[int, int] | None, scale: float | None, preset: Preset
+) -> tuple[int, int]:
+    """Height and width of what :func:`resize_samples` makes.
+
+    Raises:
+        ValueError: a scale that leaves no sample, or too many.
+    """
+    height, width = sizes_and_steps(samples.shape[:2], size, scale, PRESETS[preset].rounding, False)[0]
+    return height, width
+
+
 def _resized(pixels: numpy.ndarray, options: dict[str, Any]) -> numpy.ndarray:
     dtype = pixels.dtype
     if dtype in (numpy.uint8, numpy.float32, numpy.float64):
@@ -74,7 +86,7 @@ def _resized(pixels: numpy.ndarray, options: dict[str, Any]) -> numpy.ndarray:
 def _axis_by_axis(planes: Tensor, options: dict[str, Any]) -> Tensor:
     """Clipped and rounded to 16 bits after each axis, as Pillow does."""
     size, scale, preset = options["size"], options["scale_factor"], PRESETS[options["preset"]]
-    sizes, steps = sizes_and_steps(planes, size, scale, preset.rounding, False)
+    sizes, steps = sizes_and_steps(planes.shape[2:], size, scale, preset.rounding, False)
     for axis in axis_order(planes.shape[2:], sizes, steps, preset.bytes):
         one = dict(options)
         if size is not None:

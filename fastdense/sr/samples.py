@@ -51,20 +51,25 @@ def peak_of(samples: numpy.ndarray) -> float:
     )
 
 
-def to_depth(samples: numpy.ndarray, bits: int) -> numpy.ndarray:
-    """Samples of 8 or 16 bits, white for white.
+def bounded_peak_of(samples: numpy.ndarray) -> float:
+    """The number that stands for white, where no sample is brighter or below black.
 
     Raises:
-        ValueError: white is not known, or floating point goes beyond 0 ... 1.
+        ValueError: as :func:`peak_of`; floating point beyond 0 ... 1.
     """
+    if numpy.issubdtype(samples.dtype, numpy.floating):
+        low, high = samples.min(), samples.max()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"expected floating-point samples from 0 (black) to 1 (white), got {low:g} to {high:g}")
+    return peak_of(samples)
+
+
+def to_depth(samples: numpy.ndarray, bits: int, peak: float) -> numpy.ndarray:
+    """Samples of 8 or 16 bits, white for white; what is brighter becomes white."""
     dtype: Any = {8: numpy.uint8, 16: numpy.uint16}[bits]
     if samples.dtype == dtype:
         return samples
-    unit = samples.astype(numpy.float64) / peak_of(samples)
-    if numpy.issubdtype(samples.dtype, numpy.floating) and not (unit.min() >= 0 and unit.max() <= 1):
-        raise ValueError(
-            f"expected floating-point samples from 0 (black) to 1 (white), got {unit.min():g} to {unit.max():g}"
-        )
+    unit = numpy.clip(samples.astype(numpy.float64) / peak, 0, 1)
     return numpy.floor(unit * numpy.iinfo(dtype).max + 0.5).astype(dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdense import _C, bicubic_resize
 from fastdense.ops.bicubic import PRESETS
 from tests.cases.bicubic import random
-from tests.cases.simd import current_isa
+from tests.cases.simd import simd_level
 from tests.emulation.build import build
 
 FLOATS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -94,7 +94,7 @@ def check_image(kernels) -> None:
     for (old, new), channels, dtype in itertools.product(SIZES, (1, 3), FLOATS):
         x = random(2, channels, *old, dtype=dtype)
         layout = torch.channels_last if channels > 1 else torch.contiguous_format
-        with current_isa("baseline"):
+        with simd_level("baseline"):
             wanted = bicubic_resize(x.to(memory_format=layout), new, preset="torch")
         made = run_image(kernels, channels_inside(x, channels), new, "torch")
         error = (made - channels_inside(wanted, channels)).abs().max()

@@ -14,8 +14,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE := $(shell find csrc -type f)
 FORMATTED := $(filter %.h %.cpp %.cu,$(NATIVE))
 PYTEST_ARGS ?= -q
-# Tests of one file stay in one process. Each process has its own OpenMP threads, which share the cores.
-WORKERS ?= $(CORES)
+# Processes that test, each a file at a time; their threads share the cores. What needs several threads asks for them.
+WORKERS ?= $(shell echo $$(($(CORES) < 8 ? $(CORES) : 8)))
+THREADS = $(shell echo $$(($(WORKERS) > 1 ? ($(CORES) + $(WORKERS) - 1) / $(WORKERS) : $(CORES))))
 PARALLEL := -n $(WORKERS) --dist loadfile --durations=15
 
 VENV_STAMP := .venv/.installed-$(firstword $(shell cksum requirements/test.txt))
@@ -64,6 +65,7 @@ FORCE:
 cuda-objects: $(VENV_STAMP)  ## compile the CUDA code alone, link nothing; FORCE_CUDA=1 needs no GPU
 	@$(BIN)/python setup.py -q cuda_objects
 
+test: export OMP_NUM_THREADS ?= $(THREADS)
 test: build lint  ## lint, then run the tests (PYTEST_ARGS="-q -k name")
 	@$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 

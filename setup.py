@@ -207,14 +207,6 @@ def extension() -> cpp_extension.CppExtension:
     )
 
 
-def write_facts(binary: Path) -> None:
-    """Writes beside the compiled module what it was built with: what fastdense/_build_info.py reads."""
-    cuda = torch.version.cuda if find_cuda() else None
-    facts = {"version": PROJECT["version"], "torch": torch.__version__, "cuda": cuda}
-    facts["cuda_arch_list"] = find_arch_list() if cuda else None
-    binary.with_suffix(".json").write_text(json.dumps(facts) + "\n")
-
-
 @contextlib.contextmanager
 def short_progress() -> Iterator[None]:
     """Shortens ninja's "[3/57] command" to "[3/57] file"; the rest, as failed commands and their errors, stays."""
@@ -239,6 +231,18 @@ def short_progress() -> Iterator[None]:
         os.dup2(before, 1)  # the pipe's last writer is gone: the copier ends
         copier.join()
         os.close(before)
+
+
+def write_facts(binary: Path) -> None:
+    """Writes beside the compiled module what it was built with: what fastdense/_build_info.py reads."""
+    cuda = find_cuda()
+    facts = {
+        "version": PROJECT["version"],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cuda_arch_list": find_arch_list() if cuda else None,
+    }
+    binary.with_suffix(".json").write_text(json.dumps(facts) + "\n")
 
 
 class Build(cpp_extension.BuildExtension):
@@ -269,7 +273,9 @@ class CudaObjects(Build):
     def run(self) -> None:
         if not find_cuda():
             sys.exit(f"fastdense: cuda_objects: {find_toolkit()[1] or 'no GPU is visible; set FORCE_CUDA=1'}.")
-        super().run()
+        print(f"fastdense: compiling for {describe_target()}", file=sys.stderr, flush=True)
+        with short_progress():
+            cpp_extension.BuildExtension.run(self)
 
     def build_extension(self, ext: cpp_extension.CppExtension) -> None:
         ext.sources = [source for source in ext.sources if source.endswith((".cu", "_cuda.cpp"))]

@@ -2,7 +2,9 @@
 // Every native op of fastdense, one schema a line. Kernels register themselves in csrc/<op>/<op>_{cpu,cuda}.cpp.
 #include <torch/library.h>
 
-TORCH_LIBRARY(fastdense, m) {
+namespace {
+
+void define(torch::Library& m) {
   m.def(
       "dense_block(Tensor input, Tensor[] weights, float[] eps, int num_layers, bool bottleneck, str tail, "
       "float drop_rate, Tensor? seed, bool keep_bottleneck, str process_group) -> (Tensor, Tensor, Tensor, Tensor, "
@@ -54,3 +56,10 @@ TORCH_LIBRARY(fastdense, m) {
       "str process_group) -> Tensor[]");
   m.def("dropout_mask(Tensor seed, int layer, int rows, int channels, float drop_rate) -> Tensor");
 }
+
+}  // namespace
+
+TORCH_LIBRARY(fastdense, m) { define(m); }
+
+// The same without arithmetic, on the meta device: fastdense/ops/fakes.py calls them where all sizes are numbers.
+TORCH_LIBRARY(fastdense_meta, m) { define(m); }

@@ -1,177 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every native operator passes torch.library.opcheck; one without samples here fails."""
-
-import math
+"""Every native operator passes torch.library.opcheck; one without samples fails."""
 
 import pytest
 import torch
 
 from fastdense import _C
 from fastdense.ops.cpu_build import HINT
-from tests.cases.dense_block import ALL, Block, Case
-from tests.cases.dual_path import Stage, StageCase
-from tests.cases.norm_relu_max_pool import ALL as GIVEN
-from tests.cases.norm_relu_max_pool import Case as StemCase
-from tests.cases.norm_relu_max_pool import Stem
-from tests.cases.residual_dense_block import Block as ResidualBlock
-from tests.cases.residual_dense_block import Case as ResidualCase
+from tests.cases.operators import operators, samples
 from tests.emulation.blocks import OPERATORS, emulated_kernels
-
-
-def dense_block_samples():
-    from fastdense.ops.dense_block import _flatten, _without_dropped
-
-    for case in (
-        Case(tail="transition", drop_rate=0.2),
-        Case(tail="none", size=(6,)),
-        Case(tail="norm", active=(True, False, True)),
-        Case(tail="norm_relu", width=0, size=(4, 3, 2), memory="min"),
-        Case(tail="norm", frozen=ALL, dtype=torch.float32),
-    ):
-        block = Block(case)
-        weights, eps = _flatten(
-            _without_dropped(block.layers, case.active), block.tail, torch.empty(0, dtype=case.dtype)
-        )
-        options = (case.num_layers, case.width > 0, case.tail, case.drop_rate, block.seed)
-        yield block, weights, eps, options
-
-
-def dual_path_samples():
-    from fastdense.ops.dual_path import _flatten
-
-    for case in (
-        StageCase(stride=2),
-        StageCase(projection=False, size=(6,), memory="min"),
-        StageCase(size=(4, 3, 2), memory="reversible", dtype=torch.float32),
-        StageCase(frozen=("",), num_blocks=1),
-    ):
-        stage = Stage(case)
-        weights, eps = _flatten(stage.blocks, stage.projection, torch.empty(0, dtype=case.dtype))
-        yield stage, weights, eps, (case.num_blocks, case.projection, case.residual_channels, case.stride)
-
-
-def residual_dense_block_samples(name: str):
-    for case in (
-        ResidualCase(outer=True),
-        ResidualCase(kernel=1, slope=0.0, bias=False),
-        ResidualCase(fusion=False, first=(0, 5, 0)),
-    ):
-        block = ResidualBlock(case)
-        absent = torch.empty(0, dtype=torch.float64)
-        weights = [absent if w is None else w for conv in block.convs() for w in conv]
-        how = (list(case.first or [0] * case.layers), case.fusion, case.slope, 0.3)
-        if name == "residual_dense_block":
-            yield block.input, weights, *how, block.outer, 0.7
-            continue
-        with torch.no_grad():
-            out, buffer = torch.ops.fastdense.residual_dense_block(block.input, weights, *how, None, 1.0)
-            needs = [True] + [w.requires_grad for w in weights]
-            parameters = [w.detach() for w in weights]
-            kept = buffer if case.fusion else out
-            yield torch.randn_like(out), kept, parameters, *how, 1.0, case.channels, needs
-
-
-def norm_relu_max_pool_samples(name: str):
-    from fastdense.ops.arguments import Parameters
-
-    for case in (
-        StemCase(),
-        StemCase(channels_last=True, dtype=torch.float32),
-        StemCase(size=(7,), kernel=(3,), stride=(1,), padding=(0,), affine=False),
-        StemCase(frozen=GIVEN, channels_last=True),
-    ):
-        stem = Stem(case)
-        norm = Parameters(torch.empty(0, dtype=case.dtype))
-        norm.norm(stem.weights)
-        options = 1e-3, *map(list, stem.pool)
-        if name == "norm_relu_max_pool":
-            yield stem.input, norm.weights, *options, True, ""
-            continue
-        with torch.no_grad():
-            parameters = [w.detach() for w in norm.weights]
-            out, *saved = torch.ops.fastdense.norm_relu_max_pool(stem.input, parameters, *options, True, "")
-            needs = [True] + [w.requires_grad for w in norm.weights]
-            yield torch.randn_like(out), stem.input.detach(), *saved, parameters, *options, needs, ""
-
-
-def samples(name: str):
-    if name == "dense_block":
-        for block, weights, eps, options in dense_block_samples():
-            yield block.input, weights, eps, *options, block.case.memory == "balanced", ""
-    elif name == "_dense_block_backward":
-        for block, weights, eps, options in dense_block_samples():
-            with torch.no_grad():
-                keep = block.case.memory == "balanced"
-                out, buffer, *saved = torch.ops.fastdense.dense_block(block.input, weights, eps, *options, keep, "")
-                grad = torch.randn_like(out)
-                buffer = out if block.case.tail == "none" else buffer
-                needs = [True] + [w.requires_grad for w in weights]
-                parameters = [w.detach() for w in weights]
-                yield grad, buffer, *saved, parameters, eps, *options, block.input.shape[1], needs, ""
-    elif name == "dual_path_stage":
-        for stage, weights, eps, options in dual_path_samples():
-            yield stage.input, weights, eps, *options, stage.case.memory, ""
-    elif name == "_dual_path_stage_backward":
-        for stage, weights, eps, options in dual_path_samples():
-            with torch.no_grad():
-                saved = torch.ops.fastdense.dual_path_stage(stage.input, weights, eps, *options, stage.case.memory, "")
-                grad = torch.randn_like(saved[0])
-                needs = [True] + [w.requires_grad for w in weights]
-                yield grad, stage.input.detach(), *saved, [w.detach() for w in weights], eps, *options, needs, ""
-    elif name == "update_running_stats_":
-        lists = [torch.zeros(3), torch.zeros(5)], [torch.ones(3), torch.ones(5)], [torch.tensor(0), torch.tensor(4)]
-        arguments = *lists, torch.randn(8), torch.rand(8), [0, 3], [0.1, -1.0]
-        yield *arguments, 10, None
-        yield *arguments, 0, torch.tensor([10.0], dtype=torch.float64)
-    elif name in ("bicubic", "_bicubic_backward", "bicubic_uint8"):
-        options = [0.9, 2.0], -0.5, True, "symmetric", False
-        for layout in (torch.contiguous_format, torch.channels_last):
-            x = torch.rand(2, 3, 5, 6).to(memory_format=layout).requires_grad_()
-            if name == "bicubic":
-                yield x, [7, 3], *options, None, -math.inf, math.inf
-                yield x, [7, 3], *options, torch.rand(2, 3, 7, 3, requires_grad=True), -math.inf, math.inf
-                yield x.detach(), [7, 3], *options, None, 0.0, 1.0
-            elif name == "_bicubic_backward":
-                yield x, [7, 12], *options
-            else:
-                yield (x.detach() * 255).to(torch.uint8), [7, 3], *options, "matlab"
-    elif name in ("highway_gate", "_highway_gate_backward"):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(2, 3, 5, 4, requires_grad=True)
-            projection = torch.randn(2, 6, 5, 4).to(memory_format=layout).requires_grad_()
-            if name == "highway_gate":
-                yield x, projection, "relu"
-                yield x.detach(), projection, "tanh"
-            else:
-                yield torch.randn(2, 3, 5, 4), x.detach(), projection.detach(), "identity"
-    elif name in ("residual_dense_block", "_residual_dense_block_backward"):
-        yield from residual_dense_block_samples(name)
-    elif name in ("norm_relu_max_pool", "_norm_relu_max_pool_backward"):
-        yield from norm_relu_max_pool_samples(name)
-    elif name in ("dual_path_merge", "dual_path_split"):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(2, 7, 5, 4).to(memory_format=layout).requires_grad_()
-            if name == "dual_path_merge":
-                yield x, torch.randn(2, 6, 5, 4, requires_grad=True), 4
-            else:
-                yield x, 6, 4
-    elif name == "mean_join":
-        for layout in (torch.contiguous_format, torch.channels_last):
-            first = torch.randn(2, 3, 5, 4).to(memory_format=layout).requires_grad_()
-            yield ([first, torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4, requires_grad=True)],)
-    elif name == "dropout_mask":
-        yield torch.tensor(5), 1, 6, 7, 0.3
-
-
-def operators() -> list[str]:
-    names = torch._C._dispatch_get_all_op_names()
-    return sorted(name.removeprefix("fastdense::") for name in names if name.startswith("fastdense::"))
 
 
 @pytest.mark.parametrize("name", operators())
 def test_opcheck(name):
     arguments = list(samples(name))
-    assert arguments, f"{name} has no samples in this file"
+    assert arguments, f"{name} has no samples in tests/cases/operators.py"
     for sample in arguments:
         torch.library.opcheck(getattr(torch.ops.fastdense, name).default, sample)
 

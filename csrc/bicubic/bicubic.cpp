@@ -14,20 +14,26 @@
 namespace fastdense {
 namespace {
 
-void check_arguments(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
-                     double a) {
+// The widest step from sample to sample: beyond the image only the border is left to weigh, tap by tap.
+double widest_step(int64_t from, int64_t to) { return (4.0 * double(from) + double(1 << 26)) / double(to); }
+
+void check_arguments(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step, double a,
+                     bool transposed) {
   check_rank_between(op, "input", input, 3, 5);
   const auto dims = size_t(input.dim() - 2);
-  TORCH_CHECK_VALUE(size.size() == dims && step.size() == dims, op, ": expected size and step to have ", dims,
-                    " entries, got ", size.size(), " and ", step.size());
+  check_entries(op, "size", size.size(), int64_t(dims));
+  check_entries(op, "step", step.size(), int64_t(dims));
   for (size_t d = 0; d < dims; ++d) {
     TORCH_CHECK_VALUE(size[d] > 0 && size[d] < INT32_MAX, op, ": expected size to be positive, got ", size);
     TORCH_CHECK_VALUE(input.size(int64_t(d) + 2) > 0 && input.size(int64_t(d) + 2) < INT32_MAX, op,
                       ": expected input to have positive spatial sizes, got shape ", input.sizes());
-    TORCH_CHECK_VALUE(std::isfinite(step[d]) && step[d] >= 0, op, ": expected step to be finite and positive, got ",
-                      step);
+    const int64_t given = input.size(int64_t(d) + 2), from = transposed ? size[d] : given,
+                  to = transposed ? given : size[d];
+    TORCH_CHECK_VALUE(0 <= step[d] && step[d] <= widest_step(from, to), op,
+                      ": expected step to be at least 0 and at most ", widest_step(from, to), " to make ", to,
+                      " samples of ", from, ", got ", step[d]);
   }
-  TORCH_CHECK_VALUE(std::isfinite(a), op, ": expected a to be finite, got ", a);
+  check_finite(op, "a", a);
 }
 
 // The work of the last two axes when the columns are resampled first, and when the rows are.  Columns pick their
@@ -47,8 +53,7 @@ bool columns_first_is_cheaper(const BicubicTable& rows, const BicubicTable& colu
 at::Tensor bicubic_residual(const char* op, const std::optional<at::Tensor>& residual, const at::Tensor& input,
                             const at::Tensor& out) {
   if (!residual) return {};
-  check_same_dtype(op, "residual", *residual, "input", input);
-  check_same_device(op, "residual", *residual, "input", input);
+  check_like(op, "residual", *residual, "input", input);
   check_shape(op, "residual", *residual, out.sizes());
   return residual->strides() == out.strides() ? *residual : at::empty_like(out).copy_(*residual);
 }
@@ -79,19 +84,20 @@ at::Tensor BicubicArgs::empty_result() const {
 
 BicubicArgs parse_bicubic(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
                           const BicubicOptions& options, bool transposed) {
-  check_arguments(op, input, size, step, options.a);
+  check_arguments(op, input, size, step, options.a, transposed);
   const std::optional<Border> border = find_border(options.border);
   TORCH_CHECK_VALUE(border, op, ": expected border to be clamp, drop or symmetric, got ", options.border);
   BicubicArgs args;
   args.channels_last = is_channels_last(input);
   args.input = args.channels_last ? input : input.contiguous();
   args.sizes = input.sizes().slice(0, 2).vec();
+  args.sizes.insert(args.sizes.end(), size.begin(), size.end());
+  if (input.is_meta()) return args;
   for (size_t d = 0; d < size.size(); ++d) {
     const int64_t from = input.size(int64_t(d) + 2);
     const auto table = bicubic_table({transposed ? size[d] : from, transposed ? from : size[d], step[d], options.a,
                                       options.antialias, *border, options.align_corners, transposed});
     args.tables.push_back(table->identity ? nullptr : table);
-    args.sizes.push_back(size[d]);
   }
   if (const size_t dims = size.size(); dims >= 2 && args.tables[dims - 2] && args.tables[dims - 1])
     args.columns_first = columns_first_is_cheaper(*args.tables[dims - 2], *args.tables[dims - 1]);

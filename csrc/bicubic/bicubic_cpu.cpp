@@ -175,5 +175,10 @@ TORCH_LIBRARY_IMPL(fastdense, CPU, m) {
   m.impl("_bicubic_backward", &bicubic_backward_cpu);
   m.impl("bicubic_uint8", &bicubic_uint8_cpu);
 }
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) {
+  m.impl("bicubic", &bicubic_cpu);
+  m.impl("_bicubic_backward", &bicubic_backward_cpu);
+  m.impl("bicubic_uint8", &bicubic_uint8_cpu);
+}
 
 }  // namespace fastdense

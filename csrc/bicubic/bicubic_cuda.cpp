@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The bicubic ops on CUDA.
+#include <ATen/DeviceGuard.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
@@ -190,14 +190,14 @@ at::Tensor bicubic_cuda(const at::Tensor& input,  // [N, C, spatial]
                         at::IntArrayRef size, at::ArrayRef<double> step, double a, bool antialias,
                         std::string_view border, bool align_corners, const std::optional<at::Tensor>& residual,
                         double low, double high) {
-  const c10::cuda::CUDAGuard guard(input.device());
+  const c10::OptionalDeviceGuard guard(at::device_of(input));
   return run_bicubic<Engine>("bicubic", input, size, step, {a, antialias, border, align_corners}, false,
                              {residual, low, high});
 }
 
 at::Tensor bicubic_backward_cuda(const at::Tensor& grad_output, at::IntArrayRef size, at::ArrayRef<double> step,
                                  double a, bool antialias, std::string_view border, bool align_corners) {
-  const c10::cuda::CUDAGuard guard(grad_output.device());
+  const c10::OptionalDeviceGuard guard(at::device_of(grad_output));
   return run_bicubic<Engine>("_bicubic_backward", grad_output, size, step, {a, antialias, border, align_corners}, true,
                              {std::nullopt, -INFINITY, INFINITY});
 }
@@ -205,7 +205,7 @@ at::Tensor bicubic_backward_cuda(const at::Tensor& grad_output, at::IntArrayRef 
 at::Tensor bicubic_uint8_cuda(const at::Tensor& input,  // [N, C, spatial] of one or two axes
                               at::IntArrayRef size, at::ArrayRef<double> step, double a, bool antialias,
                               std::string_view border, bool align_corners, std::string_view rounding) {
-  const c10::cuda::CUDAGuard guard(input.device());
+  const c10::OptionalDeviceGuard guard(at::device_of(input));
   return run_bicubic_uint8<Engine>(input, size, step, {a, antialias, border, align_corners}, rounding);
 }
 

@@ -9,6 +9,7 @@
 
 #include "bicubic/bicubic.h"
 #include "core/checks.h"
+#include "core/layout.h"
 #include "core/storage.h"
 
 namespace fastdense {
@@ -29,6 +30,8 @@ template <typename Engine>
 at::Tensor run_bicubic(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
                        const BicubicOptions& options, bool transposed, const BicubicEpilogue& epilogue) {
   check_floating(op, "input", input);
+  TORCH_CHECK_VALUE(epilogue.low <= epilogue.high, op, ": expected low to be at most high, got ", epilogue.low, " and ",
+                    epilogue.high);
   if (input.dim() == 5 && input.element_size() == 2) {  // what lies between the axes stays in float32
     const auto& residual = epilogue.residual;
     const auto added = residual ? std::optional(residual->to(at::kFloat)) : residual;
@@ -39,7 +42,7 @@ at::Tensor run_bicubic(const char* op, const at::Tensor& input, at::IntArrayRef 
   const BicubicArgs args = parse_bicubic(op, input, size, step, options, transposed);
   at::Tensor out = args.empty_result();
   const at::Tensor added = bicubic_residual(op, epilogue.residual, input, out);
-  if (out.numel() == 0) return out;
+  if (!has_values(out)) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bicubic", [&] {
     using T = typename Storage<scalar_t>::type;
     Engine::template resample<T, accumulate_t<T>>(args, added, out,
@@ -54,7 +57,7 @@ at::Tensor run_bicubic_uint8(const at::Tensor& input, at::IntArrayRef size, at::
   const ByteRounding rounded = check_bicubic_bytes(input, rounding);
   const BicubicArgs args = parse_bicubic("bicubic_uint8", input, size, step, options, false);
   at::Tensor out = args.empty_result();
-  if (out.numel() == 0) return out;
+  if (!has_values(out)) return out;
   if (args.unchanged()) return out.copy_(input);
   const bool columns_first = byte_columns_first(args, rounded, step);
   if (rounded == ByteRounding::kLast)

@@ -21,11 +21,30 @@ inline at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOpt
   return at::empty_strided(sizes, strides, options);
 }
 
+// Whether the channels are innermost, pixel behind pixel.  That of a dimension of size 1 may be any stride.
+inline bool has_channels_innermost(const at::Tensor& t) {
+  if (t.numel() == 0) return true;
+  int64_t stride = 1;
+  const auto follows = [&](int64_t d) {
+    const bool good = t.size(d) == 1 || t.stride(d) == stride;
+    stride *= t.size(d);
+    return good;
+  };
+  bool good = follows(1);
+  for (int64_t d = t.dim() - 1; good && d > 1; --d) good = follows(d);
+  return good && follows(0);
+}
+
 // `t` with the channels innermost: itself if it is so already, else a copy.
-inline at::Tensor to_channels_last(const at::Tensor& t) { return t.movedim(1, -1).contiguous().movedim(-1, 1); }
+inline at::Tensor to_channels_last(const at::Tensor& t) {
+  return has_channels_innermost(t) ? t : t.movedim(1, -1).contiguous().movedim(-1, 1);
+}
 
 // Whether the channels are innermost and could be nowhere else.
-inline bool is_channels_last(const at::Tensor& t) { return !t.is_contiguous() && t.movedim(1, -1).is_contiguous(); }
+inline bool is_channels_last(const at::Tensor& t) { return !t.is_contiguous() && has_channels_innermost(t); }
+
+// Whether there is anything to compute: not on the meta device, where an op only checks and allocates.
+inline bool has_values(const at::Tensor& t) { return t.numel() > 0 && !t.is_meta(); }
 
 // `value`, which the caller owns, in the shape, type and layout of a parameter: autograd then takes a gradient without
 // copying it, and DDP does not warn about its strides.

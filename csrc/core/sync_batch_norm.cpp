@@ -11,6 +11,15 @@
 
 namespace fastdense {
 
+void check_process_group(const char* op, std::string_view group) {
+  if (group.empty()) return;
+  try {
+    c10d::resolve_process_group(std::string(group));
+  } catch (const std::exception&) {
+    TORCH_CHECK_VALUE(false, op, ": expected process_group to name a group of torch.distributed, got ", group);
+  }
+}
+
 // Every process adds the same numbers in the same order: the results are bit-identical in all of them.
 void SyncBatchNorm::moments(const at::Tensor& mean, const at::Tensor& var, int64_t count) const {
   const int64_t n = mean.numel();

@@ -8,10 +8,14 @@
 #include <ATen/ops/from_blob.h>
 
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
 namespace fastdense {
+
+// Raises unless it names a group of torch.distributed, or none.
+void check_process_group(const char* op, std::string_view group);
 
 class SyncBatchNorm {
  public:

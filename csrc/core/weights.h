@@ -3,7 +3,10 @@
 // absent one.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <string>
 #include <vector>
@@ -47,6 +50,8 @@ class WeightReader {
     n.running_mean = take(name + ".running_mean", shape, true);
     n.running_var = take(name + ".running_var", shape, true);
     n.eps = eps_[next_eps_++];
+    check_eps(op_, n.eps);
+    constants_.insert(constants_.end(), {n.at + 2, n.at + 3});
     TORCH_CHECK_VALUE(n.running_mean.defined() == n.running_var.defined(), op_, ": expected ", name,
                       ".running_mean and running_var to be given together, got one of them");
     return n;
@@ -66,12 +71,16 @@ class WeightReader {
   // The tensor `ahead` places behind the current one, given or not.
   const at::Tensor& at(int64_t ahead) const { return weights_[size_t(next_ + ahead)]; }
 
-  // The same, to learn a shape from.
-  const at::Tensor& peek(int64_t ahead, const std::string& name) const {
+  // The same, to learn a shape of so many dimensions from.
+  const at::Tensor& peek(int64_t ahead, const std::string& name, size_t rank) const {
     const at::Tensor& t = at(ahead);
     TORCH_CHECK_VALUE(t.numel() > 0, op_, ": expected ", name, ".weight to be given, got an empty tensor");
+    check_rank(op_, (name + ".weight").c_str(), t, int64_t(rank));
     return t;
   }
+
+  // Positions of what has no gradient: running statistics.
+  const std::vector<int64_t>& constants() const { return constants_; }
 
  private:
   at::Tensor take(const std::string& name, at::IntArrayRef shape, bool optional) {
@@ -90,7 +99,40 @@ class WeightReader {
   const at::TensorOptions& options_;
   int64_t next_ = 0;
   size_t next_eps_ = 0;
+  std::vector<int64_t> constants_;
 };
+
+// Whether the gradients of the input and of every weight are wanted.  Absent weights have none, nor have `constants`.
+inline std::vector<bool> read_needs(const char* op, const c10::List<bool>& needs_grad, at::TensorList weights,
+                                    const std::vector<int64_t>& constants) {
+  check_entries(op, "needs_grad", needs_grad.size(), int64_t(weights.size()) + 1);
+  std::vector<bool> needs(needs_grad.begin(), needs_grad.end());
+  for (size_t i = 0; i < weights.size(); ++i)
+    if (weights[i].numel() == 0) needs[i + 1] = false;
+  for (const int64_t at : constants) needs[size_t(at) + 1] = false;
+  return needs;
+}
+
+// What a backward op returns where there is nothing to compute: zeros for what is wanted.
+inline std::vector<at::Tensor> zero_gradients(const at::Tensor& input_gradient, at::TensorList weights,
+                                              const std::vector<bool>& needs) {
+  const at::Tensor none = at::empty({0}, input_gradient.options());
+  std::vector<at::Tensor> gradients{needs[0] ? input_gradient.zero_() : none};
+  for (size_t i = 0; i < weights.size(); ++i) gradients.push_back(needs[i + 1] ? at::zeros_like(weights[i]) : none);
+  return gradients;
+}
+
+// A tensor that forward keeps in some modes only is without elements in the others.
+inline bool is_absent(const at::Tensor& t) { return t.dim() > 0 && t.size(0) == 0; }
+
+// Rows that forward kept, checked and contiguous; themselves where they are absent.
+inline at::Tensor kept_rows(const char* op, const char* arg, const at::Tensor& t, at::IntArrayRef shape,
+                            const char* like_arg, const at::Tensor& like) {
+  check_like(op, arg, t, like_arg, like);
+  if (is_absent(t)) return t;
+  check_shape(op, arg, t, shape);
+  return t.contiguous();
+}
 
 // Spatial sizes as three dimensions, the missing ones trailing with size 1: work is shared out along the first.
 inline void fill_three(at::IntArrayRef from, int64_t (&to)[3]) {

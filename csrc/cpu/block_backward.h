@@ -66,7 +66,10 @@ class BlockBackward : public BlockForward<T> {
     if (needs(weight)) grads_[size_t(weight) + 1] = laid_out_like(value, weights_[size_t(weight)]);
   }
 
-  using Sums = GradientSums<double>;
+  // Sums over rows of a gradient and of its products with x - mean.
+  struct Sums {
+    double *sum, *weighted;  // [channels]
+  };
 
   // Weight gradients [workers, depth, padded n] and sums, zeroed.
   at::Tensor worker_gradients(bool needed, int64_t depth, int64_t n) {
@@ -85,7 +88,8 @@ class BlockBackward : public BlockForward<T> {
 
   BackwardEpilogue<T> epilogue(int64_t worker, T* gradient, int64_t ld, bool accumulate, const A* mean,
                                const at::Tensor& dweight) {
-    return {gradient, ld, accumulate, mean, worker_sums(worker), of_worker(dweight, worker)};
+    const Sums s = worker_sums(worker);
+    return {gradient, ld, accumulate, mean, s.sum, s.weighted, of_worker(dweight, worker)};
   }
 
   // Parameter gradients of the channels [first, first + n) of a norm from their sums, in place: sum -> s1, weighted ->

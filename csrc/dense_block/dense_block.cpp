@@ -7,39 +7,38 @@
 #include <algorithm>
 
 #include "core/checks.h"
+#include "core/sync_batch_norm.h"
 
 namespace fastdense {
 namespace {
 
-constexpr const char* kOp = "dense_block";
-
-Tail parse_tail(std::string_view tail) {
+Tail parse_tail(const char* op, std::string_view tail) {
   if (tail == "none") return Tail::kNone;
   if (tail == "transition") return Tail::kTransition;
   if (tail == "norm") return Tail::kNorm;
   if (tail == "norm_relu") return Tail::kNormRelu;
-  TORCH_CHECK_VALUE(false, kOp, ": expected tail to be none, transition, norm or norm_relu, got ", tail);
+  TORCH_CHECK_VALUE(false, op, ": expected tail to be none, transition, norm or norm_relu, got ", tail);
 }
 
 // Whether a convolution is that of a dropped layer.
 bool is_dropped(const at::Tensor& conv) { return conv.dim() > 2 && conv.size(1) == 0; }
 
 // The first weight that shows how many channels and dimensions the input is to have.
-void check_input(at::IntArrayRef sizes, at::TensorList weights, int64_t num_layers, Tail tail) {
+void check_input(const char* op, at::IntArrayRef sizes, at::TensorList weights, int64_t num_layers, Tail tail) {
   if (num_layers > 0 || tail == Tail::kTransition) {
     const at::Tensor& conv = weights[4];  // behind the four tensors of a norm
-    TORCH_CHECK_VALUE(conv.dim() < 3 || size_t(conv.dim()) == sizes.size(), kOp, ": expected input to have ",
-                      conv.dim(), " dimensions, got shape ", sizes);
-    TORCH_CHECK_VALUE(conv.dim() < 3 || conv.size(1) == sizes[1] || is_dropped(conv), kOp, ": expected input to have ",
+    TORCH_CHECK_VALUE(conv.dim() < 3 || size_t(conv.dim()) == sizes.size(), op, ": expected input to have ", conv.dim(),
+                      " dimensions, got shape ", sizes);
+    TORCH_CHECK_VALUE(conv.dim() < 3 || conv.size(1) == sizes[1] || is_dropped(conv), op, ": expected input to have ",
                       conv.size(1), " channels in dimension 1, got shape ", sizes);
   } else if (tail != Tail::kNone) {
     const int64_t channels = weights[0].numel();
-    TORCH_CHECK_VALUE(channels == 0 || channels == sizes[1], kOp, ": expected input to have ", channels,
+    TORCH_CHECK_VALUE(channels == 0 || channels == sizes[1], op, ": expected input to have ", channels,
                       " channels in dimension 1, got shape ", sizes);
   }
 }
 
-void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers) {
+void read_layers(const char* op, WeightReader& reader, DenseBlockArgs& args, int64_t num_layers) {
   const size_t dims = args.spatial.size();
   for (int64_t l = 0; l < num_layers; ++l) {
     const std::string name = "layer " + std::to_string(l);
@@ -50,7 +49,9 @@ void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers)
     int64_t in = layer.channels;
     layer.norm1 = reader.norm(name + ".norm1", in);
     const auto first_of_all = [&](const std::string& conv) -> const at::Tensor& {
-      return layer.dropped ? reader.at(0) : reader.peek(0, name + conv);
+      if (!layer.dropped) return reader.peek(0, name + conv, dims + 2);
+      check_rank(op, (name + conv + ".weight").c_str(), reader.at(0), int64_t(dims) + 2);
+      return reader.at(0);
     };
     if (args.bottleneck) {
       if (l == 0) args.width = first_of_all(".conv1").size(0);
@@ -60,11 +61,10 @@ void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers)
     }
     if (l == 0) {
       const at::Tensor& first = first_of_all(".conv2");
-      check_rank(kOp, (name + ".conv2.weight").c_str(), first, int64_t(dims) + 2);
       args.growth = first.size(0);
       fill_three(first.sizes().slice(2), args.conv.kernel);
       for (int64_t size : args.conv.kernel)
-        TORCH_CHECK_VALUE(size % 2 == 1, kOp, ": expected the kernel of ", name, ".conv2 to be odd, got ",
+        TORCH_CHECK_VALUE(size % 2 == 1, op, ": expected the kernel of ", name, ".conv2 to be odd, got ",
                           first.sizes());
     }
     std::vector<int64_t> shape{args.growth, layer.dropped ? 0 : in};
@@ -74,16 +74,16 @@ void read_layers(WeightReader& reader, DenseBlockArgs& args, int64_t num_layers)
   }
 }
 
-void read_tail(WeightReader& reader, DenseBlockArgs& args) {
+void read_tail(const char* op, WeightReader& reader, DenseBlockArgs& args) {
   if (args.tail == Tail::kNone) return;
   args.tail_norm = reader.norm("tail.norm", args.channels());
   if (args.tail != Tail::kTransition) return;
-  const int64_t out = reader.peek(0, "tail.conv").size(0);
+  const int64_t out = reader.peek(0, "tail.conv", args.spatial.size() + 2).size(0);
   args.tail_conv = reader.conv("tail.conv", conv1x1_shape(out, args.channels(), args.spatial.size()));
   for (size_t d = 0; d < 3; ++d) {
     args.pool.size[d] = args.conv.size[d];
     args.pool.window[d] = args.pool.stride[d] = d < args.spatial.size() ? 2 : 1;
-    TORCH_CHECK_VALUE(args.conv.size[d] >= args.pool.window[d], kOp,
+    TORCH_CHECK_VALUE(args.conv.size[d] >= args.pool.window[d], op,
                       ": expected every spatial size to be at least 2 in front of the transition's pooling, got ",
                       at::IntArrayRef(args.spatial));
   }
@@ -113,29 +113,35 @@ std::vector<int64_t> DenseBlockArgs::sizes(int64_t channels, bool pooled) const 
   return sizes;
 }
 
-DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
-                                 const DenseBlockOptions& how) {
+std::vector<int64_t> DenseBlockArgs::out_sizes() const {
+  return tail == Tail::kTransition ? sizes(tail_conv.weight.size(0), true) : sizes(channels());
+}
+
+DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at::TensorOptions& options,
+                                 at::TensorList weights, const DenseBlockOptions& how) {
   const auto& [eps, num_layers, bottleneck, tail, drop_rate, seed, process_group] = how;
-  TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, kOp,
+  TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, op,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
-  check_at_least(kOp, "num_layers", num_layers, 0);
-  check_probability(kOp, "drop_rate", drop_rate);
-  TORCH_CHECK_VALUE(drop_rate == 0 || seed.has_value(), kOp, ": expected seed to be given when drop_rate is ",
-                    drop_rate, ", got None");
-  if (drop_rate > 0) {
-    check_seed(kOp, *seed);
-    TORCH_CHECK_VALUE(seed->device() == options.device(), kOp, ": expected seed to be on ", options.device(),
+  check_at_least(op, "input's channels", sizes[1], 1);
+  check_at_least(op, "num_layers", num_layers, 0);
+  check_at_most(op, "num_layers", num_layers, int64_t(weights.size()));  // so that no product of it is too large
+  check_probability(op, "drop_rate", drop_rate);
+  TORCH_CHECK_VALUE(drop_rate == 0 || seed.has_value(), op, ": expected seed to be given when drop_rate is ", drop_rate,
+                    ", got None");
+  if (seed.has_value()) {
+    check_seed(op, *seed);
+    TORCH_CHECK_VALUE(seed->device() == options.device(), op, ": expected seed to be on ", options.device(),
                       " like input, got ", seed->device());
   }
+  check_process_group(op, process_group);
   DenseBlockArgs args;
-  args.tail = parse_tail(tail);
+  args.tail = parse_tail(op, tail);
   const bool has_tail = args.tail != Tail::kNone;
   const int64_t expected = num_layers * (bottleneck ? 10 : 5) + (has_tail ? 4 : 0) + (args.tail == Tail::kTransition);
   const int64_t norms = num_layers * (bottleneck ? 2 : 1) + has_tail;
-  TORCH_CHECK_VALUE(int64_t(weights.size()) == expected, kOp, ": expected weights to have ", expected, " entries, got ",
-                    weights.size());
-  TORCH_CHECK_VALUE(int64_t(eps.size()) == norms, kOp, ": expected eps to have ", norms, " entries, got ", eps.size());
-  check_input(sizes, weights, num_layers, args.tail);
+  check_entries(op, "weights", weights.size(), expected);
+  check_entries(op, "eps", eps.size(), norms);
+  check_input(op, sizes, weights, num_layers, args.tail);
   args.batch = sizes[0];
   args.in_channels = sizes[1];
   args.spatial.assign(sizes.begin() + 2, sizes.end());
@@ -143,17 +149,30 @@ DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions&
   args.drop_rate = drop_rate;
   args.process_group = process_group;
   fill_three(args.spatial, args.conv.size);
-  WeightReader reader(kOp, weights, eps, options);
-  read_layers(reader, args, num_layers);
-  read_tail(reader, args);
-  TORCH_CHECK_VALUE(args.pixels() > 1 || !args.any_batch_statistics() || !process_group.empty(), kOp,
+  WeightReader reader(op, weights, eps, options);
+  read_layers(op, reader, args, num_layers);
+  read_tail(op, reader, args);
+  args.constants = reader.constants();
+  TORCH_CHECK_VALUE(args.pixels() != 1 || !args.any_batch_statistics() || !process_group.empty(), op,
                     ": expected input to have more than 1 value per channel when training, got shape ", sizes);
   return args;
 }
 
+DenseBlockSaved check_dense_block_saved(const char* op, const DenseBlockArgs& args, const at::Tensor& grad_output,
+                                        const DenseBlockSaved& given) {
+  check_channels(op, "buffer", given.buffer, args.channels());
+  check_statistics(op, "mean", given.mean, args.statistics(), "buffer", given.buffer);
+  check_statistics(op, "var", given.var, args.statistics(), "buffer", given.buffer);
+  const at::Tensor z =
+      kept_rows(op, "z", given.z, {args.active_layers(), args.pixels(), args.width}, "buffer", given.buffer);
+  check_like(op, "grad_output", grad_output, "buffer", given.buffer);
+  check_shape(op, "grad_output", grad_output, args.out_sizes());
+  return {to_channels_last(given.buffer), given.mean.contiguous(), given.var.contiguous(), z};
+}
+
 DenseBlockOutputs allocate_dense_block(const DenseBlockArgs& args, const at::TensorOptions& options,
                                        bool keep_bottleneck) {
-  const auto statistics = options.dtype(options.dtype() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto statistics = options.dtype(statistics_dtype(options.dtype().toScalarType()));
   const int64_t saved = keep_bottleneck && args.bottleneck ? args.active_layers() : 0;
   DenseBlockOutputs o;
   o.buffer = empty_channels_last(args.sizes(args.channels()), options);
@@ -162,10 +181,7 @@ DenseBlockOutputs allocate_dense_block(const DenseBlockArgs& args, const at::Ten
   o.mean = at::zeros({args.statistics()}, statistics);
   o.var = at::zeros({args.statistics()}, statistics);
   o.z = at::empty({saved, args.pixels(), args.width}, options);
-  if (args.tail == Tail::kTransition)
-    o.out = empty_channels_last(args.sizes(args.tail_conv.weight.size(0), true), options);
-  else if (args.tail != Tail::kNone)
-    o.out = empty_channels_last(args.sizes(args.channels()), options);
+  if (args.tail != Tail::kNone) o.out = empty_channels_last(args.out_sizes(), options);
   return o;
 }
 

@@ -54,7 +54,8 @@ struct DenseBlockArgs {
   ConvArgs tail_conv;  // [co, C, 1...]
   PoolGeometry pool{};
   double drop_rate = 0;
-  std::string process_group;  // see SyncBatchNorm
+  std::string process_group;       // see SyncBatchNorm
+  std::vector<int64_t> constants;  // positions of weights without a gradient
 
   int64_t channels() const { return in_channels + int64_t(layers.size()) * growth; }
   int64_t pixels() const { return batch * conv.pixels(); }
@@ -67,6 +68,7 @@ struct DenseBlockArgs {
   // that of the input and of every weight.
   int64_t lowest_layer(const std::vector<bool>& needs) const;
   std::vector<int64_t> sizes(int64_t channels, bool pooled = false) const;
+  std::vector<int64_t> out_sizes() const;
 };
 
 // What the op takes beside the input and the weights.
@@ -84,8 +86,16 @@ struct DenseBlockOptions {
 // for each layer norm1 (weight, bias, running_mean, running_var), conv1, norm2 (4), conv2, then the tail's norm and
 // conv. A tensor without elements stands for an absent one; convolutions of no channels, [b, 0, 1...] and
 // [k, 0, kernel...], for a dropped layer's.
-DenseBlockArgs parse_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
-                                 const DenseBlockOptions& how);
+DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at::TensorOptions& options,
+                                 at::TensorList weights, const DenseBlockOptions& how);
+
+// What forward kept for backward.
+struct DenseBlockSaved {
+  at::Tensor buffer, mean, var, z;
+};
+// Checks what hooks on saved tensors may have changed, and lays it out as forward left it.
+DenseBlockSaved check_dense_block_saved(const char* op, const DenseBlockArgs& args, const at::Tensor& grad_output,
+                                        const DenseBlockSaved& given);
 
 struct DenseBlockOutputs {
   at::Tensor buffer, mean, var, z, out;

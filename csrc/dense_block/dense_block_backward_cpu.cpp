@@ -222,5 +222,6 @@ struct BackwardEngine {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("_dense_block_backward", &dense_block_backward<BackwardEngine>); }
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) { m.impl("_dense_block_backward", &dense_block_backward<BackwardEngine>); }
 
 }  // namespace fastdense

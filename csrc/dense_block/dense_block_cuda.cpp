@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <c10/cuda/CUDAGuard.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include "cuda/context.h"
@@ -9,7 +9,7 @@ namespace fastdense {
 namespace {
 
 struct CudaEngine {
-  using Guard = c10::cuda::CUDAGuard;
+  using Guard = c10::DeviceGuard;
   template <typename T>
   static void forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
                       const DenseBlockOutputs& o) {

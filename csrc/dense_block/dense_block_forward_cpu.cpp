@@ -133,5 +133,6 @@ struct ForwardEngine {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("dense_block", &dense_block<ForwardEngine>); }
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) { m.impl("dense_block", &dense_block<ForwardEngine>); }
 
 }  // namespace fastdense

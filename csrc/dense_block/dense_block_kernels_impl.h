@@ -160,11 +160,10 @@ void conv_winograd_backward(const Source<T>& s, const ConvGeometry& g, const Til
     const A* sums = convolution.sums(panels, j);
     const int64_t row = sums_stride<T>(convolution.tile()) * G::kPanel;
     A sum[G::kPanel], weighted[G::kPanel];
-    const GradientSums<A> of_panel{sum, weighted};
-    sum_in_groups(tile.rows, tile.columns, n, of_panel, epilogue.sums.from(j), [&](int64_t r) {
+    sum_in_groups(tile.rows, tile.columns, n, sum, weighted, epilogue.sum + j, epilogue.weighted + j, [&](int64_t r) {
       for (int64_t q = 0; q < tile.columns; ++q)
-        epilogue_pixel(s, epilogue, origin + r * tile.columns + q, j, n, sums + r * row + q * G::kPanel, A(1),
-                       of_panel);
+        epilogue_pixel(s, epilogue, origin + r * tile.columns + q, {j, n}, sums + r * row + q * G::kPanel, A(1), sum,
+                       weighted);
     });
   }
 }

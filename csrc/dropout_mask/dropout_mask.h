@@ -5,11 +5,13 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
 #include "core/checks.h"
 #include "core/dropout_math.h"
+#include "core/layout.h"
 
 namespace fastdense {
 
@@ -22,6 +24,7 @@ inline at::Tensor dropout_mask_prepare(const at::Tensor& seed, int64_t layer, in
   check_at_most(kOp, "layer", layer, std::numeric_limits<uint32_t>::max());
   check_at_least(kOp, "rows", rows, 0);
   check_at_least(kOp, "channels", channels, 0);
+  check_at_most(kOp, "rows", rows, std::numeric_limits<int64_t>::max() / std::max<int64_t>(1, channels));
   check_probability(kOp, "drop_rate", drop_rate);
   return at::empty({rows, channels}, seed.options().dtype(at::kBool));
 }

@@ -10,7 +10,7 @@ namespace {
 at::Tensor dropout_mask_cpu(const at::Tensor& seed, int64_t layer, int64_t rows, int64_t channels, double drop_rate) {
   constexpr int64_t kGrain = 4096;
   const at::Tensor mask = dropout_mask_prepare(seed, layer, rows, channels, drop_rate);
-  if (mask.numel() == 0) return mask;
+  if (!has_values(mask)) return mask;
   const DropoutMask fill = dropout_mask_params(seed, mask, layer, drop_rate);
   at::parallel_for(0, fill.blocks(), kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) fill(block);
@@ -21,5 +21,6 @@ at::Tensor dropout_mask_cpu(const at::Tensor& seed, int64_t layer, int64_t rows,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("dropout_mask", &dropout_mask_cpu); }
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) { m.impl("dropout_mask", &dropout_mask_cpu); }
 
 }  // namespace fastdense

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <ATen/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
@@ -11,9 +11,9 @@ namespace fastdense {
 namespace {
 
 at::Tensor dropout_mask_cuda(const at::Tensor& seed, int64_t layer, int64_t rows, int64_t channels, double drop_rate) {
-  const c10::cuda::CUDAGuard guard(seed.device());
+  const c10::OptionalDeviceGuard guard(at::device_of(seed));
   const at::Tensor mask = dropout_mask_prepare(seed, layer, rows, channels, drop_rate);
-  if (mask.numel() == 0) return mask;
+  if (!has_values(mask)) return mask;
   const DropoutMask fill = dropout_mask_params(seed, mask, layer, drop_rate);
   C10_CUDA_CHECK(launch_dropout_mask(fill, c10::cuda::getCurrentCUDAStream()));
   return mask;

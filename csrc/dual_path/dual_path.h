@@ -55,8 +55,9 @@ struct DualPathArgs {
   int64_t width_a = 0, width_b = 0, groups = 1;
   int64_t statistics = 0;
   std::vector<int64_t> spatial, kernel;
-  std::string process_group;  // see SyncBatchNorm
-  PoolGeometry sampled{};     // the pixels of the input that conv_w and conv_b are centred on
+  std::string process_group;       // see SyncBatchNorm
+  std::vector<int64_t> constants;  // positions of weights without a gradient
+  PoolGeometry sampled{};          // the pixels of the input that conv_w and conv_b are centred on
 
   int64_t num_blocks() const { return int64_t(blocks.size()); }
   int64_t dense(int64_t blocks_done) const { return first_dense + blocks_done * growth; }
@@ -86,10 +87,18 @@ struct DualPathOptions {
 // Reads and checks the arguments.  `sizes` is the shape of the input; the lists are laid out as in ops/dual_path.py:
 // norm (weight, bias, running_mean, running_var) and conv of the projection if there is one, then norm_a, conv_a,
 // norm_b, conv_b, norm_c, conv_c of each block.
-DualPathArgs parse_dual_path(at::IntArrayRef sizes, const at::TensorOptions& options, at::TensorList weights,
-                             const DualPathOptions& how);
+DualPathArgs parse_dual_path(const char* op, at::IntArrayRef sizes, const at::TensorOptions& options,
+                             at::TensorList weights, const DualPathOptions& how);
 
-DualPathKeep parse_dual_path_memory(std::string_view memory);
+DualPathKeep parse_dual_path_memory(const char* op, std::string_view memory);
+
+// What the forward op took and returned.
+struct DualPathSaved {
+  at::Tensor input, out, residuals, a, b, mean, var;
+};
+// Checks what hooks on saved tensors may have changed, and lays it out as forward left it.
+DualPathSaved check_dual_path_saved(const char* op, const DualPathArgs& args, const at::Tensor& grad_output,
+                                    const DualPathSaved& given);
 
 struct DualPathOutputs {
   at::Tensor out;        // [N, C, spatial]

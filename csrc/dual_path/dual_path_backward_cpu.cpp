@@ -282,5 +282,8 @@ struct BackwardEngine {
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) {
   m.impl("_dual_path_stage_backward", &dual_path_stage_backward<BackwardEngine>);
 }
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) {
+  m.impl("_dual_path_stage_backward", &dual_path_stage_backward<BackwardEngine>);
+}
 
 }  // namespace fastdense

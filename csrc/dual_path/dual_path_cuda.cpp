@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "dual_path/dual_path_cuda.h"
 
-#include <c10/cuda/CUDAGuard.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include "cuda/context.h"
@@ -10,7 +10,7 @@ namespace fastdense {
 namespace {
 
 struct CudaEngine {
-  using Guard = c10::cuda::CUDAGuard;
+  using Guard = c10::DeviceGuard;
   template <typename T>
   static void forward(const DualPathArgs& args, DualPathKeep keep, const at::Tensor& input, const DualPathOutputs& o) {
     dual_path_forward_cuda<T>(args, keep, input, o, current_context());

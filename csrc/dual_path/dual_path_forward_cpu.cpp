@@ -159,5 +159,6 @@ struct ForwardEngine {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("dual_path_stage", &dual_path_stage<ForwardEngine>); }
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) { m.impl("dual_path_stage", &dual_path_stage<ForwardEngine>); }
 
 }  // namespace fastdense

@@ -35,8 +35,7 @@ template <typename Run>
 at::Tensor dual_path_merge(const at::Tensor& input, const at::Tensor& features, int64_t residual, const Run& run) {
   constexpr const char* kOp = "dual_path_merge";
   check_floating(kOp, "input", input);
-  check_same_dtype(kOp, "features", features, "input", input);
-  check_same_device(kOp, "features", features, "input", input);
+  check_like(kOp, "features", features, "input", input);
   check_rank_between(kOp, "input", input, 2, 5);
   check_rank(kOp, "features", features, input.dim());
   check_at_least(kOp, "residual_channels", residual, 0);
@@ -47,7 +46,7 @@ at::Tensor dual_path_merge(const at::Tensor& input, const at::Tensor& features, 
   const int64_t fresh = features.size(1) - residual, inner = row_elements_per_channel(layout, input);
   const at::Tensor x = layout.arrange(input), y = layout.arrange(features);
   const at::Tensor out = layout.empty(with_channels(input.sizes(), input.size(1) + fresh), input.options());
-  if (out.numel() == 0) return out;
+  if (!has_values(out)) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
     using T = typename Storage<scalar_t>::type;
     run(DualPathMerge<T>{static_cast<const T*>(x.const_data_ptr()),
@@ -74,7 +73,7 @@ std::tuple<at::Tensor, at::Tensor> dual_path_split(const at::Tensor& grad, int64
   const at::Tensor g = layout.arrange(grad);
   const at::Tensor x = layout.empty(with_channels(grad.sizes(), in_channels), grad.options());
   const at::Tensor y = layout.empty(with_channels(grad.sizes(), residual + fresh), grad.options());
-  if (grad.numel() == 0) return {x, y};
+  if (!has_values(grad)) return {x, y};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), kOp, [&] {
     using T = typename Storage<scalar_t>::type;
     run(DualPathSplit<T>{static_cast<const T*>(g.const_data_ptr()),

@@ -26,5 +26,9 @@ TORCH_LIBRARY_IMPL(fastdense, CPU, m) {
   m.impl("dual_path_merge", &merge);
   m.impl("dual_path_split", &split);
 }
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) {
+  m.impl("dual_path_merge", &merge);
+  m.impl("dual_path_split", &split);
+}
 
 }  // namespace fastdense

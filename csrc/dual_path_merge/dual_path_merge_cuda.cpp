@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <ATen/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
@@ -15,12 +15,12 @@ const auto run_on_cuda = [](const auto& functor, int64_t count) {
 };
 
 at::Tensor merge(const at::Tensor& input, const at::Tensor& features, int64_t residual_channels) {
-  const c10::cuda::CUDAGuard guard(input.device());
+  const c10::OptionalDeviceGuard guard(at::device_of(input));
   return dual_path_merge(input, features, residual_channels, run_on_cuda);
 }
 
 std::tuple<at::Tensor, at::Tensor> split(const at::Tensor& input, int64_t channels, int64_t residual_channels) {
-  const c10::cuda::CUDAGuard guard(input.device());
+  const c10::OptionalDeviceGuard guard(at::device_of(input));
   return dual_path_split(input, channels, residual_channels, run_on_cuda);
 }
 

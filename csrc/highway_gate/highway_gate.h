@@ -40,8 +40,7 @@ inline void check_highway_gate(const char* op, const at::Tensor& input, const at
                                std::string_view activation) {
   check_highway_activation(op, activation);
   check_floating(op, "input", input);
-  check_same_dtype(op, "projection", projection, "input", input);
-  check_same_device(op, "projection", projection, "input", input);
+  check_like(op, "projection", projection, "input", input);
   TORCH_CHECK_VALUE(input.dim() >= 2, op, ": expected input to have at least 2 dimensions, got shape ", input.sizes());
   std::vector<int64_t> sizes = input.sizes().vec();
   sizes[1] *= 2;
@@ -85,8 +84,7 @@ struct HighwayBackwardCall {
   HighwayBackwardCall(const char* op, const at::Tensor& grad, const at::Tensor& x, const at::Tensor& projected,
                       std::string_view activation)
       : layout((check_highway_gate(op, x, projected, activation), projected)) {
-    check_same_dtype(op, "grad_output", grad, "input", x);
-    check_same_device(op, "grad_output", grad, "input", x);
+    check_like(op, "grad_output", grad, "input", x);
     check_shape(op, "grad_output", grad, x.sizes());
     grad_input = layout.empty(x.sizes(), x.options());
     grad_projection = layout.empty(projected.sizes(), projected.options());

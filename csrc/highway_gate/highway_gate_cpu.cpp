@@ -14,7 +14,7 @@ constexpr int64_t kGrain = 8192;
 
 at::Tensor highway_gate_cpu(const at::Tensor& input, const at::Tensor& projection, std::string_view activation) {
   const HighwayForwardCall call("highway_gate", input, projection, activation);
-  if (call.output.numel() == 0) return call.output;
+  if (!has_values(call.output)) return call.output;
   dispatch_highway_gate(input.scalar_type(), activation, [&](auto type, auto act) {
     const auto gate = call.functor(type, act);
     const auto loop = highway_loops<decltype(type), decltype(act)>(current_isa()).forward;
@@ -27,7 +27,7 @@ std::tuple<at::Tensor, at::Tensor> highway_gate_backward_cpu(const at::Tensor& g
                                                              const at::Tensor& projection,
                                                              std::string_view activation) {
   const HighwayBackwardCall call("_highway_gate_backward", grad_output, input, projection, activation);
-  if (call.grad_input.numel() == 0) return {call.grad_input, call.grad_projection};
+  if (!has_values(call.grad_input)) return {call.grad_input, call.grad_projection};
   dispatch_highway_gate(input.scalar_type(), activation, [&](auto type, auto act) {
     const auto gate = call.functor(type, act);
     const auto loop = highway_loops<decltype(type), decltype(act)>(current_isa()).backward;
@@ -39,6 +39,10 @@ std::tuple<at::Tensor, at::Tensor> highway_gate_backward_cpu(const at::Tensor& g
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) {
+  m.impl("highway_gate", &highway_gate_cpu);
+  m.impl("_highway_gate_backward", &highway_gate_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) {
   m.impl("highway_gate", &highway_gate_cpu);
   m.impl("_highway_gate_backward", &highway_gate_backward_cpu);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <ATen/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
@@ -13,9 +13,9 @@ namespace fastdense {
 namespace {
 
 at::Tensor highway_gate_cuda(const at::Tensor& input, const at::Tensor& projection, std::string_view activation) {
-  const c10::cuda::CUDAGuard guard(input.device());
+  const c10::OptionalDeviceGuard guard(at::device_of(input));
   const HighwayForwardCall call("highway_gate", input, projection, activation);
-  if (call.output.numel() == 0) return call.output;
+  if (!has_values(call.output)) return call.output;
   dispatch_highway_gate(input.scalar_type(), activation, [&](auto type, auto act) {
     const auto gate = call.functor(type, act);
     C10_CUDA_CHECK(launch_highway_gate(gate, call.output.numel(), c10::cuda::getCurrentCUDAStream()));
@@ -26,9 +26,9 @@ at::Tensor highway_gate_cuda(const at::Tensor& input, const at::Tensor& projecti
 std::tuple<at::Tensor, at::Tensor> highway_gate_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
                                                               const at::Tensor& projection,
                                                               std::string_view activation) {
-  const c10::cuda::CUDAGuard guard(input.device());
+  const c10::OptionalDeviceGuard guard(at::device_of(input));
   const HighwayBackwardCall call("_highway_gate_backward", grad_output, input, projection, activation);
-  if (call.grad_input.numel() == 0) return {call.grad_input, call.grad_projection};
+  if (!has_values(call.grad_input)) return {call.grad_input, call.grad_projection};
   dispatch_highway_gate(input.scalar_type(), activation, [&](auto type, auto act) {
     const auto gate = call.functor(type, act);
     C10_CUDA_CHECK(launch_highway_gate_backward(gate, call.grad_input.numel(), c10::cuda::getCurrentCUDAStream()));

@@ -24,8 +24,7 @@ inline void check_mean_join(const char* op, at::TensorList inputs) {
                     inputs[0].sizes());
   for (size_t j = 1; j < inputs.size(); ++j) {
     const std::string name = "inputs[" + std::to_string(j) + "]";
-    check_same_dtype(op, name.c_str(), inputs[j], "inputs[0]", inputs[0]);
-    check_same_device(op, name.c_str(), inputs[j], "inputs[0]", inputs[0]);
+    check_like(op, name.c_str(), inputs[j], "inputs[0]", inputs[0]);
     check_shape(op, name.c_str(), inputs[j], inputs[0].sizes());
   }
 }
@@ -37,7 +36,7 @@ at::Tensor mean_join(at::TensorList inputs, const Run& run) {
   check_mean_join(kOp, inputs);
   const Layout layout(inputs[0]);
   const at::Tensor out = layout.empty(inputs[0].sizes(), inputs[0].options());
-  if (out.numel() == 0) return out;
+  if (!has_values(out)) return out;
   std::vector<at::Tensor> arranged;
   for (const at::Tensor& input : inputs) arranged.push_back(layout.arrange(input));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), kOp, [&] {

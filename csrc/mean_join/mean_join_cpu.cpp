@@ -19,5 +19,6 @@ at::Tensor mean_join_cpu(at::TensorList inputs) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("mean_join", &mean_join_cpu); }
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) { m.impl("mean_join", &mean_join_cpu); }
 
 }  // namespace fastdense

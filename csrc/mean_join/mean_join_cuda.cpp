@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <ATen/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
@@ -11,7 +11,7 @@ namespace fastdense {
 namespace {
 
 at::Tensor mean_join_cuda(at::TensorList inputs) {
-  const c10::cuda::CUDAGuard guard(inputs[0].device());
+  const c10::OptionalDeviceGuard guard(at::device_of(inputs[0]));
   return mean_join(inputs, [](const auto& functor, int64_t count) {
     C10_CUDA_CHECK(launch_mean_join(functor, count, c10::cuda::getCurrentCUDAStream()));
   });

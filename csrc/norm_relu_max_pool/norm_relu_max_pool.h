@@ -13,7 +13,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <string>
@@ -24,6 +23,7 @@
 #include "core/checks.h"
 #include "core/layout.h"
 #include "core/storage.h"
+#include "core/sync_batch_norm.h"
 #include "core/weights.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_math.h"
 
@@ -38,6 +38,7 @@ struct NormPoolArgs {
   int64_t batch = 0, channels = 0;
   std::vector<int64_t> pooled_sizes;  // [N, C, pooled]
   std::string process_group;          // see SyncBatchNorm
+  std::vector<int64_t> constants;     // positions of the norm's tensors without a gradient
 
   int64_t values() const { return batch * g.pixels(); }  // behind each mean
   bool empty() const { return batch * channels == 0; }
@@ -46,13 +47,9 @@ struct NormPoolArgs {
 // kernel_size, stride and padding as a pool's, one number an axis.
 inline MaxPoolGeometry parse_max_pool(const char* op, at::IntArrayRef size, at::IntArrayRef kernel_size,
                                       at::IntArrayRef stride, at::IntArrayRef padding) {
-  const auto check_axes = [&](const char* arg, at::IntArrayRef values) {
-    TORCH_CHECK_VALUE(values.size() == size.size(), op, ": expected ", arg, " to have ", size.size(), " entries, got ",
-                      values);
-  };
-  check_axes("kernel_size", kernel_size);
-  check_axes("stride", stride);
-  check_axes("padding", padding);
+  check_entries(op, "kernel_size", kernel_size, int64_t(size.size()));
+  check_entries(op, "stride", stride, int64_t(size.size()));
+  check_entries(op, "padding", padding, int64_t(size.size()));
   MaxPoolGeometry g{{1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
   for (size_t axis = 0; axis < size.size(); ++axis) {
     const size_t d = axis + 3 - size.size();
@@ -65,7 +62,7 @@ inline MaxPoolGeometry parse_max_pool(const char* op, at::IntArrayRef size, at::
     check_at_least(op, "padded spatial size", size[axis] + 2 * padding[axis], kernel_size[axis]);
     g.size[d] = size[axis];
     g.window[d] = kernel_size[axis];
-    g.stride[d] = stride[axis];
+    g.stride[d] = std::min(stride[axis], size[axis] + 2 * padding[axis]);  // behind which there is no window
     g.padding[d] = padding[axis];
     g.pooled[d] = (size[axis] + 2 * padding[axis] - kernel_size[axis]) / stride[axis] + 1;
   }
@@ -77,9 +74,9 @@ inline MaxPoolGeometry parse_max_pool(const char* op, at::IntArrayRef size, at::
 inline NormPoolArgs parse_norm_relu_max_pool(const char* op, const at::Tensor& input, at::TensorList norm, double eps,
                                              at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                              at::IntArrayRef padding, std::string_view process_group) {
-  check_floating(op, "input", input);
   check_rank_between(op, "input", input, 3, 5);
-  TORCH_CHECK_VALUE(norm.size() == 4, op, ": expected norm to have 4 entries, got ", norm.size());
+  check_entries(op, "norm", norm.size(), 4);
+  check_process_group(op, process_group);
   NormPoolArgs args(input);
   args.g = parse_max_pool(op, input.sizes().slice(2), kernel_size, stride, padding);
   args.batch = input.size(0);
@@ -88,7 +85,9 @@ inline NormPoolArgs parse_norm_relu_max_pool(const char* op, const at::Tensor& i
   args.pooled_sizes = {args.batch, args.channels};
   args.pooled_sizes.insert(args.pooled_sizes.end(), args.g.pooled + 5 - input.dim(), args.g.pooled + 3);
   const at::TensorOptions options = input.options();
-  args.norm = WeightReader(op, norm, eps, options).norm("norm", args.channels);
+  WeightReader reader(op, norm, eps, options);
+  args.norm = reader.norm("norm", args.channels);
+  args.constants = reader.constants();
   TORCH_CHECK_VALUE(args.norm.frozen() || args.values() != 1 || !process_group.empty(), op,
                     ": expected input to have more than 1 value per channel when training, got shape ", input.sizes());
   return args;
@@ -100,7 +99,7 @@ struct NormPoolOutputs {
 
 // What forward saved for backward.
 struct NormPoolSaved {
-  const at::Tensor &input, &indices, &mean, &var;
+  at::Tensor input, indices, mean, var;
 };
 
 // input [N, C, spatial] -> y [N, C, pooled], indices of the same shape or [0], mean and var [C]
@@ -109,15 +108,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_max_pool(
     const at::Tensor& input, at::TensorList norm, double eps, at::IntArrayRef kernel_size, at::IntArrayRef stride,
     at::IntArrayRef padding, bool keep_indices, std::string_view process_group) {
   constexpr const char* kOp = "norm_relu_max_pool";
+  check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
   const NormPoolArgs args =
       parse_norm_relu_max_pool(kOp, input, norm, eps, kernel_size, stride, padding, process_group);
   const at::TensorOptions options = input.options(), bytes = options.dtype(at::kByte);
-  const auto statistics = options.dtype(options.dtype() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto statistics = options.dtype(statistics_dtype(input.scalar_type()));
   const NormPoolOutputs o{args.layout.empty(args.pooled_sizes, options),
                           keep_indices ? args.layout.empty(args.pooled_sizes, bytes) : at::empty({0}, bytes),
                           at::zeros({args.channels}, statistics), at::zeros({args.channels}, statistics)};
-  if (!args.empty() || !process_group.empty())  // the other processes wait for this one
+  if (!input.is_meta() && (!args.empty() || !process_group.empty()))  // the other processes wait for this one
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
       Engine::template forward<typename Storage<scalar_t>::type>(args, input, o);
     });
@@ -134,28 +134,24 @@ std::vector<at::Tensor> norm_relu_max_pool_backward(const at::Tensor& grad_outpu
                                                     at::IntArrayRef padding, c10::List<bool> needs_grad,
                                                     std::string_view process_group) {
   constexpr const char* kOp = "_norm_relu_max_pool_backward";
+  check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
   const NormPoolArgs args =
       parse_norm_relu_max_pool(kOp, input, norm, eps, kernel_size, stride, padding, process_group);
-  check_same_dtype(kOp, "grad_output", grad_output, "input", input);
+  check_like(kOp, "grad_output", grad_output, "input", input);
   check_shape(kOp, "grad_output", grad_output, args.pooled_sizes);
   check_dtype(kOp, "winners", indices, at::kByte);
+  check_same_device(kOp, "winners", indices, "input", input);
   check_shape(kOp, "winners", indices, args.pooled_sizes);
-  for (const at::Tensor& t : {mean, var}) check_shape(kOp, "mean and var", t, {args.channels});
-  for (const at::Tensor& t : {grad_output, indices, mean, var})
-    check_same_device(kOp, "all tensors", t, "input", input);
-  check_at_least(kOp, "needs_grad", int64_t(needs_grad.size()), 5);
-  const std::vector<bool> needs(needs_grad.begin(), needs_grad.end());
+  check_statistics(kOp, "mean", mean, args.channels, "input", input);
+  check_statistics(kOp, "var", var, args.channels, "input", input);
+  const std::vector<bool> needs = read_needs(kOp, needs_grad, norm, args.constants);
+  if (input.is_meta() || (args.empty() && process_group.empty()))
+    return zero_gradients(args.layout.empty(input.sizes(), input.options()), norm, needs);
+  const NormPoolSaved saved{input, indices, mean.contiguous(), var.contiguous()};
   std::vector<at::Tensor> grads;
-  if (args.empty() && process_group.empty()) {
-    grads.push_back(args.layout.empty(input.sizes(), input.options()));
-    for (size_t i = 0; i < norm.size(); ++i)
-      grads.push_back(needs[i + 1] ? at::zeros_like(norm[i]) : at::empty({0}, input.options()));
-    return grads;
-  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
-    grads = Engine::template backward<typename Storage<scalar_t>::type>(args, {input, indices, mean, var}, grad_output,
-                                                                        needs, norm);
+    grads = Engine::template backward<typename Storage<scalar_t>::type>(args, saved, grad_output, needs, norm);
   });
   return grads;
 }

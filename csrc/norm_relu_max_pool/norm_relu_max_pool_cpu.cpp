@@ -91,13 +91,14 @@ struct CpuEngine {
     const auto c =
         block.coefficients(args.norm, saved.mean.const_data_ptr<A>(), saved.var.const_data_ptr<A>(), args.channels);
     int64_t offsets[kNoIndex + 1];
-    offsets[kNoIndex] = std::numeric_limits<int64_t>::min() / 2;
-    for (int w = 0; w < kNoIndex; ++w)
+    std::fill(offsets, offsets + kNoIndex + 1, std::numeric_limits<int64_t>::min() / 2);
+    for (int w = 0; w < int(args.g.volume()) && w < kNoIndex; ++w)
       offsets[w] = position_offset(args.g, w) * (args.layout.channels_last ? args.channels : 1);
     NormPoolBackward<T> p{norm_pool<T>(args, c, x),
                           static_cast<const T*>(grad.const_data_ptr()),
                           indices.const_data_ptr<uint8_t>(),
                           offsets,
+                          x.numel(),
                           nullptr,
                           nullptr,
                           nullptr,
@@ -107,7 +108,7 @@ struct CpuEngine {
     if (!args.norm.frozen() || needs[1] || needs[2])
       for_each_unit<T>(block, p, p.pooled_lines(args.batch), [&](int64_t worker, int64_t line, A* memory) {
         const auto epilogue = block.epilogue(worker, nullptr, 0, false, nullptr, no_weights);
-        kernels.sums(p, line, epilogue.sums.sum, epilogue.sums.weighted, memory);
+        kernels.sums(p, line, epilogue.sum, epilogue.weighted, memory);
       });
     const auto sums = block.norm_gradients(args.norm, c);
     at::Tensor memory;
@@ -127,6 +128,10 @@ struct CpuEngine {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) {
+  m.impl("norm_relu_max_pool", &norm_relu_max_pool<CpuEngine>);
+  m.impl("_norm_relu_max_pool_backward", &norm_relu_max_pool_backward<CpuEngine>);
+}
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) {
   m.impl("norm_relu_max_pool", &norm_relu_max_pool<CpuEngine>);
   m.impl("_norm_relu_max_pool_backward", &norm_relu_max_pool_backward<CpuEngine>);
 }

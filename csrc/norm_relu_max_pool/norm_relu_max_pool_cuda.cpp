@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "norm_relu_max_pool/norm_relu_max_pool_cuda.h"
 
-#include <c10/cuda/CUDAGuard.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include "cuda/context.h"
@@ -10,7 +10,7 @@ namespace fastdense {
 namespace {
 
 struct CudaEngine {
-  using Guard = c10::cuda::CUDAGuard;
+  using Guard = c10::DeviceGuard;
   template <typename T>
   static void forward(const NormPoolArgs& args, const at::Tensor& input, const NormPoolOutputs& o) {
     NormPoolCuda<T>(args, input.options(), current_context()).forward(input, o);

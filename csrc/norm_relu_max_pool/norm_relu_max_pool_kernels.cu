@@ -92,9 +92,10 @@ struct InputGradient {
 template <typename T, typename A>
 __device__ __forceinline__ void add_at_index(const NormPoolSumsParams<T>& p, T grad, uint8_t index, int64_t origin,
                                              int64_t start, A mean, A& sum, A& weighted) {
-  if (index == kNoIndex) return;
+  const int64_t pixel = start + position_offset(p.shape.g, index);
+  if (index == kNoIndex || pixel < 0 || pixel >= p.shape.g.pixels()) return;  // a hook may have made up another
   const A g = load(grad);
-  const int64_t at = origin + (start + position_offset(p.shape.g, index)) * pixel_step(p.shape);
+  const int64_t at = origin + pixel * pixel_step(p.shape);
   sum += g;
   weighted += g * (load(p.x[at]) - mean);
 }

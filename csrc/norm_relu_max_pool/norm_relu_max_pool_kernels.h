@@ -50,6 +50,7 @@ struct NormPoolBackward : NormPool<T> {
   const T* grad;           // [N, C, pooled]
   const uint8_t* indices;  // [N, C, pooled]
   const int64_t* offsets;  // [kNoIndex + 1]: elements of x from a window's position 0 to the index; far off if none
+  int64_t numbers;         // of x
   T* dx;                   // [N, C, size]
   const A *t1, *t2;        // [channels]: sums of g and of g * xhat
   A inv_count;             // 1 / M; 0 where statistics are given

@@ -187,10 +187,10 @@ void forward(const NormPoolForward<T>& p, int64_t line, A* memory) {
 // place of the pooled value, `origin` that of position 0.
 template <typename T, typename A = accumulate_t<T>>
 inline void add_index_terms(const NormPoolBackward<T>& p, int64_t at, int64_t origin, A mean, A& sum, A& weighted) {
-  const uint8_t w = p.indices[at];
-  const bool has_index = w != kNoIndex;
+  const int64_t place = origin + p.offsets[p.indices[at]];
+  const bool has_index = uint64_t(place) < uint64_t(p.numbers);  // nor has what a hook may have made up
   const A g = has_index ? A(load(p.grad[at])) : A(0);
-  const A deviation = has_index ? A(load(p.x[origin + p.offsets[w]])) - mean : A(0);
+  const A deviation = has_index ? A(load(p.x[place])) - mean : A(0);
   sum += g;
   weighted += g * deviation;
 }

@@ -8,12 +8,6 @@
 namespace fastdense {
 namespace {
 
-constexpr const char* kOp = "residual_dense_block";
-
-void check_finite(const char* arg, double value) {
-  TORCH_CHECK_VALUE(std::isfinite(value), kOp, ": expected ", arg, " to be finite, got ", value);
-}
-
 // The layer reads channels [first, end).
 void read_layer(WeightReader& reader, ResidualDenseBlockArgs& args, const std::string& name, int64_t first, int64_t end,
                 int64_t out, int64_t kernel) {
@@ -30,19 +24,20 @@ void read_layer(WeightReader& reader, ResidualDenseBlockArgs& args, const std::s
 
 }  // namespace
 
-ResidualDenseBlockArgs parse_residual_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options,
-                                                  at::TensorList weights, const ResidualDenseBlockOptions& how) {
-  TORCH_CHECK_VALUE(sizes.size() == 4, kOp, ": expected input to have 4 dimensions [N, C, H, W], got shape ", sizes);
+ResidualDenseBlockArgs parse_residual_dense_block(const char* op, at::IntArrayRef sizes,
+                                                  const at::TensorOptions& options, at::TensorList weights,
+                                                  const ResidualDenseBlockOptions& how) {
+  TORCH_CHECK_VALUE(sizes.size() == 4, op, ": expected input to have 4 dimensions [N, C, H, W], got shape ", sizes);
   const int64_t convs = int64_t(weights.size()) / 2, layers = convs - how.fusion;
-  TORCH_CHECK_VALUE(layers >= 1 && weights.size() % 2 == 0, kOp,
+  TORCH_CHECK_VALUE(layers >= 1 && weights.size() % 2 == 0, op,
                     ": expected weights to be weight and bias of one layer or more",
                     how.fusion ? " and of the fusion" : "", ", got ", weights.size(), " tensors");
-  TORCH_CHECK_VALUE(int64_t(how.first_channels.size()) == layers, kOp, ": expected first_channels to have ", layers,
+  TORCH_CHECK_VALUE(int64_t(how.first_channels.size()) == layers, op, ": expected first_channels to have ", layers,
                     " numbers, one for each layer, got ", how.first_channels.size());
-  TORCH_CHECK_VALUE(std::isfinite(how.negative_slope) && how.negative_slope >= 0, kOp,
+  TORCH_CHECK_VALUE(std::isfinite(how.negative_slope) && how.negative_slope >= 0, op,
                     ": expected negative_slope to be finite and at least 0, got ", how.negative_slope);
-  check_finite("scale", how.scale);
-  check_finite("outer_scale", how.outer_scale);
+  check_finite(op, "scale", how.scale);
+  check_finite(op, "outer_scale", how.outer_scale);
   ResidualDenseBlockArgs args;
   args.batch = sizes[0];
   args.in_channels = sizes[1];
@@ -53,23 +48,22 @@ ResidualDenseBlockArgs parse_residual_dense_block(at::IntArrayRef sizes, const a
   args.scale = how.scale;
   args.outer_scale = how.outer_scale;
   const at::Tensor& first = weights[0];
-  check_rank(kOp, "layer 0.weight", first, 4);
+  check_rank(op, "layer 0.weight", first, 4);
   const int64_t growth = first.size(0);
-  check_at_least(kOp, "the growth rate", growth, 1);
+  check_at_least(op, "the growth rate", growth, 1);
   for (int64_t l = 0; l < layers; ++l)
-    TORCH_CHECK_VALUE(0 <= how.first_channels[l] && how.first_channels[l] < args.in_channels + l * growth, kOp,
+    TORCH_CHECK_VALUE(0 <= how.first_channels[l] && how.first_channels[l] < args.in_channels + l * growth, op,
                       ": expected first_channels[", l, "] to be at least 0 and below ", args.in_channels + l * growth,
                       ", got ", how.first_channels[l]);
-  TORCH_CHECK_VALUE(first.size(1) + how.first_channels[0] == sizes[1], kOp, ": expected input to have ",
+  TORCH_CHECK_VALUE(first.size(1) + how.first_channels[0] == sizes[1], op, ": expected input to have ",
                     first.size(1) + how.first_channels[0], " channels in dimension 1, got shape ", sizes);
-  WeightReader reader(kOp, weights, {}, options);
+  WeightReader reader(op, weights, {}, options);
   for (int64_t l = 0; l < layers; ++l)
     read_layer(reader, args, "layer " + std::to_string(l), how.first_channels[l], args.in_channels + l * growth, growth,
                3);
   if (!how.fusion) return args;
-  const at::Tensor& fusion = reader.peek(0, "fusion");
-  check_rank(kOp, "fusion.weight", fusion, 4);
-  TORCH_CHECK_VALUE(fusion.size(2) == 1 || fusion.size(2) == 3, kOp,
+  const at::Tensor& fusion = reader.peek(0, "fusion", 4);
+  TORCH_CHECK_VALUE(fusion.size(2) == 1 || fusion.size(2) == 3, op,
                     ": expected the kernel of the fusion to be 1x1 or 3x3, got shape ", fusion.sizes());
   read_layer(reader, args, "fusion", 0, args.in_channels + layers * growth, args.in_channels, fusion.size(2));
   return args;
@@ -81,12 +75,12 @@ int64_t ResidualDenseBlockArgs::lowest_layer(const std::vector<bool>& needs) con
   return int64_t(l);
 }
 
-void check_outer(const ResidualDenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& outer) {
+void check_outer(const char* op, const ResidualDenseBlockArgs& args, const at::Tensor& input,
+                 const std::optional<at::Tensor>& outer) {
   if (!outer.has_value()) return;
-  TORCH_CHECK_VALUE(args.fusion, kOp, ": expected outer to be None without a fusion, got a tensor");
-  check_shape(kOp, "outer", *outer, input.sizes());
-  check_same_dtype(kOp, "outer", *outer, "input", input);
-  check_same_device(kOp, "outer", *outer, "input", input);
+  TORCH_CHECK_VALUE(args.fusion, op, ": expected outer to be None without a fusion, got a tensor");
+  check_shape(op, "outer", *outer, input.sizes());
+  check_like(op, "outer", *outer, "input", input);
 }
 
 }  // namespace fastdense

@@ -59,9 +59,11 @@ struct ResidualDenseBlockArgs {
 
 // Reads and checks the arguments.  `sizes` is the shape of the input; weights are weight and bias of every layer, then
 // of the fusion.  A tensor without elements stands for an absent bias.
-ResidualDenseBlockArgs parse_residual_dense_block(at::IntArrayRef sizes, const at::TensorOptions& options,
-                                                  at::TensorList weights, const ResidualDenseBlockOptions& how);
+ResidualDenseBlockArgs parse_residual_dense_block(const char* op, at::IntArrayRef sizes,
+                                                  const at::TensorOptions& options, at::TensorList weights,
+                                                  const ResidualDenseBlockOptions& how);
 
-void check_outer(const ResidualDenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& outer);
+void check_outer(const char* op, const ResidualDenseBlockArgs& args, const at::Tensor& input,
+                 const std::optional<at::Tensor>& outer);
 
 }  // namespace fastdense

@@ -106,5 +106,8 @@ struct BackwardEngine {
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) {
   m.impl("_residual_dense_block_backward", &residual_dense_block_backward<BackwardEngine>);
 }
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) {
+  m.impl("_residual_dense_block_backward", &residual_dense_block_backward<BackwardEngine>);
+}
 
 }  // namespace fastdense

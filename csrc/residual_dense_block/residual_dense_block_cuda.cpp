@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "residual_dense_block/residual_dense_block_cuda.h"
 
-#include <c10/cuda/CUDAGuard.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include "cuda/context.h"
@@ -10,7 +10,7 @@ namespace fastdense {
 namespace {
 
 struct CudaEngine {
-  using Guard = c10::cuda::CUDAGuard;
+  using Guard = c10::DeviceGuard;
   template <typename T>
   static void forward(const ResidualDenseBlockArgs& args, const at::Tensor& outer, const ResidualDenseBlockOutputs& o) {
     ResidualDenseBlockCuda<T>(args, o.buffer, current_context()).forward(outer, o.out);

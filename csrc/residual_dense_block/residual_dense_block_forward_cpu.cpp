@@ -67,5 +67,6 @@ struct ForwardEngine {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("residual_dense_block", &residual_dense_block<ForwardEngine>); }
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) { m.impl("residual_dense_block", &residual_dense_block<ForwardEngine>); }
 
 }  // namespace fastdense

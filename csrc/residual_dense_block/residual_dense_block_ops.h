@@ -9,7 +9,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <tuple>
 
@@ -32,17 +31,18 @@ std::tuple<at::Tensor, at::Tensor> residual_dense_block(const at::Tensor& input,
                                                         bool fusion, double negative_slope, double scale,
                                                         const std::optional<at::Tensor>& outer,  // [N, C0, H, W]
                                                         double outer_scale) {
+  constexpr const char* kOp = "residual_dense_block";
+  check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
-  check_floating("residual_dense_block", "input", input);
   const ResidualDenseBlockArgs args = parse_residual_dense_block(
-      input.sizes(), input.options(), weights, {first_channels, fusion, negative_slope, scale, outer_scale});
-  check_outer(args, input, outer);
+      kOp, input.sizes(), input.options(), weights, {first_channels, fusion, negative_slope, scale, outer_scale});
+  check_outer(kOp, args, input, outer);
   const at::Tensor buffer = with_huge_pages(empty_channels_last(args.sizes(args.channels()), input.options()));
   const at::Tensor out = fusion ? with_huge_pages(empty_channels_last(input.sizes(), input.options())) : buffer;
-  if (args.pixels() > 0) {
+  if (has_values(buffer)) {
     buffer.narrow(1, 0, args.in_channels).copy_(input);
     const at::Tensor outer_rows = outer.has_value() ? to_channels_last(*outer) : at::Tensor();
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "residual_dense_block", [&] {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
       Engine::template forward<typename Storage<scalar_t>::type>(args, outer_rows, {out, buffer});
     });
   }
@@ -59,25 +59,23 @@ std::vector<at::Tensor> residual_dense_block_backward(const at::Tensor& grad_out
                                                       double outer_scale, int64_t in_channels,
                                                       c10::List<bool> needs_grad) {
   constexpr const char* kOp = "_residual_dense_block_backward";
+  check_floating(kOp, "buffer", buffer);
   [[maybe_unused]] const typename Engine::Guard guard(buffer.device());
+  check_rank(kOp, "buffer", buffer, 4);
   check_at_most(kOp, "in_channels", in_channels, buffer.size(1));
   std::vector<int64_t> sizes = buffer.sizes().vec();
   sizes[1] = in_channels;
   const ResidualDenseBlockArgs args = parse_residual_dense_block(
-      sizes, buffer.options(), weights, {first_channels, fusion, negative_slope, scale, outer_scale});
+      kOp, sizes, buffer.options(), weights, {first_channels, fusion, negative_slope, scale, outer_scale});
+  check_channels(kOp, "buffer", buffer, args.channels());
+  check_like(kOp, "grad_output", grad_output, "buffer", buffer);
   check_shape(kOp, "grad_output", grad_output, fusion ? at::IntArrayRef(sizes) : buffer.sizes());
-  check_at_least(kOp, "needs_grad", int64_t(needs_grad.size()), int64_t(weights.size()) + 1);
-  const std::vector<bool> needs(needs_grad.begin(), needs_grad.end());
-  if (args.pixels() == 0) {
-    std::vector<at::Tensor> zeros{empty_channels_last(sizes, buffer.options())};
-    for (size_t i = 0; i < weights.size(); ++i)
-      zeros.push_back(needs[i + 1] ? at::zeros_like(weights[i]) : at::empty({0}, buffer.options()));
-    return zeros;
-  }
-  const at::Tensor grad = to_channels_last(grad_output);
+  const std::vector<bool> needs = read_needs(kOp, needs_grad, weights, {});
+  if (!has_values(buffer)) return zero_gradients(empty_channels_last(sizes, buffer.options()), weights, needs);
+  const at::Tensor grad = to_channels_last(grad_output), saved = to_channels_last(buffer);
   std::vector<at::Tensor> grads;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, buffer.scalar_type(), kOp, [&] {
-    grads = Engine::template backward<typename Storage<scalar_t>::type>(args, buffer, grad, needs, weights);
+    grads = Engine::template backward<typename Storage<scalar_t>::type>(args, saved, grad, needs, weights);
   });
   return grads;
 }

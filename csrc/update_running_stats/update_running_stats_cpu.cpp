@@ -30,9 +30,11 @@ void update_running_stats_cpu(at::TensorList running_mean, at::TensorList runnin
       {running_mean, running_var, batches, mean, var, offsets, momentum, count, total_count},
       [](const RunningStatsArgs& a) {
         const double count = a.total_count ? a.total_count->item<double>() : double(a.count);
+        TORCH_CHECK_VALUE(count == 0 || count > 1, kOp, ": expected total_count to be more than 1, got ", count);
         for (size_t i = 0; i < a.running_mean.size(); ++i) {
           int64_t& tracked = *a.batches[i].mutable_data_ptr<int64_t>();
           ++tracked;
+          if (count == 0) continue;  // an empty batch has no statistics
           const double factor = running_factor(a.momentum[i], tracked);
           AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, a.running_mean[i].scalar_type(), kOp, [&] {
             update<scalar_t>(a.running_mean[i], a.mean, a.offsets[i], factor, 1.0);
@@ -45,5 +47,6 @@ void update_running_stats_cpu(at::TensorList running_mean, at::TensorList runnin
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense, CPU, m) { m.impl("update_running_stats_", &update_running_stats_cpu); }
+TORCH_LIBRARY_IMPL(fastdense_meta, Meta, m) { m.impl("update_running_stats_", &update_running_stats_cpu); }
 
 }  // namespace fastdense

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "update_running_stats/update_running_stats_cuda.h"
 
-#include <c10/cuda/CUDAGuard.h>
+#include <ATen/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
@@ -12,7 +12,7 @@ void update_running_stats_cuda(at::TensorList running_mean, at::TensorList runni
                                const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef offsets,
                                at::ArrayRef<double> momentum, int64_t count,
                                const std::optional<at::Tensor>& total_count) {
-  const c10::cuda::CUDAGuard guard(mean.device());
+  const c10::OptionalDeviceGuard guard(at::device_of(mean));
   update_running_stats_on({running_mean, running_var, batches, mean, var, offsets, momentum, count, total_count},
                           c10::cuda::getCurrentCUDAStream());
 }

@@ -12,7 +12,8 @@ __global__ void running_stats_kernel(const __grid_constant__ RunningStatsParams<
   const int64_t batches = *n.batches + 1;
   __syncthreads();  // all have read before one writes
   if (threadIdx.x == 0) *n.batches = batches;
-  const double unbias = unbiased_factor(p.total_count ? *p.total_count : p.batch_count);
+  const double count = p.total_count ? *p.total_count : p.batch_count, unbias = unbiased_factor(count);
+  if (count == 0) return;  // an empty batch has no statistics
   const double factor = running_factor(n.momentum, batches);
   const auto move = [&](T& running, A batch, double scale) {
     const double moved = update_running<double>(double(load(running)), double(batch) * scale, factor);

@@ -82,13 +82,16 @@ def is_known_class(module: nn.Module, known: tuple[tuple[str, str], ...]) -> boo
 
 
 def check_no_global_hooks() -> None:
-    if (
-        global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
-        or global_hooks._global_backward_hooks
-        or global_hooks._global_backward_pre_hooks
+    """Those of a ``ModuleTracker`` only note where a module begins and ends: they count operations by module."""
+    for hooks in (
+        global_hooks._global_forward_hooks,
+        global_hooks._global_forward_pre_hooks,
+        global_hooks._global_backward_hooks,
+        global_hooks._global_backward_pre_hooks,
     ):
-        raise NotFusible("global module hooks are installed")
+        for hook in hooks.values():
+            if type(getattr(hook, "__self__", None)).__module__ != "torch.utils.module_tracker":
+                raise NotFusible("global module hooks are installed")
 
 
 def child(module: nn.Module, name: str) -> nn.Module | None:

@@ -24,6 +24,7 @@ from fastdense.fusion.checks import (
     class_name,
     has_fused_relu,
 )
+from fastdense.ops.flops import uncounted
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -103,13 +104,13 @@ def _runner(modules: Sequence[Any]) -> tuple[Callable[[Tensor], Tensor], bool]:
     drop_rates = [other.p if type(other) in _DROPOUTS and other.training else 0.0 for other in others]
 
     def run(input: Tensor) -> Tensor:
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward:
+        if torch._C._current_graph_task_id() == -1:
+            return behind(norm(input))
+        with uncounted():
             x = F.batch_norm(input, mean, var, norm.weight, norm.bias, uses_batch, 0.0, norm.eps)
-            if has_fused_relu(norm):
-                x = F.relu(x, inplace=True)
-        else:
-            x = norm(input)
+            return behind(F.relu(x, inplace=True) if has_fused_relu(norm) else x)
+
+    def behind(x: Tensor) -> Tensor:
         for other, drop_rate in zip(others, drop_rates, strict=True):
             if type(other) not in _DROPOUTS:
                 x = other(x)

@@ -154,7 +154,3 @@ def fake_gradients(input: Tensor, weights: Sequence[Tensor], needs_grad: Sequenc
     for weight, needed in zip(weights, needs_grad[1:], strict=True):
         grads.append(torch.empty_like(weight) if needed else input.new_empty([0]))
     return grads
-
-
-def refuse_double_backward(op: str) -> None:
-    raise RuntimeError(f"{op}: double backward is not supported; call fastdense.restore(model) for plain modules")

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastdense._choices import Preset
 from fastdense._extension import _C
 from fastdense.ops.arguments import is_exporting
+from fastdense.ops.autograd import register_autograd
+from fastdense.ops.fakes import register_fake
 
 BORDERS = ("clamp", "drop", "symmetric")
 ROUNDINGS = {"floor": math.floor, "round": lambda size: math.floor(size + 0.5), "ceil": math.ceil}
@@ -253,15 +255,16 @@ def _fake(input: Tensor, size: Sequence[int], *_: Any) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, _, *options, _, low, high = inputs
     if low != -math.inf or high != math.inf:
-        raise RuntimeError("bicubic: expected low and high to be infinite where gradients are wanted")
+        raise ValueError(
+            f"bicubic: expected low and high to be infinite where gradients are wanted, got {low} and {high}"
+        )
     ctx.size, ctx.options = list(input.shape[2:]), options
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    needs_input, *_, needs_residual, _, _ = ctx.needs_input_grad
+def _backward(ctx: Any, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    needs_input, needs_residual = needs
     grad_input = torch.ops.fastdense._bicubic_backward(grad, ctx.size, *ctx.options) if needs_input else None
-    residual = grad if needs_residual else None
-    return (grad_input, *(None,) * 6, residual, None, None)
+    return [grad_input, grad if needs_residual else None]
 
 
 def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -269,13 +272,12 @@ def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.size, ctx.options = list(grad_output.shape[2:]), options
 
 
-def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    again = torch.ops.fastdense.bicubic(grad, ctx.size, *ctx.options, None, -math.inf, math.inf)
-    return (again, *(None,) * 6)
+def _double_backward(ctx: Any, needs: Sequence[bool], grad: Tensor) -> list[Tensor]:
+    return [torch.ops.fastdense.bicubic(grad, ctx.size, *ctx.options, None, -math.inf, math.inf)]
 
 
-torch.library.register_autograd("fastdense::bicubic", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fastdense::_bicubic_backward", _double_backward, setup_context=_setup_double)
+register_autograd("bicubic", _backward, setup_context=_setup_context)
+register_autograd("_bicubic_backward", _double_backward, setup_context=_setup_double)
 
 
 def _fold(x: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
@@ -300,5 +302,5 @@ def _vmap(op: Any, residual_at: int | None) -> Any:
 
 
 for _name, _residual_at in (("bicubic", 7), ("_bicubic_backward", None), ("bicubic_uint8", None)):
-    torch.library.register_fake(f"fastdense::{_name}", _fake)
+    register_fake(_name)(_fake)
     torch.library.register_vmap(f"fastdense::{_name}", _vmap(getattr(torch.ops.fastdense, _name), _residual_at))

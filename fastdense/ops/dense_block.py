@@ -19,9 +19,10 @@ from fastdense.ops.arguments import (
     empty_channels_last,
     fake_gradients,
     records_gradient,
-    refuse_double_backward,
     statistics_dtype,
 )
+from fastdense.ops.autograd import no_double_backward, register_autograd, save, saved, wanted
+from fastdense.ops.fakes import register_fake
 
 
 class LayerWeights(NamedTuple):
@@ -162,7 +163,7 @@ def _flatten(
     return parameters.weights, parameters.eps
 
 
-@torch.library.register_fake("fastdense::dense_block")
+@register_fake("dense_block")
 def _(
     input: Tensor,
     weights: Sequence[Tensor],
@@ -197,7 +198,7 @@ def _(
     return out, buffer, mean, torch.empty_like(mean), z
 
 
-@torch.library.register_fake("fastdense::_dense_block_backward")
+@register_fake("_dense_block_backward")
 def _(
     grad_output: Tensor,
     buffer: Tensor,
@@ -223,22 +224,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     out, buffer, mean, var, z = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, var)
-    ctx.save_for_backward(out if tail == "none" else buffer, mean, var, z, seed, *weights)
+    save(ctx, out if tail == "none" else buffer, mean, var, z, seed, *weights)
     ctx.arguments = (eps, num_layers, bottleneck, tail, drop_rate)
     ctx.in_channels = input.shape[1]
     ctx.process_group = process_group
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    needs_input, needs_weights, *rest = ctx.needs_input_grad
-    # Without layers and tail the lists are empty, and autograd takes any empty list for one of tensors.
-    none: tuple[Any, ...] = (None if ctx.arguments[0] else [], *[None] * (len(rest) - 1))
-    if not isinstance(needs_weights, list):
-        needs_weights = []
+def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, *_: Tensor | None) -> list[Tensor | None]:
     if grad_output is None:
-        return (None, [None] * len(needs_weights), *none)
-    buffer, mean, var, z, seed, *weights = ctx.saved_tensors
-    needs_grad = [needs_input, *needs_weights]
+        return [None] * len(needs)
+    buffer, mean, var, z, seed, *weights = saved(ctx)
+    needs_grad = needs[:-1]  # the last is the seed's
     grads = torch.ops.fastdense._dense_block_backward(
         grad_output,
         buffer,
@@ -252,13 +248,8 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[
         needs_grad,
         ctx.process_group,
     )
-    wanted = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
-    return (wanted[0], wanted[1:], *none)
+    return [*wanted(grads, needs_grad), None]
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    refuse_double_backward("dense_block")
-
-
-torch.library.register_autograd("fastdense::dense_block", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fastdense::_dense_block_backward", _no_double_backward)
+register_autograd("dense_block", _backward, setup_context=_setup_context)
+register_autograd("_dense_block_backward", no_double_backward("dense_block"))

@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from fastdense.ops.fakes import register_fake
+
 
 def dropout_mask(seed: Tensor, layer: int, rows: int, channels: int, drop_rate: float) -> Tensor:
     """Returns which elements dropout keeps.
@@ -42,6 +44,6 @@ def dropout_mask(seed: Tensor, layer: int, rows: int, channels: int, drop_rate: 
     return torch.ops.fastdense.dropout_mask(seed, layer, rows, channels, drop_rate)
 
 
-@torch.library.register_fake("fastdense::dropout_mask")
+@register_fake("dropout_mask")
 def _(seed: Tensor, layer: int, rows: int, channels: int, drop_rate: float) -> Tensor:
     return seed.new_empty((rows, channels), dtype=torch.bool)

@@ -18,9 +18,10 @@ from fastdense.ops.arguments import (
     empty_channels_last,
     fake_gradients,
     records_gradient,
-    refuse_double_backward,
     statistics_dtype,
 )
+from fastdense.ops.autograd import no_double_backward, register_autograd, save, saved, wanted
+from fastdense.ops.fakes import register_fake
 
 
 class ProjectionWeights(NamedTuple):
@@ -141,7 +142,7 @@ def _flatten(
     return parameters.weights, parameters.eps
 
 
-@torch.library.register_fake("fastdense::dual_path_stage")
+@register_fake("dual_path_stage")
 def _(
     input: Tensor,
     weights: Sequence[Tensor],
@@ -175,7 +176,7 @@ def _(
     return out, residuals, a, b, mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("fastdense::_dual_path_stage_backward")
+@register_fake("_dual_path_stage_backward")
 def _(
     grad_output: Tensor,
     input: Tensor,
@@ -202,28 +203,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     out, residuals, a, b, mean, var = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, var)
-    ctx.save_for_backward(input, out, residuals, a, b, mean, var, *weights)
+    save(ctx, input, out, residuals, a, b, mean, var, *weights)
     ctx.arguments = arguments
     ctx.process_group = process_group
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    needs_input, needs_weights, *rest = ctx.needs_input_grad
-    none = (None,) * len(rest)
+def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, *_: Tensor | None) -> list[Tensor | None]:
     if grad_output is None:
-        return (None, [None] * len(needs_weights), *none)
-    input, out, residuals, a, b, mean, var, *weights = ctx.saved_tensors
-    needs_grad = [needs_input, *needs_weights]
+        return [None] * len(needs)
+    input, out, residuals, a, b, mean, var, *weights = saved(ctx)
     grads = torch.ops.fastdense._dual_path_stage_backward(
-        grad_output, input, out, residuals, a, b, mean, var, weights, *ctx.arguments, needs_grad, ctx.process_group
+        grad_output, input, out, residuals, a, b, mean, var, weights, *ctx.arguments, needs, ctx.process_group
     )
-    wanted = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
-    return (wanted[0], wanted[1:], *none)
+    return wanted(grads, needs)
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    refuse_double_backward("dual_path_stage")
-
-
-torch.library.register_autograd("fastdense::dual_path_stage", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fastdense::_dual_path_stage_backward", _no_double_backward)
+register_autograd("dual_path_stage", _backward, setup_context=_setup_context)
+register_autograd("_dual_path_stage_backward", no_double_backward("dual_path_stage"))

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The merge of a dual path block in one pass, and its adjoint, the split: for blocks of one's own."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdense.ops.arguments import empty_like_layout
+from fastdense.ops.autograd import register_autograd, wanted
+from fastdense.ops.fakes import register_fake
 
 
 def dual_path_merge(input: Tensor, features: Tensor, residual_channels: int) -> Tensor:
@@ -63,12 +66,12 @@ def dual_path_split(input: Tensor, channels: int, residual_channels: int) -> tup
     return torch.ops.fastdense.dual_path_split(input, channels, residual_channels)
 
 
-@torch.library.register_fake("fastdense::dual_path_merge")
+@register_fake("dual_path_merge")
 def _(input: Tensor, features: Tensor, residual_channels: int) -> Tensor:
     return empty_like_layout(input, input.shape[1] + features.shape[1] - residual_channels)
 
 
-@torch.library.register_fake("fastdense::dual_path_split")
+@register_fake("dual_path_split")
 def _(input: Tensor, channels: int, residual_channels: int) -> tuple[Tensor, Tensor]:
     return (
         empty_like_layout(input, channels),
@@ -80,20 +83,17 @@ def _setup_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.arguments = inputs[0].shape[1], inputs[2]
 
 
-def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = torch.ops.fastdense.dual_path_split(grad, *ctx.arguments)
-    needs_input, needs_features, _ = ctx.needs_input_grad
-    return grads[0] if needs_input else None, grads[1] if needs_features else None, None  # None: residual_channels
+def _merge_backward(ctx: Any, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    return wanted(torch.ops.fastdense.dual_path_split(grad, *ctx.arguments), needs)
 
 
 def _setup_split(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.residual_channels = inputs[2]
 
 
-def _split_backward(ctx: Any, grad_input: Tensor, grad_features: Tensor) -> tuple[Any, ...]:
-    grad = torch.ops.fastdense.dual_path_merge(grad_input, grad_features, ctx.residual_channels)
-    return grad, None, None  # None: channels, residual_channels
+def _split_backward(ctx: Any, needs: Sequence[bool], grad_input: Tensor, grad_features: Tensor) -> list[Tensor]:
+    return [torch.ops.fastdense.dual_path_merge(grad_input, grad_features, ctx.residual_channels)]
 
 
-torch.library.register_autograd("fastdense::dual_path_merge", _merge_backward, setup_context=_setup_merge)
-torch.library.register_autograd("fastdense::dual_path_split", _split_backward, setup_context=_setup_split)
+register_autograd("dual_path_merge", _merge_backward, setup_context=_setup_merge)
+register_autograd("dual_path_split", _split_backward, setup_context=_setup_split)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate of a highway layer in one pass over its input and its one projection."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdense.ops.arguments import empty_like_layout, is_exporting
+from fastdense.ops.autograd import no_double_backward, register_autograd, wanted
+from fastdense.ops.fakes import register_fake
 
 ACTIVATIONS = ("relu", "tanh", "identity")
 
@@ -56,12 +59,12 @@ def _exported(input: Tensor, projection: Tensor, activation: str) -> Tensor:
     return input + t.sigmoid() * (h - input)
 
 
-@torch.library.register_fake("fastdense::highway_gate")
+@register_fake("highway_gate")
 def _(input: Tensor, projection: Tensor, activation: str) -> Tensor:
     return empty_like_layout(projection, input.shape[1])
 
 
-@torch.library.register_fake("fastdense::_highway_gate_backward")
+@register_fake("_highway_gate_backward")
 def _(grad_output: Tensor, input: Tensor, projection: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return empty_like_layout(projection, input.shape[1]), empty_like_layout(projection, projection.shape[1])
 
@@ -71,15 +74,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(input, projection)
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    grads = torch.ops.fastdense._highway_gate_backward(grad_output, *ctx.saved_tensors, ctx.activation)
-    needs_input, needs_projection, _ = ctx.needs_input_grad
-    return grads[0] if needs_input else None, grads[1] if needs_projection else None, None  # None: activation
+def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor) -> list[Tensor | None]:
+    return wanted(torch.ops.fastdense._highway_gate_backward(grad_output, *ctx.saved_tensors, ctx.activation), needs)
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("highway_gate: double backward is not supported; write y = x + T * (H - x) with torch operators")
-
-
-torch.library.register_autograd("fastdense::highway_gate", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fastdense::_highway_gate_backward", _no_double_backward)
+_refuse = no_double_backward("highway_gate", "write y = x + T * (H - x) with torch operators")
+register_autograd("highway_gate", _backward, setup_context=_setup_context)
+register_autograd("_highway_gate_backward", _refuse)

@@ -10,6 +10,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fastdense.ops.arguments import empty_like_layout, is_exporting
+from fastdense.ops.autograd import register_autograd
+from fastdense.ops.fakes import register_fake
 
 
 def mean_join(inputs: Sequence[Tensor]) -> Tensor:
@@ -55,19 +57,14 @@ def mean_join(inputs: Sequence[Tensor]) -> Tensor:
     return torch.ops.fastdense.mean_join(inputs)
 
 
-@torch.library.register_fake("fastdense::mean_join")
+@register_fake("mean_join")
 def _(inputs: Sequence[Tensor]) -> Tensor:
     return empty_like_layout(inputs[0], inputs[0].shape[1])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
-def _backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    (needs_grad,) = ctx.needs_input_grad
-    share = grad / len(needs_grad)
-    return [share if needed else None for needed in needs_grad]
+def _backward(ctx: Any, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    share = grad / len(needs)
+    return [share if needed else None for needed in needs]
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], inputs: Sequence[Tensor]) -> tuple[Tensor, int]:
@@ -79,5 +76,5 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], inputs: Sequence[Tensor]) -> tupl
     return out.unflatten(0, (info.batch_size, -1)), 0
 
 
-torch.library.register_autograd("fastdense::mean_join", _backward, setup_context=_setup_context)
+register_autograd("mean_join", _backward)
 torch.library.register_vmap("fastdense::mean_join", _vmap)

@@ -14,9 +14,10 @@ from fastdense.ops.arguments import (
     check_input,
     empty_in_layout,
     records_gradient,
-    refuse_double_backward,
     statistics_dtype,
 )
+from fastdense.ops.autograd import no_double_backward, register_autograd, save, saved, wanted
+from fastdense.ops.fakes import register_fake
 
 # Positions of a window: one byte names the one that won.
 MAX_WINDOW = 255
@@ -83,7 +84,7 @@ def norm_relu_max_pool(
     return out, BatchStatistics(mean, var)
 
 
-@torch.library.register_fake("fastdense::norm_relu_max_pool")
+@register_fake("norm_relu_max_pool")
 def _(
     input: Tensor,
     norm: Sequence[Tensor],
@@ -102,7 +103,7 @@ def _(
     return out, winners, mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("fastdense::_norm_relu_max_pool_backward")
+@register_fake("_norm_relu_max_pool_backward")
 def _(
     grad_output: Tensor,
     input: Tensor,
@@ -128,28 +129,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, winners, mean, var = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(winners, mean, var)
-    ctx.save_for_backward(input, winners, mean, var, *norm)
+    save(ctx, input, winners, mean, var, *norm)
     ctx.arguments = eps, kernel_size, stride, padding
     ctx.process_group = process_group
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    needs_input, needs_norm, *rest = ctx.needs_input_grad
-    none = (None,) * len(rest)
+def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, *_: Tensor | None) -> list[Tensor | None]:
     if grad_output is None:
-        return (None, [None] * len(needs_norm), *none)
-    input, winners, mean, var, *norm = ctx.saved_tensors
-    needs_grad = [needs_input, *needs_norm]
+        return [None] * len(needs)
+    input, winners, mean, var, *norm = saved(ctx)
     grads = torch.ops.fastdense._norm_relu_max_pool_backward(
-        grad_output, input, winners, mean, var, norm, *ctx.arguments, needs_grad, ctx.process_group
+        grad_output, input, winners, mean, var, norm, *ctx.arguments, needs, ctx.process_group
     )
-    wanted = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
-    return (wanted[0], wanted[1:], *none)
+    return wanted(grads, needs)
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    refuse_double_backward("norm_relu_max_pool")
-
-
-torch.library.register_autograd("fastdense::norm_relu_max_pool", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fastdense::_norm_relu_max_pool_backward", _no_double_backward)
+register_autograd("norm_relu_max_pool", _backward, setup_context=_setup_context)
+register_autograd("_norm_relu_max_pool_backward", no_double_backward("norm_relu_max_pool"))

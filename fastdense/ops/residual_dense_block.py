@@ -13,8 +13,9 @@ from fastdense.ops.arguments import (
     check_input,
     empty_channels_last,
     fake_gradients,
-    refuse_double_backward,
 )
+from fastdense.ops.autograd import no_double_backward, register_autograd, save, saved, wanted
+from fastdense.ops.fakes import register_fake
 
 _OP = "residual_dense_block"
 
@@ -88,7 +89,7 @@ def residual_dense_block(
     return out
 
 
-@torch.library.register_fake("fastdense::residual_dense_block")
+@register_fake("residual_dense_block")
 def _(
     input: Tensor,
     weights: Sequence[Tensor],
@@ -106,7 +107,7 @@ def _(
     return empty_channels_last(input, [batch, channels, height, width]), buffer
 
 
-@torch.library.register_fake("fastdense::_residual_dense_block_backward")
+@register_fake("_residual_dense_block_backward")
 def _(
     grad_output: Tensor,
     buffer: Tensor,
@@ -127,28 +128,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     out, buffer = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(buffer)
-    ctx.save_for_backward(buffer if fusion else out, *weights)
+    save(ctx, buffer if fusion else out, *weights)
     ctx.arguments = (first_channels, fusion, negative_slope, scale, outer_scale, input.shape[1])
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    needs_input, needs_weights, *_, needs_outer, _ = ctx.needs_input_grad
+def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, _: Tensor | None) -> list[Tensor | None]:
+    *needs_grad, needs_outer = needs
     if grad_output is None:
-        return (None, [None] * len(needs_weights), *[None] * 6)
-    buffer, *weights = ctx.saved_tensors
-    needs_grad = [needs_input, *needs_weights]
+        return [None] * len(needs)
     grads: list[Tensor | None] = [None] * len(needs_grad)
     if any(needs_grad):
+        buffer, *weights = saved(ctx)
         made = torch.ops.fastdense._residual_dense_block_backward(
             grad_output, buffer, weights, *ctx.arguments, needs_grad
         )
-        grads = [g if needed else None for g, needed in zip(made, needs_grad, strict=True)]
-    return (grads[0], grads[1:], None, None, None, None, grad_output if needs_outer else None, None)
+        grads = wanted(made, needs_grad)
+    return [*grads, grad_output if needs_outer else None]
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    refuse_double_backward(_OP)
-
-
-torch.library.register_autograd("fastdense::residual_dense_block", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fastdense::_residual_dense_block_backward", _no_double_backward)
+register_autograd(_OP, _backward, setup_context=_setup_context)
+register_autograd(f"_{_OP}_backward", no_double_backward(_OP))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdense.ops.fakes import register_fake
+
 
 def update_running_stats_(
     running_mean: Sequence[Tensor],
@@ -31,7 +33,7 @@ def update_running_stats_(
         var: ``[S]``, biased batch variances.
         offsets: norm ``i`` reads ``mean[offsets[i] : offsets[i] + C_i]``.
         momentum: one per norm, None for the cumulative average.
-        count: number of values ``M`` behind each mean, more than 1.
+        count: number of values ``M`` behind each mean, more than 1; or 0, where only ``num_batches_tracked`` moves.
         total_count: ``[1]``, float64: ``M`` instead of ``count``, where only the device knows it.
 
     Raises:
@@ -54,6 +56,6 @@ def update_running_stats_(
     )
 
 
-@torch.library.register_fake("fastdense::update_running_stats_")
+@register_fake("update_running_stats_")
 def _(*arguments: object) -> None:
     return None

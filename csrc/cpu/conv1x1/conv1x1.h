@@ -117,12 +117,12 @@ void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t
       },
       [&](int64_t begin, int64_t n, const A* dy, int64_t ldd) {
         A sum[kColumnBlock], weighted[kColumnBlock];
-        const GradientSums<A> sums{sum, weighted};
-        sum_in_groups(rows, volume, n, sums, epilogue.sums.from(begin), [&](int64_t r) {
+        double *total = epilogue.sum + begin, *total_weighted = epilogue.weighted + begin;
+        sum_in_groups(rows, volume, n, sum, weighted, total, total_weighted, [&](int64_t r) {
           const int64_t first = pool ? window_origin(*pool, row + r) : row + r;
           for (int64_t w = 0; w < volume; ++w)
-            epilogue_pixel(s, epilogue, first + (pool ? window_offset(*pool, w) : 0), begin, n, dy + r * ldd,
-                           A(1) / A(volume), sums);
+            epilogue_pixel(s, epilogue, first + (pool ? window_offset(*pool, w) : 0), {begin, n}, dy + r * ldd,
+                           A(1) / A(volume), sum, weighted);
         });
       });
 }

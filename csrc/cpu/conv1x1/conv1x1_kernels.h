@@ -73,13 +73,6 @@ struct Gradients {
   int64_t columns() const { return first.columns + second.columns; }
 };
 
-// Sums over rows of a gradient and of its products with x - mean.
-template <typename A>
-struct GradientSums {
-  A *sum, *weighted;  // [columns]
-  GradientSums from(int64_t column) const { return {sum + column, weighted + column}; }
-};
-
 // What follows from dy, the gradient of an activation.
 template <typename T>
 struct BackwardEpilogue {
@@ -87,9 +80,10 @@ struct BackwardEpilogue {
   T* gradient;  // [rows, ld]: += the norm's scale * dy if `accumulate`, else = dy; nullptr if not wanted
   int64_t ld;
   bool accumulate;
-  const A* mean;              // [n]
-  GradientSums<double> sums;  // [n] += those of dy
-  A* dweight;                 // [padded depth, padded n] += left^T * activation, or nullptr
+  const A* mean;     // [n]
+  double* sum;       // [n] += sum dy
+  double* weighted;  // [n] += sum dy * (x - mean)
+  A* dweight;        // [padded depth, padded n] += left^T * activation, or nullptr
 };
 
 // A norm that the gradient dv behind it passes on its way to the norm's input z.

@@ -19,14 +19,13 @@ void norm_backward(const Source<T>& s, bool with_relu, int64_t row, int64_t rows
                    const BackwardEpilogue<T>& epilogue, void* memory) {
   Workspace workspace(memory);
   const int64_t n = s.channels;
-  const GradientSums<A> sums{workspace.take<A>(n), workspace.take<A>(n)};
-  A* dy = workspace.take<A>(n);
+  A *sum = workspace.take<A>(n), *weighted = workspace.take<A>(n), *dy = workspace.take<A>(n);
   const auto epilogue_pixel = epilogue.accumulate
                                   ? (with_relu ? epilogue_row<true, true, T> : epilogue_row<false, true, T>)
                                   : (with_relu ? epilogue_row<true, false, T> : epilogue_row<false, false, T>);
-  sum_in_groups(rows, 1, n, sums, epilogue.sums, [&](int64_t r) {
+  sum_in_groups(rows, 1, n, sum, weighted, epilogue.sum, epilogue.weighted, [&](int64_t r) {
     for (int64_t j = 0; j < n; ++j) dy[j] = load(grad[(row + r) * n + j]);
-    epilogue_pixel(s, epilogue, row + r, 0, n, dy, A(1), sums);
+    epilogue_pixel(s, epilogue, row + r, {0, n}, dy, A(1), sum, weighted);
   });
 }
 

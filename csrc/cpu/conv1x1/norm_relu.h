@@ -178,18 +178,24 @@ inline void gradient_row(const Gradient<T>& segment, int64_t row, Out* out) {
         finalise_gradient<A>(load(g[j]), load(x[j]), segment.mean[j], segment.shift_sum[j], segment.slope_sum[j]));
 }
 
-// The epilogue at one pixel, for n columns from `begin` on: the gradient share * dy of the activation passes its ReLU,
-// or is taken as it is with kRelu = false.  `sums` of these columns are those of sum_in_groups().
+// Columns of a source, or of a product's result.
+struct ColumnRange {
+  int64_t begin, count;
+};
+
+// The epilogue at one pixel: the gradient share * dy of the activation passes its ReLU, or is taken as it is with
+// kRelu = false.  dy and the sums, those of sum_in_groups(), are of the columns alone.  Compilers vectorise the loop
+// where these pointers are parameters that are __restrict, not members of a structure.
 template <bool kRelu, bool kAccumulate, typename T>
-inline void epilogue_row(const Source<T>& s, const BackwardEpilogue<T>& epilogue, int64_t pixel, int64_t begin,
-                         int64_t n, const accumulate_t<T>* __restrict dy, accumulate_t<T> share,
-                         GradientSums<accumulate_t<T>> sums) {
+inline void epilogue_row(const Source<T>& s, const BackwardEpilogue<T>& epilogue, int64_t pixel, ColumnRange columns,
+                         const accumulate_t<T>* __restrict dy, accumulate_t<T> share, accumulate_t<T>* __restrict sum,
+                         accumulate_t<T>* __restrict weighted) {
   using A = accumulate_t<T>;
+  const int64_t begin = columns.begin, n = columns.count;
   const T* __restrict x = s.x + pixel * s.ld + begin;
   T* __restrict g = epilogue.gradient + pixel * epilogue.ld + begin;
   const A* __restrict scale = s.scale + begin, * __restrict shift = s.shift + begin;
   const A* __restrict mean = epilogue.mean + begin;
-  A* __restrict sum = sums.sum, * __restrict weighted = sums.weighted;
   for (int64_t i = 0; i < n; ++i) {
     const A value = load(x[i]);
     A gradient = dy[i] * share;
@@ -205,14 +211,12 @@ inline void epilogue_row(const Source<T>& s, const BackwardEpilogue<T>& epilogue
   }
 }
 
-// body(row) for all rows, which adds n columns to `sums`.  After every kSummed pixels these go over to the totals and
-// start anew: long sums in float would round too often.
+// body(row) for all rows, which adds n columns to `sum` and `weighted`.  After every kSummed pixels these go over to
+// the totals and start anew: long sums in float would round too often.
 constexpr int64_t kSummed = 32;
 template <typename A, typename Body>
-inline void sum_in_groups(int64_t rows, int64_t pixels_per_row, int64_t n, GradientSums<A> sums,
-                          GradientSums<double> totals, const Body& body) {
-  A* __restrict sum = sums.sum, * __restrict weighted = sums.weighted;
-  double* __restrict total = totals.sum, * __restrict total_weighted = totals.weighted;
+inline void sum_in_groups(int64_t rows, int64_t pixels_per_row, int64_t n, A* __restrict sum, A* __restrict weighted,
+                          double* __restrict total, double* __restrict total_weighted, const Body& body) {
   const int64_t step = pixels_per_row < kSummed ? kSummed / pixels_per_row : 1;
   for (int64_t begin = 0; begin < rows; begin += step) {
     for (int64_t i = 0; i < n; ++i) sum[i] = weighted[i] = 0;

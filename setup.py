@@ -246,8 +246,6 @@ def write_facts(binary: Path) -> None:
 
 
 class Build(cpp_extension.BuildExtension):
-    links = True
-
     def finalize_options(self) -> None:
         super().finalize_options()
         # ninja decides what is out of date, by headers and flags as well: it is always asked, and
@@ -259,16 +257,13 @@ class Build(cpp_extension.BuildExtension):
         print(f"fastdense: building for {describe_target()}", file=sys.stderr, flush=True)
         with short_progress():
             super().run()
-        if self.links:
-            write_facts(Path(self.get_ext_fullpath("fastdense._C")))
+        write_facts(Path(self.get_ext_fullpath("fastdense._C")))
         if hint := cpu_build_hint():
             atexit.register(print, hint, file=sys.stderr)  # setuptools may have more to say
 
 
 class CudaObjects(Build):
     """Compiles what a CPU build leaves out, and links nothing."""
-
-    links = False
 
     def run(self) -> None:
         if not find_cuda():

@@ -59,6 +59,7 @@ inline void check_like(const char* op, const char* arg, const at::Tensor& tensor
 
 inline void check_rank_between(const char* op, const char* arg, const at::Tensor& tensor, int64_t lowest,
                                int64_t highest) {
+  check_given(op, arg, tensor);
   TORCH_CHECK_VALUE(lowest <= tensor.dim() && tensor.dim() <= highest, op, ": expected ", arg, " to have ",
                     lowest == highest ? c10::str(lowest) : c10::str(lowest, " to ", highest), " dimensions, got shape ",
                     tensor.sizes());

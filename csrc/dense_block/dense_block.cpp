@@ -122,7 +122,7 @@ DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at
   const auto& [eps, num_layers, bottleneck, tail, drop_rate, seed, process_group] = how;
   TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, op,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
-  check_at_least(op, "input's channels", sizes[1], 1);
+  for (const int64_t size : sizes.slice(1)) check_at_least(op, "every size of input but the batch's", size, 1);
   check_at_least(op, "num_layers", num_layers, 0);
   check_at_most(op, "num_layers", num_layers, int64_t(weights.size()));  // so that no product of it is too large
   check_probability(op, "drop_rate", drop_rate);

@@ -109,7 +109,7 @@ DualPathArgs parse_dual_path(const char* op, at::IntArrayRef sizes, const at::Te
   const auto& [eps, num_blocks, projection, residual_channels, given_stride, process_group] = how;
   TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, op,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
-  check_at_least(op, "input's channels", sizes[1], 1);
+  for (const int64_t size : sizes.slice(1)) check_at_least(op, "every size of input but the batch's", size, 1);
   check_at_least(op, "num_blocks", num_blocks, 1);
   check_at_most(op, "num_blocks", num_blocks, int64_t(weights.size()));  // so that no product of it is too large
   check_at_least(op, "residual_channels", residual_channels, 0);

@@ -88,7 +88,7 @@ def of_list(values: Sequence[Any], of_entry: Any, brief: bool) -> Iterator[Chang
     yield Changed("one entry fewer", values[:-1])
     yield Changed("one entry more", [*values, values[-1]])
     yield Changed("twice as long", values * 2)
-    if len(set(map(str, values))) > 1:
+    if isinstance(values[0], Tensor | int) and len(set(map(str, values))) > 1:
         yield Changed("in reverse", values[::-1])
     for at, entry in enumerate(values):
         if brief and at not in (0, len(values) - 1):

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
                     if options.picture and not rows:
                         write_picture("evaluate", options.picture, Picture((side_by_side(*shown),)))
                 except (ValueError, MemoryError, RuntimeError) as error:
-                    skipped.append(str(error) if str(paths[-1]) in str(error) else f"{name}: {error}")
+                    skipped.append(f"{name}: {str(error).removeprefix(f'{paths[0]}: ')}")
                 else:
                     rows[name] = row
                 tick(name)

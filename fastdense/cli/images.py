@@ -18,6 +18,7 @@ from fastdense.cli.terminal import progress
 from fastdense.models import SuperResolutionNet, load_super_resolution
 from fastdense.sr.images import (
     FORMATS,
+    CorruptImageError,
     Kind,
     check_fits,
     check_format,
@@ -72,10 +73,9 @@ def change_images(command: str, options: argparse.Namespace, change: Change) -> 
                     notes += [f"{read}: {note}" for note in _change_image(command, options, read, write, change)]
                     done[read.suffix.lower()] += 1
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
-                    line = _described(command, read, error)
                     if source.is_file():
-                        raise InputError(f"{command}: {line}") from error
-                    failed.append(line)
+                        raise InputError(_refusal(command, read, error)) from error
+                    failed.append(_described(command, read, error))
                 tick(read.name)
     except KeyboardInterrupt:
         if source.is_file():
@@ -91,6 +91,13 @@ def change_images(command: str, options: argparse.Namespace, change: Change) -> 
     kinds = f" ({endings})" if endings else ""
     print(f"{command}d {done.total()} of {len(jobs)} pictures into {target}{already}{kinds}")
     return 1 if failed else 0
+
+
+def _refusal(command: str, read: Path, error: Exception) -> str:
+    """What is wrong with the only picture."""
+    if isinstance(error, CorruptImageError):
+        return f"{command}: expected IN to be a picture, got {error}"
+    return str(error) if str(error).startswith(f"{command}: ") else f"{command}: {_described(command, read, error)}"
 
 
 def _described(command: str, read: Path, error: Exception) -> str:

@@ -103,7 +103,9 @@ def _named(path: Path) -> Iterator[None]:
     except (InputError, MissingExtraError):
         raise
     except OSError as error:
-        raise CorruptImageError(f"{path}: {error.strerror or error}") from error
+        unknown = type(error).__name__ == "UnidentifiedImageError"
+        reason = "no picture of a known format" if unknown else error.strerror or error
+        raise CorruptImageError(f"{path}: {reason}") from error
     except Exception as error:
         raise CorruptImageError(f"{path}: {error or type(error).__name__}") from error
 

@@ -151,13 +151,13 @@ class BenchResult:
             "time_ratio": median_ratio(row.seconds, fast.seconds if fast else []),
             "memory_ratio": row.slope / small.slope if row.slope is not None and small and small.slope else None,
             "max_loss_difference": row.loss_difference,
-            **self.against_floor(row),
+            **self.against_roofline(row),
             "time_error": row.time_error,
             "memory_error": row.memory_error,
         }
 
-    def against_floor(self, row: Row) -> dict[str, float | None]:
-        """Compulsory traffic over time, and the share of the time that the model of `floor` calls the least."""
+    def against_roofline(self, row: Row) -> dict[str, float | None]:
+        """Compulsory traffic over time, and the share of the time that `fastdense.bench.roofline` calls the least."""
         config, variant = self.config, VARIANTS[row.variant]
         floor = None
         if self.ceilings and config.mode == "train" and row.seconds:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-License-Identifier: Apache-2.0
-"""Tries a module of unknown code on random numbers, in a copy: what it computes decides what it is."""
+"""The equivalence check: runs a copy of a module of unknown code on random numbers to see what it computes."""
 
 import contextlib
 import copy
@@ -29,7 +29,7 @@ _NOT_OF_CODE = frozenset([*nn.Module().__dict__, "memory", "_fused_name", "_fall
 _VALUES = (int, float, str, type(None), type, types.FunctionType, types.BuiltinFunctionType)
 
 
-# A trial takes about 30 bytes for each number: no more than 1 GB.
+# The check takes about 30 bytes for each number: no more than 1 GB.
 _MOST_NUMBERS = 2**25
 
 

@@ -14,7 +14,8 @@ from fastdense.fusion.inferred_layers import read_inferred_block, read_inferred_
 
 
 class FusedInferredBlock(FusedDenseBlock):
-    """A dense block whose code a trial has shown to be one; called with anything but one tensor, its own code runs."""
+    """A dense block of an unknown class that passed the equivalence check; with other inputs than one tensor, its own
+    code runs."""
 
     def run(self, input: Tensor, tail: Tail | None) -> Tensor:
         block = read_inferred_block(self)

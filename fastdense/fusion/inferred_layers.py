@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads dense blocks of unknown classes: found by the widths of their layers, proved by a trial on random numbers."""
+"""Reads dense blocks of unknown classes: inferred from the widths of their layers, then checked numerically."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple

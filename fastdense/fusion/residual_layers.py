@@ -17,7 +17,7 @@ from fastdense.plain.sr_dense_block import PlainSRDenseBlock
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-# Slopes that are tried where no module tells.
+# Slopes that the equivalence check compares where no module tells.
 _SLOPES = (0.2, 0.0, 0.1, 0.01, 0.05)
 
 
@@ -94,8 +94,8 @@ def _only_convolutions(module: nn.Module) -> list[Any]:
 def read_residual_block(module: nn.Module) -> ResidualLayers:
     """Reads the layers of a residual dense block.
 
-    A block of another library is tried on random numbers, with random weights, in a copy: which slope and which factor
-    make its results. It is tried again when one of its numbers has changed.
+    A block of another library is checked numerically, on a copy with random weights: which slope and which factor make
+    its results. It is checked again when one of its numbers has changed.
     """
     convs = _convolutions(module)
     kernel = 1 if tuple(convs[-1][1].kernel_size) == (1, 1) else 3
@@ -105,7 +105,7 @@ def read_residual_block(module: nn.Module) -> ResidualLayers:
 
 
 def read_growing_block(module: nn.Module) -> GrowingLayers:
-    """Reads the layers of a block of SRDenseNet; one of another library is tried like a residual dense block."""
+    """Reads the layers of a block of SRDenseNet; one of another library is checked like a residual dense block."""
     convs = _convolutions(module)
     weights = _read_weights(module, [3] * len(convs))
     slope = 0.0 if isinstance(module, PlainSRDenseBlock) else tried(module, _try_out_growing)
@@ -159,12 +159,12 @@ def _try_module(module: nn.Module) -> _Equivalence:
 def _try_out(module: nn.Module) -> tuple[float, float]:
     """Slope and factor with which the definition makes the module's results."""
     with isolated(), torch.no_grad():
-        trial = _try_module(module)
-        *layers, fusion = trial.convs
-        for slope in trial.slopes:
-            features = _grow(layers, trial.input, slope)
+        check = _try_module(module)
+        *layers, fusion = check.convs
+        for slope in check.slopes:
+            features = _grow(layers, check.input, slope)
             fused = F.conv2d(features, fusion.weight, fusion.bias, padding=fusion.kernel_size[0] // 2)
-            scale = _factor(trial.results, fused, trial.input)
+            scale = _factor(check.results, fused, check.input)
             if scale is not None:
                 return slope, scale
     raise NotFusible("its results are not those of a residual dense block")
@@ -173,13 +173,13 @@ def _try_out(module: nn.Module) -> tuple[float, float]:
 def _try_out_growing(module: nn.Module) -> float:
     """The slope with which the definition makes the module's results."""
     with isolated(), torch.no_grad():
-        trial = _try_module(module)
-        channels = trial.input.shape[1]
-        for slope in trial.slopes:
-            expected = _grow(trial.convs, trial.input, slope, channels)
+        check = _try_module(module)
+        channels = check.input.shape[1]
+        for slope in check.slopes:
+            expected = _grow(check.convs, check.input, slope, channels)
             if all(
                 isinstance(out, Tensor) and out.shape == expected.shape and torch.allclose(out, expected, 1e-8, 1e-8)
-                for out in trial.results
+                for out in check.results
             ):
                 return slope
     raise NotFusible("its results are not its input and the features of its layers")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-# What other dialects write, and what torchvision writes instead.
+# Names of other libraries, and the names of torchvision that replace them.
 _RULES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (

@@ -33,6 +33,7 @@ def check_files() -> None:
         "fastdense/models/catalogue.json",
     } <= files
     assert any(name.endswith("licenses/LICENSE") for name in files)
+    assert Path(fastdense._C.__file__).with_suffix(".json").is_file()
     top = {name.split("/")[0] for name in files if not name.startswith("..")}
     assert top == {"fastdense", f"fastdense-{distribution.version}.dist-info"}, top
 

@@ -320,7 +320,6 @@ def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
         measured.append([int(number) for number in walk.stdout.split()])
     (few, small), (many, large) = measured
     assert (few, many) == (1_600, 33_600)
-    print(measured)
     assert large - small < 600 * (many - few), measured  # a picture alone would be 3 KB
 
 

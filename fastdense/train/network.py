@@ -75,9 +75,11 @@ def make_model(config: TrainConfig, data: Dataset, smallest: int) -> nn.Module:
     return restore(model) if config.memory == "plain" else model
 
 
-def last_layer(model: nn.Module) -> str:
-    """The name of the layer that makes the scores of the classes."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+def last_layer(model: nn.Module) -> list[str]:
+    """The name of the layer that makes the scores of the classes, and that of a norm behind it where there is one."""
+    named = list(model.named_modules())
+    last = max(at for at, (_, module) in enumerate(named) if isinstance(module, nn.Linear | nn.Conv2d))
+    return [name for name, module in named[last:] if any(True for _ in module.parameters())]
 
 
 def load_weights(model: nn.Module, path: Path) -> str | None:
@@ -93,15 +95,16 @@ def load_weights(model: nn.Module, path: Path) -> str | None:
     Raises:
         InputError: no such file, no weights in it, or those of another model; the message names the entry.
     """
-    state, own, head = _read_weights(path), model.state_dict(), last_layer(model)
+    state, own, layers = _read_weights(path), model.state_dict(), last_layer(model)
+    head, prefixes = layers[0], tuple(f"{layer}." for layer in layers)
     word = None
     try:
         if isinstance(model, models.DenseNet):
             state = torchvision_keys(state)
         given, wanted = state.get(f"{head}.weight"), own[f"{head}.weight"]
         if given is None or given.shape[:1] != wanted.shape[:1]:
-            state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
-            state |= {key: value for key, value in own.items() if key.startswith(f"{head}.")}
+            state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+            state |= {key: value for key, value in own.items() if key.startswith(prefixes)}
             has = "none" if given is None else f"one for {len(given)}"
             word = f"{head} is a new layer for {len(wanted)} classes: {path} has {has}"
         state |= {key: value for key, value in own.items() if key.endswith("num_batches_tracked") and key not in state}
@@ -144,7 +147,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def freeze(model: nn.Module) -> None:
     """Leaves the last layer as the only one that is trained."""
     model.requires_grad_(False)
-    model.get_submodule(last_layer(model)).requires_grad_(True)
+    for layer in last_layer(model):
+        model.get_submodule(layer).requires_grad_(True)
 
 
 def set_training(model: nn.Module) -> None:

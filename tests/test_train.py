@@ -315,7 +315,7 @@ def test_without_tensorboard_its_option_says_so(
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert main(command(tiny(tmp_path / "out", data=str(pictures)), "--epochs=1", "--tensorboard")) == 2
     (line,) = fastdense_lines(capsys)
-    assert "tensorboard to be installed" in line and "pip install 'fastdense[tensorboard]'" in line
+    assert "tensorboard to be installed" in line and line.endswith("pip install tensorboard")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -9,7 +9,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
-from fastdense._support import extra, write_atomically
+from fastdense._support import MissingExtraError, extra, write_atomically
 
 Entry = dict[str, Any]
 
@@ -39,8 +39,12 @@ def open_tensorboard(folder: Path, complete: int) -> Callable[[Entry], None]:
     Raises:
         MissingExtraError: TensorBoard is not installed.
     """
-    with extra("tensorboard"):
+    try:
         from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            "train: expected tensorboard to be installed, got no such module; run: pip install tensorboard"
+        ) from error
     writer = SummaryWriter(str(folder), purge_step=complete + 1)
 
     def add(entry: Entry) -> None:

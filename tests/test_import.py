@@ -169,6 +169,9 @@ def copied_tree(folder: Path, is_source: bool = True) -> Path:
     if is_source:
         (folder / "setup.py").touch()
         (folder / "csrc").mkdir()
+    else:  # installed from a wheel, whatever else is installed for this Python
+        (folder / "fastdense-0.1.0.dist-info").mkdir()
+        (folder / "fastdense-0.1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: fastdense\n")
     return folder
 
 

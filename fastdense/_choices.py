@@ -26,6 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Of `fastdense train`.
 TRAIN_MEMORY = (*MEMORY_MODES, "plain")
 SCHEDULES = ("cosine", "steps")
+AUGMENTATIONS = ("crop", "shift", "none")
 
 # Of `fastdense bench`; `fastdense.bench.nets.VARIANTS` says what a variant is.
 BENCH_MODES = ("train", "eval")

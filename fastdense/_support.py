@@ -7,10 +7,15 @@ import contextlib
 import json
 import math
 import os
+import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+# How the names of files end that are being written.
+TEMPORARY = ".fastdense-tmp"
 
 
 class InputError(ValueError):
@@ -70,7 +75,7 @@ def check_output(what: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
-            writable = not path.is_dir()
+            writable = path.is_file() or not path.exists()
     except OSError:
         writable = False
     if not writable:
@@ -80,22 +85,65 @@ def check_output(what: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file so that `path` holds the old content or the new, never a part of it.
 
+    The new content goes to a new file of the same folder, which then takes the place of the old one and its
+    permissions. A link at `path` is replaced, not followed.
+
     Args:
         path: the file to replace; its folder is created.
         write: called with a binary file opened for writing.
+
+    Raises:
+        InputError: `path` is something else than a file, such as a folder or a device.
+        OSError: the file cannot be written: no space, too large, no permission; its ``filename`` is `path`.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"expected {path} to be a file, got something else of that name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
+    with _naming(path):
+        handle = _create(temporary, like=path)
+        try:
+            with open(handle, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Lets the system's errors name `path`, also behind the RuntimeError that torch.save makes of them."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        failure = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+        if not isinstance(failure, OSError):
+            raise
+        raise OSError(failure.errno, failure.strerror or str(failure), str(path)) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that died in :func:`write_atomically` left; no other may be writing to `folder`."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def _create(temporary: Path, like: Path) -> int:
+    """Opens a file that did not exist, with the permissions of `like`, or those of any new file."""
+    try:
+        status = os.lstat(like)
+        mode = stat.S_IMODE(status.st_mode) if stat.S_ISREG(status.st_mode) else None
+    except FileNotFoundError:
+        mode = None
+    # Never wider than the old file's, not even for a moment.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
+    if mode is not None:
+        os.chmod(temporary, mode)  # the umask may have taken some away
+    return handle
 
 
 def _sync_folder(folder: Path) -> None:

@@ -433,3 +433,16 @@ def test_real_weights(stem, blocks, largest_weight, largest_bias):
     state = model.state_dict()
     largest = [max(float(v.abs().max()) for k, v in state.items() if k.endswith(kind)) for kind in ("weight", "bias")]
     assert largest == pytest.approx([largest_weight, largest_bias], abs=5e-3)
+
+
+@pytest.mark.parametrize("scale", [None, "two", -1, 10**30, float("nan"), [], torch.zeros(2), torch.zeros(0)])
+def test_edited_settings_are_named(scale, tmp_path):
+    path = tmp_path / "model.pt"
+    save_super_resolution(models.SRCNN(2), path)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "settings": {**content["settings"], "scale": scale}}, path)
+    with pytest.raises(
+        ValueError, match=r"expected \S+model\.pt to hold a whole srcnn, got a problem with .*"
+    ) as caught:
+        load_super_resolution(path)
+    assert "\n" not in str(caught.value)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: data, loop, and checkpoints that survive a kill at any moment."""
+"""Training: the loop, what it writes, and that it survives a kill at any moment."""
 
+import csv
 import dataclasses
 import json
-import os
+import random
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,19 @@ import torch
 from PIL import Image
 
 from fastdense._support import InputError
-from fastdense.train import NonFiniteLossError, TrainConfig, checkpoint, train
-from fastdense.train.data import augment, load_digits, load_folder, plan_epoch
+from fastdense.cli import main
+from fastdense.train import TrainConfig, checkpoint, train
 from fastdense.train.loop import learning_rate
-from tests.cases.training import assert_same_weights, tiny, weights
+from tests.cases.training import (
+    assert_same_weights,
+    command,
+    fastdense_lines,
+    finished,
+    red_and_blue,
+    timeless,
+    tiny,
+    weights,
+)
 
 # Trains with the JSON on the command line, again and again; each time a fork dies by SIGKILL in the n-th write of a
 # checkpoint, in the middle of the file or right behind it.
@@ -64,28 +76,48 @@ for kill_at, inside in kills:
 """
 
 
-def paint(path: Path, colour: tuple[int, int, int], seed: int) -> None:
-    """A picture of one colour with noise."""
-    noise = np.random.default_rng(seed).integers(-30, 31, (12, 14, 3))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(path)
+# Trains with the JSON on the command line in one fork after the other, each of which dies by SIGKILL some time later;
+# its workers are left to themselves, as after a kill by the system.
+KILLED_AT_RANDOM = """
+import json, os, signal, sys, time
+from pathlib import Path
+import PIL.Image, PIL.ImageOps, torch, tqdm
+import torch._dynamo, torchvision.transforms.v2
+from fastdense.train import TrainConfig, train
+
+fields, moments = json.loads(sys.argv[1])
+config = TrainConfig(**{**fields, "out": Path(fields["out"])})
+path = config.out / "checkpoint.pt"
+
+def stamp():
+    return path.exists() and path.stat().st_mtime_ns
+
+for moment in moments:
+    child = os.fork()
+    if not child:
+        train(config, progress=False)
+        os._exit(0)
+    changes, moment = divmod(moment, 1)  # whole steps to wait for, and then a part of one
+    before = stamp()
+    while changes and not os.waitpid(child, os.WNOHANG)[0]:
+        time.sleep(0.001)
+        if stamp() != before:
+            before, changes = stamp(), changes - 1
+    time.sleep(moment * 0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(torch.load(path, weights_only=True)["progress"]["step"] if path.exists() else 0)
+"""
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    for seed in range(20):
-        paint(folder / "red" / f"{seed}.png", (200, 40, 40), seed)
-        paint(folder / "blue" / f"{seed}.png", (40, 40, 200), 100 + seed)
-    return folder
+    return red_and_blue(tmp_path / "pictures")
 
 
 @pytest.fixture
-def trained(pictures: Path, tmp_path: Path) -> TrainConfig:
-    """A finished run of two epochs with four steps each."""
-    config = tiny(tmp_path / "whole", data=str(pictures), epochs=2)
-    train(config, progress=False)
-    return config
+def trained(tmp_path: Path) -> TrainConfig:
+    return finished(tmp_path)
 
 
 def test_killed_runs_end_with_the_same_bits(pictures: Path, tmp_path: Path) -> None:
@@ -104,49 +136,68 @@ def test_killed_runs_end_with_the_same_bits(pictures: Path, tmp_path: Path) -> N
     assert (progress["epoch"], progress["step"]) == (1, 4)
     result = train(config, progress=False)
     assert_same_weights(whole.out, config.out)
-    timeless = [[{**entry, "seconds": 0} for entry in run.history] for run in (expected, result)]
-    assert timeless[0] == timeless[1]
-    assert not list(config.out.glob("*.tmp"))
+    assert timeless(result.history) == timeless(expected.history)
+    assert not list(config.out.glob(".*"))
 
 
-def test_failing_replace_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "checkpoint.pt"
-    state = {"config": {}, "model": {}, "optimizer": {}, "scaler": {}, "progress": {"step": 1}, "rng": {}}
-    checkpoint.save(path, state)
-
-    def fail(*_: object) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.save(path, {**state, "progress": {"step": 2}})
-    assert checkpoint.load(path, {})["progress"] == {"step": 1}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign"])
-def test_damaged_checkpoint_is_named(trained: TrainConfig, damage: str) -> None:
-    path = trained.out / "checkpoint.pt"
-    if damage == "foreign":
-        torch.save({"weights": torch.zeros(2)}, path)
-    else:
-        whole = path.read_bytes()
-        path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n"}[damage])
-    with pytest.raises(InputError, match=r"checkpoint\.pt to be a .*delete it, or start anew with --fresh"):
-        train(dataclasses.replace(trained, resume=True), progress=False)
+def rich(out: Path, pictures: Path, **changes: Any) -> TrainConfig:
+    """Everything that has a state: dropout, crops, averages, warm-up, many steps, a picture that is broken."""
+    whole = (pictures / "red" / "0.png").read_bytes()
+    (pictures / "red" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    fields: dict[str, Any] = {
+        "model_kwargs": {"depth": 10, "growth_rate": 4, "drop_rate": 0.2},
+        "data": str(pictures),
+        "augment": "crop",
+        "batch": 3,
+        "epochs": 3,
+        "ema": 0.9,
+        "warmup": 0.5,
+        "label_smoothing": 0.1,
+        "resume": True,
+        "checkpoint_seconds": 0,
+    }
+    return tiny(out, **{**fields, **changes})
 
 
-def test_checkpoint_of_another_configuration_is_refused(trained: TrainConfig) -> None:
-    for changes, name in (
-        ({"lr": 0.2}, "lr was 0.1 and is 0.2"),
-        ({"seed": 1}, "seed"),
-        ({"memory": "plain"}, "plain"),
-    ):
-        with pytest.raises(InputError, match=f"same configuration, got a difference: {name}"):
-            train(dataclasses.replace(trained, resume=True, **changes), progress=False)
-    paint(Path(trained.data) / "red" / "more.png", (200, 40, 40), 7)
-    with pytest.raises(InputError, match="difference: data was"):
-        train(dataclasses.replace(trained, resume=True), progress=False)
+def test_runs_with_workers_killed_at_random_moments_end_with_the_same_bits(pictures: Path, tmp_path: Path) -> None:
+    expected = train(rich(tmp_path / "whole", pictures, checkpoint_seconds=1e9), progress=False)
+    config = rich(tmp_path / "killed", pictures, workers=2)
+    moments = [6 * random.random() for _ in range(6)]  # of 33 steps
+    job = json.dumps([{**dataclasses.asdict(config), "out": str(config.out)}, moments])
+    child = subprocess.run([sys.executable, "-c", KILLED_AT_RANDOM, job], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    steps = [int(line) for line in child.stdout.split()]
+    assert steps == sorted(steps) and len(set(steps)) > 1, steps  # else the moments are no good
+    result = train(config, progress=False)
+    assert_same_weights(tmp_path / "whole", config.out)
+    assert timeless(result.history) == timeless(expected.history)
+    metrics = json.loads((config.out / "metrics.json").read_text())
+    assert len(metrics["skipped"]) == 1 and "broken.png" in metrics["skipped"][0]
+
+
+def test_any_number_of_workers_may_go_on(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the middle of each epoch and in its evaluation, and resumed by another number of workers."""
+    train(rich(tmp_path / "whole", pictures, workers=2), progress=False)
+    save = checkpoint.save
+    written = 0
+
+    def stop(path: Path, state: dict[str, Any]) -> None:
+        nonlocal written
+        save(path, state)
+        written += 1
+        if written % 8 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", stop)
+    stops = 0
+    for workers in (0, 1, 0, 2, 0, 0, 0):
+        try:
+            train(rich(tmp_path / "stopped", pictures, workers=workers), progress=False)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops == 4 and written == 33
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_existing_checkpoint_asks_for_resume_or_fresh(trained: TrainConfig) -> None:
@@ -163,74 +214,108 @@ def test_resuming_a_finished_run_reports_it_again(trained: TrainConfig) -> None:
     assert result.history == first["history"]
 
 
-def test_non_finite_loss_stops_before_the_checkpoint(pictures: Path, tmp_path: Path) -> None:
-    config = tiny(tmp_path / "out", data=str(pictures), lr=1e30, checkpoint_seconds=0)
-    with pytest.raises(NonFiniteLossError, match=r"finite loss, got (nan|inf) in step [2-4] "):
-        train(config, progress=False)
-    progress = torch.load(config.out / "checkpoint.pt", weights_only=True)["progress"]
-    assert np.isfinite(progress["loss_sum"]) and progress["step"] >= 1
+def test_a_resumed_run_keeps_its_rate_and_epochs_or_says_what_changed(
+    trained: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = json.loads((trained.out / "metrics.json").read_text())
+    assert (first["config"]["lr"], first["config"]["epochs"]) == (0.1, 2)
+    assert main(command(trained, "--resume")) == 0
+    again = json.loads((trained.out / "metrics.json").read_text())
+    assert fastdense_lines(capsys) == [] and again["config"]["epochs"] == 2 and again["history"] == first["history"]
+    assert main(command(trained, "--resume", "--epochs=4", "--lr=0.02")) == 0
+    assert fastdense_lines(capsys) == [
+        "fastdense: epochs was 2 and is 4 from step 9 on",
+        "fastdense: lr was 0.1 and is 0.02 from step 9 on",
+    ]
+    longer = json.loads((trained.out / "metrics.json").read_text())
+    assert longer["history"][:2] == first["history"] and len(longer["history"]) == 4
+    assert longer["history"][3]["lr"] == pytest.approx(learning_rate(15, 16, 0.02))
+    assert main(command(trained, "--resume", "--epochs=3")) == 2
+    assert "expected epochs to be at least 4, with which" in fastdense_lines(capsys)[0]
 
 
 def test_folder_run_learns_and_writes_its_files(trained: TrainConfig) -> None:
     metrics = json.loads((trained.out / "metrics.json").read_text())
     assert metrics["test_accuracy"] > 0.8
     assert metrics.keys() == {
-        "config", "versions", "classes", "images", "skipped", "parameters", "test_accuracy", "history"
-    }  # fmt: skip
+        *("config", "versions", "classes", "size", "mean", "std", "images", "skipped", "parameters"),
+        *("test_accuracy", "history"),
+    }
     assert metrics["classes"] == ["blue", "red"]
-    assert metrics["images"] == {"train": 32, "test": 8, "skipped": 0, "size": 8}
+    assert metrics["images"] == {"train": 32, "test": 8, "skipped": 0}
     assert [entry["epoch"] for entry in metrics["history"]] == [1, 2]
-    keys = {"epoch", "loss", "accuracy", "test_loss", "test_accuracy", "lr", "seconds"}
-    assert all(entry.keys() == keys for entry in metrics["history"])
+    keys = ["epoch", "loss", "accuracy", "test_loss", "test_accuracy", "lr", "seconds", "waiting", "limit"]
+    assert all(list(entry) == keys for entry in metrics["history"])
+    with open(trained.out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{**row, "limit": ""} for row in rows] == [
+        {**{key: str(value) for key, value in entry.items()}, "limit": ""} for entry in metrics["history"]
+    ]
     with Image.open(trained.out / "curves.png") as picture:
         assert picture.format == "PNG"
         assert np.asarray(picture.convert("L")).std() > 1
 
 
-def test_corrupt_picture_is_named_skipped_and_counted(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = (pictures / "red" / "0.png").read_bytes()
-    (pictures / "red" / "broken.png").write_bytes(whole[: len(whole) // 2])
-    config = tiny(tmp_path / "out", data=str(pictures))
+def test_checkpoint_says_what_its_network_is_for(trained: TrainConfig) -> None:
+    data = torch.load(trained.out / "checkpoint.pt", weights_only=True)["data"]
+    assert data == {
+        "classes": ["blue", "red"],
+        "size": 8,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+
+
+def test_the_log_says_what_limits(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def limits(**changes: Any) -> list[str]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        history = train(tiny(out, data=str(pictures), epochs=1, **changes)).history
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch 1/1: loss ")]
+        assert len(lines) == 1 and lines[0].endswith(f"{history[0]['limit']} are the limit")
+        return [entry["limit"] for entry in history]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdense.train.data.open_rgb", lambda path: time.sleep(0.05) or Image.new("RGB", (12, 14)))
+        assert limits() == ["images"]
+    with pytest.MonkeyPatch.context() as patch:
+        step = torch.optim.SGD.step
+        patch.setattr(torch.optim.SGD, "step", lambda self: time.sleep(0.5) or step(self))
+        assert limits() == ["steps"]
+
+
+def test_tensorboard_gets_what_is_in_the_log(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Any] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    config = tiny(tmp_path / "out", data=str(pictures), tensorboard=True)
     train(config, progress=False)
-    assert "broken.png" in capsys.readouterr().err
-    metrics = json.loads((config.out / "metrics.json").read_text())
-    assert metrics["images"]["skipped"] == 1 and "broken.png" in metrics["skipped"][0]
+    history = train(dataclasses.replace(config, epochs=2, resume=True), progress=False).history
+    scalars = [key for key in history[0] if key not in ("epoch", "limit")]
+    expected: list[Any] = []
+    for entry in history:
+        expected += [(str(config.out / "tensorboard"), entry["epoch"])]
+        expected += [(key, entry[key], entry["epoch"]) for key in scalars]
+    assert written == expected
 
 
-def test_unusable_folders_are_named(pictures: Path, tmp_path: Path) -> None:
-    (pictures / "green").mkdir()
-    with pytest.raises(InputError, match="green to hold pictures, got none"):
-        load_folder(pictures)
-    (pictures / "green" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="green to hold a readable picture, got none"):
-        load_folder(pictures)
-    with pytest.raises(InputError, match="at least 2 classes, got 0"):
-        load_folder(pictures / "red")
-    with pytest.raises(InputError, match="'digits' or a folder"):
-        load_folder(tmp_path / "absent")
-
-
-def test_train_and_val_folders_replace_the_split(tmp_path: Path) -> None:
-    for part, count in (("train", 3), ("val", 2)):
-        for name in ("a", "b"):
-            for seed in range(count):
-                paint(tmp_path / part / name / f"{seed}.png", (90, 90, 90), seed)
-    data = load_folder(tmp_path, 8)
-    assert (len(data.train), len(data.test), data.classes) == (6, 4, ["a", "b"])
-    (tmp_path / "val" / "b").rename(tmp_path / "val" / "c")
-    with pytest.raises(InputError, match="same classes, got only in one: b, c"):
-        load_folder(tmp_path, 8)
-
-
-def test_digits_split_is_stratified() -> None:
-    data = load_digits()
-    assert data.train.images.shape[1:] == (3, 16, 16)
-    assert len(data.train) + len(data.test) == 1797
-    total = torch.bincount(torch.cat([data.train.labels, data.test.labels]))
-    assert ((torch.bincount(data.test.labels) / total - 0.2).abs() < 0.01).all()
-    assert data.train.images.min() >= 0 and data.train.images.max() <= 1
+def test_without_tensorboard_its_option_says_so(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert main(command(tiny(tmp_path / "out", data=str(pictures)), "--epochs=1", "--tensorboard")) == 2
+    (line,) = fastdense_lines(capsys)
+    assert "tensorboard to be installed" in line and line.endswith("pip install tensorboard")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -279,28 +364,21 @@ def test_gates_follow_the_seed_of_a_run(pictures: Path, tmp_path: Path) -> None:
     assert_same_weights(whole.out, again.out)
 
 
-def test_augmentation_moves_and_mirrors() -> None:
-    image = torch.arange(1.0, 17).view(1, 1, 4, 4)
-    moved = augment(image, torch.tensor([[1, -1]]), torch.tensor([False]))[0, 0]
-    assert torch.equal(moved[1:, :3], image[0, 0, :3, 1:])
-    assert not moved[0].any() and not moved[:, 3].any()
-    mirrored = augment(image, torch.tensor([[0, 0]]), torch.tensor([True]))
-    assert torch.equal(mirrored, image.flip(3))
-
-
-def test_plan_is_a_function_of_seed_and_epoch() -> None:
-    data = load_digits()
-    first, again, other = plan_epoch(data, 0, 1), plan_epoch(data, 0, 1), plan_epoch(data, 0, 2)
-    assert torch.equal(first.order, again.order) and torch.equal(first.shifts, again.shifts)
-    assert not torch.equal(first.order, other.order)
-    assert torch.equal(first.order.sort().values, torch.arange(len(data.train)))
-    assert first.shifts.abs().max() == 2 and not first.flips.any()
-
-
 def test_learning_rate_falls_by_steps() -> None:
     """The published schedule of CIFAR: 300 epochs, a tenth from 150 on, a hundredth from 225 on."""
     rates = [learning_rate(epoch, 300, 0.1, "steps") for epoch in range(300)]
     assert rates == pytest.approx([0.1] * 150 + [0.01] * 75 + [0.001] * 75)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "steps"])
+def test_learning_rate_warms_up(schedule: str) -> None:
+    rates = [learning_rate(step, 20, 1.0, schedule, warmup=4) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    if schedule == "cosine":
+        assert rates[4:] == pytest.approx([learning_rate(step, 16, 1.0) for step in range(16)])
+    else:
+        assert rates[4:] == [learning_rate(step, 20, 1.0, "steps") for step in range(4, 20)]
 
 
 def test_learning_rate_falls_to_zero() -> None:
@@ -319,6 +397,13 @@ def test_learning_rate_falls_to_zero() -> None:
         {"dtype": "int8"},
         {"seed": -1},
         {"resume": True, "fresh": True},
+        {"augment": "rotate"},
+        {"freeze": True},
+        {"warmup": -1.0},
+        {"warmup": 1.0},
+        {"label_smoothing": 1.0},
+        {"ema": 1.0},
+        {"workers": -1},
     ],
 )
 def test_bad_values_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:

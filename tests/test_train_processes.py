@@ -77,7 +77,7 @@ def test_a_run_of_two_processes_resumes_bit_for_bit(processes, tmp_path):
     fields = {"epochs": 2, "batch": 256, "checkpoint_seconds": 0.0}
     fields["model_kwargs"] = {"depth": 10, "growth_rate": 4, "drop_rate": 0.3}
     through = processes.run(train_here, tiny(tmp_path / "through", **fields), None)
-    assert [paths for _, paths in through] == [["checkpoint.pt", "metrics.json", "curves.png"], []]
+    assert [paths for _, paths in through] == [["checkpoint.pt", "log.csv", "metrics.json", "curves.png"], []]
     assert through[0][0] == through[1][0]
     killed = tiny(tmp_path / "killed", **fields)
     assert processes.run(train_here, killed, 4) == [None, None]

@@ -140,13 +140,38 @@ def test_a_checkpoint_is_not_overwritten(pictures):
     train_super_resolution(config(pictures, steps=1), progress=False)
     with pytest.raises(ValueError, match=r"train: expected --out without a checkpoint, got .*checkpoint.pt"):
         train_super_resolution(config(pictures, steps=1), progress=False)
-    with pytest.raises(ValueError, match=r"expected .* to be of the same configuration, got a difference: lr was"):
-        train_super_resolution(config(pictures, steps=1, lr=1.0, resume=True), progress=False)
+    with pytest.raises(ValueError, match=r"expected .* to be of the same configuration, got a difference: batch was"):
+        train_super_resolution(config(pictures, steps=1, batch=2, resume=True), progress=False)
+    path = pictures.parent / "out" / "checkpoint.pt"
+    torch.save({**torch.load(path, weights_only=True), "progress": {"step": "one"}}, path)
+    with pytest.raises(InputError, match=r"checkpoint\.pt to be a whole checkpoint, got one that was changed"):
+        train_super_resolution(config(pictures, steps=1, resume=True), progress=False)
 
 
-def test_a_loss_that_is_not_finite_stops(pictures):
-    with pytest.raises(ValueError, match=r"train: the loss became (nan|inf) at step \d+; try a smaller --lr"):
-        train_super_resolution(config(pictures, lr=1e20), progress=False)
+def test_a_resumed_run_keeps_its_rate(pictures):
+    train_super_resolution(config(pictures, steps=1, lr=0.02), progress=False)
+    train_super_resolution(config(pictures, steps=1, resume=True), progress=False)
+    metrics = json.loads((pictures.parent / "out" / "metrics.json").read_text())
+    assert metrics["config"]["lr"] == 0.02
+
+
+def test_the_advice_after_a_loss_that_is_not_finite_works(pictures, capsys):
+    options = ["--data", str(pictures), "--steps", "4", "--batch", "2", "--size", "12", "--threads", "1"]
+    options = ["train", "--task", "sr", *options, "--checkpoint-seconds", "0", "--out", str(pictures.parent / "out")]
+    code, taken = main([*options, "--lr", "1e20"]), 0
+    while code and taken < 30:
+        line = capsys.readouterr().err.splitlines()[-1]
+        advised = re.search(r"(?:--resume|--fresh) --lr [-+.e\d]*\d", line)
+        assert advised, line
+        code, taken = main([*options, *advised[0].split()]), taken + 1
+    assert code == 0 < taken and (pictures.parent / "out" / "model.pt").exists()
+
+
+def test_weights_of_the_last_step_are_checked(pictures, monkeypatch):
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(torch.nan))
+    with pytest.raises(ValueError, match=r"expected a finite network, got an infinite or NaN \S+ after step 1"):
+        train_super_resolution(config(pictures, steps=1), progress=False)
+    assert not (pictures.parent / "out" / "model.pt").exists()
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

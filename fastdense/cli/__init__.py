@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, MissingExtraError, ExtensionError) as error:
         print(f"fastdense: {str(error).removeprefix('fastdense: ')}", file=sys.stderr)
         return 2
+    except OSError as error:  # no space, too large, no permission ...; the message names the file
+        print(f"fastdense: {error}", file=sys.stderr)
+        return 1
     except Interrupted as stop:
         print(f"\nfastdense: {stop}\n    {_command_after(stop, typed)}", file=sys.stderr)
         return 130

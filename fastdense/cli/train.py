@@ -7,21 +7,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastdense._choices import SCHEDULES, TRAIN_MEMORY
+from fastdense._choices import AUGMENTATIONS, SCHEDULES, TRAIN_MEMORY
 from fastdense._support import InputError
 from fastdense.cli.arguments import Commands, add_command, add_machine, add_model, assignment
 
 HELP = """Train a model on pictures or digits.
 
 Trains a model on a folder of pictures with one sub-folder a class, or on the 8 x 8 digits of scikit-learn. Writes
-checkpoint.pt (atomic, also inside an epoch), metrics.json and curves.png; a run that was killed continues with
---resume and ends with the same weights. Ctrl-C writes a checkpoint of the last step.
+checkpoint.pt (atomic, also inside an epoch), metrics.json, log.csv and curves.png; a run that was killed continues
+with --resume and ends with the same weights. Ctrl-C writes a checkpoint of the last step.
 
 examples:
   fastdense train --data digits --epochs 10
   fastdense train --data pictures/ --model densenet121 --size 224 --batch 16 --out runs/pictures
+  fastdense train --data pictures/ --model densenet121 --size 224 --weights densenet121.pth --lr 0.01 --warmup 1
   fastdense train --model resnet_cifar --set depth=20 --data digits --epochs 20
-  fastdense train --data digits --out runs/digits --resume
+  fastdense train --data digits --out runs/digits --resume --epochs 20
   fastdense train --task sr --scale 2                     SRCNN on the photographs of scikit-image; writes model.pt
   fastdense train --task sr --model rrdbnet --set blocks=3 --data pictures/ --scale 4
 """
@@ -48,15 +49,25 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--size", type=int, help="side of an image in pixels (default: 16 for digits, else 32), with sr of a patch"
     )
-    parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
+    parser.add_argument(
+        "--augment",
+        choices=AUGMENTATIONS,
+        help="crop: at random sizes, as for ImageNet; shift: as for CIFAR (default: shift for digits, else crop)",
+    )
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="begin with these; another last layer is left out")
+    parser.add_argument("--freeze", action="store_true", help="train the last layer only")
+    parser.add_argument("--epochs", type=int, help="a resumed run may be given more (default: the checkpoint's, or 10)")
     parser.add_argument("--batch", type=int, help="images per step (default: 64, or 16 with sr)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: 0.1, or 0.001 with sr)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: the checkpoint's; 0.1; 0.001 with sr)")
     parser.add_argument(
         "--schedule",
         choices=SCHEDULES,
         default="cosine",
         help="how the rate falls: to 0, or by 10 at 50 %% and 75 %% (default: cosine; not with sr)",
     )
+    parser.add_argument("--warmup", type=float, default=0.0, metavar="EPOCHS", help="in which the rate rises to --lr")
+    parser.add_argument("--label-smoothing", type=float, default=0.0, metavar="E", help="e.g. 0.1 (default: 0)")
+    parser.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="test averaged weights, e.g. 0.999")
     parser.add_argument("--momentum", type=float, default=0.9, help="Nesterov momentum (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument("--memory", choices=TRAIN_MEMORY, default="balanced", help="default: balanced")
@@ -67,6 +78,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--checkpoint-seconds", type=float, default=60.0, metavar="S", help="between checkpoints (default: 60)"
     )
+    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, too, in --out")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read pictures (default: up to 4)")
     add_machine(parser)
 
 
@@ -89,10 +102,16 @@ def _classify(options: argparse.Namespace) -> int:
         model_kwargs=model_kwargs(options),
         data=options.data or DIGITS,
         size=options.size,
+        augment=options.augment,
+        weights=options.weights,
+        freeze=options.freeze,
         epochs=options.epochs,
         batch=options.batch or 64,
-        lr=options.lr if options.lr is not None else 0.1,
+        lr=options.lr,
         schedule=options.schedule,
+        warmup=options.warmup,
+        label_smoothing=options.label_smoothing,
+        ema=options.ema,
         weight_decay=options.weight_decay,
         momentum=options.momentum,
         memory=options.memory,
@@ -100,6 +119,8 @@ def _classify(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         seed=options.seed,
         threads=options.threads,
+        workers=options.workers,
+        tensorboard=options.tensorboard,
         out=options.out or Path("runs/train"),
         resume=options.resume,
         fresh=options.fresh,

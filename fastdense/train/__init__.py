@@ -8,6 +8,7 @@ Example:
 
 from fastdense.train.config import TrainConfig
 from fastdense.train.data import Dataset, load
-from fastdense.train.loop import NonFiniteLossError, TrainResult, train
+from fastdense.train.finite import NonFiniteLossError
+from fastdense.train.loop import TrainResult, train
 
 __all__ = ["Dataset", "NonFiniteLossError", "TrainConfig", "TrainResult", "load", "train"]

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training data held in memory: scikit-learn's digits, or a folder of pictures.
-
-The order and the augmentation of an epoch are a pure function of seed and epoch, so that a run that was stopped goes on
-with the same batches.
-"""
+"""Training data: scikit-learn's digits in memory, or a folder of pictures of which only the names are."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
+import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdense._support import InputError, extra
-from fastdense.sr.images import IMAGENET_MEAN, IMAGENET_STD, CorruptImageError, find_images, open_rgb
+from fastdense.sr.images import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, open_rgb
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DIGITS = "digits"
 DIGITS_SIZE = 16
@@ -31,19 +33,79 @@ _TEST_SHARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """Images and their classes.
+class Images:
+    """Images in memory, and their classes.
 
     Attributes:
-        images: [n, 3, size, size], uint8 or float32 in [0, 1].
+        images: [n, 3, size, size], float32 in [0, 1].
         labels: int64 [n].
     """
 
     images: Tensor
-    labels: Tensor
+    labels: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def read(self, index: int) -> Tensor:
+        """Image [3, size, size]."""
+        return self.images[index]
+
+    def part(self, chosen: NDArray[np.int64]) -> Images:
+        """The images with these numbers."""
+        return Images(self.images[torch.from_numpy(chosen)], self.labels[chosen])
+
+    def digest(self) -> str:
+        """Other images or classes, another digest."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        digest.update(self.images.numpy().data)
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Picture files and their classes, in arrays: forked workers share those, and would copy a list of names.
+
+    Attributes:
+        folder: that the names are relative to.
+        names: all of them, one behind the other.
+        ends: int64, where each name ends.
+        sizes: int64, bytes of each file.
+        chosen: int64 [n], the numbers of the files that belong to this part.
+        labels: int64 [n].
+    """
+
+    folder: str
+    names: bytes
+    ends: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    chosen: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def path(self, index: int) -> Path:
+        """Of a file."""
+        at = int(self.chosen[index])
+        start = int(self.ends[at - 1]) if at else 0
+        return Path(self.folder, os.fsdecode(self.names[start : int(self.ends[at])]))
+
+    def read(self, index: int) -> Image.Image:
+        """The picture, RGB; raises what :func:`fastdense.sr.images.open_rgb` does."""
+        return open_rgb(self.path(index))
+
+    def part(self, chosen: NDArray[np.int64]) -> Files:
+        """The files with these numbers."""
+        return dataclasses.replace(self, chosen=self.chosen[chosen], labels=self.labels[chosen])
+
+    def digest(self) -> str:
+        """Other names, sizes or classes, another digest."""
+        arrays = (self.ends, self.sizes, self.chosen, self.labels)
+        digest = hashlib.sha256(self.names)
+        for array in arrays:
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,102 +116,48 @@ class Dataset:
         train: images to learn from.
         test: images to measure the accuracy on.
         classes: names, in the order of the labels.
+        size: side of an image in pixels.
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
         flips: whether a mirrored image keeps its class.
-        skipped: one line for each corrupt file.
     """
 
-    train: Split
-    test: Split
+    train: Images | Files
+    test: Images | Files
     classes: list[str]
+    size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flips: bool
-    skipped: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        """Side of an image in pixels."""
-        return self.train.images.shape[-1]
 
     def fingerprint(self) -> str:
         """A line that differs when the images, their classes or the split differ."""
-        digest = hashlib.sha256("\0".join(self.classes).encode())
-        for split in (self.train, self.test):
-            digest.update(split.labels.numpy().tobytes())
-            digest.update(split.images.numpy().data)
+        parts = [self.train.digest(), self.test.digest(), *self.classes]
         return (
             f"{len(self.train)} + {len(self.test)} images of {len(self.classes)} classes, size {self.size},"
-            f" sha256 {digest.hexdigest()[:16]}"
+            f" sha256 {hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
         )
 
+    def describe(self) -> dict[str, Any]:
+        """What whoever uses the trained network needs: names of the classes, size, mean and standard deviation."""
+        return {"classes": self.classes, "size": self.size, "mean": list(self.mean), "std": list(self.std)}
+
     def normalise(self, images: Tensor) -> Tensor:
-        """Scales pixels in [0, 1] to mean 0 and standard deviation 1 per channel."""
+        """Scales uint8, or floating point in [0, 1], to mean 0 and standard deviation 1 per channel, float32."""
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
-        return (images - mean) / std
-
-
-@dataclasses.dataclass(frozen=True)
-class EpochPlan:
-    """What happens to each training image in one epoch.
-
-    Attributes:
-        order: the image at each position.
-        shifts: int64 [n, 2], rows and columns to move the content by, per position.
-        flips: bool [n], whether to mirror, per position.
-    """
-
-    order: Tensor
-    shifts: Tensor
-    flips: Tensor
-
-
-def plan_epoch(data: Dataset, seed: int, epoch: int) -> EpochPlan:
-    """Draws order and augmentation of an epoch; the same arguments give the same plan."""
-    random = np.random.default_rng([seed, epoch])
-    count, most = len(data.train), data.size // 8
-    order = random.permutation(count)
-    shifts = random.integers(-most, most + 1, (count, 2))
-    flips = random.random(count) < 0.5 if data.flips else np.zeros(count, bool)
-    return EpochPlan(torch.from_numpy(order), torch.from_numpy(shifts), torch.from_numpy(flips))
-
-
-def pixels(images: Tensor) -> Tensor:
-    """Stored images as float32 in [0, 1]."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
-
-
-def augment(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Moves and mirrors images; what enters at the border is zero.
-
-    Args:
-        images: [n, channels, size, size].
-        shifts: int64 [n, 2], rows and columns.
-        flips: bool [n].
-    """
-    size = images.shape[-1]
-    margin = int(shifts.abs().max()) if len(shifts) else 0
-    padded = functional.pad(images, (margin,) * 4)
-    along = torch.arange(size)
-    rows = along + margin - shifts[:, :1]
-    columns = along + margin - shifts[:, 1:]
-    columns = torch.where(flips[:, None], columns.flip(1), columns)
-    which = torch.arange(len(images))[:, None, None]
-    moved = padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]]
-    return moved.permute(0, 3, 1, 2).contiguous()
+        return ((images.float() / 255 if images.dtype == torch.uint8 else images) - mean) / std
 
 
 def load(source: str, size: int | None = None) -> Dataset:
-    """Reads the digits or a folder.
+    """Finds the digits or the pictures of a folder.
 
     Args:
         source: ``"digits"``, or a folder with one sub-folder a class, or with ``train`` and ``val`` that hold those.
         size: side of an image in pixels; None takes 16 for digits and 32 for a folder.
 
     Raises:
-        InputError: the folder does not hold at least two classes with readable pictures.
+        InputError: the folder does not hold at least two classes with pictures.
     """
     if source == DIGITS:
         return load_digits(size or DIGITS_SIZE)
@@ -163,22 +171,23 @@ def load_digits(size: int = DIGITS_SIZE) -> Dataset:
     digits = datasets.load_digits()
     small = torch.from_numpy(digits.images.astype(np.float32) / 16)[:, None]
     grey = functional.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
-    images = grey.expand(-1, 3, -1, -1).contiguous()
-    labels = digits.target.astype(np.int64)
-    train, test = _split(images, labels)
+    images = Images(grey.expand(-1, 3, -1, -1).contiguous(), digits.target.astype(np.int64))
+    is_test = _test_share(images.labels)
+    train, test = (images.part(np.flatnonzero(chosen)) for chosen in (~is_test, is_test))
     mean, std = float(train.images.mean()), float(train.images.std())
-    return Dataset(train, test, [str(name) for name in digits.target_names], (mean,) * 3, (std,) * 3, flips=False)
+    names = [str(name) for name in digits.target_names]
+    return Dataset(train, test, names, size, (mean,) * 3, (std,) * 3, flips=False)
 
 
 def load_folder(folder: Path, size: int = FOLDER_SIZE) -> Dataset:
     """Pictures in one sub-folder a class; a fifth of each class is for testing.
 
-    Sub-folders ``train`` and ``val`` with the same classes replace that split. Pictures are resized by their shorter
-    side and cropped to the centre; corrupt ones are named on standard error and left out.
+    Sub-folders ``train`` and ``val`` with the same classes replace that split. No picture is opened here.
     """
     if not folder.is_dir():
         raise InputError(f"train: expected data to be 'digits' or a folder, got {folder}")
-    skipped: list[str] = []
+    train: Files
+    test: Files
     if (folder / "train").is_dir() and (folder / "val").is_dir():
         classes = _class_names(folder / "train")
         found = _class_names(folder / "val")
@@ -187,21 +196,23 @@ def load_folder(folder: Path, size: int = FOLDER_SIZE) -> Dataset:
             raise InputError(
                 f"train: expected train and val in {folder} to hold the same classes, got only in one: {only}"
             )
-        train, test = (
-            Split(torch.from_numpy(images), torch.from_numpy(labels))
-            for images, labels in (_read(folder / part, classes, size, skipped) for part in ("train", "val"))
-        )
+        train, test = (_find_files(folder / part, classes) for part in ("train", "val"))
     else:
         classes = _class_names(folder)
-        images, labels = _read(folder, classes, size, skipped)
-        train, test = _split(torch.from_numpy(images), labels)
+        files = _find_files(folder, classes)
+        is_test = _test_share(files.labels)
+        train, test = (files.part(np.flatnonzero(chosen)) for chosen in (~is_test, is_test))
     if not len(test):
         raise InputError(f"train: expected at least one class with two pictures or more in {folder}, got one each")
-    return Dataset(train, test, classes, IMAGENET_MEAN, IMAGENET_STD, flips=True, skipped=skipped)
+    return Dataset(train, test, classes, size, IMAGENET_MEAN, IMAGENET_STD, flips=True)
 
 
 def _class_names(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"train: expected {folder} to be readable, got {error}") from error
     if len(names) < 2:
         raise InputError(
             f"train: expected {folder} to hold a sub-folder for each of at least 2 classes, got {len(names)}"
@@ -209,55 +220,52 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _read(
-    folder: Path, classes: list[str], size: int, skipped: list[str]
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Decodes the pictures of all classes; a line for each corrupt one goes to `skipped`."""
-    files = [(path, label) for label, name in enumerate(classes) for path in _class_files(folder / name)]
-    images = np.empty((len(files), 3, size, size), np.uint8)
-    labels = np.empty(len(files), np.int64)
-    kept = 0
-    for path, label in files:
-        try:
-            images[kept] = _centre(path, size)
-        except CorruptImageError as error:
-            skipped.append(str(error))
-            print(f"fastdense: skipped a corrupt picture: {error}", file=sys.stderr)
-            continue
-        labels[kept] = label
-        kept += 1
+def _find_files(folder: Path, classes: list[str]) -> Files:
+    """The pictures of all classes, sorted within each folder."""
+    names = bytearray()
+    ends, sizes, labels = ([np.empty(0, np.int64)] for _ in range(3))
     for label, name in enumerate(classes):
-        if label not in labels[:kept]:
-            raise InputError(f"train: expected class folder {folder / name} to hold a readable picture, got none")
-    return images[:kept], labels[:kept]
+        found = list(_class_files(folder, name))
+        if not found:
+            raise InputError(f"train: expected class folder {folder / name} to hold pictures, got none")
+        lengths = np.array([len(path) for path, _ in found], np.int64)
+        ends.append(len(names) + np.cumsum(lengths))
+        sizes.append(np.array([size for _, size in found], np.int64))
+        labels.append(np.full(len(found), label, np.int64))
+        names += b"".join(path for path, _ in found)
+    count = sum(len(part) for part in labels)
+    return Files(
+        str(folder), bytes(names), np.concatenate(ends), np.concatenate(sizes), np.arange(count), np.concatenate(labels)
+    )
 
 
-def _class_files(folder: Path) -> list[Path]:
-    files = find_images(folder)
-    if not files:
-        raise InputError(f"train: expected class folder {folder} to hold pictures, got none")
-    return files
+def _class_files(folder: Path, name: str) -> Iterator[tuple[bytes, int]]:
+    """Names relative to `folder` and sizes of the pictures of a class, also in sub-folders; no hidden ones."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"train: expected class folder {folder / name} to be readable, got {error}") from error
+
+    root = os.path.join(folder, "")
+    for place, subfolders, files in os.walk(root + name, onerror=refuse):
+        subfolders[:] = sorted(other for other in subfolders if not other.startswith("."))
+        for file in sorted(files):
+            if os.path.splitext(file)[1].lower() not in SUFFIXES or file.startswith("."):
+                continue
+            path = os.path.join(place, file)
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:  # a link that leads nowhere
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield os.fsencode(path[len(root) :]), status.st_size
 
 
-def _centre(path: Path, size: int) -> NDArray[np.uint8]:
-    """The middle square of a picture, [3, size, size]."""
-    picture = open_rgb(path)
-    with extra("cli"):
-        from PIL import Image, ImageOps
-    square = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(square, np.uint8).transpose(2, 0, 1)
-
-
-def _split(images: Tensor, labels: NDArray[np.int64]) -> tuple[Split, Split]:
-    """Puts a fifth of each class aside, at least one image where there are two."""
+def _test_share(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which images are for testing: a fifth of each class, at least one where there are two."""
     random = np.random.default_rng(_SPLIT_SEED)
     is_test = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = random.permutation(np.flatnonzero(labels == label))
         count = max(1, round(_TEST_SHARE * len(members))) if len(members) > 1 else 0
         is_test[members[:count]] = True
-    train, test = (
-        Split(images[torch.from_numpy(chosen)].contiguous(), torch.from_numpy(labels[chosen]))
-        for chosen in (~is_test, is_test)
-    )
-    return train, test
+    return is_test

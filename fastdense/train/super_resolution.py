@@ -26,13 +26,15 @@ from fastdense.ops.bicubic import bicubic_resize
 from fastdense.sr.images import CorruptImageError, find_images, open_image
 from fastdense.sr.quality import evaluate_image, luminance
 from fastdense.train import checkpoint
+from fastdense.train.finite import NonFiniteLossError, find_non_finite
 from fastdense.train.interrupts import Interrupts, deferred
-from fastdense.train.loop import NonFiniteLossError, find_device
+from fastdense.train.lock import locked
+from fastdense.train.loop import find_device
+from fastdense.train.network import average
 
 PHOTOGRAPHS = "photographs"
 # Photographs that are not trained on.
 HELD_OUT = ("chelsea.png", "coffee.png")
-_WARM_UP = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class SuperResolutionConfig:
         steps: number of steps.
         batch: patches per step.
         patch: side of a patch before it is enlarged, in pixels.
-        lr: learning rate, which falls to zero along a cosine.
+        lr: learning rate, which falls to zero along a cosine; None takes 1e-3, or what the checkpoint was made with.
         average: decay of the moving average of the weights, which is what is evaluated and saved.
         device: a torch device, e.g. ``"cpu"`` or ``"cuda"``.
         dtype: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` for autocast.
@@ -65,7 +67,7 @@ class SuperResolutionConfig:
     steps: int = 3000
     batch: int = 16
     patch: int = 32
-    lr: float = 1e-3
+    lr: float | None = None
     average: float = 0.995
     device: str = "cpu"
     dtype: str = "float32"
@@ -77,7 +79,7 @@ class SuperResolutionConfig:
     checkpoint_seconds: float = 60.0
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a resumed run must share."""
+        """What a resumed run must share, but for the learning rate."""
         free = ("data", "device", "threads", "out", "resume", "fresh", "checkpoint_seconds")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
@@ -179,22 +181,34 @@ def train_super_resolution(config: SuperResolutionConfig, progress: bool = True)
         NonFiniteLossError: the loss became infinite or NaN.
         Interrupted: Ctrl-C; the checkpoint holds the last step. It is a KeyboardInterrupt.
     """
-    path = config.out / "checkpoint.pt"
-    if path.exists() and not config.resume and not config.fresh:
-        raise InputError(f"train: expected --out without a checkpoint, got {path}; give --resume or --fresh")
     if min(config.steps, config.batch, config.patch) < 1:
         raise InputError("train: expected steps, batch and patch to be positive")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("train: expected one process for super-resolution, got several; start it without torchrun")
     if config.dtype not in DTYPES:
         raise InputError(f"train: expected dtype to be one of {', '.join(DTYPES)}, got {config.dtype!r}")
+    with locked(config.out):
+        return _train_alone(config, config.out / "checkpoint.pt", progress)
+
+
+def _train_alone(config: SuperResolutionConfig, path: Path, progress: bool) -> SuperResolutionResult:
+    if path.exists() and not config.resume and not config.fresh:
+        raise InputError(f"train: expected --out without a checkpoint, got {path}; give --resume or --fresh")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    saved = None
+    if config.resume and path.exists():
+        saved = checkpoint.load(path, config.fingerprint(), may_change=("lr",))
+    if config.lr is None:
+        config = dataclasses.replace(config, lr=saved["config"]["lr"] if saved else 1e-3)
     run = _Run(config, path)
     training, testing, skipped = load_pictures(config.data)
     patches = Patches(training, run.net.colours, config.scale, config.patch)
-    first = run.restore() if config.resume and path.exists() else 0
+    first = 0
+    if saved:
+        with checkpoint.restoring(path):
+            first = run.restore(saved)
     with deferred() as interrupts:
         run.steps(patches, first, progress, interrupts)
     averaged = run.averaged.eval()
@@ -224,11 +238,13 @@ class _Run:
     """A network on its way: weights, their average, optimizer and the scaler of float16."""
 
     def __init__(self, config: SuperResolutionConfig, path: Path) -> None:
-        self.config, self.path = config, path
+        assert config.lr is not None
+        self.config, self.path, self.lr = config, path, config.lr
+        self.saved_step = self.begun = 0
         self.device = find_device(config.device)
         self.net = _make(config).to(self.device)
         self.averaged = copy.deepcopy(self.net).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), config.lr)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), self.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=config.dtype == "float16")
 
     def steps(self, patches: Patches, first: int, progress: bool, interrupts: Interrupts) -> None:
@@ -237,13 +253,13 @@ class _Run:
         config, written = self.config, time.monotonic()
         bar = tqdm(range(first, config.steps), "train", config.steps, initial=first, leave=False, disable=not progress)
         for step in bar:
-            rate = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            rate = self.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             loss = self.step(*patches.draw(config.seed, step, config.batch))
             if not math.isfinite(loss):
-                raise NonFiniteLossError(f"train: the loss became {loss} at step {step}; try a smaller --lr")
-            self.average(min(config.average, (1 + step) / (_WARM_UP + step)))
+                raise self.non_finite(f"loss, got {loss} in step {step + 1}", step)
+            average(self.averaged, self.net, config.average, step + 1)
             bar.set_postfix_str(f"L1 {loss:.4f}", refresh=False)
             late = time.monotonic() - written >= config.checkpoint_seconds
             if late or interrupts.asked or step + 1 == config.steps:
@@ -266,12 +282,11 @@ class _Run:
             self.scaler.update()
         return loss.item()
 
-    @torch.no_grad()
-    def average(self, decay: float) -> None:
-        for mean, parameter in zip(self.averaged.parameters(), self.net.parameters(), strict=True):
-            mean.lerp_(parameter, 1 - decay)
-
     def save(self, step: int) -> None:
+        bad = find_non_finite(self.net)
+        if bad:
+            raise self.non_finite(f"network, got an infinite or NaN {bad} after step {step}", step)
+        self.saved_step = step
         state = {"net": self.net.state_dict(), "averaged": self.averaged.state_dict()}
         checkpoint.save(
             self.path,
@@ -285,10 +300,14 @@ class _Run:
             },
         )
 
-    def restore(self) -> int:
-        state = checkpoint.load(self.path, self.config.fingerprint())
-        self.net.load_state_dict(state["model"]["net"])
-        self.averaged.load_state_dict(state["model"]["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        return int(state["progress"]["step"])
+    def restore(self, saved: dict[str, Any]) -> int:
+        """Goes on from a checkpoint: the number of complete steps."""
+        self.net.load_state_dict(saved["model"]["net"])
+        self.averaged.load_state_dict(saved["model"]["averaged"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.saved_step = self.begun = int(saved["progress"]["step"])
+        return self.begun
+
+    def non_finite(self, what: str, step: int) -> NonFiniteLossError:
+        return NonFiniteLossError(what, self.lr, step, self.saved_step, self.begun)

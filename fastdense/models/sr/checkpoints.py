@@ -97,9 +97,9 @@ def load_super_resolution(path: str | Path) -> SuperResolutionNet:
     for make in _MAKERS:
         try:
             made = make(state, settings)
-        except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-            name = make.__name__.removeprefix("_make_")
-            raise ValueError(f"{_OP}: expected {path} to hold a whole {name}, got a problem with {error}") from error
+        except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            name, reason = make.__name__.removeprefix("_make_"), str(error).partition("\n")[0]
+            raise ValueError(f"{_OP}: expected {path} to hold a whole {name}, got a problem with {reason}") from error
         if made is not None:
             net, renamed = made
             load_exactly(f"{_OP}: {path}", net, renamed)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Module fastdense._C: what is not a tensor. build_info(), the SIMD level and the choice of CUDA kernels, and in the
-// submodule `scalar` the scalar functions that CPU and CUDA kernels share, for tests: one bind_<op>() an op. Importing
-// the module also loads the ops registered in library.cpp.
+// submodule `scalar` the scalar functions that CPU and CUDA kernels share, for tests: one bind_<op>() an op; the class
+// Fingerprint. Importing the module also loads the ops registered in library.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,6 +15,7 @@
 #include "cpu/simd/isa.h"
 #include "cuda/kernel_choice.h"
 #include "highway_gate/highway_gate_math.h"
+#include "python/fingerprint.h"
 #include "residual_dense_block/residual_dense_block_math.h"
 
 #ifdef C10_API
@@ -146,6 +147,7 @@ void bind(py::module_& m) {
   bind_residual_dense_block<double>(scalar, "");
   bind_residual_dense_block<float>(scalar, "_float");
   bind_bicubic(m, scalar);
+  bind_fingerprint(m);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ import pytest
 import timm.models.dpn as timm_dpn
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
 import torchvision.models.densenet as tv_densenet
 from torch import Tensor, nn
 from torch.export import Dim
@@ -81,6 +82,37 @@ def test_compile_with_inductor():
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     for _ in range(2):
         assert_same(step(fast, x, run=compiled), step(plain, x))
+
+
+def halving_norm(monkeypatch, net):
+    forward = nn.BatchNorm2d.forward
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: forward(self, x) * 0.5)
+
+
+def halving_function(monkeypatch, net):
+    relu = F.relu
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: relu(x, inplace) * 0.5)
+
+
+def halving_convolution(monkeypatch, net):
+    conv = net[0].denselayer2.conv2
+    conv._conv_forward = lambda x, w, b: F.conv2d(x, w * 0.5, b, 1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:fastdense")
+@pytest.mark.parametrize("change", [halving_norm, halving_function, halving_convolution])
+def test_replaced_code_is_compiled(change, monkeypatch):
+    torch._dynamo.reset()
+    modules = [tv_densenet._DenseBlock(2, 4, 2, 2, 0.0), tv_densenet._Transition(8, 3)]
+    net = randomise(nn.Sequential(*modules).double()).eval()
+    fast = fastdense.convert(copy.deepcopy(net))
+    for each in (net, fast):
+        with monkeypatch.context() as patch:
+            change(patch, each)
+            x = torch.ones(2, 4, 8, 8, dtype=torch.float64)
+            each.made = torch.compile(each, backend="aot_eager")(x)
+    assert relative(fast.made, net.made) <= 1e-10
+    assert relative(fastdense.restore(fast)(x), net.made) > 1e-3 or change is halving_convolution
 
 
 # --- export ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastdense
 from fastdense import models
 from fastdense.fusion.dual_path import FusedDualPathBlock
+from fastdense.fusion.plan.state import memory_of
 from fastdense.models.catalogue import CATALOGUE, count_model
 from fastdense.nn import DualPathBlock, DualPathStage
 from tests.cases.random_block import relative
@@ -105,7 +106,7 @@ def test_convert_and_restore_of_timm(memory):
     model = fastdense.convert(copy.deepcopy(plain), memory=memory)
     fused = [m for m in model.modules() if isinstance(m, FusedDualPathBlock)]
     assert len(fused) == 16
-    assert {m.memory for m in fused} == {memory}
+    assert {memory_of(m) for m in fused} == {memory}
     x = torch.randn(6, 3, 32, 32, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

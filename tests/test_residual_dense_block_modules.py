@@ -148,7 +148,7 @@ def test_blocks_of_other_libraries(make, recwarn):
         file.seek(0)
         torch.testing.assert_close(torch.load(file, weights_only=False)(x), expected)
     fastdense.restore(model)
-    assert "_trial_outcome" not in model.a.__dict__
+    assert "_fastdense" not in model.a.__dict__
     torch.testing.assert_close(model(x), expected)
     assert not recwarn.list
 

@@ -1,63 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
-# SPDX-License-Identifier: Apache-2.0
 """Mixins that run plain modules as one fused operator.
 
 A fused class is ``class Fused(Mixin, Plain)``: it has the plain class's parameters, keys and attributes, so a plain
 module becomes a fused one by a change of its class, and back. Where the operator cannot stand in for the modules, the
-mixin calls the plain forward and warns once.
+mixin calls the plain forward and warns once. A mixin has a ``forward``, and one attribute for all that it keeps
+(:mod:`fastdense.fusion.plan.state`): any other name belongs to the plain class.
 """
 
+import copy
 import copyreg
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx, nn
 
-from fastdense._choices import MEMORY_MODES
 from fastdense.fusion.checks import NotFusible
+from fastdense.fusion.plan.kept import check_compiled_code, check_function_modes, keep
+from fastdense.fusion.plan.state import STATE, is_own, memory_of, plain_class, renewed, state_of
 from fastdense.ops.arguments import devices, is_exporting, missing_kernels
+
+Plan = TypeVar("Plan")
 
 
 class FusedModule(nn.Module):
-    """Base of the mixins: memory mode, the plain class behind it, pickling, the one warning."""
-
-    memory: Any = "balanced"  # one of memory_modes
-    memory_modes: tuple[str, ...] = MEMORY_MODES
-
-    def fused_run(self, behind: Sequence[nn.Module]) -> "Run | None":
-        """The operator call that runs this module and some of those behind it, if there is one."""
-        return None
-
-    def plain_forward(self, input: Tensor, *others: Any) -> Tensor:
-        """Runs the plain modules."""
-        return plain_class(type(self)).forward(self, input, *others)
-
-    def fall_back(self, input: Tensor, reason: NotFusible, *others: Any) -> Tensor:
-        if self.__dict__.get("_fallback_reason") != str(reason):
-            self.__dict__["_fallback_reason"] = str(reason)
-            name = self.__dict__.get("_fused_name") or type(self).__name__
-            warnings.warn(f"fastdense: {name} runs as plain modules: {reason}", stacklevel=4)
-        return self.plain_forward(input, *others)
+    """Base of the mixins: pickling, and the refusal of TorchScript."""
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks every module for."""
         refuse_torchscript()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if "_made_by_fuse" not in type(self).__dict__:
-            return super().__reduce_ex__(protocol)
-        mixin, plain = type(self).__bases__
-        return _new_fused, (mixin, plain), self.__dict__
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        make, arguments, *rest = reduced
+        bases: Any = type(self).__bases__
+        if make is copyreg.__newobj__ and _MADE.get(bases) is type(self):  # type: ignore[attr-defined]
+            make, arguments = _new_fused, bases
+        if rest and isinstance(rest[0], dict) and STATE in rest[0]:
+            rest[0] = {**rest[0], STATE: copy.copy(rest[0][STATE])}  # which copy.copy would share
+        return make, arguments, *rest
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            state = renewed(state, is_own(type(self)))
+        super().__setstate__(state)
 
 
-class Run(NamedTuple):
-    """Runs the first ``modules`` modules of a sequence as one operator; raises NotFusible where it cannot."""
+def run_fused(
+    module: nn.Module,
+    read: Callable[[Any], Plan],
+    run: Callable[..., Tensor],
+    input: Tensor,
+    *others: Any,
+) -> Any:
+    """The forward of a mixin: ``run(plan, memory, input, *others)`` by the plan that ``read(module)`` makes.
 
-    modules: int
-    call: Callable[[Tensor], Tensor]
+    Runs the plain modules where there is none, or where a program for elsewhere is recorded.
+    """
+    if is_traced(input):
+        return run_plain(module, input, *others)
+    try:
+        return run(plan_of(module, read), memory_of(module), input, *others)
+    except NotFusible as reason:
+        return fall_back(module, reason, input, *others)
+
+
+def plan_of(module: nn.Module, read: Callable[[Any], Plan]) -> Plan:
+    """What ``read(module)`` gives, read anew only where something has changed; raises NotFusible as it does."""
+    if torch.compiler.is_compiling():  # the compiler reads what it guards
+        check_compiled_code()
+        return read(module)
+    check_function_modes()
+    state, modules = state_of(module), (module,)
+    kept = state.kept
+    if kept is None or not kept.still_holds(modules):
+        kept = keep(modules, lambda: read(module), kept)
+        state.kept = kept.to_store()
+    return kept.get()
+
+
+def run_plain(module: nn.Module, input: Tensor, *others: Any) -> Any:
+    """Runs the plain modules."""
+    return plain_class(type(module)).forward(module, input, *others)
+
+
+def fall_back(module: nn.Module, reason: NotFusible, input: Tensor, *others: Any) -> Any:
+    """Runs the plain modules, and says why where that is new."""
+    state = state_of(module)
+    if state.reason != str(reason):
+        state.reason = str(reason)
+        warnings.warn(f"fastdense: {state.name or type(module).__name__} runs as plain modules: {reason}", stacklevel=5)
+    return run_plain(module, input, *others)
 
 
 _MADE: dict[tuple[Any, Any], Any] = {}
@@ -70,16 +105,8 @@ def fused_class(mixin: Any, plain: Any) -> Any:
             return known
     if (mixin, plain) in _MADE:
         return _MADE[mixin, plain]
-    body = {"__module__": plain.__module__, "__doc__": plain.__doc__, "_made_by_fuse": True}
+    body = {"__module__": plain.__module__, "__doc__": plain.__doc__}
     return _MADE.setdefault((mixin, plain), type(f"Fused{plain.__name__}", (mixin, plain), body))
-
-
-def plain_class(fused: type[nn.Module]) -> Any:
-    """The plain class behind a fused one, through library subclasses of it."""
-    for base in fused.__mro__:
-        if len(base.__bases__) == 2 and issubclass(base.__bases__[0], FusedModule):
-            return base.__bases__[1]
-    raise TypeError(f"plain_class: expected a fused class, got {fused.__name__}")
 
 
 def _new_fused(mixin: type[FusedModule], plain: type[nn.Module]) -> nn.Module:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch statistics of fused norms: shared between processes, and the running statistics they move."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,12 @@ def process_group_of(norms: Iterable[Any]) -> Any:
     if len(groups) > 1:
         raise NotFusible("its norms share batch statistics with different processes")
     return groups.pop() if groups else None
+
+
+def synchronised(norms: Iterable[tuple[Any, int]]) -> list[Any]:
+    """All norms if any of them is a SyncBatchNorm, else none: those need not be asked at every call."""
+    found = [norm for norm, _ in norms]
+    return found if any(isinstance(norm, nn.SyncBatchNorm) for norm in found) else []
 
 
 def _group_of(norm: Any) -> Any:
@@ -44,27 +50,48 @@ def total_count(count: int, group: Any, device: torch.device) -> Tensor | None:
     return total
 
 
-def update_norms(norms: Sequence[tuple[Any, int]], statistics: BatchStatistics, count: int, group: Any) -> None:
-    """Moves the running statistics of the norms in training, whose batch statistics start at the given offsets.
+class StatisticsUpdate(NamedTuple):
+    """The running statistics that a step moves, and where their norms' batch statistics begin."""
+
+    running_mean: list[Tensor]
+    running_var: list[Tensor]
+    num_batches_tracked: list[Tensor]
+    offsets: list[int]
+    momentum: list[float | None]
+
+
+def read_update(norms: Iterable[tuple[Any, int]]) -> StatisticsUpdate:
+    """Of the norms in training, whose batch statistics start at the given offsets."""
+    moved = [
+        (norm, offset)
+        for norm, offset in norms
+        if norm.training and norm.track_running_stats and norm.running_mean is not None
+    ]
+    return StatisticsUpdate(
+        [norm.running_mean for norm, _ in moved],
+        [norm.running_var for norm, _ in moved],
+        [norm.num_batches_tracked for norm, _ in moved],
+        [offset for _, offset in moved],
+        [norm.momentum for norm, _ in moved],
+    )
+
+
+def update_norms(update: StatisticsUpdate, statistics: BatchStatistics, count: int, group: Any) -> None:
+    """Moves running statistics.
 
     Args:
         count: values behind each mean in this process.
         group: the processes that share the statistics, or None.
     """
-    norms = [
-        (norm, offset)
-        for norm, offset in norms
-        if norm.training and norm.track_running_stats and norm.running_mean is not None
-    ]
-    if norms:
+    if update.running_mean:
         update_running_stats_(
-            [norm.running_mean for norm, _ in norms],
-            [norm.running_var for norm, _ in norms],
-            [norm.num_batches_tracked for norm, _ in norms],
+            update.running_mean,
+            update.running_var,
+            update.num_batches_tracked,
             statistics.mean.detach(),
             statistics.var.detach(),
-            [offset for _, offset in norms],
-            [norm.momentum for norm, _ in norms],
+            update.offsets,
+            update.momentum,
             count,
             total_count(count, group, statistics.mean.device),
         )

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What keeps a module from being fused, whatever it computes.
 
-Everything is read again at each call, so that hooks, replaced sub-modules, frozen norms and changed parameters are
-seen when they matter. A fused operator does not call the inner modules. What relies on such calls raises
-:class:`NotFusible`, and the caller runs the plain modules instead.
+A fused operator does not call the inner modules. What relies on such calls (hooks, replaced sub-modules, methods set on
+an instance) raises :class:`NotFusible`, and the caller runs the plain modules instead.
 """
 
+import types
 from typing import Any
 
+import torch
 import torch.nn.modules.module as global_hooks
 from torch import nn
 
@@ -24,9 +25,12 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-# Their methods that make the numbers.
+# Methods that make the numbers, of torch's modules and of the libraries' blocks and layers.
 _METHODS = (
     "forward",
+    "_call_impl",
+    "_conv_forward",
+    "_check_input_dim",
     "features",
     "branch",
     "bn_function",
@@ -34,6 +38,10 @@ _METHODS = (
     "any_requires_grad",
     "call_checkpoint_bottleneck",
 )
+
+
+# What tensors do when they are given to a function: nothing of their own.
+_NOT_WATCHING = (vars(torch.Tensor)["__torch_function__"].__func__, torch._C._disabled_torch_function_impl)
 
 
 class NotFusible(Exception):
@@ -57,18 +65,50 @@ def check_module(op: str, model: object) -> None:
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs its class's forward and nothing else."""
-    state = module.__dict__
-    return (
-        not any(state.get(hooks) for hooks in _HOOKS)
-        and "parametrizations" not in state["_modules"]
-        and "forward" not in state
-    )
+    """Whether calling ``module`` runs its class's code and nothing else."""
+    return _intrusion(module) is None
 
 
 def check_no_hooks(module: nn.Module, name: str) -> None:
-    if not has_no_hooks(module):
-        raise NotFusible(f"{name} has hooks, a parametrization or a forward of its own")
+    found = _intrusion(module)
+    if found is not None:
+        raise NotFusible(f"{name} has {found}")
+
+
+def check_methods(module: nn.Module, name: str, besides: tuple[str, ...] = ()) -> None:
+    """Raises NotFusible where an attribute of the instance stands in front of a method of its class."""
+    for method in _own_methods(module):
+        if method not in besides:
+            raise NotFusible(f"{name} has a {method} of its own")
+
+
+def _intrusion(module: nn.Module) -> str | None:
+    state = module.__dict__
+    if any(state.get(hooks) for hooks in _HOOKS):
+        return "hooks"
+    if "parametrizations" in state["_modules"]:
+        return "a parametrization"
+    methods = _own_methods(module)
+    if methods:
+        return f"a {methods[0]} of its own"
+    if torch.compiler.is_compiling():
+        return None
+    for tensor in (*state["_parameters"].values(), *state["_buffers"].values()):
+        if tensor is not None and _watches(type(tensor)):
+            return f"a {type(tensor).__name__}, which watches the functions it is given to"
+    return None
+
+
+def _watches(kind: Any) -> bool:
+    return getattr(kind.__torch_function__, "__func__", kind.__torch_function__) not in _NOT_WATCHING
+
+
+def _own_methods(module: nn.Module) -> list[str]:
+    state = module.__dict__
+    if torch.compiler.is_compiling():  # which guards every name that is asked for
+        return [name for name in _METHODS if name in state]
+    kind = type(module)
+    return [name for name in state if isinstance(getattr(kind, name, None), types.FunctionType | property)]
 
 
 def is_known_class(module: nn.Module, known: tuple[tuple[str, str], ...]) -> bool:

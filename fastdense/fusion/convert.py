@@ -7,14 +7,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from fastdense._choices import DualPathMemoryMode
-from fastdense.fusion.base import FusedModule, fused_class, plain_class
-from fastdense.fusion.checks import NotFusible, NotFusibleInTraining, check_module, is_known_class
+from fastdense._choices import DUAL_PATH_MEMORY_MODES, MEMORY_MODES, DualPathMemoryMode
+from fastdense.fusion.base import FusedModule, fused_class
+from fastdense.fusion.checks import NotFusible, NotFusibleInTraining, check_methods, check_module, is_known_class
 from fastdense.fusion.dense_block import FusedDenseBlock, FusedTransition, RecomputedTransition
 from fastdense.fusion.dense_layers import BLOCKS, is_transition, read_block, read_transition
 from fastdense.fusion.dual_path import FusedDualPathBlock
 from fastdense.fusion.dual_path_layers import DUAL_PATH_BLOCKS, read_dual_path_block
-from fastdense.fusion.equivalence import OUTCOME
 from fastdense.fusion.inferred_block import FusedInferredBlock, FusedInferredLayers
 from fastdense.fusion.inferred_layers import (
     container_of_layers,
@@ -24,6 +23,9 @@ from fastdense.fusion.inferred_layers import (
     read_inferred_layers,
 )
 from fastdense.fusion.max_pool_transition import looks_like_max_pool_transition, read_max_pool_transition
+from fastdense.fusion.plan.code import is_replaced
+from fastdense.fusion.plan.kept import check_sources, read_sources
+from fastdense.fusion.plan.state import STATE, plain_class, state_of
 from fastdense.fusion.residual_dense_block import FusedResidualDenseBlock, FusedSRDenseBlock
 from fastdense.fusion.residual_layers import (
     looks_like_growing_block,
@@ -78,7 +80,7 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
             f"(looked for {looked_for}, and for layers that read all earlier features), got {type(model).__name__}"
         )
     for _, _, kind in found:
-        check_memory("convert", memory, kind.mixin.memory_modes)
+        check_memory("convert", memory, kind.memory_modes)
     for kind in PATTERNS:
         for name, module, its_kind in found:
             if its_kind is kind:
@@ -108,10 +110,7 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, FusedModule):
             module.__class__ = plain_class(type(module))
-            for name in ("_fallback_reason", "_fused_name", OUTCOME):
-                module.__dict__.pop(name, None)
-            if not isinstance(module, PlainDenseBlock | PlainDualPathBlock):
-                module.__dict__.pop("memory", None)
+            module.__dict__.pop(STATE, None)
     return model
 
 
@@ -121,8 +120,22 @@ class Pattern(NamedTuple):
     name: str
     mixin: type[FusedModule]
     matches: Callable[[nn.Module], bool]
-    read: Callable[[Any], object]
+    reader: Callable[[Any], object]
     is_block: bool
+    memory_modes: tuple[str, ...] = MEMORY_MODES
+
+    def read(self, module: nn.Module) -> None:
+        """Raises NotFusible where the module cannot be fused."""
+        check_sources(read_sources((module,)))
+        check_methods(module, "it", besides=("forward",))
+        self.reader(module)
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether a module calls its children in turn, or did before somebody replaced its library's code."""
+    if not isinstance(module, nn.Sequential):
+        return False
+    return type(module).forward is nn.Sequential.forward or is_replaced(type(module), "forward")
 
 
 def _is_dense_block(module: nn.Module) -> bool:
@@ -136,8 +149,7 @@ def _is_inferred_block(module: nn.Module) -> bool:
 
 
 def _is_inferred_layers(module: nn.Module) -> bool:
-    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return isinstance(module, FusedInferredLayers) or (is_sequence and count_heads(module) > 0)
+    return isinstance(module, FusedInferredLayers) or (_is_sequence(module) and count_heads(module) > 0)
 
 
 def _is_dual_path_block(module: nn.Module) -> bool:
@@ -148,15 +160,13 @@ def _is_transition_like(module: nn.Module) -> bool:
     """A sequence of exactly norm, (relu), conv, pool."""
     if isinstance(module, FusedTransition):
         return True
-    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return is_sequence and is_transition(module)
+    return _is_sequence(module) and is_transition(module)
 
 
 def _is_max_pool_transition(module: nn.Module) -> bool:
     if isinstance(module, RecomputedTransition):
         return True
-    is_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return is_sequence and looks_like_max_pool_transition(list(module.children()))
+    return _is_sequence(module) and looks_like_max_pool_transition(list(module.children()))
 
 
 def _is_residual_dense_block(module: nn.Module) -> bool:
@@ -167,6 +177,10 @@ def _is_sr_dense_block(module: nn.Module) -> bool:
     return isinstance(module, FusedSRDenseBlock) or looks_like_growing_block(module)
 
 
+# Of dual path blocks; a transition with a max pool keeps the same in all modes.
+ANY_MODE = DUAL_PATH_MEMORY_MODES
+
+
 _INFERRED = Pattern("block", FusedInferredBlock, _is_inferred_block, read_inferred_block, True)
 
 
@@ -174,8 +188,10 @@ PATTERNS = (
     Pattern("block", FusedDenseBlock, _is_dense_block, read_block, True),
     _INFERRED,
     Pattern("transition", FusedTransition, _is_transition_like, read_transition, False),
-    Pattern("max-pool transition", RecomputedTransition, _is_max_pool_transition, read_max_pool_transition, False),
-    Pattern("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True),
+    Pattern(
+        "max-pool transition", RecomputedTransition, _is_max_pool_transition, read_max_pool_transition, False, ANY_MODE
+    ),
+    Pattern("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True, ANY_MODE),
     Pattern("residual dense", FusedResidualDenseBlock, _is_residual_dense_block, read_residual_block, True),
     Pattern("block", FusedInferredLayers, _is_inferred_layers, read_inferred_layers, True),
     Pattern("growing dense", FusedSRDenseBlock, _is_sr_dense_block, read_growing_block, True),
@@ -215,7 +231,7 @@ def forget_equivalence_checks(model: nn.Module) -> None:
     """Leaves modules that are not fused as they were."""
     for module in model.modules():
         if not isinstance(module, FusedModule):
-            module.__dict__.pop(OUTCOME, None)
+            module.__dict__.pop(STATE, None)
 
 
 def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: str) -> None:
@@ -229,5 +245,9 @@ def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: str) -> None:
             warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}", stacklevel=3)
             return
         module.__class__ = fused_class(kind.mixin, type(module))
-    module.__dict__["memory"] = memory
-    module.__dict__["_fused_name"] = name
+    state = state_of(module)
+    state.name = name
+    if isinstance(module, PlainDenseBlock | PlainDualPathBlock):
+        module.memory = memory
+    else:
+        state.memory = memory

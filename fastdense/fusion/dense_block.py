@@ -3,16 +3,23 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastdense._choices import DUAL_PATH_MEMORY_MODES, MemoryMode
-from fastdense.fusion.base import FusedModule, Run, check_runs_here, is_traced
-from fastdense.fusion.batch_statistics import group_name, process_group_of, update_norms
+from fastdense._choices import MemoryMode
+from fastdense.fusion.base import FusedModule, check_runs_here, run_fused
+from fastdense.fusion.batch_statistics import (
+    StatisticsUpdate,
+    group_name,
+    process_group_of,
+    read_update,
+    synchronised,
+    update_norms,
+)
 from fastdense.fusion.channel_order import PrependedFeatures
-from fastdense.fusion.checks import NotFusible, check_no_global_hooks, has_no_hooks
+from fastdense.fusion.checks import check_no_global_hooks
 from fastdense.fusion.dense_layers import (
     Layer,
     Tail,
@@ -24,123 +31,153 @@ from fastdense.fusion.dense_layers import (
     read_transition,
     tail_weights,
 )
-from fastdense.fusion.max_pool_transition import read_max_pool_transition, run_recomputed
-from fastdense.ops import dense_block
-from fastdense.ops.arguments import count_pixels
+from fastdense.fusion.max_pool_transition import check_no_transforms, read_max_pool_transition, run_recomputed
+from fastdense.ops import BatchStatistics
+from fastdense.ops.arguments import copy_running, count_pixels
+from fastdense.ops.dense_block import FlatBlock, flatten_block, run_flat_block, without_dropped
 from fastdense.plain.stochastic_depth import statistics_move_if
 
+Factor = float | Tensor
 
-def run_block(
-    input: Tensor, layers: list[Layer], tail: Tail | None, memory: MemoryMode, *, prepends_features: bool = False
-) -> Tensor:
-    """One operator call for a block and its tail, then the running statistics of all its norms.
+
+class BlockPlan(NamedTuple):
+    """A dense block and its tail as the operator wants them."""
+
+    layers: list[Layer]
+    tail: Tail | None
+    order: PrependedFeatures | None
+    drop_rate: float
+    norms: list[tuple[Any, int]]  # and where in the operator's batch statistics theirs begin
+    synchronised: list[Any]  # all norms, where any may share its statistics with other processes
+    update: StatisticsUpdate
+    flat: FlatBlock | None  # None where the weights are made anew for every call
+
+
+def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: bool = False) -> BlockPlan:
+    """Plans one operator call for a block and its tail.
 
     Args:
         prepends_features: the modules' channels are in the order last layer's, ... first layer's, input; those of
             the result as well. The buffer's order is the other one; weights and statistics are brought to it and back.
     """
-    check_runs_here("dense_block", input)
+    order, norms = None, []
+    if layers:
+        first = layers[0].conv2 if layers[0].conv1 is None else layers[0].conv1
+        in_channels, growth = first.weight.shape[1], layers[0].conv2.weight.shape[0]
+        channels = in_channels + len(layers) * growth
+        order = PrependedFeatures(growth, in_channels) if prepends_features else None
+        next_offset = channels
+        bottlenecks = {id(layer.norm2) for layer in layers if layer.norm2 is not None}
+        for norm in norms_of(layers, tail):
+            if id(norm) in bottlenecks:
+                norms.append((norm, next_offset))
+                next_offset += norm.num_features
+            else:
+                norms.append((norm, channels - norm.num_features if prepends_features else 0))
+    elif tail is not None:
+        norms = [(tail.norm, 0)]
+    flat = None
+    if order is None and all(layer.depth is None for layer in layers):
+        weights = [layer_weights(layer) for layer in layers]
+        flat = flatten_block(weights, None if tail is None else tail_weights(tail))
     drop_rate = layers[0].drop_rate if layers else 0.0
+    return BlockPlan(layers, tail, order, drop_rate, norms, synchronised(norms), read_update(norms), flat)
+
+
+def run_block(plan: BlockPlan, memory: MemoryMode, input: Tensor) -> Tensor:
+    """The operator call, then the running statistics of all its norms."""
+    check_runs_here("dense_block", input)
+    group = process_group_of(plan.synchronised)
+    factors = draw_factors(layer.depth for layer in plan.layers) if plan.flat is None else []
+    out, statistics = _call(plan, factors, memory, group, input)
+    _update(plan, factors, statistics, count_pixels(input), group)
+    return out
+
+
+def _call(
+    plan: BlockPlan, factors: list[Factor], memory: MemoryMode, group: Any, input: Tensor
+) -> tuple[Tensor, BatchStatistics]:
     seed = None
-    if drop_rate > 0:
+    if plan.drop_rate > 0:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=input.device)
-    group = process_group_of(norms_of(layers, tail))
-    factors = draw_factors(layer.depth for layer in layers)
-    dropped = [not isinstance(factor, Tensor) and factor == 0 for factor in factors]
-    growth = layers[0].conv2.weight.shape[0] if layers else 0
-    channels = input.shape[1] + len(layers) * growth
-    order = PrependedFeatures(growth, input.shape[1]) if prepends_features and layers else None
-    weights = [layer_weights(layer, factor) for layer, factor in zip(layers, factors, strict=True)]
-    read_by = tail_weights(tail) if tail is not None else None
-    out, statistics = dense_block(
-        input,
-        weights if order is None else [order.layer(layer) for layer in weights],
-        tail=read_by if order is None or read_by is None else order.tail(read_by),
-        drop_rate=drop_rate,
-        seed=seed,
-        memory=memory,
-        process_group=group_name(group),
-        active=[not d for d in dropped] if any(dropped) else None,
-    )
+    options: Any = {
+        "drop_rate": plan.drop_rate,
+        "seed": seed,
+        "memory": memory,
+        "process_group": group_name(group),
+    }
+    if plan.flat is not None:
+        return run_flat_block(input, plan.flat, copy_running(plan.flat.weights, plan.flat.running), **options)
+    weights = [layer_weights(layer, factor) for layer, factor in zip(plan.layers, factors, strict=True)]
+    tail = tail_weights(plan.tail) if plan.tail is not None else None
+    order = plan.order
     if order is not None:
-        statistics = order.statistics(statistics, channels)
-        out = out if read_by is not None and read_by.conv is not None else order.from_buffer(out)
-    next_offset = channels
-    bottlenecks = {id(layer.norm2) for layer in layers if layer.norm2 is not None}
-    left_out = {id(norm) for layer, d in zip(layers, dropped, strict=True) if d for norm in norms_of([layer], None)}
-    norms: list[tuple[Any, int]] = []
-    for norm in norms_of(layers, tail):
-        is_bottleneck = id(norm) in bottlenecks
-        if id(norm) not in left_out:
-            first = channels - norm.num_features if prepends_features else 0
-            norms.append((norm, next_offset if is_bottleneck else first))
-        next_offset += norm.num_features if is_bottleneck else 0
+        weights = [order.layer(layer) for layer in weights]
+        tail = order.tail(tail) if tail is not None else None
+    dropped = [_is_dropped(factor) for factor in factors]
+    flat = flatten_block(without_dropped(weights, [not d for d in dropped] if any(dropped) else None), tail)
+    out, statistics = run_flat_block(input, flat, copy_running(flat.weights, flat.running), **options)
+    if order is not None:
+        statistics = order.statistics(statistics, order.in_channels + len(plan.layers) * order.growth)
+        out = out if tail is not None and tail.conv is not None else order.from_buffer(out)
+    return out, statistics
+
+
+def _is_dropped(factor: Factor) -> bool:
+    return not isinstance(factor, Tensor) and factor == 0
+
+
+def _update(plan: BlockPlan, factors: list[Factor], statistics: BatchStatistics, count: int, group: Any) -> None:
+    if plan.flat is not None:
+        update_norms(plan.update, statistics, count, group)
+        return
+    layers = list(zip(plan.layers, factors, strict=True))
+    left_out = {id(norm) for layer, f in layers if _is_dropped(f) for norm in norms_of([layer], None)}
     with contextlib.ExitStack() as stack:
-        for layer, factor in zip(layers, factors, strict=True):
+        for layer, factor in layers:
             if isinstance(factor, Tensor):
                 stack.enter_context(statistics_move_if(factor != 0, norms_of([layer], None)))
-        update_norms(norms, statistics, count_pixels(input), group)
-    return out
+        moved = [(norm, offset) for norm, offset in plan.norms if id(norm) not in left_out]
+        update_norms(read_update(moved), statistics, count, group)
 
 
 class FusedDenseBlock(FusedModule):
     """A dense block whose layers are children ``norm1 ... conv2`` in order."""
 
-    def run(self, input: Tensor, tail: Tail | None) -> Tensor:
-        return run_block(input, read_block(self), tail, self.memory)
-
     def forward(self, init_features: Tensor) -> Tensor:
-        if is_traced(init_features):
-            return self.plain_forward(init_features)
-        try:
-            return self.run(init_features, None)
-        except NotFusible as reason:
-            return self.fall_back(init_features, reason)
+        return run_fused(self, _plan, run_block, init_features)
 
-    # The one forward that may be left out, where the block runs together with what follows it.
-    run_forward = forward
 
-    def fused_run(self, behind: Sequence[nn.Module]) -> Run | None:
-        tail = _read_pair(self, behind[0]) if behind else None
-        if tail is None:
-            return None
-        return Run(2, lambda input: self.run(input, tail))
+def _plan(block: nn.Module) -> BlockPlan:
+    return plan_block(read_block(block), None)
 
 
 class FusedTransition(FusedModule):
     """A transition: children norm, relu, conv, pool."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_traced(input):
-            return self.plain_forward(input)
-        try:
-            return run_block(input, [], read_transition(self), self.memory)
-        except NotFusible as reason:
-            return self.fall_back(input, reason)
+        return run_fused(self, _plan_transition, run_block, input)
+
+
+def _plan_transition(transition: nn.Module) -> BlockPlan:
+    return plan_block([], read_transition(transition))
 
 
 class RecomputedTransition(FusedModule):
     """A transition with a max pool: norm, ReLU, 1x1 convolution, perhaps dropout, pool."""
 
-    memory_modes = DUAL_PATH_MEMORY_MODES  # any will do: it keeps the same in all
-
     def forward(self, input: Tensor) -> Tensor:
-        if is_traced(input):
-            return self.plain_forward(input)
-        try:
-            return run_recomputed(read_max_pool_transition(self), input)
-        except NotFusible as reason:
-            return self.fall_back(input, reason)
+        return run_fused(self, read_max_pool_transition, _run_recomputed, input)
 
 
-def _read_pair(block: FusedDenseBlock, behind: nn.Module) -> Tail | None:
-    """The tail that ``behind`` makes of ``block``, or None where the two must be called one by one."""
-    if type(block).forward is not type(block).run_forward or not has_no_hooks(block) or not has_no_hooks(behind):
-        return None
-    try:
-        check_no_global_hooks()
-        if type(behind).forward is FusedTransition.forward:
-            return read_transition(behind)
-        return read_last_norm(behind)
-    except NotFusible:
-        return None
+def _run_recomputed(modules: Sequence[Any], memory: MemoryMode, input: Tensor) -> Tensor:
+    check_no_transforms()
+    return run_recomputed(modules, input)
+
+
+def read_tail(behind: nn.Module) -> Tail:
+    """The tail that a module makes of the block in front of it."""
+    check_no_global_hooks()
+    if type(behind).forward is FusedTransition.forward:
+        return read_transition(behind)
+    return read_last_norm(behind)

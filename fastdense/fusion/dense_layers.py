@@ -190,11 +190,8 @@ def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.BatchNorm2d]
 
 def norm_weights(norm: Any) -> NormWeights:
     # As in nn.BatchNorm: the running statistics normalise in eval mode, where there are any.
-    mean = var = None
-    if not norm.training and norm.running_mean is not None:
-        mean, var = norm.running_mean, norm.running_var
-        if torch.is_grad_enabled():  # saved for backward; a training step in between may move the buffers
-            mean, var = mean.clone(), var.clone()
+    uses_batch = norm.training or norm.running_mean is None
+    mean, var = (None, None) if uses_batch else (norm.running_mean, norm.running_var)
     return NormWeights(norm.weight, norm.bias, mean, var, norm.eps)
 
 

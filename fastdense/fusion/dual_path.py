@@ -3,15 +3,22 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense._choices import DUAL_PATH_MEMORY_MODES, DualPathMemoryMode
-from fastdense.fusion.base import FusedModule, Run, check_runs_here, is_traced
-from fastdense.fusion.batch_statistics import group_name, process_group_of, update_norms
+from fastdense._choices import DualPathMemoryMode
+from fastdense.fusion.base import FusedModule, check_runs_here, run_fused
+from fastdense.fusion.batch_statistics import (
+    StatisticsUpdate,
+    group_name,
+    process_group_of,
+    read_update,
+    synchronised,
+    update_norms,
+)
 from fastdense.fusion.checks import NotFusible, has_no_hooks
 from fastdense.fusion.dense_layers import draw_factors
 from fastdense.fusion.dual_path_layers import (
@@ -23,84 +30,133 @@ from fastdense.fusion.dual_path_layers import (
     projection_weights,
     read_dual_path_block,
 )
-from fastdense.ops import BatchStatistics, dual_path_stage
-from fastdense.ops.arguments import count_pixels
+from fastdense.fusion.plan.state import memory_of
+from fastdense.ops import BatchStatistics
+from fastdense.ops.arguments import copy_running, count_pixels
+from fastdense.ops.dual_path import FlatStage, flatten_stage, run_flat_stage
 from fastdense.plain.stochastic_depth import statistics_move_if
 
 # Both paths in one tensor, or as a tuple of two tensors; the library's own blocks know the former only.
 Paths = Any
+Factor = float | Tensor
+
+
+class RowPlan(NamedTuple):
+    """Blocks without one that may be left out among them, as the operator wants them."""
+
+    blocks: list[DualPath]
+    factors: list[Factor]
+    flat: FlatStage
+    in_front: list[tuple[Any, int]]  # norms in front of the stride, and where their batch statistics begin
+    behind: list[tuple[Any, int]]
+    updates: tuple[StatisticsUpdate, StatisticsUpdate, StatisticsUpdate]  # in front, behind, all
+
+
+class StagePlan(NamedTuple):
+    """A stage; ``row`` is None where stochastic depth draws which of its blocks are computed."""
+
+    blocks: list[DualPath]
+    synchronised: list[Any]
+    row: RowPlan | None
+
+
+class StagesPlan(NamedTuple):
+    """Stages in a row; ``split`` is where the two paths are parted, if the plain blocks hand on a pair."""
+
+    stages: list[StagePlan]
+    split: int | None
 
 
 class FusedDualPathBlock(FusedModule):
     """A dual path block; a row of them in a :class:`fastdense.fusion.sequential.FusedSequential` runs as stages."""
 
-    memory_modes = DUAL_PATH_MEMORY_MODES
-
     def forward(self, x: Paths) -> Paths:
-        if is_traced(x):
-            return self.plain_forward(x)
-        try:
-            return self._hand_on(run_stages(_joined(x), [[read_dual_path_block(self)]], self.memory))
-        except NotFusible as reason:
-            return self.fall_back(x, reason)
+        return run_fused(self, _plan, run_stages, x)
 
-    def fused_run(self, behind: Sequence[nn.Module]) -> Run | None:
-        stages: list[list[DualPath]] = []
+
+def _plan(block: nn.Module) -> StagesPlan:
+    return plan_stages([block])
+
+
+def plan_stages(row: Sequence[Any]) -> StagesPlan:
+    """Plans the blocks that a row of modules begins with; raises NotFusible where the first cannot be fused."""
+    first = row[0]
+    stages: list[list[DualPath]] = []
+    for module in row:
+        if memory_of(module) != memory_of(first) or hands_on_pairs(module) != hands_on_pairs(first):
+            break
+        if len(row) > 1 and not has_no_hooks(module):
+            break
         try:
-            for module in (self, *behind):
-                if type(module).forward is not FusedDualPathBlock.forward or module.memory != self.memory:
-                    break
-                if not has_no_hooks(module) or hands_on_pairs(module) != hands_on_pairs(self):
-                    break
-                block = read_dual_path_block(module)
-                if stages and fit_together(stages[-1], block):
-                    stages[-1].append(block)
-                else:
-                    stages.append([block])
+            block = read_dual_path_block(module)
         except NotFusible:
-            pass  # the row ends in front of what cannot be fused
-        if not stages:
-            return None
-
-        return Run(sum(map(len, stages)), lambda x: self._hand_on(run_stages(_joined(x), stages, self.memory)))
-
-    def _hand_on(self, out: Tensor) -> Paths:
-        """Both paths as the plain block returns them."""
-        residual: Any = self.num_1x1_c
-        return (out[:, :residual], out[:, residual:]) if hands_on_pairs(self) else out
-
-
-def _joined(x: Paths) -> Tensor:
-    return torch.cat(x, 1) if isinstance(x, tuple) else x
+            if module is first:
+                raise
+            break  # the row ends in front of what cannot be fused
+        if stages and fit_together(stages[-1], block):
+            stages[-1].append(block)
+        else:
+            stages.append([block])
+    if not stages:
+        raise NotFusible("it has hooks")
+    return StagesPlan([_plan_stage(blocks) for blocks in stages], first.num_1x1_c if hands_on_pairs(first) else None)
 
 
-Factor = float | Tensor
+def _plan_stage(blocks: list[DualPath]) -> StagePlan:
+    norms = [(part.norm, 0) for block in blocks for part in _parts(block)]
+    draws = any(block.depth is not None for block in blocks)
+    return StagePlan(blocks, synchronised(norms), None if draws else _plan_row(blocks, [1.0] * len(blocks)))
 
 
-def run_stages(x: Tensor, stages: list[list[DualPath]], memory: DualPathMemoryMode) -> Tensor:
+def _plan_row(blocks: list[DualPath], factors: list[Factor]) -> RowPlan:
+    head = blocks[0]
+    flat = flatten_stage(
+        [block_weights(block, factor) for block, factor in zip(blocks, factors, strict=True)],
+        projection_weights(head.projection) if head.projection is not None else None,
+        head.residual_channels,
+        head.stride,
+    )
+    in_front: list[tuple[Any, int]] = []
+    behind: list[tuple[Any, int]] = []
+    offset = 0
+    for block in blocks:
+        for part, norms in ((block.projection, in_front), (block.a, in_front), (block.b, in_front), (block.c, behind)):
+            if part is not None:
+                (norms if block is head else behind).append((part.norm, offset))
+                offset += part.norm.num_features
+    updates = (read_update(in_front), read_update(behind), read_update(in_front + behind))
+    return RowPlan(blocks, factors, flat, in_front, behind, updates)
+
+
+def run_stages(plan: StagesPlan, memory: DualPathMemoryMode, x: Paths) -> Paths:
     """Stages one after the other; what keeps any of them from being fused is found before the first has run."""
+    if isinstance(x, tuple):
+        x = torch.cat(x, 1)
     check_runs_here("dual_path_stage", x)
     if memory == "reversible" and _computes_in(x) not in (torch.float32, torch.float64):
         raise NotFusible(f'memory="reversible" is for float32 and float64, not for {_computes_in(x)}')
-    groups = [process_group_of(part.norm for block in blocks for part in _parts(block)) for blocks in stages]
-    for blocks, group in zip(stages, groups, strict=True):
-        x = _run_stage(x, blocks, memory, group)
-    return x
+    groups = [process_group_of(stage.synchronised) for stage in plan.stages]
+    for stage, group in zip(plan.stages, groups, strict=True):
+        x = _run_stage(x, stage, memory, group)
+    return x if plan.split is None else (x[:, : plan.split], x[:, plan.split :])
 
 
 def _parts(block: DualPath) -> list[NormConv]:
     return [part for part in (block.projection, block.a, block.b, block.c) if part is not None]
 
 
-def _run_stage(x: Tensor, blocks: list[DualPath], memory: DualPathMemoryMode, group: Any) -> Tensor:
+def _run_stage(x: Tensor, stage: StagePlan, memory: DualPathMemoryMode, group: Any) -> Tensor:
     """One operator call for all blocks, or for each row of blocks between those that stochastic depth leaves out."""
+    if stage.row is not None:
+        return _run_row(x, stage.row, memory, group)
+    blocks = stage.blocks
     factors = draw_factors(block.depth for block in blocks)
     begin = 0
     for index, factor in enumerate([*factors, 0.0]):
         if isinstance(factor, Tensor) or factor != 0:
             continue
         if index > begin:
-            x = _run_row(x, blocks[begin:index], factors[begin:index], memory, group)
+            x = _run_row(x, _plan_row(blocks[begin:index], factors[begin:index]), memory, group)
         if index < len(blocks):
             x = _left_out(x, blocks[index])
         begin = index + 1
@@ -115,27 +171,38 @@ def _left_out(x: Tensor, block: DualPath) -> Tensor:
     return torch.cat([x, x.new_zeros(x.shape[0], block.growth, *x.shape[2:])], 1)
 
 
-def _run_row(
-    x: Tensor, blocks: list[DualPath], factors: list[Factor], memory: DualPathMemoryMode, group: Any
-) -> Tensor:
+def _run_row(x: Tensor, row: RowPlan, memory: DualPathMemoryMode, group: Any) -> Tensor:
     """One operator call, then the running statistics of all norms."""
-    projection = blocks[0].projection
-    out, statistics = dual_path_stage(
-        x,
-        [block_weights(block, factor) for block, factor in zip(blocks, factors, strict=True)],
-        residual_channels=blocks[0].residual_channels,
-        projection=projection_weights(projection) if projection is not None else None,
-        stride=blocks[0].stride,
-        memory=memory,
-        process_group=group_name(group),
-    )
+    weights = copy_running(row.flat.weights, row.flat.running)
+    out, statistics = run_flat_stage(x, row.flat, weights, memory=memory, process_group=group_name(group))
+    in_front, behind, everything = row.updates
     with contextlib.ExitStack() as stack:
-        for block, factor in zip(blocks, factors, strict=True):
-            if isinstance(factor, Tensor):
-                norms = [part.norm for part in (block.a, block.b, block.c)]
-                stack.enter_context(statistics_move_if(factor != 0, norms))
-        _update_running_stats(x, out, blocks, statistics, group)
+        drawn = [(block, f) for block, f in zip(row.blocks, row.factors, strict=True) if isinstance(f, Tensor)]
+        for block, factor in drawn:
+            norms = [part.norm for part in (block.a, block.b, block.c)]
+            stack.enter_context(statistics_move_if(factor != 0, norms))
+        if drawn:  # the norms have other buffers now
+            in_front, behind = read_update(row.in_front), read_update(row.behind)
+            everything = read_update(row.in_front + row.behind)
+        _move(x, out, in_front, behind, everything, statistics, group)
     return out
+
+
+def _move(
+    x: Tensor,
+    out: Tensor,
+    in_front: StatisticsUpdate,
+    behind: StatisticsUpdate,
+    everything: StatisticsUpdate,
+    statistics: BatchStatistics,
+    group: Any,
+) -> None:
+    in_pixels, pixels = count_pixels(x), count_pixels(out)
+    if in_pixels == pixels:
+        update_norms(everything, statistics, pixels, group)
+    else:
+        update_norms(in_front, statistics, in_pixels, group)
+        update_norms(behind, statistics, pixels, group)
 
 
 def _computes_in(x: Tensor) -> torch.dtype:
@@ -143,21 +210,3 @@ def _computes_in(x: Tensor) -> torch.dtype:
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-def _update_running_stats(
-    x: Tensor, out: Tensor, blocks: list[DualPath], statistics: BatchStatistics, group: Any
-) -> None:
-    in_front: list[tuple[Any, int]] = []  # of the stride
-    behind: list[tuple[Any, int]] = []
-    offset = 0
-    for block in blocks:
-        for part, norms in ((block.projection, in_front), (block.a, in_front), (block.b, in_front), (block.c, behind)):
-            if part is not None:
-                (norms if block is blocks[0] else behind).append((part.norm, offset))
-                offset += part.norm.num_features
-    in_pixels, pixels = count_pixels(x), count_pixels(out)
-    if in_pixels == pixels:
-        in_front, behind = [], in_front + behind
-    update_norms(in_front, statistics, in_pixels, group)
-    update_norms(behind, statistics, pixels, group)

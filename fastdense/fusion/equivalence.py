@@ -4,7 +4,6 @@
 
 import contextlib
 import copy
-import random
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -12,18 +11,19 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdense.fusion.base import run_plain
 from fastdense.fusion.checks import CONVS, NORMS, NotFusible
+from fastdense.fusion.plan.code import Sources
+from fastdense.fusion.plan.kept import read_sources
+from fastdense.fusion.plan.state import STATE, state_of
 
 Outcome = TypeVar("Outcome")
 
 
-# Where a module keeps what its trial has told.
-OUTCOME = "_trial_outcome"
-
-
-# Attributes of every module, and those that conversion itself sets.
-_NOT_OF_CODE = frozenset([*nn.Module().__dict__, "memory", "_fused_name", "_fallback_reason"])
+# Attributes of every module, and the one that conversion itself sets.
+_NOT_OF_CODE = frozenset([*nn.Module().__dict__, STATE])
 
 
 _VALUES = (int, float, str, type(None), type, types.FunctionType, types.BuiltinFunctionType)
@@ -55,35 +55,61 @@ def code_of(module: nn.Module) -> Code:
         if inner is not module:
             code.classes.append(type(inner))
         for name, value in inner.__dict__.items():
-            if name in _NOT_OF_CODE:
-                continue
-            if isinstance(value, Tensor):
-                code.attributes[at, name] = (id(value), None if value.is_inference() else value._version)
-            elif isinstance(value, _VALUES):
-                code.attributes[at, name] = value
-            elif isinstance(value, list | tuple) and all(isinstance(item, _VALUES) for item in value):
-                code.attributes[at, name] = tuple(value)
+            if name not in _NOT_OF_CODE:
+                _note(code.attributes, at, name, value, depth=2)
     return code
+
+
+def _note(attributes: dict[tuple[int, str], Any], at: int, name: str, value: Any, depth: int) -> None:
+    if isinstance(value, Tensor):
+        attributes[at, name] = (id(value), None if value.is_inference() else value._version)
+    elif isinstance(value, _VALUES):
+        attributes[at, name] = value
+    elif isinstance(value, list | tuple) and all(isinstance(item, _VALUES) for item in value):
+        attributes[at, name] = tuple(value)
+    elif depth > 0:  # what a dict or an object holds, as configurations are
+        items = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        if not isinstance(value, nn.Module) and type(value).__module__.partition(".")[0] != "torch":
+            for key, item in items.items():
+                _note(attributes, at, f"{name}.{key}", item, depth - 1)
 
 
 def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome:
     """What ``attempt`` finds out, or the reason why nothing: remembered until the module's code may do other things."""
     if "forward" in module.__dict__:
         raise NotFusible("it has a forward of its own")
-    code = code_of(module)
-    known = module.__dict__.get(OUTCOME)
-    if known is None or not known[0].still_holds(code):
+    code, state = code_of(module), state_of(module)
+    known = state.outcome
+    sources = None if torch.compiler.is_compiling() else read_sources((module,), known and known.sources)
+    if known is None or not known.still_holds(code, sources):
         if any(p.is_meta for p in module.parameters()):
             raise NotFusible("its weights have no values to try it with")
-        outcome: Any
+        found: Any
         try:
-            outcome = attempt(module)
+            if sources is not None and sources.draws:
+                raise NotFusible("its forward draws random numbers")
+            found = attempt(module)
+            if sources is not None and not sources.still_holds():
+                sources = None
+                raise NotFusible("its forward changes what its code reads")
         except NotFusible as reason:
-            outcome = str(reason)
-        known = module.__dict__[OUTCOME] = (code, outcome)
-    if isinstance(known[1], str):
-        raise NotFusible(known[1])
-    return known[1]
+            found = str(reason)
+        known = state.outcome = _Known(code, sources, found)
+    if isinstance(known.found, str):
+        raise NotFusible(known.found)
+    return known.found
+
+
+class _Known(NamedTuple):
+    """What a trial has told, and of which code."""
+
+    code: Code
+    sources: Sources | None  # None where trials change what they read: another would tell nothing new
+    found: Any
+
+    def still_holds(self, code: Code, sources: Sources | None) -> bool:
+        is_known = sources is None or self.sources is None or sources is self.sources
+        return is_known and self.code.still_holds(code)
 
 
 def double_copy(module: nn.Module) -> nn.Module:
@@ -122,8 +148,19 @@ def random_input(conv: Any, channels: int) -> Tensor:
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward of the plain class, without the hooks of the module itself."""
-    forward: Callable[..., Any] = getattr(module, "plain_forward", module.forward)
-    return forward
+    return lambda *inputs: run_plain(module, *inputs)
+
+
+class NoRandomNumbers(TorchDispatchMode):
+    """Refuses operators that draw random numbers before they run: generators belong to the caller.
+
+    It sees the operators of its own thread alone.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotFusible("its forward draws random numbers")
+        return func(*args, **(kwargs or {}))
 
 
 class Dropouts(TorchFunctionMode):
@@ -152,11 +189,7 @@ def masked(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Where foreign code runs: with gradients and without autocast; whatever it raises makes the reason.
-
-    Code that draws random numbers has no one result, and would shift those of the caller.
-    """
-    state, python_state = torch.get_rng_state(), random.getstate()
+    """Where foreign code is tried: with gradients and without autocast; whatever it raises makes the reason."""
     try:
         with (
             torch.inference_mode(False),
@@ -165,12 +198,7 @@ def isolated() -> Iterator[None]:
             torch.device("cpu"),
         ):
             yield
-        if not torch.equal(torch.get_rng_state(), state) or random.getstate() != python_state:
-            raise NotFusible("its forward draws random numbers")
     except NotFusible:
         raise
     except Exception as error:
         raise NotFusible(f"it cannot be tried on one tensor: {error}") from error
-    finally:
-        torch.set_rng_state(state)
-        random.setstate(python_state)

@@ -21,6 +21,7 @@ from fastdense.fusion.checks import (
 from fastdense.fusion.dense_layers import Layer, check_alike
 from fastdense.fusion.equivalence import (
     Dropouts,
+    NoRandomNumbers,
     code_of,
     double_copy,
     isolated,
@@ -207,7 +208,10 @@ def _try_out(module: nn.Module) -> _Form:
             twin.train(mode)
             with Dropouts() as dropouts:
                 made.append(_step(twin, forward, x))
+                again = _step(twin, forward, x)
             rates.append(dropouts.rates)
+            if not _same(again, made[-1]):
+                raise NotFusible("its results differ from run to run")
         if code_of(twin) != before:
             raise NotFusible("its forward changes its attributes")
         if len(rates[0]) > 1 or rates[1]:
@@ -243,11 +247,13 @@ def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> lis
     """Output, gradients and statistics of one pass; the statistics are put back."""
     before = [buffer.clone() for buffer in module.buffers()]
     x = x.clone().requires_grad_()
-    out = forward(x)
-    if not isinstance(out, Tensor) or not out.requires_grad:
-        raise NotFusible("its result is not one tensor with gradients")
     wanted = [x, *module.parameters()]
-    grads = torch.autograd.grad(out, wanted, torch.linspace(-1, 1, out.numel()).to(out).view_as(out), allow_unused=True)
+    with NoRandomNumbers():
+        out = forward(x)
+        if not isinstance(out, Tensor) or not out.requires_grad:
+            raise NotFusible("its result is not one tensor with gradients")
+        grad = torch.linspace(-1, 1, out.numel()).to(out).view_as(out)
+        grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
     statistics = [buffer.clone() for buffer in module.buffers()]
     for buffer, old in zip(module.buffers(), before, strict=True):
         buffer.copy_(old)

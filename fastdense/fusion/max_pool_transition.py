@@ -66,10 +66,13 @@ def read_max_pool_transition(module: nn.Module) -> list[Any]:
     return modules
 
 
-def check_unobserved(modules: Sequence[Any]) -> None:
-    """Raises NotFusible where somebody would see that the modules are run twice, or not at all."""
+def check_no_transforms() -> None:
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         raise NotFusible("forward-mode derivatives and function transforms go through plain modules only")
+
+
+def check_unobserved(modules: Sequence[Any]) -> None:
+    """Raises NotFusible where somebody would see that the modules are run twice, or not at all."""
     check_no_global_hooks()
     for index, module in enumerate(modules):
         for inner in module.modules():

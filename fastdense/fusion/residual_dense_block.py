@@ -2,13 +2,23 @@
 """The mixins that run dense blocks without norms as one operator."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastdense.fusion.base import FusedModule, Run, check_runs_here, is_traced
+from fastdense.fusion.base import FusedModule, check_runs_here, run_fused
 from fastdense.fusion.checks import NotFusible, has_no_hooks
 from fastdense.fusion.residual_layers import GrowingLayers, read_growing_block, read_residual_block
-from fastdense.ops import residual_dense_block
+from fastdense.ops.residual_dense_block import FlatResidualBlock, flatten_residual_block, run_flat_residual_block
+
+
+class ResidualPlan(NamedTuple):
+    """A residual dense block as the operator wants it."""
+
+    flat: FlatResidualBlock
+    negative_slope: float
+    scale: float
+    outer_scale: float
 
 
 class FusedResidualDenseBlock(FusedModule):
@@ -19,25 +29,33 @@ class FusedResidualDenseBlock(FusedModule):
 
     def forward(self, input: Tensor, outer: Tensor | None = None) -> Tensor:
         others = () if outer is None else (outer,)  # other libraries' blocks take one argument
-        if is_traced(input):
-            return self.plain_forward(input, *others)
-        try:
-            return self.run(input, outer)
-        except NotFusible as reason:
-            return self.fall_back(input, reason, *others)
+        return run_fused(self, _plan, _run, input, *others)
 
-    def run(self, input: Tensor, outer: Tensor | None) -> Tensor:
-        check_runs_here("residual_dense_block", input)
-        block = read_residual_block(self)
-        return residual_dense_block(
-            input,
-            block.layers,
-            block.fusion,
-            negative_slope=block.negative_slope,
-            scale=block.scale,
-            outer=outer,
-            outer_scale=float(getattr(self, "outer_scale", 1.0)),
-        )
+
+def _plan(module: nn.Module) -> ResidualPlan:
+    block = read_residual_block(module)
+    flat = flatten_residual_block(block.layers, block.fusion)
+    return ResidualPlan(flat, block.negative_slope, block.scale, float(getattr(module, "outer_scale", 1.0)))
+
+
+def _run(plan: ResidualPlan, memory: str, input: Tensor, outer: Tensor | None = None) -> Tensor:
+    check_runs_here("residual_dense_block", input)
+    return run_flat_residual_block(
+        input,
+        plan.flat,
+        negative_slope=plan.negative_slope,
+        scale=plan.scale,
+        outer=outer,
+        outer_scale=plan.outer_scale,
+    )
+
+
+class GrowingPlan(NamedTuple):
+    """Blocks of SRDenseNet in a row, as the operator wants them."""
+
+    blocks: int
+    flat: FlatResidualBlock
+    negative_slope: float
 
 
 class FusedSRDenseBlock(FusedModule):
@@ -47,26 +65,33 @@ class FusedSRDenseBlock(FusedModule):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x):
-            return self.plain_forward(x)
-        try:
-            return _run_growing(x, [read_growing_block(self)])
-        except NotFusible as reason:
-            return self.fall_back(x, reason)
+        return run_fused(self, _plan_one, run_growing, x)
 
-    def fused_run(self, behind: Sequence[nn.Module]) -> Run | None:
-        blocks: list[GrowingLayers] = []
+
+def _plan_one(block: nn.Module) -> GrowingPlan:
+    return plan_growing([block])
+
+
+def plan_growing(row: Sequence[nn.Module]) -> GrowingPlan:
+    """Plans the blocks that a row of modules begins with; raises NotFusible where the first cannot be fused."""
+    blocks: list[GrowingLayers] = []
+    for module in row:
+        if len(row) > 1 and not has_no_hooks(module):
+            break
         try:
-            for module in (self, *behind):
-                if type(module).forward is not FusedSRDenseBlock.forward or not has_no_hooks(module):
-                    break
-                block = read_growing_block(module)
-                if blocks and not _goes_on(blocks[-1], block):
-                    break
-                blocks.append(block)
+            block = read_growing_block(module)
         except NotFusible:
-            pass  # the row ends in front of what cannot be fused
-        return Run(len(blocks), lambda x: _run_growing(x, blocks)) if blocks else None
+            if not blocks:
+                raise
+            break  # the row ends in front of what cannot be fused
+        if blocks and not _goes_on(blocks[-1], block):
+            break
+        blocks.append(block)
+    if not blocks:
+        raise NotFusible("it has hooks")
+    layers = [layer for block in blocks for layer in block.layers]
+    first_channels = [first for block in blocks for first in block.first_channels]
+    return GrowingPlan(len(blocks), flatten_residual_block(layers, None, first_channels), blocks[0].negative_slope)
 
 
 def _goes_on(block: GrowingLayers, behind: GrowingLayers) -> bool:
@@ -77,12 +102,6 @@ def _goes_on(block: GrowingLayers, behind: GrowingLayers) -> bool:
     )
 
 
-def _run_growing(x: Tensor, blocks: list[GrowingLayers]) -> Tensor:
+def run_growing(plan: GrowingPlan, memory: str, x: Tensor) -> Tensor:
     check_runs_here("residual_dense_block", x)
-    return residual_dense_block(
-        x,
-        [layer for block in blocks for layer in block.layers],
-        None,
-        negative_slope=blocks[0].negative_slope,
-        first_channels=[first for block in blocks for first in block.first_channels],
-    )
+    return run_flat_residual_block(x, plan.flat, negative_slope=plan.negative_slope)

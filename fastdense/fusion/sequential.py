@@ -1,32 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mixin that runs each dense block of a sequence together with what follows it."""
+"""The mixin that runs modules of a sequence that belong together as one operator."""
 
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-from fastdense.fusion.base import FusedModule, check_runs_here, is_traced
-from fastdense.fusion.batch_statistics import group_name, process_group_of, update_norms
-from fastdense.fusion.checks import NotFusible
-from fastdense.fusion.dense_layers import norm_weights
-from fastdense.fusion.max_pool_transition import run_recomputed
-from fastdense.fusion.stem import Stem, read_stem
-from fastdense.ops import norm_relu_max_pool
-from fastdense.ops.arguments import count_pixels
+import torch
+from torch import Tensor, nn
+
+from fastdense.fusion.base import FusedModule, fall_back, is_traced, run_plain
+from fastdense.fusion.checks import NORMS, NotFusible, check_no_hooks
+from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, read_tail, run_block
+from fastdense.fusion.dense_layers import read_block
+from fastdense.fusion.dual_path import FusedDualPathBlock, plan_stages, run_stages
+from fastdense.fusion.inferred_block import FusedInferredBlock
+from fastdense.fusion.inferred_layers import read_inferred_block
+from fastdense.fusion.max_pool_transition import POOLS
+from fastdense.fusion.plan.code import find_sources
+from fastdense.fusion.plan.kept import Kept, check_compiled_code, check_function_modes, check_sources, keep
+from fastdense.fusion.plan.state import memory_of, plain_class, state_of
+from fastdense.fusion.residual_dense_block import FusedSRDenseBlock, plan_growing, run_growing
+from fastdense.fusion.stem import read_stem, run_stem
 
 
-def run_stem(stem: Stem, input: Tensor) -> Tensor:
-    """One operator call for a norm, ReLU and max pool, where it knows the pool; else they are run again in backward."""
-    try:
-        check_runs_here("norm_relu_max_pool", input)
-        group = process_group_of([stem.norm])
-        if stem.pool is None or not stem.takes(input):
-            raise NotFusible("the operator knows no such pool or mix of types")
-        if input.numel() == 0 and group is None:
-            raise NotFusible("a batch of nothing has no statistics")
-    except NotFusible:
-        return run_recomputed(stem.modules, input)
-    out, statistics = norm_relu_max_pool(input, norm_weights(stem.norm), *stem.pool, process_group=group_name(group))
-    update_norms([(stem.norm, 0)], statistics, count_pixels(input), group)
-    return out
+class Run(NamedTuple):
+    """Runs the first ``modules`` modules of a row as one operator; raises NotFusible where it cannot."""
+
+    modules: int
+    call: Callable[[Tensor], Any]
 
 
 class FusedSequential(FusedModule):
@@ -40,24 +41,91 @@ class FusedSequential(FusedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         if is_traced(input):
-            return self.plain_forward(input)
+            return run_plain(self, input)
+        try:
+            _check_own_code(self)
+        except NotFusible as reason:
+            return fall_back(self, reason, input)
         modules = list(self.__dict__["_modules"].values())
         at = 0
         while at < len(modules):
-            module = modules[at]
-            run = module.fused_run(modules[at + 1 :]) if isinstance(module, FusedModule) else None
-            if run is not None:
+            row = _row(modules, at)
+            if row:
                 try:
+                    run = _run_of(self, at, row)
                     input = run.call(input)
                     at += run.modules
                     continue
                 except NotFusible:
                     pass  # one by one; they fall back, with their own warnings
-            stem = read_stem(modules[at:])
-            if stem is not None:
-                input = run_stem(stem, input)
-                at += len(stem.modules)
-                continue
-            input = module(input)
+            input = modules[at](input)
             at += 1
         return input
+
+
+def _check_own_code(sequence: nn.Module) -> None:
+    """Raises NotFusible where the code of the sequence, or of a stem in it, is not what it was."""
+    if torch.compiler.is_compiling():
+        return
+    check_function_modes()
+    state = state_of(sequence)
+    if state.kept is None or not state.kept.still_holds():
+        own = [type(module) for module in sequence.children() if isinstance(module, (*NORMS, nn.ReLU, *POOLS))]
+        state.kept = find_sources(frozenset([plain_class(type(sequence)), *own]))
+    check_sources(state.kept)
+
+
+def _row(modules: list[nn.Module], at: int) -> tuple[nn.Module, ...]:
+    """The modules that may run as one, the last of which may be what ends them; none for what runs by itself."""
+    first = modules[at]
+    forward = type(first).forward
+    end = at + 1
+    if forward in (FusedDenseBlock.forward, FusedInferredBlock.forward):
+        end += 1
+    elif forward in (FusedDualPathBlock.forward, FusedSRDenseBlock.forward):
+        while end < len(modules) and type(modules[end]).forward is forward:
+            end += 1
+        return tuple(modules[at:end])
+    elif isinstance(first, NORMS):
+        while end < at + 3 and end < len(modules) and type(modules[end]) in (nn.ReLU, *POOLS):
+            end += 1
+    return tuple(modules[at:end]) if at + 1 < end <= len(modules) else ()
+
+
+def _run_of(sequence: nn.Module, at: int, row: tuple[nn.Module, ...]) -> Run:
+    """What a row runs as, read anew only where something has changed."""
+    if torch.compiler.is_compiling():
+        check_compiled_code()
+        return _read(row)
+    steps = state_of(sequence).steps
+    kept: Kept[Run] | None = steps.get(at)
+    if kept is None or not kept.still_holds(row):
+        kept = keep(row, lambda: _read(row), kept)
+        steps[at] = kept.to_store()
+    return kept.get()
+
+
+def _read(row: Sequence[nn.Module]) -> Run:
+    first = row[0]
+    memory = memory_of(first)
+    if isinstance(first, FusedDenseBlock):
+        return Run(2, partial(run_block, _plan_pair(first, row[1]), memory))
+    if isinstance(first, FusedDualPathBlock):
+        stages = plan_stages(row)
+        return Run(sum(len(stage.blocks) for stage in stages.stages), partial(run_stages, stages, memory))
+    if isinstance(first, FusedSRDenseBlock):
+        blocks = plan_growing(row)
+        return Run(blocks.blocks, partial(run_growing, blocks, memory))
+    stem = read_stem(row)
+    return Run(len(stem.modules), partial(run_stem, stem))
+
+
+def _plan_pair(block: nn.Module, behind: nn.Module) -> BlockPlan:
+    """A dense block and what reads it."""
+    check_no_hooks(block, "it")
+    check_no_hooks(behind, "what follows it")
+    tail = read_tail(behind)
+    if isinstance(block, FusedInferredBlock):
+        found = read_inferred_block(block)
+        return plan_block(found.layers, tail, prepends_features=found.prepends_features)
+    return plan_block(read_block(block), tail)

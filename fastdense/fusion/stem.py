@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the norm, ReLU and max pool of a stem, which one operator can run."""
+"""Reads and runs the norm, ReLU and max pool of a stem as one operator."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdense.fusion.base import check_runs_here
+from fastdense.fusion.batch_statistics import group_name, process_group_of, read_update, update_norms
 from fastdense.fusion.checks import NotFusible, check_norm, has_fused_relu
-from fastdense.fusion.max_pool_transition import POOLS, check_unobserved
+from fastdense.fusion.dense_layers import norm_weights
+from fastdense.fusion.max_pool_transition import POOLS, check_no_transforms, check_unobserved, run_recomputed
+from fastdense.ops import norm_relu_max_pool
+from fastdense.ops.arguments import count_pixels
 from fastdense.ops.norm_relu_max_pool import MAX_WINDOW
 
 
@@ -42,22 +47,39 @@ class Stem(NamedTuple):
         return has_axes and (mixed or types <= {input.dtype})
 
 
-def read_stem(modules: Sequence[nn.Module]) -> Stem | None:
-    """The stem that ``modules`` begin with, or None."""
-    if modules and has_fused_relu(modules[0]):
+def read_stem(modules: Sequence[nn.Module]) -> Stem:
+    """The stem that ``modules`` begin with."""
+    found: list[Any] = []
+    if has_fused_relu(modules[0]):
         found = list(modules[:2])
     elif len(modules) > 1 and type(modules[1]) is nn.ReLU:
         found = list(modules[:3])
-    else:
-        return None
-    if type(found[-1]) not in POOLS:
-        return None
-    try:
-        check_norm(found[0], "norm")
-        check_unobserved(found)
-    except NotFusible:
-        return None
+    if not found or type(found[-1]) not in POOLS:
+        raise NotFusible("it is not followed by a ReLU and a max pool")
+    check_norm(found[0], "norm")
+    check_unobserved(found)
     return Stem(found, _pool_sizes(found[-1]))
+
+
+def run_stem(stem: Stem, input: Tensor) -> Tensor:
+    """One operator call for a norm, ReLU and max pool, where it knows the pool; else they are run again in backward."""
+    check_no_transforms()
+    try:
+        check_runs_here("norm_relu_max_pool", input)
+        group = process_group_of([stem.norm])
+        if stem.pool is None or not stem.takes(input):
+            raise NotFusible("the operator knows no such pool or mix of types")
+        if input.numel() == 0 and group is None:
+            raise NotFusible("a batch of nothing has no statistics")
+    except NotFusible:
+        return run_recomputed(stem.modules, input)
+    weights = norm_weights(stem.norm)
+    if torch.is_grad_enabled() and weights.running_mean is not None and weights.running_var is not None:
+        # A training step in between may move what is saved for backward.
+        weights = weights._replace(running_mean=weights.running_mean.clone(), running_var=weights.running_var.clone())
+    out, statistics = norm_relu_max_pool(input, weights, *stem.pool, process_group=group_name(group))
+    update_norms(read_update([(stem.norm, 0)]), statistics, count_pixels(input), group)
+    return out
 
 
 def _pool_sizes(pool: Any) -> PoolSizes | None:

@@ -57,23 +57,53 @@ class BatchStatistics(NamedTuple):
 class Parameters:
     """Flat lists in the order in which a native operator reads them (csrc/core/weights.h).
 
-    ``absent`` stands for what a norm does not have: lists with None are not differentiable in custom operators.
+    ``weights`` has None for what a norm or a convolution does not have, see :func:`fill_absent`; ``running`` lists
+    the positions of running statistics, ``devices`` where all are, ``conv_dtypes`` what the convolutions are.
     """
 
-    def __init__(self, absent: Tensor) -> None:
-        self.weights: list[Tensor] = []
+    def __init__(self) -> None:
+        self.weights: list[Tensor | None] = []
         self.eps: list[float] = []
-        self._absent = absent
+        self.running: list[int] = []
+        self.devices: list[torch.device] = []
+        self.conv_dtypes: list[torch.dtype] = []
 
     def norm(self, norm: NormWeights) -> None:
-        self.weights.extend(self._absent if w is None else w for w in norm[:4])
+        at = len(self.weights) + 2
+        self.running += [at, at + 1] if norm.running_mean is not None else []
+        for weight in norm[:4]:
+            self._add(weight)
         self.eps.append(norm.eps)
 
     def conv(self, weight: Tensor) -> None:
-        self.weights.append(weight)
+        if weight.dtype not in self.conv_dtypes:
+            self.conv_dtypes.append(weight.dtype)
+        self._add(weight)
 
     def biased_conv(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weights += [weight, self._absent if bias is None else bias]
+        self.conv(weight)
+        self._add(bias)
+
+    def _add(self, weight: Tensor | None) -> None:
+        if weight is not None and weight.device not in self.devices:
+            self.devices.append(weight.device)
+        self.weights.append(weight)
+
+
+def copy_running(weights: list[Tensor | None], running: Sequence[int]) -> list[Tensor | None]:
+    """Copies of running statistics where a backward pass may come: a training step in between moves the buffers."""
+    if not running or not torch.is_grad_enabled():
+        return weights
+    copies = list(weights)
+    for at in running:
+        copies[at] = copies[at].clone()  # type: ignore[union-attr]
+    return copies
+
+
+def fill_absent(weights: Sequence[Tensor | None], input: Tensor) -> list[Tensor]:
+    """Empty tensors in the place of None: lists with None are not differentiable in custom operators."""
+    absent = input.detach().new_empty(0)
+    return [absent if weight is None else weight for weight in weights]
 
 
 def check_memory(op: str, memory: str, modes: Sequence[str]) -> str:
@@ -92,19 +122,19 @@ def check_input(op: str, input: Tensor) -> None:
         )
 
 
-def cast_input(op: str, input: Tensor, weights: Sequence[Tensor], convs: Sequence[Tensor]) -> Tensor:
+def cast_input(op: str, input: Tensor, devices: Sequence[torch.device], conv_dtypes: Sequence[torch.dtype]) -> Tensor:
     """The input in the type to compute in: under autocast that of autocast, else that of the convolutions."""
-    for weight in weights:
-        if weight.device != input.device:
-            raise ValueError(f"{op}: expected all weights to be on {input.device} like input, got {weight.device}")
+    for place in devices:
+        if place != input.device:
+            raise ValueError(f"{op}: expected all weights to be on {input.device} like input, got {place}")
     device = input.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         if input.dtype in (torch.float32, torch.float16, torch.bfloat16):
             return input.to(torch.get_autocast_dtype(device))
         return input
-    for conv in convs:
-        if conv.dtype != input.dtype:
-            raise TypeError(f"{op}: expected input to be {conv.dtype} like the convolution weights, got {input.dtype}")
+    for dtype in conv_dtypes:
+        if dtype != input.dtype:
+            raise TypeError(f"{op}: expected input to be {dtype} like the convolution weights, got {input.dtype}")
     return input
 
 

@@ -18,6 +18,7 @@ from fastdense.ops.arguments import (
     count_pixels,
     empty_channels_last,
     fake_gradients,
+    fill_absent,
     records_gradient,
     statistics_dtype,
 )
@@ -47,6 +48,19 @@ class TailWeights(NamedTuple):
     @property
     def kind(self) -> str:
         return "transition" if self.conv is not None else "norm_relu" if self.relu else "norm"
+
+
+class FlatBlock(NamedTuple):
+    """A block's weights and eps in the order in which the native operator reads them; None for what is absent."""
+
+    weights: list[Tensor | None]
+    eps: list[float]
+    num_layers: int
+    bottleneck: bool
+    tail: str
+    running: list[int]  # positions of running statistics
+    devices: list[torch.device]
+    conv_dtypes: list[torch.dtype]
 
 
 def dense_block(
@@ -101,32 +115,43 @@ def dense_block(
         G. Huang, Z. Liu, L. van der Maaten, K. Weinberger. Densely Connected Convolutional Networks. CVPR 2017,
         arXiv:1608.06993, equation 2; shared memory after G. Pleiss et al., arXiv:1707.06990.
     """
+    flat = flatten_block(without_dropped(layers, active), tail)
+    return run_flat_block(
+        input, flat, flat.weights, drop_rate=drop_rate, seed=seed, memory=memory, process_group=process_group
+    )
+
+
+def run_flat_block(
+    input: Tensor,
+    flat: FlatBlock,
+    weights: Sequence[Tensor | None],
+    *,
+    drop_rate: float = 0.0,
+    seed: Tensor | None = None,
+    memory: str = "balanced",
+    process_group: str = "",
+) -> tuple[Tensor, BatchStatistics]:
+    """:func:`dense_block` with its weights in a list: those of ``flat``, or copies of them."""
     check_memory("dense_block", memory, MEMORY_MODES)
     check_input("dense_block", input)
-    layers = _without_dropped(layers, active)
-    weights, eps = _flatten(layers, tail, absent=input.detach().new_empty(0))
-    convs = [conv for layer in layers for conv in (layer.conv1, layer.conv2) if conv is not None]
-    if tail is not None and tail.conv is not None:
-        convs.append(tail.conv)
-    input = cast_input("dense_block", input, weights, convs)
-    bottleneck = len(layers) > 0 and layers[0].conv1 is not None
-    keep = memory == "balanced" and records_gradient(input, weights)
+    given = fill_absent(weights, input)
+    input = cast_input("dense_block", input, flat.devices, flat.conv_dtypes)
     out, _, mean, var, _ = torch.ops.fastdense.dense_block(
         input,
-        weights,
-        eps,
-        len(layers),
-        bottleneck,
-        tail.kind if tail is not None else "none",
+        given,
+        flat.eps,
+        flat.num_layers,
+        flat.bottleneck,
+        flat.tail,
         drop_rate,
         seed,
-        keep,
+        memory == "balanced" and records_gradient(input, given),
         process_group,
     )
     return out, BatchStatistics(mean, var)
 
 
-def _without_dropped(layers: Sequence[LayerWeights], active: Sequence[bool] | None) -> Sequence[LayerWeights]:
+def without_dropped(layers: Sequence[LayerWeights], active: Sequence[bool] | None) -> Sequence[LayerWeights]:
     if active is None:
         return layers
     if len(active) != len(layers):
@@ -146,10 +171,8 @@ def _dropped(layer: LayerWeights) -> LayerWeights:
     return LayerWeights(norm, empty(layer.conv1), norm, empty(layer.conv2))
 
 
-def _flatten(
-    layers: Sequence[LayerWeights], tail: TailWeights | None, absent: Tensor
-) -> tuple[list[Tensor], list[float]]:
-    parameters = Parameters(absent)
+def flatten_block(layers: Sequence[LayerWeights], tail: TailWeights | None) -> FlatBlock:
+    parameters = Parameters()
     for layer in layers:
         parameters.norm(layer.norm1)
         if layer.conv1 is not None and layer.norm2 is not None:
@@ -160,7 +183,16 @@ def _flatten(
         parameters.norm(tail.norm)
         if tail.conv is not None:
             parameters.conv(tail.conv)
-    return parameters.weights, parameters.eps
+    return FlatBlock(
+        parameters.weights,
+        parameters.eps,
+        len(layers),
+        len(layers) > 0 and layers[0].conv1 is not None,
+        tail.kind if tail is not None else "none",
+        parameters.running,
+        parameters.devices,
+        parameters.conv_dtypes,
+    )
 
 
 @register_fake("dense_block")

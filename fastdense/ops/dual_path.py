@@ -17,6 +17,7 @@ from fastdense.ops.arguments import (
     check_memory,
     empty_channels_last,
     fake_gradients,
+    fill_absent,
     records_gradient,
     statistics_dtype,
 )
@@ -41,6 +42,20 @@ class DualPathWeights(NamedTuple):
     conv_b: Tensor
     norm_c: NormWeights
     conv_c: Tensor
+
+
+class FlatStage(NamedTuple):
+    """A stage's weights and eps in the order in which the native operator reads them; None for what is absent."""
+
+    weights: list[Tensor | None]
+    eps: list[float]
+    num_blocks: int
+    projection: bool
+    residual_channels: int
+    stride: int
+    running: list[int]  # positions of running statistics
+    devices: list[torch.device]
+    conv_dtypes: list[torch.dtype]
 
 
 def dual_path_stage(
@@ -96,15 +111,25 @@ def dual_path_stage(
         Y. Chen, J. Li, H. Xiao, X. Jin, S. Yan, J. Feng. Dual Path Networks. NIPS 2017, arXiv:1707.01629, equations
         5 to 8 and section 4.
     """
+    flat = flatten_stage(blocks, projection, residual_channels, stride)
+    return run_flat_stage(input, flat, flat.weights, memory=memory, process_group=process_group)
+
+
+def run_flat_stage(
+    input: Tensor,
+    flat: FlatStage,
+    weights: Sequence[Tensor | None],
+    *,
+    memory: str = "balanced",
+    process_group: str = "",
+) -> tuple[Tensor, BatchStatistics]:
+    """:func:`dual_path_stage` with its weights in a list: those of ``flat``, or copies of them."""
     op = "dual_path_stage"
     check_memory(op, memory, DUAL_PATH_MEMORY_MODES)
     check_input(op, input)
-    weights, eps = _flatten(blocks, projection, absent=input.detach().new_empty(0))
-    convs = [conv for block in blocks for conv in (block.conv_a, block.conv_b, block.conv_c)]
-    if projection is not None:
-        convs.append(projection.conv)
-    input = cast_input(op, input, weights, convs)
-    records = records_gradient(input, weights)
+    given = fill_absent(weights, input)
+    input = cast_input(op, input, flat.devices, flat.conv_dtypes)
+    records = records_gradient(input, given)
     if records and memory == "reversible" and input.dtype not in (torch.float32, torch.float64):
         raise NotImplementedError(
             f'{op}: expected input to be float32 or float64 with memory="reversible", got {input.dtype}; '
@@ -112,22 +137,22 @@ def dual_path_stage(
         )
     out, _, _, _, mean, var = torch.ops.fastdense.dual_path_stage(
         input,
-        weights,
-        eps,
-        len(blocks),
-        projection is not None,
-        residual_channels,
-        stride,
+        given,
+        flat.eps,
+        flat.num_blocks,
+        flat.projection,
+        flat.residual_channels,
+        flat.stride,
         memory if records else "nothing",
         process_group,
     )
     return out, BatchStatistics(mean, var)
 
 
-def _flatten(
-    blocks: Sequence[DualPathWeights], projection: ProjectionWeights | None, absent: Tensor
-) -> tuple[list[Tensor], list[float]]:
-    parameters = Parameters(absent)
+def flatten_stage(
+    blocks: Sequence[DualPathWeights], projection: ProjectionWeights | None, residual_channels: int, stride: int
+) -> FlatStage:
+    parameters = Parameters()
     if projection is not None:
         parameters.norm(projection.norm)
         parameters.conv(projection.conv)
@@ -139,7 +164,17 @@ def _flatten(
         ):
             parameters.norm(norm)
             parameters.conv(conv)
-    return parameters.weights, parameters.eps
+    return FlatStage(
+        parameters.weights,
+        parameters.eps,
+        len(blocks),
+        projection is not None,
+        residual_channels,
+        stride,
+        parameters.running,
+        parameters.devices,
+        parameters.conv_dtypes,
+    )
 
 
 @register_fake("dual_path_stage")

@@ -10,9 +10,9 @@ from torch import Tensor
 from fastdense.ops.arguments import (
     BatchStatistics,
     NormWeights,
-    Parameters,
     check_input,
     empty_in_layout,
+    fill_absent,
     records_gradient,
     statistics_dtype,
 )
@@ -67,16 +67,15 @@ def norm_relu_max_pool(
         tensor([[[0., 3.]]])
     """
     check_input("norm_relu_max_pool", input)
-    parameters = Parameters(absent=input.detach().new_empty(0))
-    parameters.norm(norm)
+    weights = fill_absent(norm[:4], input)
     out, _, mean, var = torch.ops.fastdense.norm_relu_max_pool(
         input,
-        parameters.weights,
+        weights,
         norm.eps,
         kernel_size,
         stride,
         padding,
-        records_gradient(input, parameters.weights),
+        records_gradient(input, weights),
         process_group,
     )
     if input.dim() == 5 and out.element_size() == 2 and input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):

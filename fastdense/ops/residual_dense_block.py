@@ -13,6 +13,7 @@ from fastdense.ops.arguments import (
     check_input,
     empty_channels_last,
     fake_gradients,
+    fill_absent,
 )
 from fastdense.ops.autograd import no_double_backward, register_autograd, save, saved, wanted
 from fastdense.ops.fakes import register_fake
@@ -25,6 +26,16 @@ class ConvWeights(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+class FlatResidualBlock(NamedTuple):
+    """A block's weights in the order in which the native operator reads them; None for an absent bias."""
+
+    weights: list[Tensor | None]
+    first_channels: list[int]
+    fusion: bool
+    devices: list[torch.device]
+    conv_dtypes: list[torch.dtype]
 
 
 def residual_dense_block(
@@ -70,21 +81,45 @@ def residual_dense_block(
         Y. Zhang et al. Residual Dense Network for Image Super-Resolution. CVPR 2018, arXiv:1802.08797, equations 4 to
         7; X. Wang et al. ESRGAN. ECCVW 2018, arXiv:1809.00219, section 3.1.
     """
-    check_input(_OP, input)
-    parameters = Parameters(absent=input.detach().new_empty(0))
-    convs = [*layers] if fusion is None else [*layers, fusion]
-    for conv in convs:
+    return run_flat_residual_block(
+        input,
+        flatten_residual_block(layers, fusion, first_channels),
+        negative_slope=negative_slope,
+        scale=scale,
+        outer=outer,
+        outer_scale=outer_scale,
+    )
+
+
+def flatten_residual_block(
+    layers: Sequence[ConvWeights], fusion: ConvWeights | None, first_channels: Sequence[int] | None = None
+) -> FlatResidualBlock:
+    parameters = Parameters()
+    for conv in layers if fusion is None else [*layers, fusion]:
         parameters.biased_conv(*conv)
-    kernels = [conv.weight for conv in convs]
+    first = [0] * len(layers) if first_channels is None else list(first_channels)
+    return FlatResidualBlock(parameters.weights, first, fusion is not None, parameters.devices, parameters.conv_dtypes)
+
+
+def run_flat_residual_block(
+    input: Tensor,
+    flat: FlatResidualBlock,
+    *,
+    negative_slope: float,
+    scale: float = 1.0,
+    outer: Tensor | None = None,
+    outer_scale: float = 1.0,
+) -> Tensor:
+    """:func:`residual_dense_block` with its weights in a list."""
+    check_input(_OP, input)
+    weights = fill_absent(flat.weights, input)
     if outer is not None:
-        outer = cast_input(_OP, outer, [], kernels)
-    input = cast_input(_OP, input, parameters.weights, kernels)
+        outer = cast_input(_OP, outer, [], flat.conv_dtypes)
+    input = cast_input(_OP, input, flat.devices, flat.conv_dtypes)
     if outer is None:
         outer_scale = 1.0
-    if first_channels is None:
-        first_channels = [0] * len(layers)
     out, _ = torch.ops.fastdense.residual_dense_block(
-        input, parameters.weights, first_channels, fusion is not None, negative_slope, scale, outer, outer_scale
+        input, weights, flat.first_channels, flat.fusion, negative_slope, scale, outer, outer_scale
     )
     return out
 

@@ -21,7 +21,8 @@ def operators() -> list[str]:
 
 
 def dense_block_samples():
-    from fastdense.ops.dense_block import _flatten, _without_dropped
+    from fastdense.ops.arguments import fill_absent
+    from fastdense.ops.dense_block import flatten_block, without_dropped
 
     for case in (
         Case(tail="transition", drop_rate=0.2),
@@ -31,15 +32,14 @@ def dense_block_samples():
         Case(tail="norm", frozen=ALL, dtype=torch.float32),
     ):
         block = Block(case)
-        weights, eps = _flatten(
-            _without_dropped(block.layers, case.active), block.tail, torch.empty(0, dtype=case.dtype)
-        )
+        flat = flatten_block(without_dropped(block.layers, case.active), block.tail)
         options = (case.num_layers, case.width > 0, case.tail, case.drop_rate, block.seed)
-        yield block, weights, eps, options
+        yield block, fill_absent(flat.weights, block.input), flat.eps, options
 
 
 def dual_path_samples():
-    from fastdense.ops.dual_path import _flatten
+    from fastdense.ops.arguments import fill_absent
+    from fastdense.ops.dual_path import flatten_stage
 
     for case in (
         StageCase(stride=2),
@@ -48,8 +48,13 @@ def dual_path_samples():
         StageCase(frozen=("",), num_blocks=1),
     ):
         stage = Stage(case)
-        weights, eps = _flatten(stage.blocks, stage.projection, torch.empty(0, dtype=case.dtype))
-        yield stage, weights, eps, (case.num_blocks, case.projection, case.residual_channels, case.stride)
+        flat = flatten_stage(stage.blocks, stage.projection, case.residual_channels, case.stride)
+        yield (
+            stage,
+            fill_absent(flat.weights, stage.input),
+            flat.eps,
+            (case.num_blocks, case.projection, case.residual_channels, case.stride),
+        )
 
 
 def residual_dense_block_samples(name: str):
@@ -74,7 +79,7 @@ def residual_dense_block_samples(name: str):
 
 
 def norm_relu_max_pool_samples(name: str):
-    from fastdense.ops.arguments import Parameters
+    from fastdense.ops.arguments import fill_absent
 
     for case in (
         StemCase(),
@@ -83,16 +88,15 @@ def norm_relu_max_pool_samples(name: str):
         StemCase(frozen=GIVEN, channels_last=True),
     ):
         stem = Stem(case)
-        norm = Parameters(torch.empty(0, dtype=case.dtype))
-        norm.norm(stem.weights)
+        norm = fill_absent(stem.weights[:4], stem.input)
         options = 1e-3, *map(list, stem.pool)
         if name == "norm_relu_max_pool":
-            yield stem.input, norm.weights, *options, True, ""
+            yield stem.input, norm, *options, True, ""
             continue
         with torch.no_grad():
-            parameters = [w.detach() for w in norm.weights]
+            parameters = [w.detach() for w in norm]
             out, *saved = torch.ops.fastdense.norm_relu_max_pool(stem.input, parameters, *options, True, "")
-            needs = [True] + [w.requires_grad for w in norm.weights]
+            needs = [True] + [w.requires_grad for w in norm]
             yield torch.randn_like(out), stem.input.detach(), *saved, parameters, *options, needs, ""
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastdense.fusion.checks import NotFusible
 from fastdense.fusion.plan.kept import check_compiled_code, check_function_modes, keep
@@ -23,6 +24,7 @@ from fastdense.fusion.plan.state import STATE, is_own, memory_of, plain_class, r
 from fastdense.ops.arguments import devices, is_exporting, missing_kernels
 
 Plan = TypeVar("Plan")
+_WRAP_NOTHING = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
 
 
 class FusedModule(nn.Module):
@@ -59,10 +61,12 @@ def run_fused(
 
     Runs the plain modules where there is none, or where a program for elsewhere is recorded.
     """
+    if wrapped := find_wrapped(input):
+        return torch.overrides.handle_torch_function(run_fused, wrapped, module, read, run, input, *others)
     if is_traced(input):
         return run_plain(module, input, *others)
     try:
-        return run(plan_of(module, read), memory_of(module), input, *others)
+        return in_format_of(input, run(plan_of(module, read), memory_of(module), input, *others))
     except NotFusible as reason:
         return fall_back(module, reason, input, *others)
 
@@ -120,6 +124,28 @@ def is_traced(input: Any) -> bool:
     return isinstance(input, fx.Proxy) or is_exporting() or torch.onnx.is_in_onnx_export()
 
 
+def find_wrapped(input: Any) -> tuple[Any, ...]:
+    """The inputs whose class, such as MONAI's MetaTensor, wants to wrap what functions make of them."""
+    if type(input) is Tensor or not torch._C._is_torch_function_enabled():
+        return ()
+    return tuple(t for t in (input if isinstance(input, tuple) else (input,)) if _wraps(type(t)))
+
+
+def _wraps(kind: Any) -> bool:
+    return issubclass(kind, Tensor) and kind.__torch_function__ not in _WRAP_NOTHING
+
+
+def in_format_of(input: Any, out: Any) -> Any:
+    """The result in the memory format that plain modules would give it; operators put channels innermost.
+
+    A contiguous input gives a contiguous result, at the cost of a copy.
+    """
+    if isinstance(out, tuple):
+        return tuple(in_format_of(input, part) for part in out)
+    first = input[0] if isinstance(input, tuple) else input
+    return out.contiguous() if first.is_contiguous() else out
+
+
 def refuse_torchscript() -> NoReturn:
     raise RuntimeError(
         "fastdense: TorchScript does not support converted modules; script or trace fastdense.restore(model), "
@@ -127,9 +153,21 @@ def refuse_torchscript() -> NoReturn:
     )
 
 
+def check_no_transforms() -> None:
+    """Raises NotFusible under forward-mode derivatives and the transforms of torch.func."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        raise NotFusible("forward-mode derivatives and function transforms go through plain modules only")
+
+
+def _is_wrapper(input: object) -> bool:
+    """Whether a tensor holds others, as a DTensor does, and so nothing that an operator could read."""
+    return type(input) is not Tensor and is_traceable_wrapper_subclass(input)
+
+
 def check_runs_here(op: str, input: Tensor) -> None:
     """Raises NotFusible where only plain modules can go in place of an operator."""
-    if forward_ad._current_level >= 0:
-        raise NotFusible("forward-mode derivatives go through plain modules only")
+    check_no_transforms()
+    if _is_wrapper(input):
+        raise NotFusible(f"a {type(input).__name__} goes through plain modules only")
     if input.device.type not in devices(op):
         raise NotFusible(missing_kernels(input.device.type))

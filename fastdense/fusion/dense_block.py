@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdense._choices import MemoryMode
-from fastdense.fusion.base import FusedModule, check_runs_here, run_fused
+from fastdense.fusion.base import FusedModule, check_no_transforms, check_runs_here, run_fused
 from fastdense.fusion.batch_statistics import (
     StatisticsUpdate,
     group_name,
@@ -31,7 +31,7 @@ from fastdense.fusion.dense_layers import (
     read_transition,
     tail_weights,
 )
-from fastdense.fusion.max_pool_transition import check_no_transforms, read_max_pool_transition, run_recomputed
+from fastdense.fusion.max_pool_transition import read_max_pool_transition, run_recomputed
 from fastdense.ops import BatchStatistics
 from fastdense.ops.arguments import copy_running, count_pixels
 from fastdense.ops.dense_block import FlatBlock, flatten_block, run_flat_block, without_dropped

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -64,11 +63,6 @@ def read_max_pool_transition(module: nn.Module) -> list[Any]:
     if not is_recomputable(modules[0]):
         raise NotFusible(f"norm is a {class_name(modules[0])}, not a BatchNorm of one process")
     return modules
-
-
-def check_no_transforms() -> None:
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        raise NotFusible("forward-mode derivatives and function transforms go through plain modules only")
 
 
 def check_unobserved(modules: Sequence[Any]) -> None:

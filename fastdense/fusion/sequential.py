@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdense.fusion.base import FusedModule, fall_back, is_traced, run_plain
+from fastdense.fusion.base import FusedModule, fall_back, find_wrapped, in_format_of, is_traced, run_plain
 from fastdense.fusion.checks import NORMS, NotFusible, check_no_hooks
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, read_tail, run_block
 from fastdense.fusion.dense_layers import read_block
@@ -40,6 +40,8 @@ class FusedSequential(FusedModule):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if wrapped := find_wrapped(input):
+            return torch.overrides.handle_torch_function(type(self).forward, wrapped, self, input)
         if is_traced(input):
             return run_plain(self, input)
         try:
@@ -47,20 +49,21 @@ class FusedSequential(FusedModule):
         except NotFusible as reason:
             return fall_back(self, reason, input)
         modules = list(self.__dict__["_modules"].values())
-        at = 0
+        at, entered = 0, None  # what the first operator reads has the memory format that the result is to have
         while at < len(modules):
             row = _row(modules, at)
             if row:
                 try:
                     run = _run_of(self, at, row)
-                    input = run.call(input)
+                    out = run.call(input)
+                    entered, input = input if entered is None else entered, out
                     at += run.modules
                     continue
                 except NotFusible:
                     pass  # one by one; they fall back, with their own warnings
             input = modules[at](input)
             at += 1
-        return input
+        return input if entered is None else in_format_of(entered, input)
 
 
 def _check_own_code(sequence: nn.Module) -> None:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdense.fusion.base import check_runs_here
+from fastdense.fusion.base import check_no_transforms, check_runs_here
 from fastdense.fusion.batch_statistics import group_name, process_group_of, read_update, update_norms
 from fastdense.fusion.checks import NotFusible, check_norm, has_fused_relu
 from fastdense.fusion.dense_layers import norm_weights
-from fastdense.fusion.max_pool_transition import POOLS, check_no_transforms, check_unobserved, run_recomputed
+from fastdense.fusion.max_pool_transition import POOLS, check_unobserved, run_recomputed
 from fastdense.ops import norm_relu_max_pool
 from fastdense.ops.arguments import count_pixels
 from fastdense.ops.norm_relu_max_pool import MAX_WINDOW

@@ -2,6 +2,7 @@
 """Functional operators, one module each; importing it registers their fakes, gradients and counts."""
 
 from fastdense.ops.arguments import BatchStatistics, NormWeights
+from fastdense.ops.batching import register_batching_rules
 from fastdense.ops.bicubic import bicubic_resize
 from fastdense.ops.dense_block import LayerWeights, TailWeights, dense_block
 from fastdense.ops.dropout_mask import dropout_mask
@@ -15,6 +16,8 @@ from fastdense.ops.residual_dense_block import ConvWeights, residual_dense_block
 from fastdense.ops.update_running_stats import update_running_stats_
 
 register_flops()
+
+register_batching_rules()
 
 __all__ = [
     "BatchStatistics",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Densely connected networks on shared buffers: the same numbers, less memory, more speed."""
+"""Densely connected networks on shared buffers: the same results in less memory and time."""
 
 import sys
 from itertools import pairwise

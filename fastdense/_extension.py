@@ -33,7 +33,7 @@ __all__ = ["_C", "build_info"]
 
 
 def build_info() -> "BuildInfo":
-    """What was compiled, and what it makes of this machine.
+    """Returns what was compiled, and which code paths this machine uses.
 
     Returns:
         A dict of ``version``; ``torch``, the version compiled with; ``cuda`` and ``cuda_arch_list``, None in a build

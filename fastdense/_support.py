@@ -55,7 +55,7 @@ def extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = (error.name or "a package").partition(".")[0]
         raise MissingExtraError(
-            f"fastdense: expected {package} to be installed, got no such module; run: pip install 'fastdense[{name}]'"
+            f"fastdense: {package} is not installed; run: pip install 'fastdense[{name}]'"
         ) from error
 
 

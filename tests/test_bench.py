@@ -144,7 +144,7 @@ def test_timm_model_has_the_weights_of_torchvision():
     x = torch.randn(1, 3, 32, 32)
     assert type(model) is not type(expected)
     torch.testing.assert_close(model(x), expected(x))
-    with pytest.raises(InputError, match="of torchvision to compare timm's with, got DenseNet-BC"):
+    with pytest.raises(InputError, match="a torchvision network for the timm variants, got DenseNet-BC"):
         build(TINY.net, VARIANTS["timm"])
 
 

@@ -226,7 +226,7 @@ def test_bad_tensors():
         bicubic_resize(torch.zeros(1, 1, 5, 5), 3, residual=torch.zeros(1, 1, 3, 4))
     with pytest.raises(TypeError, match="residual to be float32 like input"):
         bicubic_resize(torch.zeros(1, 1, 5, 5), 3, residual=torch.zeros(1, 1, 3, 3, dtype=torch.float64))
-    with pytest.raises(ValueError, match="left out for uint8"):
+    with pytest.raises(ValueError, match="None for uint8"):
         bicubic_resize(torch.zeros(1, 1, 5, 5, dtype=torch.uint8), 3, clamp=(0, 1))
     with pytest.raises(ValueError, match="at most 4 dimensions"):
         bicubic_resize(torch.zeros(1, 1, 5, 5, 5, dtype=torch.uint8), 3, preset="pillow")

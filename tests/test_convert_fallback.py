@@ -287,7 +287,7 @@ def test_a_block_class_with_a_forward_of_its_own_is_left_alone():
     def change(net):
         net.features.denseblock1.__class__ = FoldedBlock
 
-    with one_warning(BLOCK, "its results are not those of norm, ReLU and convolution"):
+    with one_warning(BLOCK, "its results differ from those of a dense block: norm, ReLU and convolution"):
         plain, fast = pair(change=change)
     x = images()
     assert_same(step(fast, x), step(plain, x))

@@ -340,7 +340,9 @@ def test_a_layer_of_another_class_is_noticed():
 
     plain, fast = pair(net, change=change, when="after")
     x = images()
-    with one_warning("dense2 runs as plain modules", "its results are not those of norm, ReLU and convolution"):
+    with one_warning(
+        "dense2 runs as plain modules", "its results differ from those of a dense block: norm, ReLU and convolution"
+    ):
         for _ in range(2):
             assert_same(step(fast, x), step(plain, x))
 

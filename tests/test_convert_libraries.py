@@ -88,7 +88,7 @@ def test_what_stands_in_the_way_of_a_later_stage_is_found_before_the_first_has_r
 
     def refuse(norms):
         if any(norm is last for norm in norms):
-            raise NotFusible("its norms share batch statistics with different processes")
+            raise NotFusible("its norms belong to different process groups")
 
     monkeypatch.setattr(fastdense.fusion.dual_path, "process_group_of", refuse)
     x = torch.randn(2, 3, 64, 64)

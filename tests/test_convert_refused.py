@@ -113,21 +113,21 @@ def set_module(index, make):
     return with_module(change)
 
 
-NOT_RESULTS = "its results are not those of norm, ReLU and convolution on all earlier features"
+NOT_RESULTS = "its results differ from those of a dense block: norm, ReLU and convolution on all earlier features"
 PLAIN = {
     "leaky": (of(Leaky), NOT_RESULTS),
     "mixed orders": (of(Skipping), NOT_RESULTS),
     "gradient stopped": (of(Detached), NOT_RESULTS),
     "other in eval": (of(EvalOnly), NOT_RESULTS),
     "dropout inside": (of(TwiceDropped), NOT_RESULTS),
-    "dropout in eval": (of(AlwaysDropped), "its dropout has several rates, or one in eval mode"),
+    "dropout in eval": (of(AlwaysDropped), "its dropout has more than one rate, or is active in eval mode"),
     "random": (of(Rare), "its forward draws random numbers"),
     "python's random": (of(RarePython), "its forward draws random numbers"),
     "counting": (of(Counting), "its forward changes its attributes"),
     "layer scale": (of(Scaled), "0 has parameters of its own"),
     "post-activation": (of(PostActivation), "0 is Conv2d, BatchNorm2d, Conv2d: expected norm, convolution"),
-    "a list of layers that needs lists": (of(NewLayer), "it cannot be tried on one tensor"),
-    "GELU": (set_module(1, lambda _: nn.GELU()), "its layers have GELU: expected batch norms, ReLU"),
+    "a list of layers that needs lists": (of(NewLayer), "it fails when called with one tensor"),
+    "GELU": (set_module(1, lambda _: nn.GELU()), "its layers have GELU: expected only batch norms, ReLU"),
     "group norm": (set_module(3, lambda norm: nn.GroupNorm(2, norm.num_features)), "its layers have GroupNorm"),
     "bias": (set_module(2, lambda c: nn.Conv2d(c.in_channels, 8, 1)), "0.2 is Conv2d.*: expected no bias"),
     "groups": (
@@ -171,14 +171,16 @@ def test_weights_without_values_are_not_tried():
         model = Net(plain_sequence).double()
     with fastdense_warnings() as messages:
         fastdense.convert(model)
-    assert [message.split(": ")[-1] for message in messages] == ["its weights have no values to try it with"] * 2
+    assert [message.split(": ")[-1] for message in messages] == [
+        "its weights are on the meta device; convert after loading them"
+    ] * 2
     fast = fastdense.convert(randomise(model.to_empty(device="cpu")))
     assert fused_calls(fast.eval(), torch.randn(2, 3, 14, 17, dtype=torch.float64)) == [(2, "none"), (3, "none")]
 
 
 def test_huge_blocks_are_not_tried(monkeypatch):
     monkeypatch.setattr(fastdense.fusion.equivalence, "_MOST_NUMBERS", 1000)
-    with pytest.warns(UserWarning, match="more than 1000 parameters, too many to try it"):
+    with pytest.warns(UserWarning, match="more than 1000 parameters, too many for the equivalence check"):
         fastdense.convert(nn.ModuleList([plain_sequence(3)]))
 
 
@@ -204,4 +206,4 @@ def test_rdnet_says_why_it_stays_plain():
         assert (row.kind, row.layers, row.runs) == ("block", 3, "plain")
         assert message == f"fastdense: {row.name} stays plain: {row.reason}"
         assert "LayerNorm2d, timm.layers.activations.GELU" in row.reason
-        assert "expected batch norms, ReLU, convolutions and dropout alone" in row.reason
+        assert "expected only batch norms, ReLU, convolutions and dropout" in row.reason

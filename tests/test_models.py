@@ -174,10 +174,13 @@ def test_dialects_of_checkpoints(dialect):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("features.norm5.weight"), r"state_dict to have features\.norm5\.weight, got none"),
+        (lambda s: s.pop("features.norm5.weight"), r"state_dict to have features\.norm5\.weight, but it is missing"),
         (lambda s: s.update({"classifier.bias": torch.zeros(7)}), r"classifier\.bias to have shape \(5,\), got \(7,\)"),
-        (lambda s: s.update({"head.weight": torch.zeros(1)}), r"the model's entries only, got head\.weight"),
-        (lambda s: s.update({"module.classifier.bias": torch.zeros(5)}), r"to name classifier\.bias once"),
+        (lambda s: s.update({"head.weight": torch.zeros(1)}), r"only entries of the model, got unknown head\.weight"),
+        (
+            lambda s: s.update({"module.classifier.bias": torch.zeros(5)}),
+            r"one entry for classifier\.bias, got a second one",
+        ),
     ],
 )
 def test_checkpoints_that_do_not_fit_change_nothing(change, message):

@@ -186,12 +186,12 @@ def write_bomb(path):
         (["in.png", "out.png", "--model", "in.png"], "to be a whole checkpoint of tensors"),
         (["in.png", "out.png", "--model", "net.pt", "--max-memory", "1K"], "expected max_memory to be at least"),
         (["missing.png", "out.png", "--scale", "2"], "upscale: expected IN to be a picture or a folder, got missing"),
-        (["net.pt", "out.png", "--scale", "2"], "upscale: expected IN to be a picture, got net.pt"),
-        (["bomb.png", "out.png", "--scale", "2"], "upscale: expected IN to be a picture, got bomb.png"),
-        (["empty.png", "out.png", "--scale", "2"], "upscale: expected IN to be a picture, got empty.png"),
+        (["net.pt", "out.png", "--scale", "2"], "upscale: cannot read IN: net.pt"),
+        (["bomb.png", "out.png", "--scale", "2"], "upscale: cannot read IN: bomb.png"),
+        (["empty.png", "out.png", "--scale", "2"], "upscale: cannot read IN: empty.png"),
         (["in.png", "out.txt", "--scale", "2"], "upscale: expected OUT to end in"),
         (["in.png", "in.png/out.png", "--scale", "2"], "upscale: expected OUT to be a file that can be written"),
-        (["rgba.png", "out.jpg", "--scale", "2"], "expected out.jpg to be of a format that holds the picture"),
+        (["rgba.png", "out.jpg", "--scale", "2"], "the format of out.jpg cannot store this picture"),
     ],
 )
 def test_upscale_refuses_bad_input(options, message, folder, capsys):

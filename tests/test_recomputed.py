@@ -159,7 +159,7 @@ def more(net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [(hook, "has hooks"), (sync, "SyncBatchNorm"), (more, "its modules are not a norm")]
+    ("change", "reason"), [(hook, "has hooks"), (sync, "SyncBatchNorm"), (more, "its modules are not norm, ReLU")]
 )
 def test_falls_back(change, reason):
     fast, plain = pair()

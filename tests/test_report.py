@@ -28,7 +28,7 @@ def test_a_converted_net():
     assert made.kept_bytes / 2**20 == pytest.approx(26.0, abs=0.1)
     assert made.saved_bytes == made.plain_bytes - made.kept_bytes
     assert made.kept_ratio == pytest.approx(26.0 / 124.3, abs=0.01)
-    assert str(made).endswith("MiB, plainly 124.3 MiB (ratio 0.21, 98.3 MiB saved)")
+    assert str(made).endswith("MiB; by plain modules: 124.3 MiB (ratio 0.21, 98.3 MiB less)")
     assert next(net.parameters()).device.type == "cpu"
 
 

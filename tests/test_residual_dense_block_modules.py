@@ -193,9 +193,9 @@ class TwoInputs(BasicBlock):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (Attention, "its results are not those of a residual dense block"),
+        (Attention, "its results differ from those of a residual dense block"),
         (Dropping, "its forward draws random numbers"),
-        (TwoInputs, "it cannot be tried on one tensor: .*missing 1 required positional argument"),
+        (TwoInputs, "it fails when called with one tensor: .*missing 1 required positional argument"),
     ],
 )
 def test_what_computes_something_else_stays_plain(make, reason):

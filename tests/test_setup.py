@@ -281,7 +281,9 @@ def test_make_runs_the_tests_as_other_processors_would(tree):
     """All of them, even after one has failed."""
     (tree / "wanted").touch()
     command = ["make", "test-isa", "WORKERS=3"]
-    made = subprocess.run(command, cwd=tree, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)
+    made = subprocess.run(
+        command, cwd=tree, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60
+    )
     assert made.returncode == 2
     arguments = "-m pytest -n 3 --dist loadfile --durations=15 -q"
     levels = (("avx2", "avx2"), ("default", "baseline"))

@@ -145,6 +145,9 @@ def test_blocks_of_other_libraries_are_found(slope, recwarn):
 
 def test_what_computes_something_else_stays_plain():
     model = nn.ModuleList([WithoutInput(5)])
-    with pytest.warns(UserWarning, match="0 stays plain: its results are not its input and the features of its layers"):
+    with pytest.warns(
+        UserWarning,
+        match="0 stays plain: its results differ from its input, concatenated with the features of its layers",
+    ):
         fastdense.convert(model)
     assert type(model[0]) is WithoutInput

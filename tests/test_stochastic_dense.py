@@ -158,7 +158,7 @@ def test_samples_are_dropped_by_plain_modules(make):
     fast, plain = both(make(survival_mode="sample", survival_scale="train"))
     x = image()
     torch.manual_seed(3)
-    with pytest.warns(UserWarning, match="runs as plain modules: .*stochastic_depth drops single samples"):
+    with pytest.warns(UserWarning, match="runs as plain modules: .*stochastic_depth drops per sample"):
         made = fast(x)
     torch.manual_seed(3)
     torch.testing.assert_close(made, plain(x))

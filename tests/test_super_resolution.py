@@ -268,7 +268,7 @@ def test_errors_name_key_and_shape(tmp_path):
     with pytest.raises(ValueError, match=r"conv_hr.weight to have shape \(6, 6, 3, 3\), got \(6, 5, 3, 3\)"):
         load_super_resolution(path)
     path = checkpoint(tmp_path, lambda s: s.update({"conv1x1.weight": torch.zeros(1)}))
-    with pytest.raises(ValueError, match=r"entries only, got conv1x1.weight"):
+    with pytest.raises(ValueError, match=r"only entries of the model, got unknown conv1x1.weight"):
         load_super_resolution(path)
     path = checkpoint(tmp_path, lambda s: s.pop("conv_first.weight"))
     with pytest.raises(ValueError, match=r"hold a whole rrdbnet, got a problem with 'conv_first.weight'"):
@@ -287,7 +287,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     with pytest.raises(ValueError, match=r"hold tensors only, got epoch of type int"):
         load_super_resolution(path)
     torch.save({"fc.weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"hold a network that is known, got entries like fc.weight"):
+    with pytest.raises(ValueError, match=r"hold a known network, got entries such as fc.weight"):
         load_super_resolution(path)
     with pytest.raises(ValueError, match=r"expected path to be a file"):
         load_super_resolution(tmp_path / "absent.pth")
@@ -405,7 +405,7 @@ def test_damaged_ncnn_files(tmp_path):
         (text, b"\1" + data[1:], r"conv_first in .* to hold float16 or float32, got tag 0x1306b01"),
         ("PNG" + text, data, r"to begin with 7767517, got 'PNG7767517'"),
         (text.rpartition("Convolution")[0], data, r"23 layers announced, 22 found"),
-        (text.replace("Concat", "PReLU"), data, r"layer c of type PReLU, which this library does not know"),
+        (text.replace("Concat", "PReLU"), data, r"layer c of type PReLU, which is not supported"),
         (text.replace("6=135\n", "6=134\n"), data, r"expected .* to describe convolutions, got conv_first with 0=5"),
         (text.replace("2.000000e-01", "1.000000e-01"), data, r"to be body.0.rdb1.conv1 of RRDBNet, got slope 0.1"),
     ):
@@ -414,7 +414,7 @@ def test_damaged_ncnn_files(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_super_resolution(param)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"expected net.param and net.bin to lie together, got no"):
+    with pytest.raises(ValueError, match=r"expected net.param and net.bin in one folder, but"):
         read_ncnn(param)
 
 

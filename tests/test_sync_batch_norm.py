@@ -272,7 +272,7 @@ def check_groups(rank):
     layer = ours.behind.denseblock1.denselayer1
     layer.norm1.process_group = dist.group.WORLD
     with (
-        pytest.warns(UserWarning, match="its norms share batch statistics with different processes"),
+        pytest.warns(UserWarning, match="its norms belong to different process groups"),
         pytest.raises(ValueError, match="SyncBatchNorm expected input tensor"),  # torch's own, on a CPU
     ):
         ours(x)

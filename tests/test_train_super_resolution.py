@@ -125,8 +125,8 @@ def test_a_new_srcnn_is_nearly_bicubic():
         (["--scale", "7"], "SRCNN: expected scale to be one of 2, 3, 4, got 7"),
         (["--data", "missing"], "train: expected --data to be 'photographs' or a folder, got missing"),
         (["--steps", "0"], "train: expected steps, batch and patch to be positive"),
-        (["--device", "cuda"], "train: expected device to be there, got 'cuda' but torch finds no CUDA GPU"),
-        (["--size", "999"], "train: expected a picture of 1998 pixels or more to train on, got none"),
+        (["--device", "cuda"], "train: device 'cuda' is not available: torch finds no CUDA GPU"),
+        (["--size", "999"], "train: expected at least one picture of 1998 x 1998 pixels or more, got none"),
     ],
 )
 def test_errors(options, message, pictures, capsys, monkeypatch):
@@ -138,7 +138,7 @@ def test_errors(options, message, pictures, capsys, monkeypatch):
 
 def test_a_checkpoint_is_not_overwritten(pictures):
     train_super_resolution(config(pictures, steps=1), progress=False)
-    with pytest.raises(ValueError, match=r"train: expected --out without a checkpoint, got .*checkpoint.pt"):
+    with pytest.raises(ValueError, match=r"train: .*checkpoint.pt exists; continue it"):
         train_super_resolution(config(pictures, steps=1), progress=False)
     with pytest.raises(ValueError, match=r"expected .* to be of the same configuration, got a difference: batch was"):
         train_super_resolution(config(pictures, steps=1, batch=2, resume=True), progress=False)

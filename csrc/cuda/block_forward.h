@@ -38,7 +38,7 @@ struct CudaContext {
 };
 
 inline void check_launch(cudaError_t error) {
-  TORCH_CHECK(error == cudaSuccess, "fastdense: expected a kernel to start, got: ", cudaGetErrorString(error));
+  TORCH_CHECK(error == cudaSuccess, "fastdense: CUDA kernel launch failed: ", cudaGetErrorString(error));
 }
 
 // Kernels on windows divide by 32-bit numbers within an image.

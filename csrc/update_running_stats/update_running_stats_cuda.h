@@ -23,8 +23,7 @@ void launch_running_stats_of(const RunningStatsArgs& a, at::ScalarType type, cud
   params.total_count = a.total_count ? a.total_count->const_data_ptr<double>() : nullptr;
   const auto flush = [&] {
     const cudaError_t error = launch_running_stats(params, stream);
-    TORCH_CHECK(error == cudaSuccess,
-                "update_running_stats_: expected a kernel to start, got: ", cudaGetErrorString(error));
+    TORCH_CHECK(error == cudaSuccess, "update_running_stats_: CUDA kernel launch failed: ", cudaGetErrorString(error));
     params.count = 0;
   };
   for (size_t i = 0; i < a.running_mean.size(); ++i) {

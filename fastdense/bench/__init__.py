@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares training steps of plain PyTorch and fastdense, process by process.
+"""Compares time and memory of training steps of plain PyTorch and fastdense.
 
-`run_bench` measures time and memory of the variants of one network, `run_sweep` memory against
-depth; `tables` and `plots` show what they return.
+`run_bench` measures the variants of one network, each in its own process. `run_sweep` measures memory against depth.
+The modules `tables` and `plots` show the results.
 """
 
 from fastdense.bench.nets import VARIANTS, Net

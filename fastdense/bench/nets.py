@@ -196,7 +196,7 @@ def _restored_model(net: Net, memory_efficient: bool) -> nn.Module:
         known = ", ".join(known_nets())
         raise InputError(f"bench: expected --model to be one of {known}, got {net.name!r}")
     if memory_efficient:
-        raise InputError(f"bench: torchvision has no memory_efficient form of {net.label}")
+        raise InputError(f"bench: {net.label} has no memory_efficient variant in torchvision")
     return restore(models.create(net.name, **net.create_kwargs()))
 
 
@@ -209,7 +209,7 @@ def _moved_to_timm(net: Net, like: nn.Module) -> nn.Module:
     with extra("train"):
         import timm
     if net.name not in _TORCHVISION:
-        raise InputError(f"bench: expected a network of torchvision to compare timm's with, got {net.label}")
+        raise InputError(f"bench: expected a torchvision network for the timm variants, got {net.label}")
     model = timm.create_model(net.name, pretrained=False, num_classes=net.classes)
     model.load_state_dict(like.state_dict())
     return model

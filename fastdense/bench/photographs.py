@@ -80,7 +80,7 @@ def scikit_image_folder(command: str, option: str = "--data") -> Path:
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise MissingExtraError(
-            f"{command}: expected scikit-image to be installed for its photographs, got no such module;"
+            f"{command}: scikit-image, whose photographs are used by default, is not installed;"
             f" run: pip install 'fastdense[train]', or give your own with {option} DIR"
         )
     return Path(spec.origin).parent / "data"
@@ -91,10 +91,7 @@ def _scikit_image_files() -> list[Path]:
     folder = scikit_image_folder("bench", "--images")
     paths = [folder / name for name in SCIKIT_IMAGE_FILES if (folder / name).is_file()]
     if not paths:
-        raise InputError(
-            "bench: expected scikit-image to ship photographs, got none in this installation;"
-            " give your own with --images DIR"
-        )
+        raise InputError("bench: this installation of scikit-image has no photographs; give your own with --images DIR")
     return paths
 
 

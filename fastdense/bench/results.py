@@ -29,7 +29,7 @@ LOSS_TOLERANCE = {
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-    """What to compare, on what, and how long.
+    """Configuration of a benchmark.
 
     Attributes:
         net: the network.
@@ -104,7 +104,7 @@ class Row:
         return mib_per_image(self.peaks) if len(self.peaks) > 1 else None
 
     def fail(self, reason: str) -> None:
-        """Marks the row's times as not to be had, or not to be believed."""
+        """Marks the row's times as failed or invalid."""
         self.time_error = reason
         self.seconds = []
 

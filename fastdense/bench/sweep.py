@@ -2,8 +2,8 @@
 """Memory of a training step against the depth of a CIFAR DenseNet-BC.
 
 The picture of Pleiss et al., Memory-Efficient Implementation of DenseNets, 2017, arXiv 1707.06990:
-what plain PyTorch keeps for the backward pass grows with the square of a block's depth, what one
-shared buffer keeps grows linearly.
+what plain PyTorch saves for backward grows with the square of a block's depth, what one shared
+buffer saves grows linearly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastdense.bench.run import Tick, make_job, measure_peak, stored_batch
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """Which depths to measure, and everything else in `base`.
+    """Configuration of a sweep: the depths, and everything else in `base`.
 
     Attributes:
         base: a benchmark of `densenet_cifar`; its `batch`, `variants` and `memory_steps` count.

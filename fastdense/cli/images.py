@@ -52,7 +52,7 @@ def change_images(command: str, options: argparse.Namespace, change: Change) -> 
                     samples = read_samples(read)
                 except CorruptImageError as error:
                     if source.is_file():
-                        raise InputError(f"{command}: expected IN to be a picture, got {error}") from error
+                        raise InputError(f"{command}: cannot read IN: {error}") from error
                     failed.append(str(error))
                 else:
                     try:

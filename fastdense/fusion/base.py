@@ -156,7 +156,7 @@ def refuse_torchscript() -> NoReturn:
 def check_no_transforms() -> None:
     """Raises NotFusible under forward-mode derivatives and the transforms of torch.func."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        raise NotFusible("forward-mode derivatives and function transforms go through plain modules only")
+        raise NotFusible("only plain modules support forward-mode derivatives and function transforms")
 
 
 def _is_wrapper(input: object) -> bool:

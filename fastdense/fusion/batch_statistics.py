@@ -20,7 +20,7 @@ def process_group_of(norms: Iterable[Any]) -> Any:
     """
     groups = {_group_of(norm) for norm in norms if norm.training or norm.running_mean is None}
     if len(groups) > 1:
-        raise NotFusible("its norms share batch statistics with different processes")
+        raise NotFusible("its norms belong to different process groups")
     return groups.pop() if groups else None
 
 

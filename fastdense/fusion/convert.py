@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the dense and dual path blocks of an existing model fast, in place, and plain again."""
+"""Converts the dense and dual path blocks of an existing model in place to fused ones, and back."""
 
 import warnings
 from collections.abc import Callable
@@ -42,19 +42,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
-    """Lets every dense block of ``model`` run on one shared buffer, and every dual path stage on its output.
+    """Converts the dense and dual path blocks of ``model`` in place, so that they run on shared buffers.
 
-    Finds the dense blocks and transitions of torchvision, timm and MONAI DenseNets, the blocks of the dual path
-    networks of timm, segmentation_models_pytorch and pretrainedmodels, and those of models that contain them. Dense
-    blocks and residual dense blocks of any other classes are found by the widths of their layers, and fused where a
-    trial on random numbers, on a copy, gives the results of such a block. A module only changes its class: parameters,
-    buffers, hooks, ``state_dict`` keys and outputs stay what they are, an existing optimizer keeps working.
+    Dense blocks and transitions of torchvision, timm and MONAI are recognised by class, and so are dual path blocks of
+    timm, segmentation_models_pytorch and pretrainedmodels. Dense blocks and residual dense blocks of any other class
+    are recognised by their channel pattern. They are fused if they pass a numerical check: on a copy, outputs and
+    gradients must agree with the definition of such a block.
+
+    Only the class of a module changes. Parameters, buffers, hooks, ``state_dict`` keys and outputs stay the same. An
+    existing optimizer keeps working.
 
     Args:
         model: any module; changed in place.
-        memory: "balanced" (default) keeps the outputs inside the bottlenecks for the backward pass, "min" computes them
-            again, "reversible", for dual path blocks alone, computes the residual path again. A converted model may be
-            converted again to change it.
+        memory: "balanced" (default) saves the outputs inside the bottlenecks for backward, "min" recomputes them.
+            "reversible", for dual path blocks only, reconstructs the residual path from its final value. Convert again
+            to change the mode.
 
     Returns:
         ``model``.
@@ -64,8 +66,8 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
         ValueError: if ``model`` contains no such block, or ``memory`` is not a mode of one that it contains.
 
     Note:
-        What cannot be fused (another norm or activation, a convolution with bias, hooks on inner modules ...) stays
-        plain, with one warning that names the module and the reason. See :func:`restore`.
+        Modules that cannot be fused (another norm or activation, a convolution with bias, hooks on inner modules ...)
+        stay plain. One warning names the module and the reason. See :func:`restore`.
 
     Example:
         >>> import torchvision, fastdense
@@ -76,8 +78,8 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
     if not any(kind.is_block for _, _, kind in found):
         looked_for = ", ".join(".".join(known) for known in BLOCKS + DUAL_PATH_BLOCKS)
         raise ValueError(
-            f"convert: expected model to contain residual dense blocks, dense or dual path blocks "
-            f"(looked for {looked_for}, and for layers that read all earlier features), got {type(model).__name__}"
+            f"convert: expected model to contain dense, residual dense or dual path blocks, got {type(model).__name__} "
+            f"with none (looked for {looked_for}, and for layers that read all earlier features)"
         )
     for _, _, kind in found:
         check_memory("convert", memory, kind.memory_modes)
@@ -93,9 +95,9 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Gives the plain modules of a converted model back, in place.
+    """Turns a converted model back into plain modules, in place.
 
-    Models of :mod:`fastdense.models` become plain PyTorch as well; :func:`convert` makes them fast again.
+    Models of :mod:`fastdense.models` become plain PyTorch as well; :func:`convert` converts them again.
 
     Args:
         model: any module; one without fused modules is left as it is.

@@ -103,7 +103,7 @@ def read_stochastic_depth(module: Any, where: str) -> StochasticDepth | None:
         return None
     check_no_hooks(depth, f"{where}stochastic_depth")
     if depth.draws_samples:
-        raise NotFusibleInTraining(f"{where}stochastic_depth drops single samples")
+        raise NotFusibleInTraining(f"{where}stochastic_depth drops per sample")
     return depth
 
 
@@ -128,7 +128,7 @@ def _drop_rate(module: Any, where: str) -> float:
     if not dropout.training or dropout.p == 0:
         return 0.0
     if type(dropout) is not nn.Dropout:
-        raise NotFusibleInTraining(f"{where}dropout is a {type(dropout).__name__}, not a Dropout of single features")
+        raise NotFusibleInTraining(f"{where}dropout is a {type(dropout).__name__}, not an nn.Dropout")
     return float(dropout.p)
 
 

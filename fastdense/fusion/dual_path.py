@@ -134,7 +134,7 @@ def run_stages(plan: StagesPlan, memory: DualPathMemoryMode, x: Paths) -> Paths:
         x = torch.cat(x, 1)
     check_runs_here("dual_path_stage", x)
     if memory == "reversible" and _computes_in(x) not in (torch.float32, torch.float64):
-        raise NotFusible(f'memory="reversible" is for float32 and float64, not for {_computes_in(x)}')
+        raise NotFusible(f'memory="reversible" supports float32 and float64, got {_computes_in(x)}')
     groups = [process_group_of(stage.synchronised) for stage in plan.stages]
     for stage, group in zip(plan.stages, groups, strict=True):
         x = _run_stage(x, stage, memory, group)

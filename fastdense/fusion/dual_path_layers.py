@@ -113,7 +113,7 @@ def _read_norm(module: Any, name: str, classes: tuple[tuple[str, str], ...], chi
     found = set(inner.__dict__["_modules"]) if inner is not None else set()
     relu = "act" if "act" in found else "relu"
     if inner is None or not is_known_class(inner, classes) or found - {relu} != children:
-        raise NotFusible(f"{name} is a {type(inner).__name__}, not the known norm and ReLU in front of a convolution")
+        raise NotFusible(f"{name} is a {type(inner).__name__}, expected a norm and ReLU before a convolution")
     check_no_hooks(inner, name)
     return check_norm_relu(inner, "bn", relu, f"{name}.")
 

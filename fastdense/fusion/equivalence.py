@@ -77,13 +77,13 @@ def _note(attributes: dict[tuple[int, str], Any], at: int, name: str, value: Any
 def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome:
     """What ``attempt`` finds out, or the reason why nothing: remembered until the module's code may do other things."""
     if "forward" in module.__dict__:
-        raise NotFusible("it has a forward of its own")
+        raise NotFusible("its forward was replaced on the instance")
     code, state = code_of(module), state_of(module)
     known = state.outcome
     sources = None if torch.compiler.is_compiling() else read_sources((module,), known and known.sources)
     if known is None or not known.still_holds(code, sources):
         if any(p.is_meta for p in module.parameters()):
-            raise NotFusible("its weights have no values to try it with")
+            raise NotFusible("its weights are on the meta device; convert after loading them")
         found: Any
         try:
             if sources is not None and sources.draws:
@@ -115,7 +115,7 @@ class _Known(NamedTuple):
 def double_copy(module: nn.Module) -> nn.Module:
     """A copy on the CPU, in float64, with random parameters and statistics: zeros would hide what they multiply."""
     if sum(p.numel() for p in module.parameters()) > _MOST_NUMBERS:
-        raise NotFusible(f"it has more than {_MOST_NUMBERS} parameters, too many to try it")
+        raise NotFusible(f"it has more than {_MOST_NUMBERS} parameters, too many for the equivalence check")
     numbers = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(module).to("cpu", torch.float64)
     dims = next(conv.weight.dim() - 2 for conv in twin.modules() if isinstance(conv, CONVS))
@@ -126,7 +126,9 @@ def double_copy(module: nn.Module) -> nn.Module:
             if type(inner) is nn.SyncBatchNorm:
                 inner.__class__ = NORMS[dims - 1]  # type: ignore[assignment]
             elif isinstance(inner, nn.SyncBatchNorm):
-                raise NotFusible(f"a {type(inner).__name__} cannot be tried in one process: convert the model before")
+                raise NotFusible(
+                    f"the equivalence check cannot run a {type(inner).__name__}: convert the model before its norms"
+                )
             for p in inner.parameters(recurse=False):
                 p.requires_grad_()
                 p.uniform_(-1, 1, generator=numbers)
@@ -201,4 +203,4 @@ def isolated() -> Iterator[None]:
     except NotFusible:
         raise
     except Exception as error:
-        raise NotFusible(f"it cannot be tried on one tensor: {error}") from error
+        raise NotFusible(f"it fails when called with one tensor: {error}") from error

@@ -135,7 +135,7 @@ def _read(module: nn.Module, heads: int) -> InferredBlock:
     if form.drop_rate > 0:
         modes = {inner.training for _, inner in _modules_behind(module, heads) if not isinstance(inner, CONVS + NORMS)}
         if len(modes) > 1:
-            raise NotFusible("it has dropout, and some of its modules are in training mode, some are not")
+            raise NotFusible("it has dropout, and only some of its modules are in training mode")
         rate = form.drop_rate if modes == {True} else 0.0
     return InferredBlock([layer._replace(drop_rate=rate) for layer in layers], form.prepends_features, heads)
 
@@ -155,7 +155,7 @@ def _read_layers(module: nn.Module, heads: int = 0) -> list[Layer]:
     foreign = dict.fromkeys(class_name(inner) for _, inner in modules if _is_foreign(inner))
     if foreign:
         raise NotFusible(
-            f"its layers have {', '.join(foreign)}: expected batch norms, ReLU, convolutions and dropout alone"
+            f"its layers have {', '.join(foreign)}: expected only batch norms, ReLU, convolutions and dropout"
         )
     parts: dict[str, list[tuple[str, nn.Module]]] = {name: [] for name, _ in _layer_modules(module, heads)}
     if not parts:
@@ -215,7 +215,7 @@ def _try_out(module: nn.Module) -> _Form:
         if code_of(twin) != before:
             raise NotFusible("its forward changes its attributes")
         if len(rates[0]) > 1 or rates[1]:
-            raise NotFusible("its dropout has several rates, or one in eval mode")
+            raise NotFusible("its dropout has more than one rate, or is active in eval mode")
         for prepends_features in (False, True):
             if all(
                 _same(
@@ -225,7 +225,7 @@ def _try_out(module: nn.Module) -> _Form:
             ):
                 return _Form(prepends_features, max(rates[0], default=0.0))
     raise NotFusible(
-        "its results are not those of norm, ReLU and convolution on all earlier features, joined in front or behind"
+        "its results differ from those of a dense block: norm, ReLU and convolution on all earlier features"
     )
 
 
@@ -251,7 +251,7 @@ def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> lis
     with NoRandomNumbers():
         out = forward(x)
         if not isinstance(out, Tensor) or not out.requires_grad:
-            raise NotFusible("its result is not one tensor with gradients")
+            raise NotFusible("its output is not one tensor that requires grad")
         grad = torch.linspace(-1, 1, out.numel()).to(out).view_as(out)
         grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
     statistics = [buffer.clone() for buffer in module.buffers()]

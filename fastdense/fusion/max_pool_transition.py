@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms in front of a max pool, computed again in the backward pass.
+"""Norms before a max pool, recomputed in the backward pass.
 
 A max pool does not commute with a 1x1 convolution, so that a transition with one cannot join the operator of its block.
-Plainly it keeps the normalised block, the convolution's result, a mask and the pool's indices: more than the block. So
-does a stem whose max pool :func:`fastdense.ops.norm_relu_max_pool` does not know. Here they keep their input alone; the
-numbers are the same, bit for bit.
+Plain modules save the normalised block, the output of the convolution, a mask and the indices of the pool: more than
+the block. So does a stem whose max pool :func:`fastdense.ops.norm_relu_max_pool` does not support. Here only the input
+is saved for backward, and the modules run again there. Results are bit-identical.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,11 +57,11 @@ def read_max_pool_transition(module: nn.Module) -> list[Any]:
     """The modules, if nobody watches them."""
     modules = list(module.children())
     if not looks_like_max_pool_transition(modules):
-        raise NotFusible("its modules are not a norm, ReLU, 1x1 convolution, perhaps a dropout, and a max pool")
+        raise NotFusible("its modules are not norm, ReLU, 1x1 convolution, optional dropout, max pool")
     check_conv(modules[2], "conv", 1, bias=True)
     check_unobserved(modules)
     if not is_recomputable(modules[0]):
-        raise NotFusible(f"norm is a {class_name(modules[0])}, not a BatchNorm of one process")
+        raise NotFusible(f"norm is a {class_name(modules[0])}, expected a BatchNorm that is not shared by processes")
     return modules
 
 

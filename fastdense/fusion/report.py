@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs fused in a model, what runs plainly, and why."""
+"""Reports which modules of a model run fused, which run plain, and why."""
 
 import copy
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class ReportRow(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The rows, and the bytes kept for the backward pass of one image, plainly and as the model is now."""
+    """The rows, and the bytes saved for backward per image: by plain modules, and by the model as it is now."""
 
     rows: tuple[ReportRow, ...]
     plain_bytes: int | None
@@ -35,12 +35,12 @@ class Report(NamedTuple):
 
     @property
     def saved_bytes(self) -> int | None:
-        """What the model as it is now keeps less for one image."""
+        """How many bytes fewer the model saves for backward than plain modules, per image."""
         return None if self.plain_bytes is None or self.kept_bytes is None else self.plain_bytes - self.kept_bytes
 
     @property
     def kept_ratio(self) -> float | None:
-        """Kept to plain: 0.25 where a quarter is kept."""
+        """``kept_bytes / plain_bytes``: 0.25 if a quarter is saved for backward."""
         return self.kept_bytes / self.plain_bytes if self.plain_bytes and self.kept_bytes is not None else None
 
     def __str__(self) -> str:
@@ -54,20 +54,20 @@ class Report(NamedTuple):
         if self.plain_bytes and self.kept_bytes is not None and self.saved_bytes is not None:
             plain, kept, saved = (count / 2**20 for count in (self.plain_bytes, self.kept_bytes, self.saved_bytes))
             lines.append(
-                f"kept for the backward pass of one image: {kept:.1f} MiB, plainly {plain:.1f} MiB "
-                f"(ratio {self.kept_ratio:.2f}, {saved:.1f} MiB saved)"
+                f"saved for backward, per image: {kept:.1f} MiB; by plain modules: {plain:.1f} MiB "
+                f"(ratio {self.kept_ratio:.2f}, {saved:.1f} MiB less)"
             )
         return "\n".join(lines)
 
 
 def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Report:
-    """Lists the dense blocks, transitions and dual path blocks of a model; ``print`` shows it as a table.
+    """Lists the dense blocks, transitions and dual path blocks of a model; ``print`` shows a table.
 
     Args:
-        model: converted or not; left as it is. A reason is the one of this moment: hooks that are removed or a mode
-            that changes later change it.
-        input_shape: of one image, ``[channels, spatial]``. With it, the bytes that a training step keeps for its
-            backward pass are counted, on a copy without memory.
+        model: converted or not; it is not changed. Reasons describe the model as it is now; they change with hooks and
+            training mode.
+        input_shape: of one image, ``[channels, spatial]``. If given, the bytes that a training step saves for backward
+            are counted, on a copy on the meta device.
 
     Returns:
         The report.
@@ -85,7 +85,7 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
         features.denseblock2  block       1       fused
         features.transition2  transition          fused
         features.denseblock3  block       1       fused
-        kept for the backward pass of one image: ... MiB, plainly ... MiB (ratio 0..., ... MiB saved)
+        saved for backward, per image: ... MiB; by plain modules: ... MiB (ratio 0..., ... MiB less)
     """
     check_module("report", model)
     rows = [_row(name, module, kind) for name, module, kind in find(model)]
@@ -107,5 +107,5 @@ def _row(name: str, module: nn.Module, kind: Pattern) -> ReportRow:
     if not reason and not isinstance(module, FusedModule):
         reason = "not converted: call fastdense.convert(model)"
     if not reason and type(module).forward is not kind.mixin.forward:
-        reason = "its class has a forward of its own"
+        reason = "its class overrides forward"
     return ReportRow(name or type(module).__name__, kind.name, "plain" if reason else "fused", layers, reason)

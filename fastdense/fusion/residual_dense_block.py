@@ -24,7 +24,7 @@ class ResidualPlan(NamedTuple):
 class FusedResidualDenseBlock(FusedModule):
     """A residual dense block: its convolutions in order, the last one the local fusion.
 
-    There is one memory mode, by whatever name: the buffer alone is kept.
+    All memory modes are the same: only the buffer is saved for backward.
     """
 
     def forward(self, input: Tensor, outer: Tensor | None = None) -> Tensor:
@@ -61,7 +61,7 @@ class GrowingPlan(NamedTuple):
 class FusedSRDenseBlock(FusedModule):
     """A block of SRDenseNet; several in a :class:`fastdense.fusion.sequential.FusedSequential` run on one buffer.
 
-    There is one memory mode, by whatever name: the buffer, which is the result, is all that is kept.
+    All memory modes are the same: only the buffer, which is the output, is saved for backward.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ def _try_out(module: nn.Module) -> tuple[float, float]:
             scale = _factor(check.results, fused, check.input)
             if scale is not None:
                 return slope, scale
-    raise NotFusible("its results are not those of a residual dense block")
+    raise NotFusible("its results differ from those of a residual dense block")
 
 
 def _try_out_growing(module: nn.Module) -> float:
@@ -195,7 +195,7 @@ def _try_out_growing(module: nn.Module) -> float:
                 for out in check.results
             ):
                 return slope
-    raise NotFusible("its results are not its input and the features of its layers")
+    raise NotFusible("its results differ from its input, concatenated with the features of its layers")
 
 
 def _grow(convs: list[Any], x: Tensor, slope: float, first: int = 0) -> Tensor:

@@ -68,9 +68,9 @@ def run_stem(stem: Stem, input: Tensor) -> Tensor:
         check_runs_here("norm_relu_max_pool", input)
         group = process_group_of([stem.norm])
         if stem.pool is None or not stem.takes(input):
-            raise NotFusible("the operator knows no such pool or mix of types")
+            raise NotFusible("the fused operator does not support this pool or mix of dtypes")
         if input.numel() == 0 and group is None:
-            raise NotFusible("a batch of nothing has no statistics")
+            raise NotFusible("empty batch: no batch statistics")
     except NotFusible:
         return run_recomputed(stem.modules, input)
     weights = norm_weights(stem.norm)

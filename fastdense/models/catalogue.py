@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is to know of a model before it runs: parameters, work, memory for the backward pass, paper.
+"""Facts about each model: parameters, multiply-adds, memory saved for backward, paper.
 
-Everything is counted on tensors without memory (the meta device), so the largest model takes as little time as the
-smallest. ``catalogue.json`` keeps the figures of all models, for ``fastdense models``; write it again by
-``python -m fastdense.models.catalogue``, half a minute, when a model or what it keeps for backward has changed.
+Everything is counted on the meta device. ``catalogue.json`` keeps the figures of all models, for ``fastdense
+models``; write it again by ``python -m fastdense.models.catalogue``, half a minute, when a model or what it keeps for
+backward has changed.
 """
 
 import json
@@ -75,7 +75,7 @@ CATALOGUE: dict[str, ModelInfo] = {
 
 
 class ModelCounts(NamedTuple):
-    """Parameters; multiply-adds and bytes kept for the backward pass of one image, plain and by fastdense."""
+    """Parameters; per image: multiply-adds, and bytes saved for backward by plain modules and by fastdense."""
 
     parameters: int
     macs: int

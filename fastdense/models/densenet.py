@@ -27,8 +27,8 @@ class DenseNet(nn.Module):
     """Dense blocks with transitions between them, a last norm, global average pooling and a linear classifier.
 
     Args:
-        stem: modules in front of the first block, by name.
-        in_channels: channels behind the stem.
+        stem: modules before the first block, by name.
+        in_channels: channels after the stem.
         growth_rate: channels ``k`` that each layer adds.
         block_config: number of layers of each block.
         bn_size: width of the bottleneck in units of ``growth_rate``.

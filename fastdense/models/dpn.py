@@ -47,7 +47,7 @@ class DPN(nn.Module):
     """A stem, four stages of dual path blocks, norm, ReLU, global average pooling and a classifier.
 
     Args:
-        stem_channels: channels behind the stem.
+        stem_channels: channels after the stem.
         stem_kernel: side of the stem's convolution.
         width: bottleneck channels of the first stage; they double with every stage.
         groups: of the 3x3 convolutions.
@@ -138,7 +138,7 @@ class DPN(nn.Module):
         nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
 
     def forward_intermediates(self, x: Tensor) -> list[Tensor]:
-        """Feature maps for detectors and segmenters: behind the stem's convolution, and behind every stage.
+        """Feature maps for detection and segmentation: after the stem's convolution, and after each stage.
 
         Returns:
             One map ``[N, C_i, H / 2**i, W / 2**i]`` for the stem (``i = 1``) and each stage (``i = 2, 3, ...``).

@@ -36,13 +36,13 @@ class PlainTransitionDown(nn.Sequential):
 
 
 class TransitionDown(RecomputedTransition, PlainTransitionDown):
-    """:class:`PlainTransitionDown` that keeps its input alone for the backward pass."""
+    """:class:`PlainTransitionDown` that saves only its input for backward."""
 
 
 class FCDenseNet(nn.Module):
     """A U-shaped net of dense blocks without bottleneck.
 
-    Going down, a block's whole output is kept as a skip and halved in size. Going up, only the features that a block
+    Going down, a block's whole output is a skip, and is halved in size. Going up, only the features that a block
     added are enlarged, by a transposed 3x3 convolution, and joined with the skip of their size.
 
     Args:

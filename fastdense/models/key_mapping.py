@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of DenseNets by other people's names: the same tensors under torchvision's."""
+"""Key mappings: renames DenseNet checkpoints of other libraries to torchvision's names."""
 
 import re
 from collections.abc import Mapping
@@ -43,13 +43,13 @@ def torchvision_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for pattern, replacement in _RULES:
             name = pattern.sub(replacement, name)
         if name in renamed:
-            raise ValueError(f"torchvision_keys: expected state_dict to name {name} once, got it again as {key}")
+            raise ValueError(f"torchvision_keys: expected one entry for {name}, got a second one: {key}")
         renamed[name] = value
     return renamed
 
 
 def load_densenet(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads a checkpoint of any known dialect into a DenseNet with torchvision's names.
+    """Loads a DenseNet checkpoint of any known library into a model with torchvision's names.
 
     Args:
         model: of :mod:`fastdense.models`, torchvision or timm; left as it was if the checkpoint does not fit.
@@ -74,12 +74,12 @@ def load_exactly(op: str, model: nn.Module, state_dict: Mapping[str, Tensor]) ->
     wanted = model.state_dict()
     for key, value in wanted.items():
         if key not in state_dict:
-            raise ValueError(f"{op}: expected state_dict to have {key}, got none")
+            raise ValueError(f"{op}: expected state_dict to have {key}, but it is missing")
         if state_dict[key].shape != value.shape:
             raise ValueError(
                 f"{op}: expected {key} to have shape {tuple(value.shape)}, got {tuple(state_dict[key].shape)}"
             )
     unknown = [key for key in state_dict if key not in wanted]
     if unknown:
-        raise ValueError(f"{op}: expected state_dict to have the model's entries only, got {unknown[0]}")
+        raise ValueError(f"{op}: expected only entries of the model, got unknown {unknown[0]}")
     model.load_state_dict(state_dict)

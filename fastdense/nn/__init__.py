@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules: parameters and one operator call."""
+"""Modules: each has parameters and makes one operator call."""
 
 from fastdense.nn.dense_block import DenseBlock, DenseFeatures, DenseLayer, Transition
 from fastdense.nn.dual_path import DualPathBlock, DualPathStage

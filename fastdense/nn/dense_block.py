@@ -21,8 +21,8 @@ class DenseBlock(FusedDenseBlock, PlainDenseBlock):
         growth_rate: channels ``k`` that each layer adds.
         bn_size: width of the bottleneck in units of ``growth_rate``.
         drop_rate: probability in [0, 1] that a new feature is dropped in training.
-        memory: "balanced" keeps ``C0 + L*k + L*bn_size*k`` numbers per pixel for the backward pass, "min" only
-            ``C0 + L*k`` and computes one 1x1 product per layer again.
+        memory: "balanced" saves ``C0 + L*k + L*bn_size*k`` numbers per pixel for backward. "min" saves ``C0 + L*k`` and
+            recomputes one 1x1 convolution per layer.
         bottleneck: False for layers of norm, ReLU, 3x3.
         spatial_dims: 1, 2 or 3.
         survival: stochastic depth, probability in [0, 1] that the last layer is computed in training; those before it
@@ -35,14 +35,16 @@ class DenseBlock(FusedDenseBlock, PlainDenseBlock):
         ``[N, C0, spatial]`` to ``[N, C0 + L*k, spatial]``.
 
     Note:
-        With stochastic depth layer ``l`` appends ``b_l * H_l(x)``. Left out, it appends zeros, which later layers read
-        like any other values: their norms see, and their running statistics take up, mean and variance 0 in those
-        channels. In "batch" mode a layer left out is not computed, the statistics of its own norms stay, its
-        parameters get no gradient (None), and nothing but the zeros is kept for it. "sample" mode computes all layers
-        and runs as plain modules in training, with a warning.
+        With stochastic depth, layer ``l`` appends ``b_l * H_l(x)``. A dropped layer appends zeros. Later layers read
+        these like any other values: their norms see mean and variance 0 in those channels, and so do their running
+        statistics.
 
-        Sub-modules may be replaced, frozen or hooked: where the fused operator cannot stand in for them, the block
-        runs plainly and warns once.
+        In "batch" mode a dropped layer is not computed. The running statistics of its norms do not change, its
+        parameters get no gradient (None), and only the zeros are saved for it. "sample" mode computes all layers, and
+        runs as plain modules in training, with a warning.
+
+        Sub-modules may be replaced, frozen or hooked. If the fused operator cannot replace them, the block runs as
+        plain modules and warns once.
 
     Reference:
         G. Huang et al. Densely Connected Convolutional Networks. CVPR 2017, arXiv:1608.06993, equation 2.
@@ -55,13 +57,13 @@ class DenseBlock(FusedDenseBlock, PlainDenseBlock):
 
 
 class Transition(FusedTransition, PlainTransition):
-    """Compression between two dense blocks: ``pool(conv(relu(norm(x))))``, pooling done before the product.
+    """Compression between two dense blocks: ``pool(conv(relu(norm(x))))``, pooled before the convolution.
 
-    Average pooling and a 1x1 convolution commute, so the product runs on a quarter of the pixels.
+    Average pooling and a 1x1 convolution commute, so the convolution runs on a quarter of the pixels.
 
     Args:
         in_channels: channels of the block.
-        out_channels: channels behind the transition.
+        out_channels: channels after the transition.
         spatial_dims: 1, 2 or 3.
         eps, momentum: of the norm.
 
@@ -75,4 +77,4 @@ class Transition(FusedTransition, PlainTransition):
 
 
 class DenseFeatures(FusedSequential, nn.Sequential):
-    """A sequence of modules in which each dense block runs together with the transition or norm behind it."""
+    """A sequence of modules in which each dense block runs together with the transition or norm after it."""

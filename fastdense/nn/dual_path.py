@@ -31,17 +31,17 @@ class DualPathBlock(FusedDualPathBlock, PlainDualPathBlock):
         stride: of the projection and the 3x3 convolution, 1 or 2.
         split_last: whether the last 1x1 convolution is two, one a path: the "b" variants of the published networks.
         spatial_dims: 1, 2 or 3.
-        stochastic_depth: leaves ``z`` out at random: then the output is ``[r; d; 0]``, ``[r + b z[:R]; d; b z[R:]]`` in
-            general. A projection always runs.
+        stochastic_depth: drops ``z`` at random. The output is ``[r + b z[:R]; d; b z[R:]]``: ``[r; d; 0]`` if it is
+            dropped. A projection always runs.
         eps: of all norms.
-        memory: what is kept for the backward pass, see :func:`fastdense.ops.dual_path_stage`.
+        memory: what is saved for backward, see :func:`fastdense.ops.dual_path_stage`.
 
     Shape:
         ``[N, in_channels, spatial]`` to ``[N, out_channels, spatial / stride]``.
 
     Note:
-        Sub-modules may be replaced, frozen or hooked: where the fused operator cannot stand in for them, the block
-        runs plainly and warns once. Blocks in a row in a :class:`DualPathStage` share one operator call.
+        Sub-modules may be replaced, frozen or hooked. If the fused operator cannot replace them, the block runs as
+        plain modules and warns once. Consecutive blocks of a :class:`DualPathStage` share one operator call.
 
     Reference:
         Y. Chen et al. Dual Path Networks. NIPS 2017, arXiv:1707.01629, equations 5 to 8.
@@ -54,7 +54,7 @@ class DualPathBlock(FusedDualPathBlock, PlainDualPathBlock):
 
 
 class DualPathStage(FusedSequential, nn.Sequential):
-    """Dual path blocks ``block1 ... blockn`` in a row, as one operator call.
+    """Consecutive dual path blocks ``block1 ... blockn``, as one operator call.
 
     Args:
         num_blocks: number of blocks ``n``.
@@ -62,13 +62,13 @@ class DualPathStage(FusedSequential, nn.Sequential):
         width, residual_channels, growth_rate, groups, split_last, spatial_dims, eps, memory: of every block, see
             :class:`DualPathBlock`.
         projection, stride: of the first block.
-        survival, survival_mode, survival_scale: stochastic depth, as of :class:`fastdense.nn.DenseBlock`, for blocks in
-            the place of layers.
+        survival, survival_mode, survival_scale: stochastic depth as in :class:`fastdense.nn.DenseBlock`, for blocks
+            instead of layers.
 
     Note:
-        A block that stochastic depth leaves out is not computed, its norms (but a projection's) keep their statistics,
-        its parameters get no gradient, and nothing is kept for it but the zeros that it appends. It ends the operator
-        call: every row of blocks between such blocks is a call of its own, which keeps its own copy of both paths.
+        A block that stochastic depth drops is not computed. The running statistics of its norms (except a projection's)
+        do not change, its parameters get no gradient, and only the zeros that it appends are saved. A dropped block
+        splits the stage: each run of blocks between dropped ones is one operator call with its own copy of both paths.
 
     Shape:
         ``[N, in_channels, spatial]`` to ``[N, R + (n + 2) * K, spatial / stride]`` with a projection.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The general form behind residual, dense and dual path networks: a recurrence of higher order."""
+"""The general form of residual, dense and dual path networks: a recurrence of higher order."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce

@@ -7,7 +7,7 @@ from fastdense.plain.residual_dense_block import PlainResidualDenseBlock
 
 
 class ResidualDenseBlock(FusedResidualDenseBlock, PlainResidualDenseBlock):
-    """A dense block without norms on one shared buffer, its local fusion and residual sum.
+    """A dense block without norms on one shared buffer, with local fusion and residual sum.
 
     Layer ``l`` maps ``[x_0, ..., x_l]`` to ``lrelu(conv3x3(.))``; the result is ``scale * conv(all) + x_0``, or
     ``outer_scale`` times that ``+ outer`` where an outer residual is given.
@@ -25,7 +25,7 @@ class ResidualDenseBlock(FusedResidualDenseBlock, PlainResidualDenseBlock):
         ``[N, C0, H, W]``, and ``outer`` the same, to ``[N, C0, H, W]``.
 
     Note:
-        Kept for backward: ``C0 + L * k`` numbers per pixel.
+        Saved for backward: ``C0 + L * k`` numbers per pixel.
 
     Reference:
         Y. Zhang et al. Residual Dense Network. CVPR 2018, arXiv:1802.08797, equations 4 to 7; X. Wang et al. ESRGAN.

@@ -87,7 +87,9 @@ def _sizes_and_steps(
                 raise _error("scale_factor", "finite and positive", scale_factor)
         sizes = [int(ROUNDINGS[rounding](n * scale)) for n, scale in zip(old, scales, strict=True)]
         if min(sizes) < 1:
-            raise _error("scale_factor", f"large enough for a result of at least one sample of {old}", scale_factor)
+            raise _error(
+                "scale_factor", f"large enough for an output of at least 1 from an input of {old}", scale_factor
+            )
         steps = [1.0 / scale for scale in scales]
     if align_corners:
         steps = [(n - 1) / (m - 1) if m > 1 else 0.0 for n, m in zip(old, sizes, strict=True)]
@@ -118,7 +120,7 @@ def bicubic_resize(
     Args:
         input: ``[N, C, spatial]`` with one to three spatial axes; float64, float32, bfloat16, float16 (float32 sums) or
             uint8; any strides.
-        size: of the result, one number or one an axis. ``s`` is then out / in.
+        size: of the result, one number or one per axis. ``s`` is then out / in.
         scale_factor: instead of ``size``; ``s`` is the given number, the size is ``s * in`` by ``rounding``.
         preset: whose convention to follow: "torch" (``F.interpolate``), "torch_antialias", "pillow", "opencv", "matlab"
             (``imresize``). The arguments below override it.
@@ -133,7 +135,8 @@ def bicubic_resize(
 
     Returns:
         ``[N, C, size]``, contiguous, or channels_last for channels_last input. uint8 results are rounded and saturated
-        as the preset's library does it: bit-equal to Pillow and MATLAB, and to OpenCV but for its float32 sums.
+        as in the preset's library. They are bit-identical to Pillow's and MATLAB's, and to OpenCV's but for the
+        rounding of its float32 sums.
 
     Raises:
         ValueError: both or neither of size and scale_factor; numbers that are not positive and finite; unknown names;
@@ -141,8 +144,8 @@ def bicubic_resize(
         TypeError: an integer type other than uint8.
 
     Note:
-        Linear: gradients of any order and forward-mode derivatives use the transposed matrices, without atomics, and
-        are deterministic. A plane's result does not depend, bit for bit, on batch, layout or number of threads.
+        Linear: gradients of any order and forward-mode derivatives use the transposed matrices. They need no atomics
+        and are deterministic. The result of a plane is bit-identical for any batch, layout and number of threads.
 
     Reference:
         R. G. Keys. Cubic convolution interpolation for digital image processing. IEEE TASSP 29, 1981, equation 15.
@@ -180,7 +183,7 @@ def bicubic_resize(
         return _finished(product, residual, low, high, dtype)
     if input.dtype == torch.uint8 and out_dtype in (None, torch.uint8):
         if residual is not None or clamp is not None:
-            raise _error("residual and clamp", "left out for uint8 results", (residual is not None, clamp))
+            raise _error("residual and clamp", "None for uint8 results", (residual is not None, clamp))
         return _bytes(input, sizes, options, known.bytes)
     if input.dtype == torch.uint8:
         assert out_dtype is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dense block on one shared buffer, as a single differentiable operator."""
+"""The dense block on one shared buffer, as one differentiable operator."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -78,8 +78,8 @@ def dense_block(
 
     Layer ``l`` reads the channels ``x_l = [x_0, y_0, ..., y_{l-1}]`` written so far and appends
     ``y_l = dropout(conv2(relu(norm2(conv1(relu(norm1(x_l)))))))``, or without a bottleneck
-    ``y_l = dropout(conv2(relu(norm1(x_l))))``. Batch statistics are taken once per channel. A transition pools
-    before its 1x1 convolution, which gives the same values with a quarter of the work.
+    ``y_l = dropout(conv2(relu(norm1(x_l))))``. Batch statistics are computed once per channel. A transition
+    pools before its 1x1 convolution, which gives the same values with a quarter of the work.
 
     Args:
         input: ``[N, C0, spatial]`` with one to three spatial dimensions; float64, float32, bfloat16 or float16; any
@@ -89,11 +89,11 @@ def dense_block(
         drop_rate: probability in [0, 1] that a new feature is dropped.
         seed: ``[]``, int64, on the input's device; required if ``drop_rate > 0``. See :func:`dropout_mask`; the
             layer's number separates the masks.
-        memory: "balanced" keeps the outputs of conv1 for the backward pass, "min" computes them again.
+        memory: "balanced" saves the outputs of conv1 for backward, "min" recomputes them.
         process_group: name of the torch.distributed group that shares batch statistics, as
             :class:`torch.nn.SyncBatchNorm` does; "" for this process alone. All of its processes call the op together.
-        active: which layers are computed; None for all. The new channels of the others are zeros, which later layers
-            read like any values: their norms see mean and variance 0.
+        active: which layers are computed; None for all. The other layers append zeros. Later layers read these like
+            any values: their norms see mean and variance 0.
 
     Returns:
         The output, its channels innermost in memory, ``[N, C0 + L * k, spatial]`` without a tail or with a norm,
@@ -105,11 +105,11 @@ def dense_block(
         TypeError: a dtype that is not floating point, or weights of another dtype than the input's.
 
     Note:
-        Running statistics are not touched: see :func:`update_running_stats_`. Kept for backward: the buffer
+        Running statistics are not updated: see :func:`update_running_stats_`. Saved for backward: the buffer
         (``C0 + L * k`` numbers per pixel), in "balanced" mode ``b`` more for every active layer, and the statistics,
         which are 0 where a layer is not active. Reruns on one machine with one thread count are bit-identical. Double
-        backward raises. With a process group a layer exchanges the statistics of its ``b`` and ``k`` new channels in
-        forward, and as many corrections in backward, not those of the whole prefix.
+        backward raises. With a process group, a layer only exchanges the statistics of its ``b`` and ``k`` new channels
+        in forward, and as many corrections in backward.
 
     Reference:
         G. Huang, Z. Liu, L. van der Maaten, K. Weinberger. Densely Connected Convolutional Networks. CVPR 2017,

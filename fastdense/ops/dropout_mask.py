@@ -8,11 +8,11 @@ from fastdense.ops.fakes import register_fake
 
 
 def dropout_mask(seed: Tensor, layer: int, rows: int, channels: int, drop_rate: float) -> Tensor:
-    """Returns which elements dropout keeps.
+    """Returns a mask of the elements that dropout keeps.
 
     ``mask[r, c] = word(r * channels + c) >= drop_rate * 2**32`` with
     ``word(i) = Philox4x32-10(key=seed, counter=(i // 4, layer, 0))[i % 4]``: a pure function of its
-    arguments, equal on every device, so a backward pass can ask again instead of keeping the mask.
+    arguments, equal on every device, so the backward pass recomputes the mask instead of storing it.
 
     Args:
         seed: [], int64, on the device of the result. Its 64 bits are the key.

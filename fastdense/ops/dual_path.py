@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stage of dual path blocks on one output buffer, as a single differentiable operator."""
+"""A stage of dual path blocks on one output buffer, as one differentiable operator."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ def dual_path_stage(
         z = conv_c(relu(norm_c(conv_b(relu(norm_b(conv_a(relu(norm_a([r_{i-1}; d_{i-1}]))))))))
         r_i = r_{i-1} + z[:R],    d_i = [d_{i-1}; z[R:]]
 
-    (with a projection the first block's conv_a reads the input). Batch statistics are taken once per dense channel,
+    (with a projection the first block's conv_a reads the input). Batch statistics are computed once per dense channel,
     and once per block of the residual path.
 
     Args:
@@ -86,9 +86,10 @@ def dual_path_stage(
         residual_channels: ``R``, at least 0; 0 leaves a dense block, while ``K = 0`` leaves a residual one.
         projection: parameters of the projection, or None where the input is ``[r_0; d_0]`` already.
         stride: of the projection and of the first block's conv_b; 1 without a projection.
-        memory: "balanced" keeps the residual path behind every block and the outputs of conv_a and conv_b for the
-            backward pass; "min" makes the latter again; "reversible" keeps them, and makes the residual path again
-            from its end, block by block, by subtraction (float32 and float64 only: 16 bits would lose it).
+        memory: what is saved for backward. "balanced": the residual path after each block and the outputs of conv_a and
+            conv_b. "min": the residual path only; the convolutions are recomputed. "reversible": the outputs of the
+            convolutions only; the residual path is reconstructed from its final value by subtraction (float32 and
+            float64 only: 16 bits are not accurate enough).
         process_group: name of the torch.distributed group that shares batch statistics, as
             :class:`torch.nn.SyncBatchNorm` does; "" for this process alone. All of its processes call the op together.
 
@@ -103,9 +104,9 @@ def dual_path_stage(
         NotImplementedError: "reversible" with a 16-bit type.
 
     Note:
-        Running statistics are not touched: see :func:`update_running_stats_`. Kept for backward besides the output,
-        in numbers per pixel: ``(n - 1) * R + n * (ra + rb)``, ``(n - 1) * R`` and ``n * (ra + rb)`` by mode. Reruns
-        on one machine with one thread count are bit-identical. Double backward raises.
+        Running statistics are not updated: see :func:`update_running_stats_`. Saved for backward beside the output, in
+        numbers per pixel: ``(n - 1) * R + n * (ra + rb)`` ("balanced"), ``(n - 1) * R`` ("min") or ``n * (ra + rb)``
+        ("reversible"). Reruns on one machine with one thread count are bit-identical. Double backward raises.
 
     Reference:
         Y. Chen, J. Li, H. Xiao, X. Jin, S. Yan, J. Feng. Dual Path Networks. NIPS 2017, arXiv:1707.01629, equations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The merge of a dual path block in one pass, and its adjoint, the split: for blocks of one's own."""
+"""The merge of a dual path block in one pass, and its adjoint, the split: for writing your own blocks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,7 @@ def dual_path_merge(input: Tensor, features: Tensor, residual_channels: int) -> 
         ValueError: shapes or devices that do not fit, or more residual channels than there are.
 
     Note:
-        Deterministic; sums of 16-bit types are rounded once. Linear: derivatives of any order, nothing is kept for
+        Deterministic; sums of 16-bit types are rounded once. Linear: derivatives of any order, nothing is saved for
         backward. A stage of blocks needs no merges: see :func:`dual_path_stage`.
 
     Reference:

@@ -33,8 +33,8 @@ def highway_gate(input: Tensor, projection: Tensor, activation: str = "relu") ->
         ValueError: shapes or devices that do not fit, or an unknown ``activation``.
 
     Note:
-        Deterministic; arithmetic in float32 for 16-bit types. Kept for backward: ``input`` and ``projection``; ``H``
-        and ``T`` are computed again. A ``T`` or ``1 - T`` below 1e-37 (1e-307 in float64) counts as 0. Double backward
+        Deterministic; arithmetic in float32 for 16-bit types. Saved for backward: ``input`` and ``projection``; ``H``
+        and ``T`` are recomputed. A ``T`` or ``1 - T`` below 1e-37 (1e-307 in float64) counts as 0. Double backward
         raises.
 
     Reference:

@@ -30,7 +30,7 @@ def mean_join(inputs: Sequence[Tensor]) -> Tensor:
 
     Note:
         Deterministic: added up in the order given and divided once; 16-bit types are added up in float32 and rounded
-        once. Linear: derivatives of any order, nothing is kept for backward, and all inputs get the same tensor
+        once. Linear: derivatives of any order, nothing is saved for backward, and all inputs get the same tensor
         ``dy / m`` as gradient.
 
     Reference:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm, ReLU and max pool of a stem in one operator that keeps its input and a byte a pooled value."""
+"""Batch norm, ReLU and max pool of a stem in one operator, which saves its input and one byte per output."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +32,7 @@ def norm_relu_max_pool(
     *,
     process_group: str = "",
 ) -> tuple[Tensor, BatchStatistics]:
-    """Runs ``max_pool(relu(batch_norm(input)))`` in one pass over the input behind its statistics.
+    """Runs ``max_pool(relu(batch_norm(input)))`` in one pass over the input, after one for the statistics.
 
     Args:
         input: ``[N, C, spatial]`` with one to three spatial dimensions; float64, float32, bfloat16 or float16; any
@@ -40,7 +40,7 @@ def norm_relu_max_pool(
         norm: parameters of the norm; statistics of the batch, or given ones.
         kernel_size: one number a spatial dimension, at most 255 positions together.
         stride: likewise, at least 1.
-        padding: likewise, at most half of the kernel; what it adds never wins.
+        padding: likewise, at most half of the kernel; padded values are never the maximum.
         process_group: name of the torch.distributed group that shares batch statistics, as
             :class:`torch.nn.SyncBatchNorm` does; "" for this process alone. All of its processes call the op together.
 
@@ -54,11 +54,11 @@ def norm_relu_max_pool(
         TypeError: a dtype that is not floating point.
 
     Note:
-        Running statistics are not touched: see :func:`update_running_stats_`. Kept for backward: the input, the
-        statistics, and a byte for each pooled value, the position in the window that won it; it gets the gradient, or
-        nobody where the maximum is 0. Of equal values the first wins, and a NaN wins always, as in torch; values are
-        compared before they are rounded to a 16-bit type. Sums are float32 for 16-bit types. Deterministic: reruns on
-        one machine with one thread count are bit-identical. Double backward raises.
+        Running statistics are not updated: see :func:`update_running_stats_`. Saved for backward: the input, the
+        statistics, and one byte per output with the index of the maximum in its window. That element gets the gradient;
+        where the maximum is 0, none does. As in torch, the first of equal values is taken, and NaN counts as the
+        maximum. Values are compared before they are rounded to a 16-bit type. Sums are float32 for 16-bit types. Reruns
+        on one machine with one thread count are bit-identical. Double backward raises.
 
     Example:
         >>> norm = NormWeights(None, None, torch.zeros(1), torch.ones(1), 0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dense blocks of super-resolution networks on one shared buffer, as a single differentiable operator."""
+"""The dense blocks of super-resolution networks on one shared buffer, as one differentiable operator."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ def residual_dense_block(
         fusion: ``[C0, C0 + L * k, 1, 1]`` or ``[C0, C0 + L * k, 3, 3]``; None for none, which leaves no residual sums.
         negative_slope: of LeakyReLU, at least 0; 0 makes it ReLU.
         scale: factor of the fusion.
-        outer: ``[N, C0, H, W]`` of the input's dtype, or None: what a chain of blocks began with.
+        outer: ``[N, C0, H, W]`` of the input's dtype, or None: the input of a chain of blocks.
         outer_scale: factor of the block where ``outer`` is given.
         first_channels: of each layer, how many of the buffer's first channels it does not read; None for 0.
 
@@ -74,8 +74,8 @@ def residual_dense_block(
         TypeError: a dtype that is not floating point, or weights of another dtype than the input's.
 
     Note:
-        Kept for backward: the buffer of ``C0 + L * k`` numbers per pixel and nothing else; LeakyReLU's gradient reads
-        the sign of its output. Reruns on one machine with one thread count are bit-identical. Double backward raises.
+        Saved for backward: the buffer, ``C0 + L * k`` numbers per pixel. The gradient of LeakyReLU only needs the sign
+        of its output. Reruns on one machine with one thread count are bit-identical. Double backward raises.
 
     Reference:
         Y. Zhang et al. Residual Dense Network for Image Super-Resolution. CVPR 2018, arXiv:1802.08797, equations 4 to

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running statistics of all norms of a block, updated once a step."""
+"""Running statistics of all norms of a block, updated once per step."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def update_running_stats_(
     count: int,
     total_count: Tensor | None = None,
 ) -> None:
-    """Moves running statistics towards those of the batch, in place.
+    """Updates running statistics with those of the batch, in place.
 
     ``running = running + f * (batch - running)`` with ``f = momentum``, or ``1 / num_batches_tracked`` after it was
     incremented where momentum is None; the variance that enters is the unbiased one, ``var * M / (M - 1)``.
@@ -40,8 +40,8 @@ def update_running_stats_(
         ValueError: shapes or list lengths that do not fit; nothing is written then.
 
     Note:
-        Does nothing inside a backward pass: there an outer activation checkpoint runs the forward pass a second time,
-        and the step has been counted already.
+        Does nothing inside a backward pass: there ``torch.utils.checkpoint`` runs the forward pass again, whose
+        statistics have been counted already.
     """
     torch.ops.fastdense.update_running_stats_(
         running_mean,

@@ -31,7 +31,7 @@ class DenseLayer(nn.Module):
         drop_rate: probability in [0, 1] that a new feature is dropped in training.
         bottleneck: False leaves conv1 and norm2 out.
         spatial_dims: 1, 2 or 3.
-        stochastic_depth: leaves the layer out at random: then the new channels are zeros, ``b * H(x)`` in general.
+        stochastic_depth: drops the layer at random. The new channels are ``b * H(x)``: zeros if it is dropped.
         eps, momentum, affine, track_running_stats: of the norms, as in :class:`torch.nn.BatchNorm2d`.
 
     Example:

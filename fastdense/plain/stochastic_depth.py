@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-License-Identifier: Apache-2.0
-"""Stochastic depth: residual branches that training leaves out at random."""
+"""Stochastic depth: residual branches that are dropped at random in training."""
 
 import contextlib
 import inspect
@@ -58,7 +58,7 @@ def survivals(op: str, num_layers: int, survival: float | Sequence[float]) -> li
 
 
 class StochasticDepth(nn.Module):
-    """Adds a residual branch to its shortcut, or leaves it out: ``shortcut + b * branch(x)``.
+    """Adds a residual branch to its shortcut, or drops it: ``shortcut + b * branch(x)``.
 
     In training ``b`` is 1 with probability ``p = survival``, else 0. The expected sum is the same in training and in
     evaluation; ``scale`` says which of the two has the factor:
@@ -73,9 +73,9 @@ class StochasticDepth(nn.Module):
 
     Args:
         survival: probability ``p`` in [0, 1] that the branch is computed.
-        mode: "batch" draws one ``b`` for the mini-batch; a branch left out is not called, so its norms keep their
-            statistics and nothing is kept for backward. "sample" draws one ``b`` for each sample and computes
-            the branch for all of them.
+        mode: "batch" draws one ``b`` for the mini-batch. A dropped branch is not called, so its running statistics do
+            not change and nothing is saved for backward. "sample" draws one ``b`` for each sample and computes the
+            branch for all of them.
         scale: "test" or "train", see above.
 
     Shape:
@@ -85,14 +85,14 @@ class StochasticDepth(nn.Module):
         ValueError: if ``survival`` is no probability, or ``mode`` or ``scale`` is unknown.
 
     Note:
-        ``b`` comes from torch's CPU generator: a seed fixes it, and no device is waited for. The parameters of a branch
-        left out get no gradient at all (None), so optimisers leave them alone; the authors' code applied weight decay
-        and momentum to them as to zero gradients, which ``zero_grad(set_to_none=False)`` restores. This module has no
+        ``b`` comes from torch's CPU generator: a seed fixes it, and no device is synchronised. The parameters of a
+        dropped branch get no gradient (None), so optimizers skip them. The authors' code applied weight decay and
+        momentum to them, as to zero gradients; ``zero_grad(set_to_none=False)`` does the same. This module has no
         parameters, so a network's ``state_dict`` is the same with and without it.
 
-        Under ``torch.compile`` one graph serves every draw, so in "batch" mode all branches are computed and those left
-        out are multiplied by 0: numbers and statistics are the same, the time and memory are those of the whole
-        network, and the gradients are zeros instead of None.
+        Under ``torch.compile`` one graph serves every draw. In "batch" mode all branches are computed there, and
+        dropped ones are multiplied by 0. Results and running statistics are the same. Time and memory are those of the
+        whole network, and the gradients are zeros instead of None.
 
     Reference:
         G. Huang, Y. Sun, Z. Liu, D. Sedra, K. Weinberger. Deep Networks with Stochastic Depth. ECCV 2016,

@@ -126,8 +126,7 @@ def _opencv(path: Path) -> Any:
         import cv2
     except ImportError as error:
         raise InputError(
-            f"fastdense: expected OpenCV for {path}, a PNG of 16 bits and colours, got no such module; run: "
-            "pip install opencv-python-headless"
+            f"fastdense: {path} is a 16-bit colour PNG, which needs OpenCV; run: pip install opencv-python-headless"
         ) from error
     return cv2
 
@@ -146,7 +145,7 @@ def write_samples(command: str, path: Path, samples: numpy.ndarray) -> None:
         try:
             Image.fromarray(samples).save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
         except OSError as error:  # a JPEG with alpha, for instance
-            raise InputError(f"{command}: expected {path} to be of a format that holds the picture: {error}") from error
+            raise InputError(f"{command}: the format of {path} cannot store this picture: {error}") from error
         content = buffer.getvalue()
     write_atomically(path, lambda file: file.write(content))
 

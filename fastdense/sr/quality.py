@@ -65,7 +65,7 @@ def ssim(picture: Tensor, original: Tensor, shave: int) -> float:
     """
     x, y = _shaved(picture, shave), _shaved(original, shave)
     if min(x.shape[2:]) < 11:
-        raise ValueError(f"ssim: expected pictures of 11 x 11 pixels or more behind shaving, got {tuple(x.shape[2:])}")
+        raise ValueError(f"ssim: expected pictures of 11 x 11 pixels or more after shaving, got {tuple(x.shape[2:])}")
     line = torch.exp(-((torch.arange(11, dtype=x.dtype) - 5) ** 2) / (2 * 1.5**2))
     line = line / line.sum()
 
@@ -99,8 +99,8 @@ def evaluate_image(
     """Shrinks a picture, enlarges it again, and compares the luminance.
 
     The picture is cropped to a multiple of ``scale`` from its upper left corner. The baseline shrinks Y by MATLAB's
-    bicubic in floating point without rounding; a network gets the small picture of 8 bits that MATLAB would make, RGB
-    or Y as it takes. Results are clipped and rounded once; ``scale`` pixels at each border do not count.
+    bicubic in floating point without rounding. A network gets the small 8-bit picture that MATLAB would make, as RGB or
+    Y. Results are clipped and rounded once. ``scale`` pixels at each border are left out.
 
     Args:
         picture: ``[H, W]`` or ``[H, W, 3]``, uint8.

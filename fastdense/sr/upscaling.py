@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-License-Identifier: Apache-2.0
-"""Runs super-resolution networks on pictures larger than memory, with the result of running them whole."""
+"""Runs super-resolution networks in bounded memory, with the same result as in one piece."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -31,10 +31,10 @@ class Plan(NamedTuple):
 
 
 def plan_upscale(net: SuperResolutionNet, height: int, width: int, itemsize: int, max_memory: int | None) -> Plan:
-    """Chooses stripes such that weights excepted all tensors together take at most ``max_memory`` bytes, by estimate.
+    """Chooses stripes so that all tensors except the weights take at most ``max_memory`` bytes, by estimate.
 
     Raises:
-        ValueError: if even stripes of one row take more; the message says how much.
+        ValueError: even stripes of one row take more; the message says how much.
     """
     rows, columns = -(-height // net.unshuffle), -(-width // net.unshuffle)
     pictures = net.colours * (1 + net.scale**2) * height * width * itemsize
@@ -71,18 +71,18 @@ def upscale(
     trunk_rows: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Enlarges pictures; the result is that of ``net(pictures)``, but for rounding.
+    """Enlarges pictures in bounded memory. The result is that of ``net(pictures)``, except for rounding.
 
-    The trunk works on the small picture, where the feature buffer is reused; the tail, which would need most memory,
-    runs in stripes of rows with as many rows around them as its convolutions see. Where the trunk does not fit either,
-    it runs in stripes too, whose halo covers its receptive field: exact, but only worth it for pictures that are high.
+    The trunk runs on the whole small picture. The tail, which would need most memory, runs in stripes of rows, each
+    with the neighbouring rows that its convolutions see. If the trunk does not fit either, it runs in stripes too.
+    Their halo covers its receptive field: this is exact, but only pays for high pictures.
 
     Args:
         net: any network of :mod:`fastdense.models` for super-resolution; its mode is not changed.
         pictures: ``[N, colours, H, W]``, in [0, 1], of the dtype of the weights.
         max_memory: bytes that all tensors but the weights may take, by estimate.
         tail_rows, trunk_rows: rows of stripes, instead of what :func:`plan_upscale` chooses; counted in the features.
-        progress: called as ``progress(done, steps)`` behind every block of the trunk and every stripe of the tail.
+        progress: called as ``progress(done, steps)`` after each block of the trunk and each stripe of the tail.
 
     Returns:
         ``[N, colours, scale * H, scale * W]``.
@@ -92,7 +92,7 @@ def upscale(
     """
     if pictures.dim() != 4 or pictures.shape[1] != net.colours or 0 in pictures.shape:
         raise ValueError(
-            f"upscale: expected pictures to have shape [N, {net.colours}, H, W] without zeros, "
+            f"upscale: expected pictures to have shape [N, {net.colours}, H, W] with positive sizes, "
             f"got {tuple(pictures.shape)}"
         )
     batch, _, height, width = pictures.shape

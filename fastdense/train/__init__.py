@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a model on digits or a folder of pictures; a run that was killed continues with the same bits.
+"""Trains a model on digits or a folder of pictures. A killed run resumes bit-identically.
 
 Example:
     >>> from fastdense.train import TrainConfig, train

@@ -24,7 +24,7 @@ CHANGEABLE: dict[str, Any] = {"epochs": 10, "lr": 0.1}
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """What to train, on what, and how.
+    """Configuration of a training run.
 
     Attributes:
         model: a name of :func:`fastdense.models.list`.

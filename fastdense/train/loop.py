@@ -33,7 +33,7 @@ from fastdense.train.samples import Batches, Samples
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The result of a training run.
 
     Attributes:
         test_accuracy: share of the test images that the final weights classify correctly.
@@ -105,7 +105,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     ):
         if path.exists() and not (config.resume or config.fresh):
             raise InputError(
-                f"train: expected {config.out} to hold no checkpoint, got {path};"
+                f"train: {config.out} already has a checkpoint, {path};"
                 " continue it with --resume, or start anew with --fresh"
             )
         data = load(config.data, config.size)
@@ -408,9 +408,11 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"train: expected device to be one of torch's, got {name!r}") from error
+        raise InputError(
+            f"train: expected device to be a torch device such as 'cpu' or 'cuda', got {name!r}"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"train: expected device to be there, got {name!r} but torch finds no CUDA GPU")
+        raise InputError(f"train: device {name!r} is not available: torch finds no CUDA GPU")
     return device
 
 

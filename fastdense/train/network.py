@@ -59,7 +59,7 @@ def make_model(config: TrainConfig, data: Dataset, smallest: int) -> nn.Module:
     try:
         model = models.create(config.model, **arguments)
     except (ValueError, TypeError) as error:
-        raise InputError(f"train: expected arguments that make a model, got {config.model!r}: {error}") from error
+        raise InputError(f"train: cannot create {config.model!r}: {error}") from error
     try:
         with torch.no_grad():
             made = model.eval()(torch.zeros(1, 3, data.size, data.size))

@@ -55,8 +55,8 @@ class Processes:
             by_path = isinstance(module, FractalNet) and (module.drop_path > 0 or module.global_ratio > 0)
             if by_depth or by_path:
                 raise InputError(
-                    f"train: expected a model that computes all layers in every step with {self.world} processes, "
-                    f"got {type(model).__name__}, which leaves some out at random; train it in one process, or without"
+                    f"train: {type(model).__name__} drops layers at random, which {self.world} processes do not "
+                    "support; train it in one process, or without stochastic depth and drop-path"
                 )
         return DistributedDataParallel(model)
 

@@ -39,7 +39,7 @@ HELD_OUT = ("chelsea.png", "coffee.png")
 
 @dataclasses.dataclass(frozen=True)
 class SuperResolutionConfig:
-    """What to train, on what, and how.
+    """Configuration of a training run.
 
     Attributes:
         model: a super-resolution network of :func:`fastdense.models.list`.
@@ -106,7 +106,9 @@ class Patches:
         pairs = zip(small, large, strict=True)
         self.pairs = [(s, b) for s, b in pairs if min(s.shape[2:]) >= side]
         if not self.pairs:
-            raise InputError(f"train: expected a picture of {side * scale} pixels or more to train on, got none")
+            raise InputError(
+                f"train: expected at least one picture of {side * scale} x {side * scale} pixels or more, got none"
+            )
         # By area, so that all places are equally likely.
         areas = numpy.array([s.shape[2] * s.shape[3] for s, _ in self.pairs], float)
         self.shares = areas / areas.sum()
@@ -173,8 +175,8 @@ def load_pictures(data: str) -> tuple[list[NDArray[numpy.uint8]], list[NDArray[n
 def train_super_resolution(config: SuperResolutionConfig, progress: bool = True) -> SuperResolutionResult:
     """Trains a network and writes it as ``model.pt`` for ``fastdense upscale`` and ``fastdense evaluate``.
 
-    Small patches are made by MATLAB's bicubic on 8 bits. A run that was stopped goes on from its checkpoint with the
-    same patches, and on the same machine with the same number of threads to the same weights.
+    Small patches are made by MATLAB's bicubic from 8-bit pictures. A stopped run resumes from its checkpoint with the
+    same patches. On the same machine, with the same number of threads, the weights are bit-identical.
 
     Raises:
         InputError: pictures, arguments or a checkpoint that cannot be used.
@@ -193,7 +195,7 @@ def train_super_resolution(config: SuperResolutionConfig, progress: bool = True)
 
 def _train_alone(config: SuperResolutionConfig, path: Path, progress: bool) -> SuperResolutionResult:
     if path.exists() and not config.resume and not config.fresh:
-        raise InputError(f"train: expected --out without a checkpoint, got {path}; give --resume or --fresh")
+        raise InputError(f"train: {path} exists; continue it with --resume, or start anew with --fresh")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)

@@ -45,7 +45,7 @@ class SuperResolutionNet(nn.Module):
         tail_scale: how much larger the result is than the tail's input.
         reach: rows that the trunk sees beyond a row of its result on either side.
         unshuffle: how much smaller the trunk's features are than the pictures.
-        recompute_tail: whether the tail keeps nothing for the backward pass but runs again there, stripe by stripe.
+        recompute_tail: whether the tail saves nothing for backward, and runs again there stripe by stripe.
     """
 
     scale: int

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of super-resolution networks by other people's names, read without running code from a file."""
+"""Loads checkpoints of super-resolution networks from other projects. No code in a file is executed."""
 
 import re
 import warnings
@@ -68,7 +68,7 @@ _EDSR_RULES: _Rules = (
 
 
 def load_super_resolution(path: str | Path) -> SuperResolutionNet:
-    """Makes the network that a checkpoint belongs to, with its weights.
+    """Creates the network of a checkpoint and loads its weights.
 
     Scale, depth and widths follow from the entries. Known are RRDBNet by the names of BasicSR and Real-ESRGAN
     (``body.0.rdb1.conv1``, in ``params_ema`` or ``params``), of ESRGAN (``RRDB_trunk.0.RDB1.conv1``), the oldest
@@ -105,11 +105,11 @@ def load_super_resolution(path: str | Path) -> SuperResolutionNet:
             load_exactly(f"{_OP}: {path}", net, renamed)
             return net.eval()
     some = ", ".join(list(state)[:3])
-    raise ValueError(f"{_OP}: expected {path} to hold a network that is known, got entries like {some}")
+    raise ValueError(f"{_OP}: expected {path} to hold a known network, got entries such as {some}")
 
 
 def save_super_resolution(net: SuperResolutionNet, path: str | Path) -> None:
-    """Writes a network so that :func:`load_super_resolution` makes it again.
+    """Saves a network for :func:`load_super_resolution`.
 
     Args:
         net: a network of :mod:`fastdense.models`.
@@ -155,7 +155,7 @@ def _rename(state: Mapping[str, Tensor], rules: _Rules) -> State:
         for pattern, replacement in rules:
             key = re.sub(pattern, replacement, key)
         if key in renamed:
-            raise ValueError(f"{key}, which stands twice")
+            raise ValueError(f"{key}, which occurs twice")
         renamed[key] = value
     return renamed
 
@@ -286,7 +286,7 @@ def _make_drcn(state: State, settings: Mapping[str, Any]) -> _Made:
 
 def _scale(settings: Mapping[str, Any]) -> int:
     if "scale" not in settings:
-        raise ValueError("its scale, which these weights do not tell: only files of this library do")
+        raise ValueError("its scale, which these weights do not contain: only files of this library do")
     return settings["scale"]
 
 

@@ -8,7 +8,7 @@ from fastdense.models.sr.base import UpscaledFirst, conv3x3
 
 
 class DRCN(UpscaledFirst):
-    """One convolution applied again and again, every state of which is reconstructed.
+    """One convolution applied repeatedly, with an output from every state.
 
     With ``y = bicubic(x)``: ``h_0 = embed(y)``, ``h_d = relu(recursive(h_{d-1}))``, and the result is the mean of
     ``y + reconstruct(h_d)`` over ``d = 1 ... D`` with learned weights. In terms of

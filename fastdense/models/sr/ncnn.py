@@ -51,7 +51,9 @@ def read_ncnn(path: Path) -> list[NcnnConvolution]:
     param, weights = path.with_suffix(".param"), path.with_suffix(".bin")
     for file in (param, weights):
         if not file.is_file():
-            raise ValueError(f"read_ncnn: expected {param.name} and {weights.name} to lie together, got no {file}")
+            raise ValueError(
+                f"read_ncnn: expected {param.name} and {weights.name} in one folder, but {file} is missing"
+            )
     shapes = _read_param(param)
     data, at, found = weights.read_bytes(), 0, []
     for shape in shapes:
@@ -73,7 +75,7 @@ def _read_param(param: Path) -> list[_Shape]:
         for line in lines[2:]:
             kind, name, inputs, outputs, *rest = line.split()
             if kind not in _LAYERS:
-                raise ValueError(f"layer {name} of type {kind}, which this library does not know")
+                raise ValueError(f"layer {name} of type {kind}, which is not supported")
             if kind == "Convolution":
                 shapes.append(_convolution_shape(name, rest[int(inputs) + int(outputs) :]))
     except (ValueError, KeyError, IndexError, ZeroDivisionError) as error:

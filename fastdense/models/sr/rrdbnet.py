@@ -49,9 +49,8 @@ class RRDBNet(SuperResolutionNet):
         off again.
 
     Note:
-        In training the tail, whose features are ``scale**2`` times as many as the body's, keeps nothing for the
-        backward pass but runs again there, in stripes of rows; ``recompute_tail = False`` turns that off, and so
-        do hooks on its modules.
+        The tail has ``scale**2`` times as many features as the body. In training it saves nothing for backward, and
+        runs again there in stripes of rows. ``recompute_tail = False`` turns that off, and so do hooks on its modules.
 
     Reference:
         X. Wang et al. ESRGAN: Enhanced Super-Resolution Generative Adversarial Networks. ECCVW 2018, arXiv:1809.00219,

@@ -236,7 +236,7 @@ def forget_equivalence_checks(model: nn.Module) -> None:
             module.__dict__.pop(STATE, None)
 
 
-def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: str) -> None:
+def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: DualPathMemoryMode) -> None:
     """Fuses a module, or warns why it stays plain."""
     if not isinstance(module, FusedModule):
         try:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastdense._choices import MemoryMode
 from fastdense.fusion.base import FusedModule, check_runs_here, run_fused
 from fastdense.fusion.batch_statistics import process_group_of
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, run_block
@@ -47,7 +48,7 @@ def _plan_layers(module: nn.Module) -> LayersPlan:
     return LayersPlan(list(module.children())[: block.heads], plan)
 
 
-def _run_layers(plan: LayersPlan, memory: str, input: Tensor) -> Tensor:
+def _run_layers(plan: LayersPlan, memory: MemoryMode, input: Tensor) -> Tensor:
     # Whatever may keep the layers from being fused is found before other modules have run.
     check_runs_here("dense_block", input)
     process_group_of(plan.block.synchronised)

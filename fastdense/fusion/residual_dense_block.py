@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fastdense._choices import MemoryMode
 from fastdense.fusion.base import FusedModule, check_runs_here, run_fused
 from fastdense.fusion.checks import NotFusible, has_no_hooks
 from fastdense.fusion.residual_layers import GrowingLayers, read_growing_block, read_residual_block
@@ -38,7 +39,7 @@ def _plan(module: nn.Module) -> ResidualPlan:
     return ResidualPlan(flat, block.negative_slope, block.scale, float(getattr(module, "outer_scale", 1.0)))
 
 
-def _run(plan: ResidualPlan, memory: str, input: Tensor, outer: Tensor | None = None) -> Tensor:
+def _run(plan: ResidualPlan, memory: MemoryMode, input: Tensor, outer: Tensor | None = None) -> Tensor:
     check_runs_here("residual_dense_block", input)
     return run_flat_residual_block(
         input,
@@ -102,6 +103,6 @@ def _goes_on(block: GrowingLayers, behind: GrowingLayers) -> bool:
     )
 
 
-def run_growing(plan: GrowingPlan, memory: str, x: Tensor) -> Tensor:
+def run_growing(plan: GrowingPlan, memory: MemoryMode, x: Tensor) -> Tensor:
     check_runs_here("residual_dense_block", x)
     return run_flat_residual_block(x, plan.flat, negative_slope=plan.negative_slope)

@@ -44,7 +44,7 @@ def state_of(module: nn.Module) -> State:
     return state
 
 
-def memory_of(module: nn.Module) -> str:
+def memory_of(module: nn.Module) -> Any:
     """The memory mode: that of the conversion, or the attribute of this library's own blocks."""
     state = module.__dict__.get(STATE)
     if state is not None and state.memory is not None:

@@ -79,8 +79,8 @@ test-isa: build  ## run the tests as on processors without AVX-512 and without A
 	  env $$isa OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS) || failed=1; \
 	done; done; [ -z "$$failed" ]
 
-fuzz: build  ## try the operators on thousands of random cases, about ten minutes
-	@HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_random_cases.py
+fuzz: build  ## try operators and models on thousands of random cases, about half an hour
+	@HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_random_cases.py tests/test_random_models.py
 
 soak: build  ## train small networks for a thousand steps; memory must not grow
 	@$(BIN)/python -m benchmarks.soak

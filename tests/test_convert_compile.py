@@ -233,7 +233,8 @@ def test_onnxruntime_resamples_the_same(options, operator, axes):
 
 def test_symbolic_tracing_records_the_plain_modules():
     plain, fast = pair()
-    traced = torch.fx.symbolic_trace(fast)
+    with pytest.warns(UserWarning, match="torch.fx makes of a converted model"):
+        traced = torch.fx.symbolic_trace(fast)
     assert not [node for node in traced.graph.nodes if "fastdense" in str(node.target)]
     x = images()
     assert_same(step(traced, x), step(plain, x))
@@ -241,7 +242,8 @@ def test_symbolic_tracing_records_the_plain_modules():
 
 def test_features_extracted_by_torchvision():
     names = ["features.denseblock1", "features.transition1", "features.denseblock1.denselayer2.conv1", "flatten"]
-    plain, fast = (create_feature_extractor(net, names)(x) for x in [images()] for net in pair())
+    with pytest.warns(UserWarning, match="torch.fx makes of a converted model"):
+        plain, fast = (create_feature_extractor(net, names)(x) for x in [images()] for net in pair())
     assert set(plain) == set(fast) == set(names)
     for name in names:
         assert relative(fast[name], plain[name]) <= 1e-10

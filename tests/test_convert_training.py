@@ -112,7 +112,7 @@ def test_running_statistics_without_a_counter_stay_plain():
 
     plain, fast = pair(change=change, when="after")
     x = images()
-    with one_warning(BLOCK, "denselayer1.norm1 has running statistics without num_batches_tracked"):
+    with one_warning(BLOCK, "denselayer1.norm1 has running statistics without a num_batches_tracked"):
         assert_same(step(fast, x), step(plain, x))
 
 

@@ -423,7 +423,8 @@ def test_a_training_step_between_an_eval_step_and_its_backward():
 
 def test_symbolic_tracing_records_the_plain_modules():
     net = randomise(DenseFeatures(DenseBlock(2, 4, 3), Transition(10, 5), nn.BatchNorm2d(5)).double())
-    traced = torch.fx.symbolic_trace(net)
+    with pytest.warns(UserWarning, match="torch.fx makes of a converted model"):
+        traced = torch.fx.symbolic_trace(net)
     x = image(4)
     torch.testing.assert_close(traced.eval()(x), net.eval()(x))
 

@@ -118,7 +118,7 @@ def test_unusable_weights_are_named(tmp_path: Path) -> None:
         "text": (b"<html>", "a whole file of tensors"),
         "empty": (b"", "a whole file of tensors"),
         "half": (whole.read_bytes()[:1000], "a whole file of tensors"),
-        "twice": ({**good, f"module.{key}": good[key]}, "once, got it again"),
+        "twice": ({**good, f"module.{key}": good[key]}, "got a second one"),
     }
     for name, (content, message) in files.items():
         for suffix in (".pth", ".safetensors"):

@@ -54,7 +54,6 @@ MUTANTS = [
     ("cpu/conv/winograd.h", "dm[3] = -dy[1];", "dm[3] = dy[1];"),
     ("cpu/conv/conv2d_tile.h", "taps_of[k][8 - t][i]", "taps_of[k][t][i]"),
     ("cpu/simd/transpose.h", "c < whole_columns ? whole_rows : 0", "whole_rows"),
-    ("cpu/gemm/gemm.h", "panel[r * kPanel + i] = A(0)", "panel[r * kPanel + i] = A(1)"),
     ("cpu/conv/conv2d_tile.h", "winograd_ ? round_up_to_winograd(tile) : tile", "tile"),
     ("residual_dense_block/residual_dense_block_cpu.h", "rows -= 2;", "rows -= 1;"),
     ("residual_dense_block/residual_dense_block_forward_cpu.cpp", "conv({x_ + layer.first, ld_", "conv({x_, ld_"),

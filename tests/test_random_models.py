@@ -65,7 +65,7 @@ def test_same_numbers_whatever_is_done(seed):
             given, hook = laid_out(x, random), random.choice([None, *HOOKS])
             try:
                 expected = step(plain, given, hook)
-            except RuntimeError:  # torch refuses the change, as a weight norm does such hooks
+            except (RuntimeError, TypeError):  # torch refuses the change, as a weight norm does such hooks
                 return
             try:
                 assert_same(step(fast, given, hook), expected, 1e-8)

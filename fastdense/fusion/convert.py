@@ -34,6 +34,8 @@ from fastdense.fusion.residual_layers import (
     read_residual_block,
 )
 from fastdense.fusion.sequential import FusedSequential
+from fastdense.fusion.shared_buffer.block import SharedBuffer
+from fastdense.fusion.shared_buffer.trial import read_shared_block
 from fastdense.ops.arguments import check_memory
 from fastdense.plain.dense_block import PlainDenseBlock
 from fastdense.plain.dual_path import PlainDualPathBlock
@@ -74,6 +76,9 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
         >>> model = fastdense.convert(torchvision.models.densenet121())
     """
     check_module("convert", model)
+    for module in model.modules():
+        if isinstance(module, SharedBuffer):  # which another mode, or an edit, may have made another kind
+            module.__class__ = plain_class(type(module))
     found = find(model)
     if not any(kind.is_block for _, _, kind in found):
         looked_for = ", ".join(".".join(known) for known in BLOCKS + DUAL_PATH_BLOCKS)
@@ -117,7 +122,10 @@ def restore(model: Model) -> Model:
 
 
 class Pattern(NamedTuple):
-    """Modules that can be fused: what they are called, the mixin, how to tell and to read one."""
+    """Modules that can be fused: what they are called, the mixin, how to tell and to read one.
+
+    ``has_layers``: a dense block, whose layers may run on a shared buffer as plain modules where no operator can.
+    """
 
     name: str
     mixin: type[FusedModule]
@@ -125,6 +133,7 @@ class Pattern(NamedTuple):
     reader: Callable[[Any], object]
     is_block: bool
     memory_modes: tuple[str, ...] = MEMORY_MODES
+    has_layers: bool = False
 
     def read(self, module: nn.Module) -> None:
         """Raises NotFusible where the module cannot be fused."""
@@ -138,6 +147,10 @@ def _is_sequence(module: nn.Module) -> bool:
     if not isinstance(module, nn.Sequential):
         return False
     return type(module).forward is nn.Sequential.forward or is_replaced(type(module), "forward")
+
+
+def _is_on_shared_buffer(module: nn.Module) -> bool:
+    return isinstance(module, SharedBuffer)
 
 
 def _is_dense_block(module: nn.Module) -> bool:
@@ -183,11 +196,13 @@ def _is_sr_dense_block(module: nn.Module) -> bool:
 ANY_MODE = DUAL_PATH_MEMORY_MODES
 
 
-_INFERRED = Pattern("block", FusedInferredBlock, _is_inferred_block, read_inferred_block, True)
+_INFERRED = Pattern("block", FusedInferredBlock, _is_inferred_block, read_inferred_block, True, has_layers=True)
+_SHARED = Pattern("block", SharedBuffer, _is_on_shared_buffer, read_shared_block, True)
 
 
 PATTERNS = (
-    Pattern("block", FusedDenseBlock, _is_dense_block, read_block, True),
+    _SHARED,
+    Pattern("block", FusedDenseBlock, _is_dense_block, read_block, True, has_layers=True),
     _INFERRED,
     Pattern("transition", FusedTransition, _is_transition_like, read_transition, False),
     Pattern(
@@ -195,7 +210,7 @@ PATTERNS = (
     ),
     Pattern("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True, ANY_MODE),
     Pattern("residual dense", FusedResidualDenseBlock, _is_residual_dense_block, read_residual_block, True),
-    Pattern("block", FusedInferredLayers, _is_inferred_layers, read_inferred_layers, True),
+    Pattern("block", FusedInferredLayers, _is_inferred_layers, read_inferred_layers, True, has_layers=True),
     Pattern("growing dense", FusedSRDenseBlock, _is_sr_dense_block, read_growing_block, True),
 )
 
@@ -217,16 +232,18 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, Pattern]]:
         # A sequence of layers is the block where these join their features themselves, else the module around it.
         inner = container_of_layers(module) if kind is _INFERRED else module
         if inner is not module and id(inner) in candidates:
-            left_out.add(id(module) if _is_fusible(inner, kind) else id(inner))
+            is_block = _why_not(inner, kind) is None or _why_not(inner, _SHARED) is None
+            left_out.add(id(module) if is_block else id(inner))
     return [entry for entry in found if id(entry[1]) not in left_out]
 
 
-def _is_fusible(module: nn.Module, kind: Pattern) -> bool:
+def _why_not(module: nn.Module, kind: Pattern) -> str | None:
+    """Why a module cannot run as one of a kind; None where it can."""
     try:
         kind.read(module)
-    except NotFusible:
-        return False
-    return True
+    except NotFusible as reason:
+        return str(reason)
+    return None
 
 
 def forget_equivalence_checks(model: nn.Module) -> None:
@@ -244,8 +261,12 @@ def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: DualPathMemor
         except NotFusibleInTraining:
             pass
         except NotFusible as reason:
-            warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}", stacklevel=3)
-            return
+            why_not_shared = _why_not(module, _SHARED) if kind.has_layers else ""
+            if why_not_shared is not None or memory != "min":
+                hint = '; memory="min" runs it on a shared buffer' if why_not_shared is None else ""
+                warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}{hint}", stacklevel=3)
+                return
+            kind = _SHARED
         module.__class__ = fused_class(kind.mixin, type(module))
     state = state_of(module)
     state.name = name

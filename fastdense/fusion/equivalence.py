@@ -74,12 +74,15 @@ def _note(attributes: dict[tuple[int, str], Any], at: int, name: str, value: Any
                 _note(attributes, at, f"{name}.{key}", item, depth - 1)
 
 
-def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome:
-    """What ``attempt`` finds out, or the reason why nothing: remembered until the module's code may do other things."""
+def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome], place: str = "outcome") -> Outcome:
+    """What ``attempt`` finds out, or the reason why nothing: remembered until the module's code may do other things.
+
+    It is remembered in an attribute of the module's state.
+    """
     if "forward" in module.__dict__:
         raise NotFusible("its forward was replaced on the instance")
     code, state = code_of(module), state_of(module)
-    known = state.outcome
+    known = getattr(state, place)
     sources = None if torch.compiler.is_compiling() else read_sources((module,), known and known.sources)
     if known is None or not known.still_holds(code, sources):
         if any(p.is_meta for p in module.parameters()):
@@ -94,7 +97,8 @@ def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome
                 raise NotFusible("its forward changes what its code reads")
         except NotFusible as reason:
             found = str(reason)
-        known = state.outcome = _Known(code, sources, found)
+        known = _Known(code, sources, found)
+        setattr(state, place, known)
     if isinstance(known.found, str):
         raise NotFusible(known.found)
     return known.found
@@ -133,7 +137,7 @@ def double_copy(module: nn.Module) -> nn.Module:
                 p.requires_grad_()
                 p.uniform_(-1, 1, generator=numbers)
                 if not is_norm:
-                    p.div_(p[0].numel() ** 0.5)
+                    p.div_((p.numel() / max(p.shape[:1].numel(), 1)) ** 0.5)
             if is_norm and inner.weight is not None:
                 inner.weight.abs_().add_(0.5)
             if is_norm and inner.running_mean is not None:

@@ -18,16 +18,24 @@ class State:
     an equivalence check goes with a copy, but not into a file: other code may be behind the same names there.
     """
 
-    def __init__(self, memory: str | None = None, name: str = "", reason: str = "", outcome: Any = None) -> None:
+    def __init__(
+        self,
+        memory: str | None = None,
+        name: str = "",
+        reason: str = "",
+        outcome: Any = None,
+        shared_outcome: Any = None,
+    ) -> None:
         self.memory = memory
         self.name = name
         self.reason = reason
-        self.outcome = outcome
+        self.outcome = outcome  # of the check for one operator
+        self.shared_outcome = shared_outcome  # and of that for plain layers on a shared buffer
         self.kept: Any = None
         self.steps: dict[int, Any] = {}
 
     def __copy__(self) -> State:
-        return State(self.memory, self.name, self.reason, self.outcome)
+        return State(self.memory, self.name, self.reason, self.outcome, self.shared_outcome)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         return self.__copy__()

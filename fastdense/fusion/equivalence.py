@@ -5,7 +5,7 @@
 import contextlib
 import copy
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -155,6 +155,58 @@ def random_input(conv: Any, channels: int) -> Tensor:
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward of the plain class, without the hooks of the module itself."""
     return lambda *inputs: run_plain(module, *inputs)
+
+
+def one_step(
+    module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, watch: TorchDispatchMode
+) -> list[Tensor | None]:
+    """Output, gradients and statistics of one pass that ``watch`` sees; the statistics are put back.
+
+    They are those of the forward pass: layers under a checkpoint move theirs once more in the backward pass.
+    """
+    before = [buffer.clone() for buffer in module.buffers()]
+    x = x.clone().requires_grad_()
+    wanted = [x, *module.parameters()]
+    with watch:
+        out = forward(x)
+        if not isinstance(out, Tensor) or not out.requires_grad:
+            raise NotFusible("its output is not one tensor that requires grad")
+        if not {id(leaf) for leaf in leaves_of(out)} <= {id(t) for t in wanted}:
+            raise NotFusible("it reads a tensor that requires grad and is none of its parameters")
+        statistics = [buffer.clone() for buffer in module.buffers()]
+        torch.autograd.backward(out, torch.linspace(-1, 1, out.numel()).to(out).view_as(out))
+    grads = [t.grad for t in wanted]
+    for t in wanted:
+        t.grad = None
+    for buffer, old in zip(module.buffers(), before, strict=True):
+        buffer.copy_(old)
+    return [out.detach(), *grads, *statistics]
+
+
+def leaves_of(out: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that gradients of ``out`` go to."""
+    seen: set[Any] = set()
+    stack = [out.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of the nodes where gradients end
+        if variable is not None:
+            yield variable
+        stack += [following for following, _ in node.next_functions]
+
+
+def agree(actual: Iterable[Any], expected: Iterable[Any]) -> bool:
+    """Whether tensors are the same to nine digits of each one's norm."""
+
+    def near(a: Tensor | None, b: Tensor | None) -> bool:
+        if a is None or b is None or a.shape != b.shape:
+            return a is b
+        return bool((a.double() - b.double()).norm() <= 1e-9 * b.double().norm())
+
+    return all(near(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 class NoRandomNumbers(TorchDispatchMode):

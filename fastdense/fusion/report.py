@@ -10,15 +10,15 @@ from fastdense.fusion.base import FusedModule
 from fastdense.fusion.checks import NotFusible, check_module
 from fastdense.fusion.convert import Pattern, find, forget_equivalence_checks, restore
 from fastdense.fusion.inferred_layers import count_layers
-from fastdense.fusion.shared_buffer.block import SharedBuffer
 from fastdense.fusion.saved_memory import saved_bytes_per_image
+from fastdense.fusion.shared_buffer.block import SharedBuffer
 
 
 class ReportRow(NamedTuple):
     """A dense block, transition or dual path block.
 
-    ``runs`` is "fused", "shared buffer" (see :class:`fastdense.nn.SharedBufferBlock`) or "plain", ``reason`` says why it
-    is plain, ``layers`` counts those of a dense block.
+    ``runs`` is "fused", "shared buffer" (see :class:`fastdense.nn.SharedBufferBlock`) or "plain", ``reason`` says why
+    it is plain, ``layers`` counts those of a dense block.
     """
 
     name: str

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastdense._C import Fingerprint
+from fastdense.fusion.equivalence import leaves_of
 from fastdense.fusion.shared_buffer.layers import Block, Form, Layer
 
 _CHANGED = (
@@ -145,7 +146,7 @@ class _Prefix(torch.autograd.Function):
     """What a layer reads, as no leaf: its code may change it in place. The gradient goes to a list."""
 
     @staticmethod
-    def forward(ctx: Any, needs_grad: Tensor, prefix: Tensor, call: _Call, is_copied: bool, sink: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, trigger: Tensor, prefix: Tensor, call: _Call, is_copied: bool, sink: list[Tensor]) -> Tensor:
         ctx.sink = sink
         return _copied(prefix, call) if is_copied else prefix.to(call.dtype).view(prefix.shape)
 
@@ -236,21 +237,6 @@ class _Rerun:
                 f"fastdense: {type(self.layer.module).__name__} reads a tensor that requires grad and is none of its "
                 "parameters; its gradient would be lost: register it, or call fastdense.restore(model)"
             )
-
-
-def leaves_of(out: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors that gradients of ``out`` go to."""
-    seen: set[Any] = set()
-    stack = [out.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            yield variable
-        stack += [following for following, _ in node.next_functions]
 
 
 def _has_innermost_channels(x: Tensor) -> bool:

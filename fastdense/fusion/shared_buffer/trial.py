@@ -9,12 +9,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdense.fusion.checks import NotFusible
-from fastdense.fusion.equivalence import code_of, double_copy, isolated, plain_forward, random_input, tried
+from fastdense.fusion.equivalence import (
+    agree,
+    code_of,
+    double_copy,
+    isolated,
+    one_step,
+    plain_forward,
+    random_input,
+    tried,
+)
 from fastdense.fusion.inferred_layers import _behind as behind
 from fastdense.fusion.inferred_layers import _layer_modules as layer_modules
-from fastdense.fusion.inferred_layers import _same as agree
 from fastdense.fusion.inferred_layers import count_heads
-from fastdense.fusion.shared_buffer.function import leaves_of, run_layers
+from fastdense.fusion.shared_buffer.function import run_layers
 from fastdense.fusion.shared_buffer.layers import Block, Form, first_convolution, read_layers
 
 
@@ -95,28 +103,9 @@ def _observe(
 
 
 def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> list[Tensor | None]:
-    """Output, gradients and statistics of one pass, always of the same random numbers; the statistics are put back."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    parameters = list(module.parameters())
-    x = x.clone().requires_grad_()
+    """One pass, always with the same random numbers."""
     torch.default_generator.manual_seed(0)
-    with GlobalGeneratorOnly():
-        out = forward(x)
-        if not isinstance(out, Tensor) or not out.requires_grad:
-            raise NotFusible("its output is not one tensor that requires grad")
-        known = {id(x), *map(id, parameters)}
-        if any(id(leaf) not in known for leaf in leaves_of(out)):
-            raise NotFusible("it reads a tensor that requires grad and is none of its parameters")
-        grad = torch.linspace(-1, 1, out.numel()).to(out).view_as(out)
-        # Layers under a checkpoint move their statistics once more in the backward pass.
-        statistics = [buffer.clone() for buffer in module.buffers()]
-        torch.autograd.backward(out, grad)
-    for buffer, old in zip(module.buffers(), before, strict=True):
-        buffer.copy_(old)
-    grads = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
-    return [out.detach(), x.grad, *grads, *statistics]
+    return one_step(module, forward, x, GlobalGeneratorOnly())
 
 
 def _is_same(a: Tensor | None, b: Tensor | None) -> bool:

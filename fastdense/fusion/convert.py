@@ -34,11 +34,12 @@ from fastdense.fusion.residual_layers import (
     read_residual_block,
 )
 from fastdense.fusion.sequential import FusedSequential
-from fastdense.fusion.shared_buffer.block import SharedBuffer
+from fastdense.fusion.shared_buffer.block import SharedBuffer, SharedBufferLayers, read_own_layers
 from fastdense.fusion.shared_buffer.trial import read_shared_block
 from fastdense.ops.arguments import check_memory
 from fastdense.plain.dense_block import PlainDenseBlock
 from fastdense.plain.dual_path import PlainDualPathBlock
+from fastdense.plain.shared_buffer_block import PlainSharedBufferBlock
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,7 +78,7 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
     """
     check_module("convert", model)
     for module in model.modules():
-        if isinstance(module, SharedBuffer):  # which another mode, or an edit, may have made another kind
+        if type(module).forward is SharedBuffer.forward:  # which another mode, or an edit, may have made another kind
             module.__class__ = plain_class(type(module))
     found = find(model)
     if not any(kind.is_block for _, _, kind in found):
@@ -92,6 +93,7 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
         for name, module, its_kind in found:
             if its_kind is kind:
                 _try_fuse(name, module, kind, memory)
+    _say_what_moves_twice(found)
     forget_equivalence_checks(model)
     for module in model.modules():
         if type(module) is nn.Sequential and any(isinstance(inner, _IN_SEQUENCES) for inner in module.children()):
@@ -107,6 +109,19 @@ def _note_stem(modules: list[nn.Module]) -> None:
             pools = at > 1 and isinstance(modules[at - 1], POOLS)
             state_of(module).has_stem = pools and any(isinstance(norm, NORMS) for norm in modules[max(0, at - 3) : at])
             return
+
+
+def _say_what_moves_twice(found: list[tuple[str, nn.Module, "Pattern"]]) -> None:
+    """Warns of layers under a checkpoint, whose plain modules move running statistics in the backward pass as well."""
+    states = [(name, state_of(module)) for name, module, _ in found if isinstance(module, FusedModule)]
+    outcomes = [(name, known.found) for name, s in states for known in (s.outcome, s.shared_outcome) if known]
+    names = dict.fromkeys(name or "the model" for name, form in outcomes if getattr(form, "moves_twice", False))
+    if names:
+        warnings.warn(
+            f"fastdense: {', '.join(names)}: plain modules under torch.utils.checkpoint move running statistics twice "
+            "a step; converted, they move once",
+            stacklevel=3,
+        )
 
 
 def restore(model: Model) -> Model:
@@ -163,6 +178,10 @@ def _is_on_shared_buffer(module: nn.Module) -> bool:
     return isinstance(module, SharedBuffer)
 
 
+def _is_own_shared_block(module: nn.Module) -> bool:
+    return isinstance(module, PlainSharedBufferBlock)
+
+
 def _is_dense_block(module: nn.Module) -> bool:
     if isinstance(module, FusedDenseBlock):
         return not isinstance(module, FusedInferredBlock)
@@ -211,6 +230,7 @@ _SHARED = Pattern("block", SharedBuffer, _is_on_shared_buffer, read_shared_block
 
 
 PATTERNS = (
+    Pattern("block", SharedBufferLayers, _is_own_shared_block, read_own_layers, True),
     _SHARED,
     Pattern("block", FusedDenseBlock, _is_dense_block, read_block, True, has_layers=True),
     _INFERRED,

@@ -159,8 +159,8 @@ def say_that_stem_is_plain(block: nn.Module, input: Any) -> None:
     if state.has_stem and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_traced(input):
         state.has_stem = False
         warnings.warn(
-            f"fastdense: {state.name or type(block).__name__} is called by itself, and so are the norm, ReLU and max pool "
-            "before it: as plain modules they save more for backward than in a converted nn.Sequential of all of them",
+            f"fastdense: {state.name or type(block).__name__} is called by itself, and so are the norm, ReLU and max "
+            "pool before it: as plain modules they save more for backward than in one converted nn.Sequential",
             stacklevel=4,
         )
 

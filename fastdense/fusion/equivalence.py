@@ -5,7 +5,7 @@
 import contextlib
 import copy
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -157,13 +157,28 @@ def plain_forward(module: nn.Module) -> Callable[..., Any]:
     return lambda *inputs: run_plain(module, *inputs)
 
 
-def one_step(
-    module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, watch: TorchDispatchMode
-) -> list[Tensor | None]:
-    """Output, gradients and statistics of one pass that ``watch`` sees; the statistics are put back.
+class Step(NamedTuple):
+    """What one pass makes: output, gradients, and the statistics after the forward pass.
 
-    They are those of the forward pass: layers under a checkpoint move theirs once more in the backward pass.
+    ``moves_twice``: the backward pass moves the statistics once more, as it does under a checkpoint.
     """
+
+    tensors: list[Tensor | None]
+    moves_twice: bool
+
+    def agrees(self, other: "Step") -> bool:
+        """Whether tensors are the same to nine digits of each one's norm."""
+        return all(_near(a, b) for a, b in zip(self.tensors, other.tensors, strict=True))
+
+
+def _near(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.shape != b.shape:
+        return a is b
+    return bool((a.double() - b.double()).norm() <= 1e-9 * b.double().norm())
+
+
+def one_step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, watch: TorchDispatchMode) -> Step:
+    """One pass that ``watch`` sees; the statistics are put back."""
     before = [buffer.clone() for buffer in module.buffers()]
     x = x.clone().requires_grad_()
     wanted = [x, *module.parameters()]
@@ -178,9 +193,10 @@ def one_step(
     grads = [t.grad for t in wanted]
     for t in wanted:
         t.grad = None
+    moves_twice = any(not torch.equal(*pair) for pair in zip(module.buffers(), statistics, strict=True))
     for buffer, old in zip(module.buffers(), before, strict=True):
         buffer.copy_(old)
-    return [out.detach(), *grads, *statistics]
+    return Step([out.detach(), *grads, *statistics], moves_twice)
 
 
 def leaves_of(out: Tensor) -> Iterator[Tensor]:
@@ -196,17 +212,6 @@ def leaves_of(out: Tensor) -> Iterator[Tensor]:
         if variable is not None:
             yield variable
         stack += [following for following, _ in node.next_functions]
-
-
-def agree(actual: Iterable[Any], expected: Iterable[Any]) -> bool:
-    """Whether tensors are the same to nine digits of each one's norm."""
-
-    def near(a: Tensor | None, b: Tensor | None) -> bool:
-        if a is None or b is None or a.shape != b.shape:
-            return a is b
-        return bool((a.double() - b.double()).norm() <= 1e-9 * b.double().norm())
-
-    return all(near(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 class NoRandomNumbers(TorchDispatchMode):

@@ -22,7 +22,7 @@ from fastdense.fusion.dense_layers import Layer, check_alike
 from fastdense.fusion.equivalence import (
     Dropouts,
     NoRandomNumbers,
-    agree,
+    Step,
     code_of,
     double_copy,
     isolated,
@@ -60,6 +60,7 @@ class InferredBlock(NamedTuple):
 class _Form(NamedTuple):
     prepends_features: bool
     drop_rate: float
+    moves_twice: bool  # see Step
 
 
 def container_of_layers(module: nn.Module) -> nn.Module:
@@ -212,7 +213,7 @@ def _try_out(module: nn.Module) -> _Form:
                 made.append(_step(twin, forward, x))
                 again = _step(twin, forward, x)
             rates.append(dropouts.rates)
-            if not agree(again, made[-1]):
+            if not again.agrees(made[-1]):
                 raise NotFusible("its results differ from run to run")
         if code_of(twin) != before:
             raise NotFusible("its forward changes its attributes")
@@ -220,12 +221,12 @@ def _try_out(module: nn.Module) -> _Form:
             raise NotFusible("its dropout has more than one rate, or is active in eval mode")
         for prepends_features in (False, True):
             if all(
-                agree(
-                    _step(twin.train(mode), _definition(layers, prepends_features, mode and bool(rates[0])), x), plain
+                _step(twin.train(mode), _definition(layers, prepends_features, mode and bool(rates[0])), x).agrees(
+                    plain
                 )
                 for mode, plain in zip((True, False), made, strict=True)
             ):
-                return _Form(prepends_features, max(rates[0], default=0.0))
+                return _Form(prepends_features, max(rates[0], default=0.0), made[0].moves_twice)
     raise NotFusible(
         "its results differ from those of a dense block: norm, ReLU and convolution on all earlier features"
     )
@@ -245,5 +246,5 @@ def _definition(layers: list[Layer], prepends_features: bool, dropped: bool) -> 
     return forward
 
 
-def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> list[Tensor | None]:
+def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> Step:
     return one_step(module, forward, x, NoRandomNumbers())

@@ -19,7 +19,7 @@ from fastdense.fusion.base import (
 from fastdense.fusion.checks import NotFusible
 from fastdense.fusion.plan.state import plain_class, state_of
 from fastdense.fusion.shared_buffer.function import needs_gradient, run_layers
-from fastdense.fusion.shared_buffer.layers import Block
+from fastdense.fusion.shared_buffer.layers import Block, Form, read_layers
 from fastdense.fusion.shared_buffer.trial import read_shared_block
 
 
@@ -33,6 +33,18 @@ class SharedBuffer(FusedModule):
         if named or len(inputs) != 1 or isinstance(inputs[0], list | tuple):
             return plain_class(type(self)).forward(self, *inputs, **named)
         return run_shared(self, read_shared_block, inputs[0])
+
+
+class SharedBufferLayers(SharedBuffer):
+    """The same of this library's own class, whose layers need no check: its plain forward is known."""
+
+    def forward(self, input: Any) -> Any:
+        return run_shared(self, read_own_layers, input)
+
+
+def read_own_layers(module: nn.Module) -> Block:
+    layers: Any = module._modules["layers"]
+    return read_layers(layers.named_children(), Form())
 
 
 def run_shared(module: nn.Module, read: Callable[[nn.Module], Block], input: Any) -> Any:

@@ -17,11 +17,13 @@ class Form(NamedTuple):
         takes: one tensor, a list of all features, or each of them as an argument.
         joins: a layer returns what it read together with the new features, else the new features alone.
         prepends: the new features stand in front of earlier ones.
+        moves_twice: the plain module moves its running statistics once more in the backward pass.
     """
 
     takes: Literal["tensor", "list", "tensors"] = "tensor"
     joins: bool = False
     prepends: bool = False
+    moves_twice: bool = False
 
     def arguments(self, features: list[Tensor]) -> tuple[Any, ...]:
         """What a layer is called with, of features in the order of their channels."""

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdense.fusion.checks import NotFusible
 from fastdense.fusion.equivalence import (
-    agree,
+    Step,
     code_of,
     double_copy,
     isolated,
@@ -59,14 +59,14 @@ def _try_out(module: nn.Module) -> Form:
         for mode in (True, False):
             twin.train(mode)
             made.append(_step(twin, forward, x))
-            if not all(_is_same(a, b) for a, b in zip(_step(twin, forward, x), made[-1], strict=True)):
+            if not _step(twin, forward, x).agrees(made[-1]):
                 raise NotFusible("its results differ from run to run")
         if code_of(twin) != before:
             raise NotFusible("its forward changes its attributes")
         for prepends in (False, True):
-            form = Form(takes, joins, prepends)
+            form = Form(takes, joins, prepends, made[0].moves_twice)
             if all(
-                agree(_step(twin.train(mode), _shared(named, form), x), plain)
+                _step(twin.train(mode), _shared(named, form), x).agrees(plain)
                 for mode, plain in zip((True, False), made, strict=True)
             ):
                 return form
@@ -102,14 +102,10 @@ def _observe(
     return takes, last.out.shape[1] == out.shape[1]
 
 
-def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> list[Tensor | None]:
+def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> Step:
     """One pass, always with the same random numbers."""
     torch.default_generator.manual_seed(0)
     return one_step(module, forward, x, GlobalGeneratorOnly())
-
-
-def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 class GlobalGeneratorOnly(TorchDispatchMode):

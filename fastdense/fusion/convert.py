@@ -294,6 +294,8 @@ def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: DualPathMemor
             why_not_shared = _why_not(module, _SHARED) if kind.has_layers else ""
             if why_not_shared is not None or memory != "min":
                 hint = '; memory="min" runs it on a shared buffer' if why_not_shared is None else ""
+                if why_not_shared and memory == "min" and why_not_shared != str(reason):
+                    hint = f"; nor does it run on a shared buffer: {why_not_shared}"
                 warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}{hint}", stacklevel=3)
                 return
             kind = _SHARED

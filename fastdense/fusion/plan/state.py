@@ -23,14 +23,15 @@ class State:
         self.memory = memory
         self.name = name
         self.reason = reason
-        self.outcome = outcome
+        self.outcome = outcome  # of the check for one operator
+        self.shared_outcome: Any = None  # and of that for plain layers on a shared buffer
         self.has_stem = False
         self.kept: Any = None
         self.steps: dict[int, Any] = {}
 
     def __copy__(self) -> State:
         copied = State(self.memory, self.name, self.reason, self.outcome)
-        copied.has_stem = self.has_stem
+        copied.shared_outcome, copied.has_stem = self.shared_outcome, self.has_stem
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
@@ -76,7 +77,8 @@ def renewed(attributes: dict[str, Any], keeps_memory: bool) -> dict[str, Any]:
     """Attributes of a module that version 0.1.0 pickled: its state was four attributes."""
     old = {"_fused_name", "_fallback_reason", "_trial_outcome"}
     if old.isdisjoint(attributes):
-        return attributes
+        # With the very string that a fingerprint looks for: pickles have copies of it.
+        return {STATE if name == STATE else name: value for name, value in attributes.items()}
     kept = {name: value for name, value in attributes.items() if name not in old}
     memory = None if keeps_memory else kept.pop("memory", None)
     kept[STATE] = State(memory, attributes.get("_fused_name", ""), attributes.get("_fallback_reason", ""))

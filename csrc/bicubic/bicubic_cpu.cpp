@@ -86,6 +86,7 @@ void resample_planes(const Planes<T>& all, const BicubicFinish& finish) {
   if (column_matrix) plane.lanes = column_matrix->lanes(all.inner);
   plane.columns_first = finish.columns_first;
   plane.round_between = finish.round_between;
+  plane.half_up = finish.half_up;
   plane.low = A(std::max(finish.low, -kMost));
   plane.high = A(std::min(finish.high, kMost));
   const BicubicKernel<T, A> kernel = bicubic_kernel<T, A>(current_isa());
@@ -141,6 +142,7 @@ void resample_tensor(const BicubicArgs& args, const at::Tensor& residual, const 
 }
 
 struct Engine {
+  static constexpr bool kSumsBytesInFloat = true;  // twice as fast as in integers
   template <typename T, typename A>
   static void resample(const BicubicArgs& args, const at::Tensor& residual, const at::Tensor& out,
                        const BicubicFinish& finish) {

@@ -49,6 +49,7 @@ struct BicubicPlane {
   BicubicLanes<A> lanes;            // of columns, with inner < kBicubicWideInner
   bool columns_first;
   bool round_between;  // to bytes, after the first of two axes
+  bool half_up;        // bytes made of float32: halves up, not to even
   A low, high;         // the result is clamped to
 
   int64_t out_rows() const { return rows ? rows->rows : height; }

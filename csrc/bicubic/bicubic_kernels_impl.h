@@ -124,6 +124,12 @@ template <typename T, typename A>
 inline void store_result(const BicubicPlane<T, A>& p, int64_t row, int64_t at, int64_t n, const A* v) {
   const int64_t first = row * p.out_width() + at;
   T* __restrict out = p.output + first;
+  if constexpr (std::is_same_v<T, uint8_t> && std::is_same_v<A, float>) {
+    if (p.half_up) {
+      for (int64_t i = 0; i < n; ++i) out[i] = T(byte_half_up(v[i]));
+      return;
+    }
+  }
   if (p.residual) {
     const T* residual = p.residual + first;
     for (int64_t i = 0; i < n; ++i) out[i] = finish_sample<T, A>(v[i] + widen<A>(residual[i]), p.low, p.high);

@@ -37,7 +37,7 @@ def plan_upscale(net: SuperResolutionNet, height: int, width: int, itemsize: int
         ValueError: even stripes of one row take more; the message says how much.
     """
     rows, columns = -(-height // net.unshuffle), -(-width // net.unshuffle)
-    pictures = net.colours * (1 + net.scale**2) * height * width * itemsize
+    pictures = (net.colours + net.out_colours * net.scale**2) * height * width * itemsize
     trunk_row, tail_row = (values * columns * itemsize for values in net.live_values())
 
     def tail(rows: int) -> int:
@@ -85,7 +85,7 @@ def upscale(
         progress: called as ``progress(done, steps)`` after each block of the trunk and each stripe of the tail.
 
     Returns:
-        ``[N, colours, scale * H, scale * W]``.
+        ``[N, out_colours, scale * H, scale * W]``.
 
     Raises:
         ValueError: shapes that do not fit; a ``max_memory`` that is too small.
@@ -104,7 +104,7 @@ def upscale(
     trunk = list(stripes(0, rows, trunk_rows, net.reach + net.halo, rows))
     steps = sum(len(net.parts()) + -(-(s.stop - s.start) // tail_rows) for s in trunk)
     with torch.no_grad(), _steps(net, steps, progress) as tick:
-        out = pictures.new_empty(batch, net.colours, net.scale * height, net.scale * width)
+        out = pictures.new_empty(batch, net.out_colours, net.scale * height, net.scale * width)
         for s in trunk:
             part = pictures[:, :, s.low * net.unshuffle : s.high * net.unshuffle]
             features = net.trunk(_channels_last(part))

@@ -41,6 +41,7 @@ class SuperResolutionNet(nn.Module):
     Attributes:
         scale: how much larger the result is.
         colours: channels of a picture: 3 for RGB, 1 for the luminance alone.
+        out_colours: channels of the result, as many unless the network says otherwise.
         halo: rows that a stripe of the tail needs beyond its own on either side, counted in the tail's input.
         tail_scale: how much larger the result is than the tail's input.
         reach: rows that the trunk sees beyond a row of its result on either side.
@@ -55,6 +56,10 @@ class SuperResolutionNet(nn.Module):
     reach: int = 0
     unshuffle: int = 1
     recompute_tail: bool = False
+
+    @property
+    def out_colours(self) -> int:
+        return self.colours
 
     def live_values(self) -> tuple[int, int]:
         """Numbers per pixel of the trunk's features that trunk and tail hold at once, at most."""

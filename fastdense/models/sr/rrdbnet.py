@@ -99,6 +99,10 @@ class RRDBNet(SuperResolutionNet):
 
         self.reach = 15 * blocks + 2
 
+    @property
+    def out_colours(self) -> int:
+        return self.conv_last.out_channels
+
     def parts(self) -> list[nn.Module]:
         return list(self.body)
 

@@ -74,6 +74,8 @@ def change_images(command: str, options: argparse.Namespace, change: Change) -> 
                     done[read.suffix.lower()] += 1
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
                     if source.is_file():
+                        if isinstance(error, OSError):
+                            raise
                         raise InputError(_refusal(command, read, error)) from error
                     failed.append(_described(command, read, error))
                 tick(read.name)

@@ -38,7 +38,8 @@ def write_picture(command: str, path: Path, picture: Picture, quality: int | Non
         What could not be kept, a sentence each.
 
     Raises:
-        InputError: the format cannot hold the picture, or the file cannot be written.
+        InputError: the format cannot hold the picture.
+        OSError: the file cannot be written.
     """
     known = check_format(command, path, kind_of(picture.frames))
     try:
@@ -47,10 +48,7 @@ def write_picture(command: str, path: Path, picture: Picture, quality: int | Non
         raise
     except Exception as error:  # each format fails in its own way
         raise InputError(f"{command}: expected {path} to hold the picture, got: {error}") from error
-    try:
-        write_atomically(path, lambda file: file.write(content))
-    except OSError as error:
-        raise InputError(f"{command}: expected {path} to be written, got: {error.strerror or error}") from error
+    write_atomically(path, lambda file: file.write(content))
     return notes
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
 from PIL import Image
 
 from fastdense.cli import main
@@ -47,7 +46,8 @@ def test_one_bad_picture_is_named_and_the_others_are_done(capsys):
         save(f"in/{name}")
     save("in/alpha.jpg", stack(RGB, ALPHA), format="PNG")
     save("in/tiny.png", RGB[:1, :1])
-    Path("in/broken.png").write_bytes(Path("in/a.png").read_bytes()[:300])
+    content = Path("in/a.png").read_bytes()
+    Path("in/broken.png").write_bytes(content[: len(content) // 2])
     assert main(["resize", "in", "out", "--scale", "0.25"]) == 1
     text = capsys.readouterr().out
     assert "skipped in/alpha.jpg: the format of out/alpha.jpg cannot store the alpha" in text
@@ -104,7 +104,8 @@ def test_sizes_are_refused_before_any_work(options, message, folder, monkeypatch
     monkeypatch.setattr("fastdense.sr.resize_samples.bicubic_resize", None)  # not called
     assert main(["resize", "in.png", "out.png", *options]) == 2
     text = capsys.readouterr().err
-    assert text.startswith("fastdense: resize: ") and message in text and text.count("\n") == 1
+    (line,) = [line for line in text.splitlines() if "fastdense: resize: " in line]
+    assert message in line and "Traceback" not in text
     assert not (folder / "out.png").exists()
 
 
@@ -114,8 +115,8 @@ def test_what_bicubic_does_not_use_is_refused(options, capsys):
     assert "expected --device, --dtype and --max-memory with --model, got no model" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(capsys):
+def test_a_gpu_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["upscale", "in.png", "out.png", "--model", "net.pt", "--device", "cuda"]) == 2
     assert "expected --device to be there, got cuda but torch finds no CUDA GPU" in capsys.readouterr().err
 

@@ -2,7 +2,9 @@
 """A folder of awkward picture files goes through all commands: each comes out right, or is refused by name."""
 
 import json
+import re
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy
@@ -39,7 +41,7 @@ def decode(path: Path) -> list[numpy.ndarray]:
     if path.suffix == ".tif":
         with tifffile.TiffFile(path) as file:
             return [page.asarray() for page in file.pages]
-    with Image.open(path) as picture:
+    with mock.patch("PIL.PngImagePlugin.MAX_TEXT_CHUNK", 2**26), Image.open(path) as picture:
         assert picture.getexif().get(0x0112, 1) == 1
         if getattr(picture, "n_frames", 1) > 1:
             return [numpy.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
@@ -63,7 +65,7 @@ def assert_holds(path: Path, expected: list[numpy.ndarray], tolerance: float) ->
 
 def said_of(name: str, text: str) -> str:
     """The line that says why a picture was skipped."""
-    lines = [line for line in text.splitlines() if line.startswith("skipped ") and name in line]
+    lines = [line for line in text.splitlines() if line.startswith("skipped ") and re.search(f"[ /]{name}: ", line)]
     assert len(lines) == 1, (name, text)
     return lines[0]
 
@@ -90,14 +92,14 @@ def test_resize(awkward, tmp_path, capsys):
 
 
 def by_matlab(samples: numpy.ndarray) -> numpy.ndarray:
-    """Twice as large, rounded once."""
+    """Twice as large; integers are rounded once, bytes after each axis."""
     planes = torch.from_numpy(samples.astype(numpy.float64).reshape(HEIGHT, WIDTH, -1)).permute(2, 0, 1)[None]
-    made = reference.bicubic(planes, [2 * HEIGHT, 2 * WIDTH], [0.5, 0.5], -0.5, True, "symmetric", False)
-    large = made[0].permute(1, 2, 0).numpy()
-    if numpy.issubdtype(samples.dtype, numpy.integer):
-        limits = numpy.iinfo(samples.dtype)
-        large = numpy.floor(large.clip(limits.min, limits.max) + 0.5)
-    return large.reshape(2 * HEIGHT, 2 * WIDTH, *samples.shape[2:])
+    for size, step in (([2 * HEIGHT, WIDTH], [0.5, 1.0]), ([2 * HEIGHT, 2 * WIDTH], [1.0, 0.5])):
+        planes = reference.bicubic(planes, size, step, -0.5, True, "symmetric", False)
+        if samples.dtype == numpy.uint8 or (numpy.issubdtype(samples.dtype, numpy.integer) and size[1] > WIDTH):
+            limits = numpy.iinfo(samples.dtype)
+            planes = (planes.clamp(limits.min, limits.max) + 0.5).floor()
+    return planes[0].permute(1, 2, 0).numpy().reshape(2 * HEIGHT, 2 * WIDTH, *samples.shape[2:])
 
 
 def test_upscale_by_bicubic(awkward, tmp_path, capsys):
@@ -110,8 +112,7 @@ def test_upscale_by_bicubic(awkward, tmp_path, capsys):
             if meant.ndim == 3 and meant.shape[2] == 2 and samples.shape[2] == 4:
                 samples = samples[..., [0, 3]]
             difference = numpy.abs(samples - wanted)
-            # MATLAB rounds bytes after each axis; the palette of a GIF has 256 colours for 36 to 255 greys.
-            most = {numpy.dtype(numpy.uint8): 1.0}.get(meant.dtype, 1e-6 * max(1.0, float(numpy.abs(wanted).max())))
+            most = 1e-6 if numpy.issubdtype(meant.dtype, numpy.floating) else 0.0
             assert samples.dtype == meant.dtype and samples.shape == wanted.shape
             assert difference.mean() <= case.tolerance if case.tolerance else difference.max() <= most, case.name
     for case in REFUSED:
@@ -186,7 +187,7 @@ def test_evaluate(awkward, tmp_path, capsys):
             assert reason(case) in said_of(case.name, text) and case.name not in rows
             continue
         wanted = evaluate_image(samples, 2)[0]
-        off = 2.0 if case.tolerance else 1e-9  # decibels: the loss of a lossy file
+        off = 8.0 if case.tolerance else 1e-9  # decibels: the loss of a lossy file
         assert rows[case.name]["bicubic_psnr"] == pytest.approx(wanted.bicubic_psnr, abs=off), case.name
     assert len(rows) == sum(measured(case) is not None for case in CASES)
 
@@ -197,7 +198,7 @@ def test_train(awkward, tmp_path, capsys):
         case, taken = BY_NAME[name], testing if at % 5 == 4 else training
         wanted = measured(case)
         if wanted is None:
-            (line,) = [line for line in skipped if name in line]
+            (line,) = [line for line in skipped if f"/{name}: " in line]
             assert reason(case) in line
             continue
         picture = taken.pop(0)

@@ -183,7 +183,10 @@ def write_bomb(path):
     ("options", "message"),
     [
         (["in.png", "out.png"], "upscale: expected --model or --scale to be given, got neither"),
-        (["in.png", "out.png", "--model", "net.pt", "--scale", "2"], "--scale to be 4 like the model's, got 2"),
+        (
+            ["in.png", "out.png", "--model", "net.pt", "--scale", "2"],
+            "expected scale to be 4 like the network's, got 2",
+        ),
         (["in.png", "out.png", "--model", "absent.pth"], "expected --model to be a file or realesrgan-x4plus"),
         (["in.png", "out.png", "--model", "in.png"], "to be a whole checkpoint of tensors"),
         (["in.png", "out.png", "--model", "net.pt", "--max-memory", "1K"], "expected max_memory to be at least"),

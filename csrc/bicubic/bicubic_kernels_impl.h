@@ -289,8 +289,20 @@ void columns_only(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* wo
   }
 }
 
+}  // namespace fastdense::FASTDENSE_TARGET
+
+#if defined(FASTDENSE_TARGET_AVX512)
+#include "bicubic/bicubic_short_impl.h"
+#endif
+
+namespace fastdense::FASTDENSE_TARGET {
+
 template <typename T, typename A>
 void resample(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* workspace) {
+#if defined(FASTDENSE_TARGET_AVX512)
+  if constexpr (std::is_same_v<T, uint8_t> && std::is_same_v<A, int32_t>)
+    if (p.is_short) return resample_short(p, begin, end, workspace);
+#endif
   if (!p.rows) return columns_only(p, begin, end, workspace);
   if (p.columns && p.columns_first) return columns_then_rows(p, begin, end, workspace);
   rows_then_columns(p, begin, end, workspace);

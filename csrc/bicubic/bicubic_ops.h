@@ -14,12 +14,12 @@
 
 namespace fastdense {
 
-// How a result is finished: the order of two axes, rounding to bytes in between, limits, and whether bytes made of
-// float32 round halves up, not to even.
+// How a result is finished: the order of two axes, rounding to bytes in between, limits, whether bytes made of float32
+// round halves up, not to even, and whether the weights are short.
 struct BicubicFinish {
   bool columns_first, round_between;
   double low, high;
-  bool half_up = false;
+  bool half_up = false, short_weights = false;
 };
 
 // What becomes of resampled values: a residual is added, the sum is clamped.
@@ -70,10 +70,11 @@ at::Tensor run_bicubic_uint8(const at::Tensor& input, at::IntArrayRef size, at::
     Engine::template resample<uint8_t, double>(args, {}, out, {columns_first, true, 0, 255});
   } else {
     check_fixed_weights(args);
-    if (Engine::kSumsBytesInFloat && rounded == ByteRounding::kTorch && is_exact_in_float(args))
+    if (rounded == ByteRounding::kTorch && Engine::sums_bytes_in_float(args))
       Engine::template resample<uint8_t, float>(args, {}, out, {columns_first, true, 0, 255, true});
     else
-      Engine::template resample<uint8_t, int32_t>(args, {}, out, {columns_first, true, 0, 255});
+      Engine::template resample<uint8_t, int32_t>(args, {}, out,
+                                                  {columns_first, true, 0, 255, false, given.short_weights});
   }
   return out;
 }

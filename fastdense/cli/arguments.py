@@ -76,6 +76,12 @@ def add_pictures(parser: argparse.ArgumentParser, default_alpha: str) -> None:
     parser.add_argument("--quality", type=quality, metavar="Q", help="of JPEG, WebP and AVIF, 1 to 100 (default: 95)")
 
 
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    """What weights of other programs do not tell."""
+    parser.add_argument("--rgb-range", type=int, choices=(1, 255), help="white inside EDSR and RDN, if unknown")
+    parser.add_argument("--res-scale", type=float, metavar="F", help="factor of EDSR's residuals, if unknown")
+
+
 def path(text: str) -> Path:
     """Parses the name of a file or folder; nothing is no name."""
     if not text:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdense._support import InputError, Interrupted, check_output, extra, write_json
-from fastdense.cli.arguments import Commands, add_command, add_threads
+from fastdense.cli.arguments import Commands, add_command, add_threads, add_weights
 from fastdense.cli.terminal import console, progress
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def add(commands: Commands) -> None:
         "--reference", type=Path, metavar="DIR", help="compare the pictures of --data with these, by relative path"
     )
     parser.add_argument("--scale", type=int, choices=range(2, 9), metavar="S", help="default: the model's, or 2")
+    add_weights(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write the first: bicubic, model, original")
     add_threads(parser)
@@ -59,10 +60,9 @@ def run(options: argparse.Namespace) -> int:
     use_threads(options.threads)
     if options.reference and options.model:
         raise InputError("evaluate: expected --model or --reference, got both")
-    net = load_net("evaluate", options.model) if options.model else None
+    weights = {"scale": options.scale, "rgb_range": options.rgb_range, "residual_scale": options.res_scale}
+    net = load_net("evaluate", options.model, **weights) if options.model else None
     scale = options.scale or (net.scale if net is not None else 2)
-    if net is not None and net.scale != scale:
-        raise InputError(f"evaluate: expected scale to be {net.scale} like the network's, got {scale}")
     if options.json:
         check_output("evaluate: expected --json", options.json, (".json",))
     if options.picture:

@@ -16,6 +16,7 @@ import torch
 from fastdense._support import InputError, Interrupted, check_output, extra
 from fastdense.cli.terminal import progress
 from fastdense.models import SuperResolutionNet, load_super_resolution
+from fastdense.models.sr.checkpoints import SettingError
 from fastdense.sr.images import (
     FORMATS,
     CorruptImageError,
@@ -155,16 +156,44 @@ def use_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def load_net(command: str, model: str, device: str = "cpu", dtype: str = "float32") -> SuperResolutionNet:
-    """A network of a file, or of a package by name."""
+def load_net(
+    command: str,
+    model: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    scale: float | None = None,
+    rgb_range: int | None = None,
+    residual_scale: float | None = None,
+) -> SuperResolutionNet:
+    """A network of a file, or of a package by name; prints what the file leaves open.
+
+    Raises:
+        InputError: no network, one that does not fit the arguments, or none from pictures to pictures.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"{command}: expected --device to be there, got cuda but torch finds no CUDA GPU")
     try:
-        net = load_super_resolution(_packaged(command, model) if model in _PACKAGED else Path(model))
+        net = load_super_resolution(
+            _packaged(command, model) if model in _PACKAGED else Path(model),
+            scale=int(scale) if scale is not None and scale == int(scale) else scale,  # type: ignore[arg-type]
+            rgb_range=rgb_range,
+            residual_scale=residual_scale,
+        )
+    except SettingError as error:
+        raise InputError(f"{command}: {str(error).partition(': ')[2]}") from error
     except ValueError as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{command}: expected --model to be a file or {' or '.join(_PACKAGED)}; {error}") from error
+    if net.colours not in (1, 3) or net.out_colours != net.colours:
+        raise InputError(
+            f"{command}: expected a network from 1 or 3 channels to as many, got {model} "
+            f"from {net.colours} to {net.out_colours}"
+        )
+    options = {"rgb_range": "--rgb-range", "residual_scale": "--res-scale"}
+    for note in net.notes:
+        print(f"note: {model}: {note}" + "".join(f" ({flag})" for name, flag in options.items() if name in note))
     return net.to(device, getattr(torch, dtype))
 
 

@@ -7,7 +7,7 @@ import argparse
 
 from fastdense._choices import DEVICES, DTYPES
 from fastdense._support import InputError
-from fastdense.cli.arguments import FILES, Commands, add_command, add_pictures, add_threads, byte_count
+from fastdense.cli.arguments import FILES, Commands, add_command, add_pictures, add_threads, add_weights, byte_count
 
 HELP = f"""Enlarge pictures by a network.
 
@@ -32,7 +32,8 @@ def add(commands: Commands) -> None:
     parser = add_command(commands, "upscale", HELP, run)
     add_pictures(parser, "premultiplied with a model, else straight")
     parser.add_argument("--model", metavar="MODEL", help="checkpoint or name (default: bicubic resampling)")
-    parser.add_argument("--scale", type=float, metavar="S", help="needed without a model")
+    parser.add_argument("--scale", type=float, metavar="S", help="needed without a model, or for SRCNN and VDSR")
+    add_weights(parser)
     parser.add_argument("--max-memory", type=byte_count, metavar="SIZE", help="for all but weights, like 500M or 2G")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
@@ -55,9 +56,15 @@ def run(options: argparse.Namespace) -> int:
             lambda samples: resize_samples(samples, None, options.scale, "matlab", alpha=options.alpha),
         )
         return change_images("upscale", options, change)
-    net = load_net("upscale", options.model, options.device, options.dtype)
-    if options.scale is not None and options.scale != net.scale:
-        raise InputError(f"upscale: expected --scale to be {net.scale} like the model's, got {options.scale:g}")
+    net = load_net(
+        "upscale",
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        scale=options.scale,
+        rgb_range=options.rgb_range,
+        residual_scale=options.res_scale,
+    )
     alpha = options.alpha or "premultiplied"
     change = Change(
         lambda samples: (samples.shape[0] * net.scale, samples.shape[1] * net.scale),

@@ -47,6 +47,7 @@ class SuperResolutionNet(nn.Module):
         reach: rows that the trunk sees beyond a row of its result on either side.
         unshuffle: how much smaller the trunk's features are than the pictures.
         recompute_tail: whether the tail saves nothing for backward, and runs again there stripe by stripe.
+        notes: what weights left open and :func:`load_super_resolution` chose, a sentence each.
     """
 
     scale: int
@@ -56,6 +57,7 @@ class SuperResolutionNet(nn.Module):
     reach: int = 0
     unshuffle: int = 1
     recompute_tail: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def out_colours(self) -> int:
@@ -70,8 +72,8 @@ class SuperResolutionNet(nn.Module):
         return []
 
     def settings(self) -> dict[str, Any]:
-        """What :func:`save_super_resolution` writes because the weights do not tell it."""
-        return {"scale": self.scale}
+        """The arguments that make the same network again, with other weights."""
+        raise NotImplementedError
 
     def trunk(self, x: Tensor) -> Tensor:
         """Features ``[N, C, H, W]`` of pictures in [0, 1]; here the pictures themselves."""
@@ -150,6 +152,12 @@ class UpscaledFirst(SuperResolutionNet):
 
     def tail(self, x: Tensor) -> Tensor:
         return self.refine(self.upsample(x))
+
+
+def check_rgb_range(op: str, value: float) -> float:
+    if value not in (1, 255):
+        raise ValueError(f"{op}: expected rgb_range to be 1 or 255, got {value!r}")
+    return value
 
 
 class ResidualBlock(nn.Module):

@@ -44,7 +44,8 @@ def plan_upscale(net: SuperResolutionNet, height: int, width: int, itemsize: int
         return (rows + 2 * net.halo) * tail_row
 
     whole = pictures + rows * trunk_row
-    budget = _STRIPE_BYTES if max_memory is None else max(max_memory - whole, 0)
+    unbounded = _STRIPE_BYTES if net.stripes_exactly else tail(rows)
+    budget = unbounded if max_memory is None else max(max_memory - whole, 0)
     tail_rows = min(rows, max(1, budget // tail_row - 2 * net.halo))
     if max_memory is None or whole + tail(tail_rows) <= max_memory:
         return Plan(None, tail_rows, whole + tail(tail_rows))
@@ -71,7 +72,8 @@ def upscale(
     trunk_rows: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Enlarges pictures in bounded memory. The result is that of ``net(pictures)``, except for rounding.
+    """Enlarges pictures in bounded memory. The result is that of ``net(pictures)``, except for rounding, and for
+    networks of spandrel that do not run exactly in stripes (their ``notes`` say so).
 
     The trunk runs on the whole small picture. The tail, which would need most memory, runs in stripes of rows, each
     with the neighbouring rows that its convolutions see. If the trunk does not fit either, it runs in stripes too.

@@ -47,6 +47,7 @@ class SuperResolutionNet(nn.Module):
         reach: rows that the trunk sees beyond a row of its result on either side.
         unshuffle: how much smaller the trunk's features are than the pictures.
         recompute_tail: whether the tail saves nothing for backward, and runs again there stripe by stripe.
+        stripes_exactly: whether stripes give the same result as the whole picture.
         notes: what weights left open and :func:`load_super_resolution` chose, a sentence each.
     """
 
@@ -57,6 +58,7 @@ class SuperResolutionNet(nn.Module):
     reach: int = 0
     unshuffle: int = 1
     recompute_tail: bool = False
+    stripes_exactly: bool = True
     notes: tuple[str, ...] = ()
 
     @property

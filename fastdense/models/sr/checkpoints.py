@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastdense._support import write_atomically
+from fastdense._support import MissingExtraError, extra, write_atomically
 from fastdense.models.key_mapping import load_exactly
 from fastdense.models.sr.base import SuperResolutionNet
 from fastdense.models.sr.drcn import DRCN
 from fastdense.models.sr.edsr import EDSR
 from fastdense.models.sr.ncnn import read_ncnn
+from fastdense.models.sr.other_networks import make_other_network
 from fastdense.models.sr.rdn import RDN
 from fastdense.models.sr.rrdbnet import RRDBNet
 from fastdense.models.sr.srcnn import SRCNN
@@ -122,7 +123,8 @@ def load_super_resolution(
     (``body.0.rdb1.conv1``, in ``params_ema`` or ``params``), of ESRGAN (``RRDB_trunk.0.RDB1.conv1``), the oldest
     (``model.1.sub.0.RDB1.conv1.0``), and as saved for ncnn (``.param`` and ``.bin``); EDSR of BasicSR and its
     authors' later code; RDN, SRDenseNet, SRCNN and VDSR of common reimplementations; and files of
-    :func:`save_super_resolution`. What training programs wrap around the entries is taken off.
+    :func:`save_super_resolution`. What training programs wrap around the entries is taken off. Other networks run
+    through spandrel, where it is installed and knows them.
 
     Args:
         path: of the file, of ``torch.save`` or ``.safetensors``. Nothing in it is executed (``weights_only``).
@@ -167,8 +169,25 @@ def load_super_resolution(
             load_exactly(f"{_OP}: {path}", net, renamed)
             net.notes = tuple(choices.notes)
             return net.eval()
+    net, hint = _other_network(path, state)
+    if net is not None:
+        choices.check(net)
+        return net
     some = ", ".join(list(state)[:3])
-    raise ValueError(f"{_OP}: expected {path} to hold a known network, got entries such as {some}")
+    raise ValueError(f"{_OP}: expected {path} to hold a known network, got entries such as {some}{hint}")
+
+
+def _other_network(path: Path, state: State) -> tuple[SuperResolutionNet | None, str]:
+    """A network that spandrel knows; or None, and what to install."""
+    try:
+        with extra("spandrel"):
+            net = make_other_network(state)
+    except MissingExtraError as error:
+        return None, f"; spandrel knows more networks: {error}"
+    except Exception as error:  # weights that look like a network's, and do not fit it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{_OP}: expected {path} to hold a whole network, got a problem with {reason}") from error
+    return net, ""
 
 
 def save_super_resolution(net: SuperResolutionNet, path: str | Path) -> None:

@@ -118,12 +118,12 @@ def test_they_are_saved_by_their_own_library(folder):
 
 def test_weights_that_nobody_knows_or_that_do_not_fit():
     torch.save({"fc.weight": torch.zeros(1)}, "net.pth")
-    with pytest.raises(ValueError, match="expected net.pth to hold a known network, got entries such as fc.weight"):
+    with pytest.raises(ValueError, match=r"expected net.pth to hold a known network, got entries such as fc.weight"):
         load_super_resolution("net.pth")
     state = compact().state_dict()
     del state["body.2.weight"]
     torch.save(state, "net.pth")
-    with pytest.raises(ValueError, match="expected net.pth to hold a whole network, got a problem with"):
+    with pytest.raises(ValueError, match=r"expected net.pth to hold a whole network, got a problem with"):
         load_super_resolution("net.pth")
 
 

@@ -149,7 +149,7 @@ def test_profile_exif_and_resolution_survive(source, target, samples, folder):
             extratags=[(0x0110, "s", 0, "camera", True)],
         )
     else:
-        Image.fromarray(samples).save(path, exif=exif, icc_profile=SRGB, dpi=(300, 300))
+        Image.fromarray(samples).save(path, exif=exif.tobytes(), icc_profile=SRGB, dpi=(300, 300))
     assert main(["resize", path.name, f"out.{target}", "--scale", "2"]) == 0
     said = info(f"out.{target}")
     assert said["icc_profile"] == SRGB

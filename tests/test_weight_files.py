@@ -223,11 +223,11 @@ def test_rdn_takes_the_range_of_those_who_named_it(names, usual):
         assert loaded.notes == ((f"the weights do not tell rgb_range; took {usual}",) if rgb_range is None else ())
 
 
-def vdsr_of_others(net: models.VDSR) -> dict[str, Tensor]:
-    last = len(net.convs) - 1
+def vdsr_of_others(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    last = len(state) - 1
     names = {"convs.0.weight": "input.weight", f"convs.{last}.weight": "output.weight"}
     names |= {f"convs.{at}.weight": f"residual_layer.{at - 1}.conv.weight" for at in range(1, last)}
-    return {names[key]: value for key, value in net.state_dict().items()}
+    return {names[key]: value for key, value in state.items()}
 
 
 @pytest.mark.parametrize(

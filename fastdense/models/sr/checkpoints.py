@@ -21,7 +21,7 @@ from fastdense.models.sr.rrdbnet import RRDBNet
 from fastdense.models.sr.srcnn import SRCNN
 from fastdense.models.sr.srdensenet import SRDenseNet
 from fastdense.models.sr.vdsr import VDSR
-from fastdense.models.sr.weight_files import State, read_entries, unwrap
+from fastdense.models.sr.weight_files import State, check_floats, read_entries, unwrap
 
 _OP = "load_super_resolution"
 
@@ -166,13 +166,14 @@ def load_super_resolution(
         if made is not None:
             net, renamed = made
             choices.check(net)
+            check_floats(_OP, path, renamed)
             load_exactly(f"{_OP}: {path}", net, renamed)
             net.notes = tuple(choices.notes)
             return net.eval()
-    net, hint = _other_network(path, state)
-    if net is not None:
-        choices.check(net)
-        return net
+    other, hint = _other_network(path, state)
+    if other is not None:
+        choices.check(other)
+        return other
     some = ", ".join(list(state)[:3])
     raise ValueError(f"{_OP}: expected {path} to hold a known network, got entries such as {some}{hint}")
 
@@ -305,14 +306,16 @@ def _shuffled_scale(state: State, name: str, width: int) -> int:
 
 
 def _make_edsr(state: State, choices: Choices) -> _Made:
+    if not {"body.0.conv1.weight", "body.0.body.0.weight"} & set(state):
+        return None
     shift = state.get("sub_mean.bias")
-    told = shift is not None and bool(shift.any())  # the mean colour times the range
     state = {key: value for key, value in state.items() if not key.startswith(("sub_mean.", "add_mean."))}
     state = _rename(state, _EDSR_RULES)
-    if "body.0.conv1.weight" not in state:
-        return None
     width = state["conv_first.weight"].shape[0]
-    rgb_range = (1 if shift.abs().max() < 1 else 255) if told else choices.choose("rgb_range", 255)
+    if shift is not None and shift.any():  # the mean colour times the range
+        rgb_range = 1 if shift.abs().max() < 1 else 255
+    else:
+        rgb_range = choices.choose("rgb_range", 255)
     # No entry of other people's files tells the factor; the paper's two networks differ so.
     factor = choices.choose("residual_scale", 0.1 if width >= 256 else 1.0)
     net = EDSR(_shuffled_scale(state, "upsample", width), _count(state, r"body\.(\d+)\."), width, factor, rgb_range)

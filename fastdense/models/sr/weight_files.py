@@ -35,7 +35,8 @@ _PREFIXES = re.compile(r"^(module|_orig_mod|generator|netG|model(?!\.\d))\.")
 # mmagic keeps the averaged generator beside the other, and a counter.
 _AVERAGED = "generator_ema."
 _COUNTERS = ("step_counter",)
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.bool)  # tables of other networks
 
 
 def read_entries(op: str, path: Path) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def unwrap(op: str, path: Path, content: Mapping[str, Any]) -> State:
     """The entries of the network by their own names, out of what training programs and wrappers put around them.
 
     Raises:
-        ValueError: an entry that is no tensor, or no tensor of finite floating-point numbers that the file holds.
+        ValueError: an entry that is no tensor, or no plain one of finite numbers that the file holds.
     """
     while wrapper := next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None):
         content = content[wrapper]
@@ -106,13 +107,22 @@ def unwrap(op: str, path: Path, content: Mapping[str, Any]) -> State:
     return state
 
 
+def check_floats(op: str, path: Path, state: State) -> None:
+    """Raises:
+    ValueError: an entry of integers.
+    """
+    for key, value in state.items():
+        if value.dtype not in _FLOATS:
+            raise ValueError(f"{op}: expected {key} of {path} to be floating point, got {value.dtype}")
+
+
 def _problem(value: Tensor) -> str | None:
     """What a tensor should be and is not; its numbers are looked at last."""
     if value.is_meta:
         return "stored in the file, got a tensor without its numbers (meta)"
     if value.layout != torch.strided or value.is_quantized:
         return f"a plain tensor, got {'a quantised one' if value.is_quantized else value.layout}"
-    if value.dtype not in _DTYPES:
+    if value.dtype not in _FLOATS + _INTEGERS:
         return f"floating point, got {value.dtype}"
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         return f"stored whole, got shape {tuple(value.shape)} of {value.untyped_storage().nbytes():,} bytes"

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastdense._choices import DUAL_PATH_MEMORY_MODES, MEMORY_MODES, DualPathMemoryMode
 from fastdense.fusion.base import FusedModule, fused_class
-from fastdense.fusion.checks import NotFusible, NotFusibleInTraining, check_methods, check_module, is_known_class
+from fastdense.fusion.checks import NORMS, NotFusible, NotFusibleInTraining, check_methods, check_module, is_known_class
 from fastdense.fusion.dense_block import FusedDenseBlock, FusedTransition, RecomputedTransition
 from fastdense.fusion.dense_layers import BLOCKS, is_transition, read_block, read_transition
 from fastdense.fusion.dual_path import FusedDualPathBlock
@@ -22,7 +22,7 @@ from fastdense.fusion.inferred_layers import (
     read_inferred_block,
     read_inferred_layers,
 )
-from fastdense.fusion.max_pool_transition import looks_like_max_pool_transition, read_max_pool_transition
+from fastdense.fusion.max_pool_transition import POOLS, looks_like_max_pool_transition, read_max_pool_transition
 from fastdense.fusion.plan.code import is_replaced
 from fastdense.fusion.plan.kept import check_sources, read_sources
 from fastdense.fusion.plan.state import STATE, plain_class, state_of
@@ -91,7 +91,17 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
     for module in model.modules():
         if type(module) is nn.Sequential and any(isinstance(inner, _IN_SEQUENCES) for inner in module.children()):
             module.__class__ = fused_class(FusedSequential, nn.Sequential)
+        _note_stem(list(module.children()))
     return model
+
+
+def _note_stem(modules: list[nn.Module]) -> None:
+    """Lets the first dense block among the children of a module know that a stem with a max pool is in front of it."""
+    for at, module in enumerate(modules):
+        if isinstance(module, FusedDenseBlock):
+            pools = at > 1 and isinstance(modules[at - 1], POOLS)
+            state_of(module).has_stem = pools and any(isinstance(norm, NORMS) for norm in modules[max(0, at - 3) : at])
+            return
 
 
 def restore(model: Model) -> Model:

@@ -15,7 +15,8 @@ class State:
     """How a fused module runs, and what it has found out.
 
     Plans stay behind where a module is copied or pickled: they belong to the parameters of one module. The outcome of
-    an equivalence check goes with a copy, but not into a file: other code may be behind the same names there.
+    an equivalence check goes with a copy, but not into a file: other code may be behind the same names there. A block
+    has a stem until it has run, or has said that the stem in front of it runs as plain modules.
     """
 
     def __init__(self, memory: str | None = None, name: str = "", reason: str = "", outcome: Any = None) -> None:
@@ -23,11 +24,14 @@ class State:
         self.name = name
         self.reason = reason
         self.outcome = outcome
+        self.has_stem = False
         self.kept: Any = None
         self.steps: dict[int, Any] = {}
 
     def __copy__(self) -> State:
-        return State(self.memory, self.name, self.reason, self.outcome)
+        copied = State(self.memory, self.name, self.reason, self.outcome)
+        copied.has_stem = self.has_stem
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         return self.__copy__()

@@ -83,7 +83,8 @@ class RDN(SuperResolutionNet):
         return 2 * fusion.in_channels + 4 * width, 5 * width * self.scale**2
 
     def trunk(self, x: Tensor) -> Tensor:
-        shallow = self.sfe1(x if self.rgb_range == 1 else x * self.rgb_range)
+        x = x if self.rgb_range == 1 else x * self.rgb_range
+        shallow = self.sfe1(x.contiguous(memory_format=torch.channels_last))  # as the blocks' operators have it
         y, levels = self.sfe2(shallow), []
         for rdb in self.rdbs:
             y = rdb(y)

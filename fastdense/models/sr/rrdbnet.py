@@ -4,6 +4,7 @@
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -126,7 +127,7 @@ class RRDBNet(SuperResolutionNet):
             below, right = (-size % self.unshuffle for size in x.shape[2:])
             mode = "reflect" if below < x.shape[2] and right < x.shape[3] else "replicate"
             x = F.pixel_unshuffle(F.pad(x, (0, right, 0, below), mode=mode), self.unshuffle)
-        first = self.conv_first(x)
+        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))  # as the blocks' operators have it
         return first + self.conv_body(self.body(first))
 
     def tail(self, x: Tensor) -> Tensor:

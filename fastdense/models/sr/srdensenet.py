@@ -3,6 +3,7 @@
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fastdense.models.sr.base import SuperResolutionNet, conv3x3
@@ -63,7 +64,7 @@ class SRDenseNet(SuperResolutionNet):
         return 2 * conv.in_channels, 3 * conv.out_channels * self.scale**2
 
     def trunk(self, x: Tensor) -> Tensor:
-        return self.bottleneck(self.dense_blocks(self.conv(x)))
+        return self.bottleneck(self.dense_blocks(self.conv(x).contiguous(memory_format=torch.channels_last)))
 
     def tail(self, x: Tensor) -> Tensor:
         return self.reconstruction(self.deconv(x))

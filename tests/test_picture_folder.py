@@ -107,6 +107,7 @@ def test_upscale_by_bicubic(awkward, tmp_path, capsys):
     assert main(["upscale", str(awkward), str(out), "--scale", "2"]) == 1
     text = capsys.readouterr().out
     for case in WRITTEN:
+        assert (out / case.name).exists(), said_of(case.name, text)
         for samples, meant in zip(decode(out / case.name), case.means, strict=True):
             wanted = by_matlab(meant)
             if meant.ndim == 3 and meant.shape[2] == 2 and samples.shape[2] == 4:
@@ -141,6 +142,7 @@ def test_upscale_by_a_network(awkward, tmp_path, capsys):
         if case.name in UNKNOWN_WHITE:
             assert "expected samples whose white is known" in said_of(case.name, text)
             continue
+        assert (out / case.name).exists(), said_of(case.name, text)
         for samples, meant in zip(decode(out / case.name), case.means, strict=True):
             wanted = meant.repeat(2, 0).repeat(2, 1)
             if meant.ndim == 3 and meant.shape[2] in (2, 4):  # hidden colours do not come out

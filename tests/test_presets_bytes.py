@@ -15,6 +15,7 @@ from fastdense import _C, bicubic_resize
 from fastdense.nn import BicubicUpsample
 from fastdense.sr.resize_samples import resize_samples
 from tests.cases.pillow import DIGESTS, cases, digest, resize_by_pillow
+from tests.cases.simd import available_levels, simd_level
 
 
 def resize_by(preset: str):
@@ -72,6 +73,24 @@ def test_bytes_equal_torch_for_random_sizes(preset):
         wanted = F.interpolate(x, size, mode="bicubic", antialias=antialias, align_corners=corners)
         made = bicubic_resize(x, size, preset=preset, align_corners=corners)
         assert torch.equal(made, wanted), (x.shape, size, corners)
+
+
+SIZES = [((40, 50), (33, 70)), ((9, 600), (9, 17)), ((600, 9), (17, 9)), ((50, 90), (40, 20)), ((31, 300), (62, 40))]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 17])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_bytes_equal_torch_at_every_simd_level(channels, antialias):
+    """Where a block of elements reads few, some and many others; for one axis, interleaved channels, many channels."""
+    for size, wanted_size in SIZES:
+        x = torch.randint(0, 256, (2, channels, *size), dtype=torch.uint8)
+        wanted = F.interpolate(x, wanted_size, mode="bicubic", antialias=antialias)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            given = x.contiguous(memory_format=layout)
+            for level in available_levels():
+                with simd_level(level):
+                    made = bicubic_resize(given, wanted_size, preset="torch_antialias" if antialias else "torch")
+                assert torch.equal(made, wanted), (size, wanted_size, layout, level)
 
 
 @pytest.mark.parametrize("preset", ["torch", "torch_antialias"])

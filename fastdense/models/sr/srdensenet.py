@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SRDenseNet: dense blocks without norms, all of whose results are joined."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,17 @@ class SRDenseNet(SuperResolutionNet):
 
     def parts(self) -> list[nn.Module]:
         return list(self.dense_blocks)
+
+    def settings(self) -> dict[str, Any]:
+        features = self.conv.conv.out_channels
+        blocks = cast(list[SRDenseBlock], list(self.dense_blocks))
+        growth = cast(ConvRelu, blocks[0].block[0]).conv.out_channels if blocks else features
+        return {
+            "blocks": len(blocks),
+            "layers": features // growth,
+            "growth_rate": growth,
+            "width": self.reconstruction.in_channels,
+        }
 
     def live_values(self) -> tuple[int, int]:
         conv = cast(nn.Conv2d, self.bottleneck[0])

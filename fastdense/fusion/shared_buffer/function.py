@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from fastdense._C import Fingerprint
 from fastdense.fusion.equivalence import leaves_of
 from fastdense.fusion.shared_buffer.layers import Block, Form, Layer
+from fastdense.fusion.shared_buffer.shortcuts import End, Shortcut
 
 _CHANGED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: "
@@ -64,6 +65,7 @@ class _Call(NamedTuple):
     channels: int  # that it read
     dtype: torch.dtype
     innermost: bool  # whether channels were innermost in memory
+    is_cast: bool  # under autocast
     buffers: list[Tensor]  # copies of the layer's buffers
     random: "list[tuple[torch.device, Tensor]]"  # states of generators; none if it drew nothing
 
@@ -88,6 +90,7 @@ class _Run:
         features, versions = [input], [input._version]
         dtype, channels = input.dtype, input.shape[1]
         random = _random_states(input.device)
+        is_cast = any(enabled for _, enabled, _ in self.autocast)
         with _autocast_as(self.autocast):
             for layer in self.block.layers:
                 buffers = [place.tensor.clone() for place in layer.buffers]
@@ -96,7 +99,7 @@ class _Run:
                 out = layer.module(*arguments)
                 after = _random_states(input.device)
                 drawn = random if _differ(random, after) else []
-                self.calls.append(_Call(channels, dtype, innermost, buffers, drawn))
+                self.calls.append(_Call(channels, dtype, innermost, is_cast, buffers, drawn))
                 random = after
                 if [feature._version for feature in features] != versions:
                     raise RuntimeError(f"fastdense: {type(layer.module).__name__} changes its input in place")
@@ -117,8 +120,7 @@ class _Run:
         for layer in self.block.layers:
             own = any(id(place.tensor) in wanted for place in layer.parameters)
             reads_gradient.append(reads_gradient[-1] or own)
-        if not form.joins:
-            grad = grad.clone()
+        grad = grad.clone()
         with _modes_as(self.training), _autocast_as(self.autocast):
             if self.fingerprint is not None and not self.fingerprint.holds((self.owner,)):
                 raise RuntimeError(_CHANGED.format(f"a {type(self.owner).__name__}"))
@@ -188,8 +190,14 @@ class _Rerun:
         with torch.enable_grad(), self._as_in_the_first_run(buffer.device):
             prefix = _part(buffer, call.channels, form).detach()
             x = _Prefix.apply(trigger, prefix, call, form.takes == "tensor", sink)
-            out = self.layer.module(*form.arguments([x]))
-            if form.joins:
+            with Shortcut(End() if call.is_cast else self.layer.end, x) as shortcut:
+                out = self.layer.module(*form.arguments([x]))
+            if shortcut.new is not None and out is not shortcut.new:
+                raise RuntimeError(
+                    f"fastdense: {type(self.layer.module).__name__} does something else than when it was converted"
+                )
+            joins = form.joins and not shortcut.joined
+            if joins:
                 grad_out = _part(grad, out.shape[1], form)
             else:
                 grad_out = _new_part(grad, call.channels, out.shape[1], form).clone()
@@ -197,11 +205,11 @@ class _Rerun:
                 self._check_leaves(out, trigger)
                 torch.autograd.backward(out, grad_out.to(out.dtype))
         got = sum(sink[1:], sink[0]) if sink else None
-        if form.joins:
+        if joins:
             return torch.zeros_like(prefix) if got is None else got.to(buffer.dtype)
         if got is not None:
             _part(grad, call.channels, form).add_(got)
-        return grad
+        return _part(grad, call.channels, form) if form.joins else grad
 
     def add_to(self, grads: dict[int, Tensor]) -> None:
         """Adds the gradients of the layer's parameters to those of all."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdense.fusion.checks import CONVS, NORMS, NotFusible, check_no_global_hooks, check_no_hooks
+from fastdense.fusion.shared_buffer.shortcuts import End
 
 
 class Form(NamedTuple):
@@ -17,12 +18,14 @@ class Form(NamedTuple):
         takes: one tensor, a list of all features, or each of them as an argument.
         joins: a layer returns what it read together with the new features, else the new features alone.
         prepends: the new features stand in front of earlier ones.
+        ends: how each layer ends.
         moves_twice: the plain module moves its running statistics once more in the backward pass.
     """
 
     takes: Literal["tensor", "list", "tensors"] = "tensor"
     joins: bool = False
     prepends: bool = False
+    ends: tuple[End, ...] = ()
     moves_twice: bool = False
 
     def arguments(self, features: list[Tensor]) -> tuple[Any, ...]:
@@ -56,6 +59,7 @@ class Layer(NamedTuple):
     inner: list[nn.Module]
     parameters: list[Place]
     buffers: list[Place]
+    end: End
     recounted: list[Place]  # buffers whose values do not matter to a second run: those of norms that take their own
 
 
@@ -71,12 +75,14 @@ class Block(NamedTuple):
 def read_layers(named: Iterable[tuple[str, nn.Module]], form: Form, heads: Sequence[nn.Module] = ()) -> Block:
     """Reads layers; raises NotFusible where somebody would notice that they run twice."""
     check_no_global_hooks()
-    layers = [_read_layer(name, module) for name, module in named]
+    found = list(named)
+    ends = form.ends or (End(),) * len(found)
+    layers = [_read_layer(name, module, end) for (name, module), end in zip(found, ends, strict=True)]
     places = (place for layer in layers for place in layer.parameters)
     return Block(list(heads), layers, form, list({id(place.tensor): place.tensor for place in places}.values()))
 
 
-def _read_layer(name: str, layer: nn.Module) -> Layer:
+def _read_layer(name: str, layer: nn.Module, end: End) -> Layer:
     inner = list(layer.modules())
     for where, module in layer.named_modules(prefix=name):
         check_no_hooks(module, where)
@@ -88,6 +94,7 @@ def _read_layer(name: str, layer: nn.Module) -> Layer:
         inner,
         [place for module in inner for place in _places(module._parameters)],
         [place for owner, place in buffers if owner not in recounted],
+        end,
         [place for owner, place in buffers if owner in recounted],
     )
 

@@ -24,6 +24,7 @@ from fastdense.fusion.inferred_layers import _layer_modules as layer_modules
 from fastdense.fusion.inferred_layers import count_heads
 from fastdense.fusion.shared_buffer.function import run_layers
 from fastdense.fusion.shared_buffer.layers import Block, Form, first_convolution, read_layers
+from fastdense.fusion.shared_buffer.shortcuts import End, Watch
 
 
 def read_shared_block(module: nn.Module) -> Block:
@@ -35,12 +36,13 @@ def read_shared_block(module: nn.Module) -> Block:
 
 
 class _Seen(NamedTuple):
-    """A call of a layer: its arguments and its result."""
+    """A call of a layer: its arguments, its result and how it ended."""
 
     layer: nn.Module
     arguments: tuple[Any, ...]
     named: dict[str, Any]
     out: Any
+    end: End
 
 
 def _try_out(module: nn.Module) -> Form:
@@ -55,16 +57,18 @@ def _try_out(module: nn.Module) -> Form:
         x = random_input(conv, conv.in_channels)
         forward = plain_forward(twin)
         made, before = [], code_of(twin)
-        takes, joins = _observe(layers, forward, x)
+        forms = []
         for mode in (True, False):
             twin.train(mode)
+            forms.append(_observe(layers, forward, x))
             made.append(_step(twin, forward, x))
             if not _step(twin, forward, x).agrees(made[-1]):
                 raise NotFusible("its results differ from run to run")
         if code_of(twin) != before:
             raise NotFusible("its forward changes its attributes")
+        seen = _common(*forms)._replace(moves_twice=made[0].moves_twice)
         for prepends in (False, True):
-            form = Form(takes, joins, prepends, made[0].moves_twice)
+            form = seen._replace(prepends=prepends)
             if all(
                 _step(twin.train(mode), _shared(named, form), x).agrees(plain)
                 for mode, plain in zip((True, False), made, strict=True)
@@ -77,18 +81,17 @@ def _shared(named: list[tuple[str, nn.Module]], form: Form) -> Callable[[Tensor]
     return lambda x: run_layers(read_layers(named, form), x, None, None)
 
 
-def _observe(
-    layers: list[nn.Module], forward: Callable[[Tensor], Any], x: Tensor
-) -> tuple[Literal["tensor", "list", "tensors"], bool]:
-    """How layers are called, and whether they return their input as well: what the last call shows."""
+def _observe(layers: list[nn.Module], forward: Callable[[Tensor], Any], x: Tensor) -> Form:
+    """How layers are called, as the last call shows, and how each ends; not yet where the new features stand."""
     calls: list[_Seen] = []
-    hooks = [
-        layer.register_forward_hook(lambda *seen: calls.append(_Seen(*seen)), with_kwargs=True) for layer in layers
-    ]
-    with torch.no_grad(), GlobalGeneratorOnly():
-        out = forward(x)
-    for hook in hooks:
-        hook.remove()
+    try:
+        for layer in layers:
+            layer.forward = _watched(layer, layer.forward, calls)
+        with torch.no_grad(), GlobalGeneratorOnly():
+            out = forward(x)
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
     if [call.layer for call in calls] != layers:
         raise NotFusible("its forward does not call each layer once, in order")
     last = calls[-1]
@@ -99,7 +102,25 @@ def _observe(
     tensors = [features] if isinstance(features, Tensor) else features
     if last.named or not all(isinstance(t, Tensor) and t.dim() > 1 for t in (*tensors, last.out, out)):
         raise NotFusible("its layers take or return something else than tensors")
-    return takes, last.out.shape[1] == out.shape[1]
+    return Form(takes, last.out.shape[1] == out.shape[1], ends=tuple(call.end for call in calls))
+
+
+def _watched(layer: nn.Module, forward: Callable[..., Any], calls: list[_Seen]) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        with Watch(arguments[0] if arguments else None) as watch:
+            out = forward(*arguments, **named)
+        calls.append(_Seen(layer, arguments, named, out, watch.end(out)))
+        return out
+
+    return call
+
+
+def _common(first: Form, second: Form) -> Form:
+    """What is seen in training and in eval mode."""
+    ends = (a if a == b else End() for a, b in zip(first.ends, second.ends, strict=True))
+    if first._replace(ends=()) != second._replace(ends=()):
+        raise NotFusible("its layers are called otherwise in eval mode")
+    return first._replace(ends=tuple(ends))
 
 
 def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> Step:

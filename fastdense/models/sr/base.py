@@ -48,6 +48,7 @@ class SuperResolutionNet(nn.Module):
         unshuffle: how much smaller the trunk's features are than the pictures.
         recompute_tail: whether the tail saves nothing for backward, and runs again there stripe by stripe.
         stripes_exactly: whether stripes give the same result as the whole picture.
+        stripe_multiple: rows that stripes of the tail should be a multiple of.
         notes: what weights left open and :func:`load_super_resolution` chose, a sentence each.
     """
 
@@ -59,6 +60,7 @@ class SuperResolutionNet(nn.Module):
     unshuffle: int = 1
     recompute_tail: bool = False
     stripes_exactly: bool = True
+    stripe_multiple: int = 1
     notes: tuple[str, ...] = ()
 
     @property

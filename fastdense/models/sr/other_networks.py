@@ -38,6 +38,8 @@ class OtherNet(SuperResolutionNet):
         convs = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
         self.stripes_exactly = descriptor.architecture.id == "Compact"  # nothing but 3x3 convolutions
         self.halo = len(convs) if self.stripes_exactly else _OVERLAP
+        # Windows of 8, 16 and 32 rows then lie as in the whole picture.
+        self.stripe_multiple = 1 if self.stripes_exactly else _OVERLAP
         name = descriptor.architecture.name
         self.notes = (f"{name} runs through spandrel",)
         if not self.stripes_exactly:

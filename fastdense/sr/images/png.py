@@ -62,7 +62,7 @@ def encode_16_bits(samples: numpy.ndarray, before: list[tuple[bytes, bytes]]) ->
     """
     height, width = samples.shape[:2]
     channels = samples.shape[2] if samples.ndim == 3 else 1
-    rows = samples.astype(">u2", order="C").view(numpy.uint8).reshape(height, -1)
+    rows = numpy.ascontiguousarray(samples, ">u2").view(numpy.uint8).reshape(height, -1)
     pixel = 2 * channels
     filtered = numpy.empty((height, 1 + rows.shape[1]), numpy.uint8)
     filtered[:, 0] = 1  # each byte less the one a pixel to its left

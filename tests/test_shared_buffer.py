@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastdense
@@ -433,6 +434,28 @@ def test_the_output_is_all_that_is_saved():
     outputs = (3 + C0 + 5 * K) * 16 * 16 * 4  # and the input of the convolution in front of it
     assert made.kept_bytes == outputs
     assert made.plain_bytes > 9 * outputs
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions, and concatenations of as many channels as the block has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = self.joins = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.convolutions += func is torch.ops.aten.convolution.default
+        self.joins += func is torch.ops.aten.cat.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", ["tensor", "joins", "joins in front"])
+def test_the_second_run_does_not_make_the_result_again(form):
+    _, fast = pair(layer=LAYERS["shuffle"], form=form)
+    out = fast(images())
+    with Convolutions() as counted:
+        out.sum().backward()
+    assert (counted.convolutions, counted.joins) == (3, 0)  # the first of two in each layer
 
 
 # --- the module for new networks ------------------------------------------------------------------------

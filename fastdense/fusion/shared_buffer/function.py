@@ -191,7 +191,7 @@ class _Rerun:
             prefix = _part(buffer, call.channels, form).detach()
             x = _Prefix.apply(trigger, prefix, call, form.takes == "tensor", sink)
             with Shortcut(End() if call.is_cast else self.layer.end, x) as shortcut:
-                out = self.layer.module(*form.arguments([x]))
+                out = self.layer.module([x] if form.takes == "list" else x)
             if shortcut.new is not None and out is not shortcut.new:
                 raise RuntimeError(
                     f"fastdense: {type(self.layer.module).__name__} does something else than when it was converted"

@@ -80,8 +80,8 @@ def test_others_run_in_stripes_only_where_memory_asks_for_them():
     whole = plan(net, 200, 8, 4, None).bytes
     assert plan(net, 200, 8, 4, whole * 3 // 4).tail_rows < 200
     with torch.no_grad():
-        difference = (fastdense.upscale(net, x, max_memory=whole * 3 // 4) - net(x)).abs()
-    assert 0 < difference.max() < 0.5 and difference.mean() < 0.02
+        torch.testing.assert_close(fastdense.upscale(net, x, max_memory=whole * 3 // 4), net(x), rtol=1e-5, atol=1e-5)
+        assert (fastdense.upscale(net, x, tail_rows=67) - net(x)).abs().max() > 0.01  # other windows
     assert "overlap and are not exact" in net.notes[1]
 
 

@@ -47,7 +47,9 @@ def plan_upscale(net: SuperResolutionNet, height: int, width: int, itemsize: int
     unbounded = _STRIPE_BYTES if net.stripes_exactly else tail(rows)
     budget = unbounded if max_memory is None else max(max_memory - whole, 0)
     tail_rows = budget // tail_row - 2 * net.halo
-    tail_rows = min(rows, max(1, tail_rows - tail_rows % net.stripe_multiple))
+    if tail_rows < rows:
+        tail_rows = max(1, tail_rows - tail_rows % net.stripe_multiple)
+    tail_rows = min(rows, tail_rows)
     if max_memory is None or whole + tail(tail_rows) <= max_memory:
         return Plan(None, tail_rows, whole + tail(tail_rows))
 

@@ -29,7 +29,10 @@ def test_every_old_module_finds_the_names_of_its_new_ones():
         module = importlib.import_module(f"fastdense.{old}")
         for home in homes:
             new = importlib.import_module(f"fastdense.{home}")
-            own = [name for name, value in vars(new).items() if getattr(value, "__module__", None) == new.__name__]
+            parts = new.__name__, f"{new.__name__}."  # a package hands on what its modules have
+            own = [
+                name for name, value in vars(new).items() if f"{getattr(value, '__module__', None)}".startswith(parts)
+            ]
             assert own
             assert all(getattr(module, name) is not None for name in own)
         with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -51,3 +54,8 @@ def test_renamed_classes():
     from fastdense.nn.fused_found import FusedFoundBlock
 
     assert FusedFoundBlock is FusedInferredBlock
+
+
+def test_old_modules_are_attributes_of_their_packages():
+    assert fastdense.nn.fused.FusedModule is importlib.import_module("fastdense.fusion.base").FusedModule
+    assert not hasattr(fastdense.nn, "no_such_module")

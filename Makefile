@@ -31,6 +31,7 @@ help:  ## list the targets
 venv: $(VENV_STAMP)  ## create .venv with the pinned requirements
 	@:
 
+# Bytecode comes with the first import of a module; most are never imported.
 $(VENV_STAMP): requirements/test.txt
 	@[ -n "$(PYTHON)" ] && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make venv: needs Python 3.11 or newer; install it or run: make venv PYTHON=/path/to/python3"; exit 1; }
@@ -41,7 +42,7 @@ $(VENV_STAMP): requirements/test.txt
 	@[ -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || \
 	  { echo "make venv: needs the Python headers; on Debian: apt-get install python3-dev"; exit 1; }
 	@echo "installing requirements/test.txt into .venv"
-	@$(BIN)/python -m pip install -r requirements/test.txt | sed -u '/^Requirement already/d'
+	@$(BIN)/python -m pip install --no-compile -r requirements/test.txt | sed -u '/^Requirement already/d'
 	@rm -f .venv/.installed-*
 	@touch $@
 
@@ -79,8 +80,8 @@ test-isa: build  ## run the tests as on processors without AVX-512 and without A
 	  env $$isa OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS) || failed=1; \
 	done; done; [ -z "$$failed" ]
 
-fuzz: build  ## try the operators on thousands of random cases, about ten minutes
-	@HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_random_cases.py
+fuzz: build  ## try operators and models on thousands of random cases, about half an hour
+	@HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_random_cases.py tests/test_random_models.py
 
 soak: build  ## train small networks for a thousand steps; memory must not grow
 	@$(BIN)/python -m benchmarks.soak

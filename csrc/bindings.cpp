@@ -114,13 +114,19 @@ void bind_bicubic(py::module_& m, py::module_& scalar) {
   scalar.def("byte_half_up", &byte_half_up<double>, py::arg("v"));
   scalar.def("byte_half_even", &byte_half_even, py::arg("v"));
   scalar.def("byte_of_fixed", &byte_of_fixed, py::arg("v"));
+  scalar.def("pillow_rows_first", &pillow_rows_first, py::arg("height"), py::arg("width"), py::arg("out_height"),
+             py::arg("out_width"));
   m.def(
       "bicubic_rows",
       [](int64_t in, int64_t out, double step, double a, bool antialias, const std::string& border,
          bool align_corners) {
         const std::optional<Border> known = find_border(border);
         if (in < 1 || out < 1 || !known) throw py::value_error("bicubic_rows: expected sizes and border to be valid");
-        const BicubicTable table = make_bicubic_table({in, out, step, a, antialias, *known, align_corners, false});
+        constexpr double kMostEntries = 1 << 28;  // of a matrix that is written out
+        if (!(0 <= step && step <= widest_step(in, out)) || double(in) * double(out) > kMostEntries)
+          throw py::value_error("bicubic_rows: expected a step and sizes whose weights can be computed");
+        const BicubicTable table =
+            make_bicubic_table({in, out, step, a, antialias, *known, align_corners, false, false});
         const std::vector<double> empty(static_cast<size_t>(in));
         std::vector<std::vector<double>> rows(static_cast<size_t>(out), empty);
         for (int64_t r = 0; r < out; ++r)

@@ -16,7 +16,7 @@ SURVIVAL_MODES: tuple[SurvivalMode, ...] = get_args(SurvivalMode)
 SURVIVAL_SCALES: tuple[SurvivalScale, ...] = get_args(SurvivalScale)
 
 # Conventions of bicubic resampling, by library.
-Preset = Literal["torch", "torch_antialias", "pillow", "opencv", "matlab"]
+Preset = Literal["torch", "torch_antialias", "pillow", "pillow12", "opencv", "matlab"]
 PRESET_NAMES: tuple[Preset, ...] = get_args(Preset)
 
 # Machines and number formats of the command line; 16-bit types mean autocast.

@@ -3,6 +3,7 @@
 
 import importlib
 import sys
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -70,10 +71,19 @@ class _OldPaths(MetaPathFinder, Loader):
         module.__dict__["__getattr__"] = look_up
 
 
+def _submodule(package: str, name: str) -> ModuleType:
+    """An old module as an attribute of its package, which it was without an import of its own."""
+    if f"{package}.{name}".partition(".")[2] in _MODULES:
+        return importlib.import_module(f"{package}.{name}")
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
 def install() -> None:
     """Makes the old paths importable, once."""
     if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
         sys.meta_path.append(_OldPaths())
+    for package in {f"fastdense.{name}".rpartition(".")[0] for name in _MODULES} & sys.modules.keys():
+        sys.modules[package].__dict__.setdefault("__getattr__", partial(_submodule, package))
     # Found before they are imported: an import would put the module in the place of the function of the same name.
     sys.modules["fastdense.convert"] = importlib.import_module("fastdense.fusion.convert")
     sys.modules["fastdense.models.rdn"] = importlib.import_module("fastdense.models.sr.rdn")

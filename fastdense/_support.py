@@ -86,7 +86,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file so that `path` holds the old content or the new, never a part of it.
 
     The new content goes to a new file of the same folder, which then takes the place of the old one and its
-    permissions. A link at `path` is replaced, not followed.
+    permissions. A symbolic link at `path` stays; the file that it points to is replaced.
 
     Args:
         path: the file to replace; its folder is created.
@@ -98,9 +98,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     if path.exists() and not path.is_file():
         raise InputError(f"expected {path} to be a file, got something else of that name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
     with _naming(path):
+        path = path.resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
         handle = _create(temporary, like=path)
         try:
             with open(handle, "wb") as file:

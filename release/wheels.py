@@ -91,7 +91,7 @@ def environment(folder: Path, interpreter: str, log: Path, *requirements: object
     """A fresh virtual environment; returns its interpreter."""
     run("venv", log, interpreter, "-m", "venv", folder)
     python = folder / "bin/python"
-    run("pip install", log, python, "-m", "pip", "install", *requirements)
+    run("pip install", log, python, "-m", "pip", "install", "--no-compile", *requirements)
     return python
 
 

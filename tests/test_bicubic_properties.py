@@ -141,11 +141,11 @@ def test_large_reduction():
 
 def test_scale_is_used_as_given():
     x = random(1, 1, 10)
-    assert bicubic_resize(x, scale_factor=1.55, preset="matlab").shape[-1] == 16
-    assert bicubic_resize(x, scale_factor=1.55, preset="opencv").shape[-1] == 16
-    assert bicubic_resize(x, scale_factor=1.55).shape[-1] == 15
-    assert bicubic_resize(x, scale_factor=1.55, rounding="ceil").shape[-1] == 16
-    given = bicubic_resize(x, scale_factor=1.55, preset="matlab")
+    assert bicubic_resize(x, scale_factor=(1.55,), preset="matlab").shape[-1] == 16
+    assert bicubic_resize(x, scale_factor=(1.55,), preset="opencv").shape[-1] == 16
+    assert bicubic_resize(x, scale_factor=(1.55,)).shape[-1] == 15
+    assert bicubic_resize(x, scale_factor=(1.55,), rounding="ceil").shape[-1] == 16
+    given = bicubic_resize(x, scale_factor=(1.55,), preset="matlab")
     wanted = reference.bicubic(x, [16], [1 / 1.55], -0.5, True, "symmetric", False)
     torch.testing.assert_close(given, wanted, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(given, bicubic_resize(x, 16, preset="matlab"))

@@ -18,7 +18,16 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import fastdense
 from fastdense import bicubic_resize, models
-from tests.cases.converted import assert_same, images, pair, randomise, step, timm_net, torchvision_net
+from tests.cases.converted import (
+    assert_same,
+    fastdense_warnings,
+    images,
+    pair,
+    randomise,
+    step,
+    timm_net,
+    torchvision_net,
+)
 from tests.cases.monai import monai_net
 from tests.cases.random_block import relative
 from tests.cases.random_norms import random_norms
@@ -99,7 +108,6 @@ def halving_convolution(monkeypatch, net):
     conv._conv_forward = lambda x, w, b: F.conv2d(x, w * 0.5, b, 1, 1)
 
 
-@pytest.mark.filterwarnings("ignore:fastdense")
 @pytest.mark.parametrize("change", [halving_norm, halving_function, halving_convolution])
 def test_replaced_code_is_compiled(change, monkeypatch):
     torch._dynamo.reset()
@@ -107,7 +115,7 @@ def test_replaced_code_is_compiled(change, monkeypatch):
     net = randomise(nn.Sequential(*modules).double()).eval()
     fast = fastdense.convert(copy.deepcopy(net))
     for each in (net, fast):
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, fastdense_warnings():
             change(patch, each)
             x = torch.ones(2, 4, 8, 8, dtype=torch.float64)
             each.made = torch.compile(each, backend="aot_eager")(x)
@@ -225,7 +233,8 @@ def test_onnxruntime_resamples_the_same(options, operator, axes):
 
 def test_symbolic_tracing_records_the_plain_modules():
     plain, fast = pair()
-    traced = torch.fx.symbolic_trace(fast)
+    with pytest.warns(UserWarning, match="torch.fx makes of a converted model"):
+        traced = torch.fx.symbolic_trace(fast)
     assert not [node for node in traced.graph.nodes if "fastdense" in str(node.target)]
     x = images()
     assert_same(step(traced, x), step(plain, x))
@@ -233,7 +242,8 @@ def test_symbolic_tracing_records_the_plain_modules():
 
 def test_features_extracted_by_torchvision():
     names = ["features.denseblock1", "features.transition1", "features.denseblock1.denselayer2.conv1", "flatten"]
-    plain, fast = (create_feature_extractor(net, names)(x) for x in [images()] for net in pair())
+    with pytest.warns(UserWarning, match="torch.fx makes of a converted model"):
+        plain, fast = (create_feature_extractor(net, names)(x) for x in [images()] for net in pair())
     assert set(plain) == set(fast) == set(names)
     for name in names:
         assert relative(fast[name], plain[name]) <= 1e-10

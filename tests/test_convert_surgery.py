@@ -87,7 +87,9 @@ def test_graph_quantisation_records_the_plain_modules():
     made = []
     for net in pair():
         mapping = quantization.get_default_qconfig_mapping("fbgemm")
-        prepared = quantize_fx.prepare_fx(net.float().eval(), mapping, (x,))
+        with fastdense_warnings() as messages:
+            prepared = quantize_fx.prepare_fx(net.float().eval(), mapping, (x,))
+        assert all("torch.fx" in message for message in messages)
         made.append((prepared(x), quantize_fx.convert_fx(prepared)(x)))
     for mine, theirs in zip(*made, strict=True):
         assert torch.equal(mine, theirs)

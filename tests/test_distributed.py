@@ -2,6 +2,7 @@
 """Converted models in PyTorch's data-parallel engines, against plain ones in the same engine."""
 
 import contextlib
+import copy
 import importlib
 import warnings
 
@@ -12,7 +13,19 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.cases.converted import FUSED, assert_same, fastdense_warnings, fused_calls, pair, step, torchvision_net
+import fastdense
+from fastdense.fusion.shared_buffer.block import SharedBuffer
+from tests.cases.any_layers import C0, Block
+from tests.cases.converted import (
+    FUSED,
+    assert_bit_equal,
+    assert_same,
+    fastdense_warnings,
+    fused_calls,
+    pair,
+    step,
+    torchvision_net,
+)
 from tests.cases.dense_layouts import Net, plain_sequence
 from tests.cases.processes import part_of
 
@@ -191,3 +204,18 @@ def check_layout(rank, memory_format):
         ddp(batches(1)[0]).sum().backward()
     for name, parameter in net.features.named_parameters():
         assert parameter.grad.stride() == parameter.stride(), name
+
+
+def check_shared_buffer(rank, options):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, C0, 3, stride=4), Block()).double()
+    fast = fastdense.convert(copy.deepcopy(plain), memory="min")
+    assert isinstance(fast[1], SharedBuffer)
+    nets = [DistributedDataParallel(net, **options) for net in (plain, fast)]
+    wanted, got = (train(net, rank) for net in nets)
+    assert_bit_equal(got, wanted)
+
+
+@pytest.mark.parametrize("options", DDP.values(), ids=DDP)
+def test_ddp_of_layers_on_a_shared_buffer(processes, options):
+    processes.run(check_shared_buffer, options)

@@ -202,7 +202,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def test_a_folder_of_pictures_goes_on(command, folder, monkeypatch, capsys):
     options = [command, "in", "out", "--scale", "2"]
     with monkeypatch.context() as patch:
-        press(patch, "fastdense.cli.images.write_samples", 2)
+        press(patch, "fastdense.cli.images.write_picture", 2)
         assert main(options) == 130
     text = capsys.readouterr().err
     assert "fastdense: stopped; 1 of 3 pictures are in out, each of them whole. Go on with:\n" in text
@@ -223,7 +223,7 @@ def test_a_picture_alone_is_whole_or_absent(folder, monkeypatch, capsys):
 
 def test_evaluate_shows_and_writes_what_was_measured(folder, monkeypatch, capsys):
     options = ["evaluate", "--data", "in", "--json", "out.json"]
-    press(monkeypatch, "fastdense.cli.images.open_image", 3)
+    press(monkeypatch, "fastdense.sr.images.read_bytes", 3)
     assert main(options) == 130
     out, err = capsys.readouterr()
     assert "0.png" in out and "2.png" not in out

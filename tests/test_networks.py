@@ -11,6 +11,7 @@ from torch import nn
 
 import fastdense
 from fastdense import models
+from fastdense.fusion.convert import find
 from fastdense.models.catalogue import CATALOGUE, count_model
 
 SMALL = [
@@ -141,6 +142,6 @@ def test_memory_modes_are_those_of_the_blocks():
     for name in models.list():
         with torch.device("meta"):
             model = models.create(name)
-        modes = {module.memory_modes for module in model.modules() if isinstance(module, _BLOCKS)}
+        modes = {kind.memory_modes for _, module, kind in find(model) if isinstance(module, _BLOCKS)}
         assert models.memory_modes(name) == (modes.pop() if modes else ()), name
         assert not modes, name

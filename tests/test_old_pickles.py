@@ -51,3 +51,8 @@ def test_renamed_classes():
     from fastdense.nn.fused_found import FusedFoundBlock
 
     assert FusedFoundBlock is FusedInferredBlock
+
+
+def test_old_modules_are_attributes_of_their_packages():
+    assert fastdense.nn.fused.FusedModule is importlib.import_module("fastdense.fusion.base").FusedModule
+    assert not hasattr(fastdense.nn, "no_such_module")

@@ -291,19 +291,7 @@ class BackwardLayer(OwnLayer):
         return DrawsInBackward.apply(super().new(x))
 
 
-class GeneratorLayer(OwnLayer):
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.numbers = torch.Generator()
-
-    def __deepcopy__(self, memo: dict) -> nn.Module:
-        return GeneratorLayer(self.n1.num_features)
-
-    def new(self, x: Tensor) -> Tensor:
-        return super().new(x) + torch.rand((), generator=self.numbers)
-
-
-DRAWING = [NumpyLayer, BackwardLayer, GeneratorLayer]
+DRAWING = [NumpyLayer, BackwardLayer]
 
 
 @pytest.mark.parametrize("layer", DRAWING)

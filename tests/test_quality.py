@@ -112,7 +112,9 @@ def test_samples_keep_channels_and_depth(dtype, channels, colours):
     made = upscale_samples(samples, Nearest(colours))
     assert made.dtype == dtype and made.shape == (10, 8, *shape[2:])
     expected = samples.repeat(2, 0).repeat(2, 1).astype(numpy.float64)
-    known = {None: slice(None), 1: 0, 2: 0, 3: slice(0, 3), 4: slice(0, 3)}[channels]  # alpha is smooth
+    known = {None: slice(None), 1: 0, 2: 0, 3: slice(0, 3), 4: slice(0, 3)}[channels]
+    if channels in (2, 4):  # what is hidden is black
+        expected[..., :-1] *= expected[..., -1:] > 0
     if colours == 1 and channels in (3, 4):  # so is chroma
         made_y, expected_y = (
             rgb_to_ycbcr(torch.from_numpy(v[..., :3] / peak).permute(2, 0, 1)[None])[0, 0] for v in (made, expected)
@@ -181,7 +183,10 @@ def write_bomb(path):
     ("options", "message"),
     [
         (["in.png", "out.png"], "upscale: expected --model or --scale to be given, got neither"),
-        (["in.png", "out.png", "--model", "net.pt", "--scale", "2"], "--scale to be 4 like the model's, got 2"),
+        (
+            ["in.png", "out.png", "--model", "net.pt", "--scale", "2"],
+            "expected scale to be 4 like the network's, got 2",
+        ),
         (["in.png", "out.png", "--model", "absent.pth"], "expected --model to be a file or realesrgan-x4plus"),
         (["in.png", "out.png", "--model", "in.png"], "to be a whole checkpoint of tensors"),
         (["in.png", "out.png", "--model", "net.pt", "--max-memory", "1K"], "expected max_memory to be at least"),
@@ -191,7 +196,10 @@ def write_bomb(path):
         (["empty.png", "out.png", "--scale", "2"], "upscale: cannot read IN: empty.png"),
         (["in.png", "out.txt", "--scale", "2"], "upscale: expected OUT to end in"),
         (["in.png", "in.png/out.png", "--scale", "2"], "upscale: expected OUT to be a file that can be written"),
-        (["rgba.png", "out.jpg", "--scale", "2"], "the format of out.jpg cannot store this picture"),
+        (
+            ["rgba.png", "out.jpg", "--scale", "2"],
+            "the format of out.jpg cannot store the alpha of this picture",
+        ),
     ],
 )
 def test_upscale_refuses_bad_input(options, message, folder, capsys):

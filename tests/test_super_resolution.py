@@ -206,7 +206,11 @@ DIALECTS = {
     "edsr": (models.EDSR, {"scale": 3, "blocks": 2, "width": 4}, lambda s: basicsr(s, "params")),
     "edsr-pytorch": (models.EDSR, {"scale": 4, "blocks": 2, "width": 4}, edsr_pytorch),
     "rdn": (models.RDN, {"scale": 3, "blocks": 2, "layers": 2, "growth_rate": 3, "width": 4}, rdn_layers),
-    "rdn-upper": (models.RDN, {"scale": 4, "blocks": 2, "layers": 2, "growth_rate": 3, "width": 4}, rdn_upper),
+    "rdn-upper": (
+        models.RDN,
+        {"scale": 4, "blocks": 2, "layers": 2, "growth_rate": 3, "width": 4, "rgb_range": 255},
+        rdn_upper,
+    ),
     "srdensenet": (models.SRDenseNet, {"blocks": 2, "layers": 3, "growth_rate": 2, "width": 4}, dict),
 }
 

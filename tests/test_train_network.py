@@ -105,8 +105,11 @@ def test_unusable_weights_are_named(tmp_path: Path) -> None:
     torch.save(good, whole)
     key = "features.denseblock2.denselayer1.conv1.weight"
     files: dict[str, Any] = {
-        "missing entry": ({k: v for k, v in good.items() if k != key}, f"state_dict to have {key}, got none"),
-        "unknown entry": ({**good, "features.more": torch.zeros(1)}, "model's entries only, got features.more"),
+        "missing entry": ({k: v for k, v in good.items() if k != key}, f"state_dict to have {key}, but it is missing"),
+        "unknown entry": (
+            {**good, "features.more": torch.zeros(1)},
+            "got unknown features.more",
+        ),
         "other shape": ({**good, key: torch.zeros(3, 3, 1, 1)}, rf"{key} to have shape \(128, 128, 1, 1\), got \(3"),
         "numbers": ({"a": 1}, "a file of tensors by name"),
         "nothing": ({}, "a file of tensors by name"),
@@ -115,7 +118,7 @@ def test_unusable_weights_are_named(tmp_path: Path) -> None:
         "text": (b"<html>", "a whole file of tensors"),
         "empty": (b"", "a whole file of tensors"),
         "half": (whole.read_bytes()[:1000], "a whole file of tensors"),
-        "twice": ({**good, f"module.{key}": good[key]}, "once, got it again"),
+        "twice": ({**good, f"module.{key}": good[key]}, "got a second one"),
     }
     for name, (content, message) in files.items():
         for suffix in (".pth", ".safetensors"):

@@ -57,12 +57,26 @@ def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
     assert victim.read_text() == "untouched" and link.is_symlink()
 
 
-def test_a_link_is_replaced_not_followed(tmp_path):
-    victim, path = tmp_path / "victim", tmp_path / "file"
-    victim.write_text("untouched")
-    path.symlink_to(victim)
-    write(path, b"content")
-    assert victim.read_text() == "untouched" and path.read_bytes() == b"content" and not path.is_symlink()
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_its_file_is_replaced(tmp_path, exists):
+    (tmp_path / "elsewhere").mkdir()
+    file, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
+    if exists:
+        file.write_text("old")
+        file.chmod(0o600)
+    link.symlink_to(Path("elsewhere") / "file")
+    write(link, b"content")
+    assert link.is_symlink() and file.read_bytes() == b"content" and not file.is_symlink()
+    assert os.listdir(tmp_path / "elsewhere") == ["file"] and sorted(os.listdir(tmp_path)) == ["elsewhere", "link"]
+    assert not exists or stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_link_that_points_to_itself_is_refused(tmp_path):
+    link = tmp_path / "loop"
+    link.symlink_to(link)
+    with pytest.raises(OSError, match="loop"):
+        write(link, b"content")
+    assert link.is_symlink() and os.listdir(tmp_path) == ["loop"]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -14,9 +14,6 @@
 namespace fastdense {
 namespace {
 
-// The widest step from sample to sample: beyond the image only the border is left to weigh, tap by tap.
-double widest_step(int64_t from, int64_t to) { return (4.0 * double(from) + double(1 << 26)) / double(to); }
-
 void check_arguments(const char* op, const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step, double a,
                      bool transposed) {
   check_rank_between(op, "input", input, 3, 5);
@@ -24,7 +21,8 @@ void check_arguments(const char* op, const at::Tensor& input, at::IntArrayRef si
   check_entries(op, "size", size.size(), int64_t(dims));
   check_entries(op, "step", step.size(), int64_t(dims));
   for (size_t d = 0; d < dims; ++d) {
-    TORCH_CHECK_VALUE(size[d] > 0 && size[d] < INT32_MAX, op, ": expected size to be positive, got ", size);
+    TORCH_CHECK_VALUE(size[d] > 0 && size[d] < INT32_MAX, op, ": expected size to be positive and below 2^31, got ",
+                      size);
     TORCH_CHECK_VALUE(input.size(int64_t(d) + 2) > 0 && input.size(int64_t(d) + 2) < INT32_MAX, op,
                       ": expected input to have positive spatial sizes, got shape ", input.sizes());
     const int64_t given = input.size(int64_t(d) + 2), from = transposed ? size[d] : given,
@@ -65,12 +63,30 @@ ByteRounding check_bicubic_bytes(const at::Tensor& input, std::string_view round
   if (rounding == "last") return ByteRounding::kLast;
   if (rounding == "matlab") return ByteRounding::kMatlab;
   if (rounding == "pillow") return ByteRounding::kPillow;
-  TORCH_CHECK_VALUE(false, kOp, ": expected rounding to be last, matlab or pillow, got ", rounding);
+  if (rounding == "pillow12") return ByteRounding::kPillow12;
+  if (rounding == "torch") return ByteRounding::kTorch;
+  TORCH_CHECK_VALUE(false, kOp, ": expected rounding to be last, matlab, pillow, pillow12 or torch, got ", rounding);
 }
 
 bool byte_columns_first(const BicubicArgs& args, ByteRounding rounding, at::ArrayRef<double> step) {
+  const at::Tensor& in = args.input;
   if (rounding == ByteRounding::kLast) return args.columns_first;
-  return rounding == ByteRounding::kPillow || (step.size() == 2 && step[1] > step[0]);
+  if (rounding == ByteRounding::kMatlab) return step.size() == 2 && step[1] > step[0];
+  return rounding != ByteRounding::kPillow || step.size() != 2 ||
+         !pillow_rows_first(in.size(2), in.size(3), args.sizes[2], args.sizes[3]);
+}
+
+void check_fixed_weights(const BicubicArgs& args) {
+  for (const auto& table : args.tables)
+    TORCH_CHECK_VALUE(!table || table->most <= 2,
+                      "bicubic_uint8: expected a for which the absolute weights of a sample sum to at most 2, got ",
+                      table->most);
+}
+
+bool is_exact_in_float(const BicubicArgs& args) {
+  return std::all_of(args.tables.begin(), args.tables.end(), [](const auto& table) {
+    return !table || std::ldexp(255 * table->most, table->bits) < (1 << 24);
+  });
 }
 
 bool BicubicArgs::unchanged() const {
@@ -95,8 +111,9 @@ BicubicArgs parse_bicubic(const char* op, const at::Tensor& input, at::IntArrayR
   if (input.is_meta()) return args;
   for (size_t d = 0; d < size.size(); ++d) {
     const int64_t from = input.size(int64_t(d) + 2);
-    const auto table = bicubic_table({transposed ? size[d] : from, transposed ? from : size[d], step[d], options.a,
-                                      options.antialias, *border, options.align_corners, transposed});
+    const auto table =
+        bicubic_table({transposed ? size[d] : from, transposed ? from : size[d], step[d], options.a, options.antialias,
+                       *border, options.align_corners, transposed, options.short_weights});
     args.tables.push_back(table->identity ? nullptr : table);
   }
   if (const size_t dims = size.size(); dims >= 2 && args.tables[dims - 2] && args.tables[dims - 1])

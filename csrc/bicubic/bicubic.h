@@ -21,11 +21,13 @@ struct BicubicOptions {
   bool antialias;
   std::string_view border;  // clamp, drop or symmetric
   bool align_corners;
+  bool short_weights = false;  // see BicubicAxis
 };
 
 // How byte results are rounded: once in float32, halves to even (OpenCV); after each axis in double, halves up
-// (MATLAB); or after each axis in fixed point (Pillow).
-enum class ByteRounding { kLast, kMatlab, kPillow };
+// (MATLAB); or after each axis in fixed point (Pillow since version 13, Pillow until 12, torch with weights of 16
+// bits).
+enum class ByteRounding { kLast, kMatlab, kPillow, kPillow12, kTorch };
 
 struct BicubicArgs {
   at::Tensor input;  // contiguous or channels innermost
@@ -49,8 +51,14 @@ at::Tensor bicubic_residual(const char* op, const std::optional<at::Tensor>& res
 
 ByteRounding check_bicubic_bytes(const at::Tensor& input, std::string_view rounding);
 
-// Which axis a library that rounds in between takes first: Pillow the columns, MATLAB the one with the smaller scale,
-// rows where they are equal.
+// Sums of fixed-point products must stay below 2^31.
+void check_fixed_weights(const BicubicArgs& args);
+
+// Whether float32 holds every sum of bytes times weights of 16 bits: where an axis does not shrink much.
+bool is_exact_in_float(const BicubicArgs& args);
+
+// Which axis a library that rounds in between takes first: torch the columns, Pillow mostly them, MATLAB the one with
+// the smaller scale, rows where they are equal.
 bool byte_columns_first(const BicubicArgs& args, ByteRounding rounding, at::ArrayRef<double> step);
 
 // Fixed-point weights of kFixedBits, rounded halves away from zero.

@@ -179,6 +179,7 @@ class Resampler {
 };
 
 struct Engine {
+  static bool sums_bytes_in_float(const BicubicArgs&) { return false; }
   template <typename T, typename A>
   static void resample(const BicubicArgs& args, const at::Tensor& residual, const at::Tensor& out,
                        const BicubicFinish& finish) {

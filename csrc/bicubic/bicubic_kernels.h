@@ -38,6 +38,16 @@ struct BicubicLanes {
   const A* weight;       // [blocks, taps, 16]
 };
 
+// Weights of 16 bits for bytes: integers times 2^-bits.  `weight` [rows, padded] ends in zeros; `lane_weight` [blocks,
+// pairs of taps, 16, 2] is for a block of elements whose taps lie close together, nullptr where they do not.
+struct BicubicShort {
+  int bits;
+  int64_t padded;
+  const int16_t *weight, *lane_weight;
+};
+constexpr int64_t kBicubicPadding = 32;
+constexpr int64_t kBicubicShortSpan = 128;  // elements that a block may read
+
 template <typename T, typename A>
 struct BicubicPlane {
   const T* input;     // [height, width, inner]
@@ -49,7 +59,10 @@ struct BicubicPlane {
   BicubicLanes<A> lanes;            // of columns, with inner < kBicubicWideInner
   bool columns_first;
   bool round_between;  // to bytes, after the first of two axes
-  A low, high;         // the result is clamped to
+  bool half_up;        // bytes made of float32: halves up, not to even
+  bool is_short;       // bytes times weights of 16 bits, columns first
+  BicubicShort short_rows, short_columns;
+  A low, high;  // the result is clamped to
 
   int64_t out_rows() const { return rows ? rows->rows : height; }
   int64_t out_width() const { return (columns ? columns->rows : width) * inner; }

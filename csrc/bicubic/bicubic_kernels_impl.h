@@ -124,6 +124,12 @@ template <typename T, typename A>
 inline void store_result(const BicubicPlane<T, A>& p, int64_t row, int64_t at, int64_t n, const A* v) {
   const int64_t first = row * p.out_width() + at;
   T* __restrict out = p.output + first;
+  if constexpr (std::is_same_v<T, uint8_t> && std::is_same_v<A, float>) {
+    if (p.half_up) {
+      for (int64_t i = 0; i < n; ++i) out[i] = T(byte_half_up(v[i]));
+      return;
+    }
+  }
   if (p.residual) {
     const T* residual = p.residual + first;
     for (int64_t i = 0; i < n; ++i) out[i] = finish_sample<T, A>(v[i] + widen<A>(residual[i]), p.low, p.high);
@@ -283,8 +289,20 @@ void columns_only(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* wo
   }
 }
 
+}  // namespace fastdense::FASTDENSE_TARGET
+
+#if defined(FASTDENSE_TARGET_AVX512)
+#include "bicubic/bicubic_short_impl.h"
+#endif
+
+namespace fastdense::FASTDENSE_TARGET {
+
 template <typename T, typename A>
 void resample(const BicubicPlane<T, A>& p, int64_t begin, int64_t end, A* workspace) {
+#if defined(FASTDENSE_TARGET_AVX512)
+  if constexpr (std::is_same_v<T, uint8_t> && std::is_same_v<A, int32_t>)
+    if (p.is_short) return resample_short(p, begin, end, workspace);
+#endif
   if (!p.rows) return columns_only(p, begin, end, workspace);
   if (p.columns && p.columns_first) return columns_then_rows(p, begin, end, workspace);
   rows_then_columns(p, begin, end, workspace);

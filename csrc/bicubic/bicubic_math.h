@@ -56,6 +56,12 @@ FASTDENSE_HD int32_t byte_of_fixed(int32_t v) {
   return rounded < 0 ? 0 : rounded > 255 ? 255 : rounded;
 }
 
+// Which axis Pillow 13 takes first, since it does less work then: the rows where they shrink by more than twice as many
+// samples as the columns do.  Found by comparing results; until Pillow 12 the columns always went first.
+FASTDENSE_HD bool pillow_rows_first(int64_t height, int64_t width, int64_t out_height, int64_t out_width) {
+  return out_height < height && height - out_height > 2 * (width - out_width);
+}
+
 // One term of a sum, in the type of arithmetic.
 template <typename A>
 FASTDENSE_HD A add_tap(A weight, A x, A sum) {

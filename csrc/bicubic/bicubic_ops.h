@@ -14,10 +14,12 @@
 
 namespace fastdense {
 
-// How a result is finished: the order of two axes, rounding to bytes in between, limits.
+// How a result is finished: the order of two axes, rounding to bytes in between, limits, whether bytes made of float32
+// round halves up, not to even, and whether the weights are short.
 struct BicubicFinish {
   bool columns_first, round_between;
   double low, high;
+  bool half_up = false, short_weights = false;
 };
 
 // What becomes of resampled values: a residual is added, the sum is clamped.
@@ -55,17 +57,25 @@ template <typename Engine>
 at::Tensor run_bicubic_uint8(const at::Tensor& input, at::IntArrayRef size, at::ArrayRef<double> step,
                              const BicubicOptions& options, std::string_view rounding) {
   const ByteRounding rounded = check_bicubic_bytes(input, rounding);
-  const BicubicArgs args = parse_bicubic("bicubic_uint8", input, size, step, options, false);
+  BicubicOptions given = options;
+  given.short_weights = rounded == ByteRounding::kTorch;
+  const BicubicArgs args = parse_bicubic("bicubic_uint8", input, size, step, given, false);
   at::Tensor out = args.empty_result();
   if (!has_values(out)) return out;
   if (args.unchanged()) return out.copy_(input);
   const bool columns_first = byte_columns_first(args, rounded, step);
-  if (rounded == ByteRounding::kLast)
+  if (rounded == ByteRounding::kLast) {
     Engine::template resample<uint8_t, float>(args, {}, out, {columns_first, false, 0, 255});
-  else if (rounded == ByteRounding::kMatlab)
+  } else if (rounded == ByteRounding::kMatlab) {
     Engine::template resample<uint8_t, double>(args, {}, out, {columns_first, true, 0, 255});
-  else
-    Engine::template resample<uint8_t, int32_t>(args, {}, out, {columns_first, true, 0, 255});
+  } else {
+    check_fixed_weights(args);
+    if (rounded == ByteRounding::kTorch && Engine::sums_bytes_in_float(args))
+      Engine::template resample<uint8_t, float>(args, {}, out, {columns_first, true, 0, 255, true});
+    else
+      Engine::template resample<uint8_t, int32_t>(args, {}, out,
+                                                  {columns_first, true, 0, 255, false, given.short_weights});
+  }
   return out;
 }
 

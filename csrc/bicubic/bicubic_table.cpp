@@ -12,7 +12,8 @@ namespace fastdense {
 namespace {
 
 auto key(const BicubicAxis& a) {
-  return std::make_tuple(a.in, a.out, a.step, a.a, a.antialias, a.border, a.align_corners, a.transposed);
+  return std::make_tuple(a.in, a.out, a.step, a.a, a.antialias, a.border, a.align_corners, a.transposed,
+                         a.short_weights);
 }
 
 // Neighbouring entries of one row of a matrix.
@@ -98,13 +99,28 @@ BicubicTable pack(std::vector<Row> rows, int64_t columns) {
   return table;
 }
 
+// To the nearest multiples of the smallest power of two for which the largest weight is an integer of 16 bits.
+void shorten(BicubicTable& table) {
+  constexpr int kMostBits = 22;
+  const double largest = *std::max_element(table.weight.begin(), table.weight.end());
+  while (table.bits < kMostBits && int(0.5 + std::ldexp(largest, table.bits + 1)) < (1 << 15)) ++table.bits;
+  for (double& w : table.weight) w = std::ldexp(std::round(std::ldexp(w, table.bits)), -table.bits);
+}
+
 }  // namespace
 
 BicubicTable make_bicubic_table(const BicubicAxis& axis) {
   std::vector<Row> rows;
   rows.reserve(size_t(axis.out));
   for (int64_t o = 0; o < axis.out; ++o) rows.push_back(make_row(axis, o));
-  return axis.transposed ? pack(transpose(rows, axis.in), axis.out) : pack(std::move(rows), axis.in);
+  BicubicTable table = axis.transposed ? pack(transpose(rows, axis.in), axis.out) : pack(std::move(rows), axis.in);
+  if (axis.short_weights) shorten(table);
+  for (int64_t r = 0; r < table.rows; ++r) {
+    double sum = 0;
+    for (int64_t i = 0; i < table.taps; ++i) sum += std::abs(table.weight[size_t(r * table.taps + i)]);
+    table.most = std::max(table.most, sum);
+  }
+  return table;
 }
 
 std::shared_ptr<const BicubicTable> bicubic_table(const BicubicAxis& axis) {

@@ -20,7 +20,8 @@ struct BicubicAxis {
   bool antialias;
   Border border;
   bool align_corners;
-  bool transposed;  // the transposed matrix: from `out` to `in` samples, for gradients
+  bool transposed;     // the transposed matrix: from `out` to `in` samples, for gradients
+  bool short_weights;  // rounded to integers of 16 bits times a power of two, as torch does for bytes
 };
 
 // A matrix [rows, columns] with at most `taps` neighbouring entries a row: row r has weight[r * taps + i] in column
@@ -30,6 +31,8 @@ struct BicubicTable {
   std::vector<int32_t> start;
   std::vector<double> weight;
   bool identity = false;
+  double most = 0;  // sum of the absolute weights of a row, at most
+  int bits = 0;     // of short weights: they are integers times 2^-bits
 };
 
 // By its name: clamp, drop or symmetric.
@@ -40,6 +43,10 @@ inline std::optional<Border> find_border(std::string_view name) {
   return std::nullopt;
 }
 
+// The widest step from sample to sample: beyond the image only the border is left to weigh, tap by tap.
+inline double widest_step(int64_t in, int64_t out) { return (4.0 * double(in) + double(1 << 26)) / double(out); }
+
+// Of an axis whose step is at most that.
 BicubicTable make_bicubic_table(const BicubicAxis& axis);
 
 // From the cache, which holds a limited number of tables; safe from any thread.

@@ -98,7 +98,8 @@ class BlockBackward : public BlockForward<T> {
                                   : gradients.mutable_data_ptr<A>() + worker * gradients.size(1) * gradients.size(2);
   }
   static at::Tensor total(const at::Tensor& gradients, int64_t depth, int64_t n) {
-    return gradients.sum(0).narrow(0, 0, depth).narrow(1, 0, n);
+    const at::Tensor sum = gradients.size(0) == 1 ? gradients.select(0, 0) : gradients.sum(0);
+    return sum.narrow(0, 0, depth).narrow(1, 0, n);
   }
 
   BackwardEpilogue<T> epilogue(int64_t worker, T* gradient, int64_t ld, bool accumulate, const A* mean,

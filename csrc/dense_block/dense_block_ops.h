@@ -33,7 +33,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_blo
     const at::Tensor& input,  // [N, C0, spatial]
     at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
     double drop_rate, const std::optional<at::Tensor>& seed, bool keep_bottleneck, std::string_view process_group,
-    std::string_view activations, at::ArrayRef<double> activation_parameters) {
+    bool contiguous, std::string_view activations, at::ArrayRef<double> activation_parameters) {
   constexpr const char* kOp = "dense_block";
   check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
@@ -47,7 +47,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_blo
       Engine::template forward<typename Storage<scalar_t>::type>(args, input, seed, o);
     });
   const bool has_tail = args.tail != Tail::kNone;
-  return {has_tail ? o.out : o.buffer, has_tail ? o.buffer : at::empty({0}, input.options()), o.mean, o.var, o.z};
+  const at::Tensor& out = has_tail ? o.out : o.buffer;
+  return {contiguous ? out.contiguous() : out, has_tail ? o.buffer : at::empty({0}, input.options()), o.mean, o.var,
+          o.z};
 }
 
 // Of what a dropped layer is given, but does not run.

@@ -21,7 +21,7 @@ template <typename Engine>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dual_path_stage(
     const at::Tensor& input,  // [N, C_in, spatial]
     at::TensorList weights, at::ArrayRef<double> eps, int64_t num_blocks, bool projection, int64_t residual_channels,
-    int64_t stride, std::string_view memory, std::string_view process_group) {
+    int64_t stride, std::string_view memory, std::string_view process_group, bool contiguous) {
   constexpr const char* kOp = "dual_path_stage";
   check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
@@ -33,7 +33,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
       Engine::template forward<typename Storage<scalar_t>::type>(args, keep, input, o);
     });
-  return {o.out, o.residuals, o.a, o.b, o.mean, o.var};
+  return {contiguous ? o.out.contiguous() : o.out, o.residuals, o.a, o.b, o.mean, o.var};
 }
 
 // Gradients of the input and of every weight, empty where `needs_grad` says that none is wanted.

@@ -30,7 +30,7 @@ std::tuple<at::Tensor, at::Tensor> residual_dense_block(const at::Tensor& input,
                                                         at::TensorList weights, at::IntArrayRef first_channels,
                                                         bool fusion, double negative_slope, double scale,
                                                         const std::optional<at::Tensor>& outer,  // [N, C0, H, W]
-                                                        double outer_scale) {
+                                                        double outer_scale, bool contiguous) {
   constexpr const char* kOp = "residual_dense_block";
   check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
@@ -46,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor> residual_dense_block(const at::Tensor& input,
       Engine::template forward<typename Storage<scalar_t>::type>(args, outer_rows, {out, buffer});
     });
   }
-  return {out, fusion ? buffer : at::empty({0}, input.options())};
+  return {contiguous ? out.contiguous() : out, fusion ? buffer : at::empty({0}, input.options())};
 }
 
 // Gradients of the input and of every weight, empty where `needs_grad` says that none is wanted.  That of `outer` is

@@ -9,6 +9,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fastdense._choices import DEVICES, DTYPES
+from fastdense._support import extra
+
+# What commands on pictures say of files, in their help.
+FILES = """Pictures are turned upright. Types of samples (8 and 16 bits, 32-bit and floating-point TIFF), alpha, frames,
+colour profile, EXIF, resolution and text are kept where the format of OUT holds them. A format that cannot hold the
+samples is refused. JPEG is written at quality 95, or that of IN where it is higher, without halving colour (4:4:4).
+WebP stays lossless where IN is a lossless WebP; else it is written at 95 and halves colour, which is all that lossy
+WebP can do. GIF holds 256 colours. With --alpha premultiplied, colours of hidden pixels do not bleed into what is seen.
+"""
 
 Commands = argparse._SubParsersAction
 Run = Callable[[argparse.Namespace], int]
@@ -50,11 +59,52 @@ def add_threads(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
 
 
-def add_pictures(parser: argparse.ArgumentParser) -> None:
+def add_pictures(parser: argparse.ArgumentParser, default_alpha: str) -> None:
     """A picture or a folder to read, and where the results go."""
-    parser.add_argument("input", type=Path, metavar="IN", help="a picture or a folder")
-    parser.add_argument("output", type=Path, metavar="OUT", help="a picture, or a folder where IN is one")
+    parser.add_argument("input", type=path, metavar="IN", help="a picture or a folder")
+    parser.add_argument("output", type=path, metavar="OUT", help="a picture, or a folder where IN is one")
     parser.add_argument("--resume", action="store_true", help="leave out pictures whose result is in OUT already")
+    parser.add_argument("--overwrite", action="store_true", help="replace originals where OUT is IN")
+    parser.add_argument(
+        "--alpha",
+        choices=("premultiplied", "straight"),
+        help=f"colours times alpha, or as they are (default: {default_alpha})",
+    )
+    parser.add_argument("--flatten", type=colour, metavar="COLOUR", help="no alpha: before white, '#20a0ff' ...")
+    parser.add_argument("--depth", type=int, choices=(8, 16), help="bits per sample (default: those of IN)")
+    parser.add_argument("--frame", type=int, metavar="N", help="of several frames or pages only this one, from 1")
+    parser.add_argument("--quality", type=quality, metavar="Q", help="of JPEG, WebP and AVIF, 1 to 100 (default: 95)")
+
+
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    """What weights of other programs do not tell."""
+    parser.add_argument("--rgb-range", type=int, choices=(1, 255), help="white inside EDSR and RDN, if unknown")
+    parser.add_argument("--res-scale", type=float, metavar="F", help="factor of EDSR's residuals, if unknown")
+
+
+def path(text: str) -> Path:
+    """Parses the name of a file or folder; nothing is no name."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a file or a folder, got ''")
+    return Path(text)
+
+
+def colour(text: str) -> tuple[int, int, int]:
+    """Parses a colour by its name or as #rrggbb."""
+    with extra("cli"):
+        from PIL import ImageColor
+    try:
+        red, green, blue, *_ = ImageColor.getrgb(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a colour like white or #20a0ff, got {text!r}") from error
+    return red, green, blue
+
+
+def quality(text: str) -> int:
+    """Parses 1 to 100."""
+    if not text.isdigit() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"expected a quality from 1 to 100, got {text!r}")
+    return int(text)
 
 
 def assignment(text: str) -> tuple[str, object]:

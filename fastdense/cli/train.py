@@ -161,6 +161,8 @@ def _super_resolution(options: argparse.Namespace) -> int:
         if isinstance(error, InputError):
             raise
         raise InputError(str(error)) from error
+    for line in result.skipped:
+        print(f"skipped {line}")
     gain = result.psnr - result.bicubic_psnr
     print(f"held-out pictures: {result.psnr:.3f} dB, bicubic {result.bicubic_psnr:.3f} dB, gain {gain:+.3f} dB")
     for path in result.paths:

@@ -24,6 +24,10 @@ from fastdense.fusion.plan.state import STATE, is_own, memory_of, plain_class, r
 from fastdense.ops.arguments import devices, is_exporting, missing_kernels
 
 Plan = TypeVar("Plan")
+_TRACED = (
+    "fastdense: what torch.fx makes of a converted model, as in create_feature_extractor, has plain modules, and "
+    "saves as much for backward as they do"
+)
 _WRAP_NOTHING = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
 
 
@@ -54,19 +58,21 @@ def run_fused(
     module: nn.Module,
     read: Callable[[Any], Plan],
     run: Callable[..., Tensor],
-    input: Tensor,
+    input: Any,
     *others: Any,
 ) -> Any:
-    """The forward of a mixin: ``run(plan, memory, input, *others)`` by the plan that ``read(module)`` makes.
+    """The forward of a mixin: ``run(plan, memory, contiguous, input, *others)``, by the plan of ``read``.
 
     Runs the plain modules where there is none, or where a program for elsewhere is recorded.
     """
     if wrapped := find_wrapped(input):
         return torch.overrides.handle_torch_function(run_fused, wrapped, module, read, run, input, *others)
     if is_traced(input):
+        if type(input) is fx.Proxy:
+            warnings.warn(_TRACED, stacklevel=4)
         return run_plain(module, input, *others)
     try:
-        return in_format_of(input, run(plan_of(module, read), memory_of(module), input, *others))
+        return run(plan_of(module, read), memory_of(module), gives_contiguous(input), input, *others)
     except NotFusible as reason:
         return fall_back(module, reason, input, *others)
 
@@ -135,15 +141,13 @@ def _wraps(kind: Any) -> bool:
     return issubclass(kind, Tensor) and kind.__torch_function__ not in _WRAP_NOTHING
 
 
-def in_format_of(input: Any, out: Any) -> Any:
-    """The result in the memory format that plain modules would give it; operators put channels innermost.
+def gives_contiguous(input: Any) -> bool:
+    """Whether plain modules would give a contiguous result of this input; of a channels-last one they would not.
 
-    A contiguous input gives a contiguous result, at the cost of a copy.
+    Operators put channels innermost: a contiguous result costs a copy, made before running statistics move.
     """
-    if isinstance(out, tuple):
-        return tuple(in_format_of(input, part) for part in out)
     first = input[0] if isinstance(input, tuple) else input
-    return out.contiguous() if first.is_contiguous() else out
+    return first.dim() < 4 or first.stride(1) != 1 or first.is_contiguous()
 
 
 def refuse_torchscript() -> NoReturn:

@@ -196,8 +196,9 @@ def check_norm(norm: Any, name: str, *, any_activation: bool = False) -> Any:
     check_no_hooks(norm, name)
     for inner in norm.__dict__["_modules"].values():
         check_no_hooks(inner, f"{name}'s activation")
-    if norm.running_mean is not None and norm.num_batches_tracked is None:
-        raise NotFusible(f"{name} has running statistics without num_batches_tracked")
+    counter = norm.num_batches_tracked
+    if norm.running_mean is not None and (counter is None or counter.dtype is not torch.int64):
+        raise NotFusible(f"{name} has running statistics without a num_batches_tracked of type int64")
     return norm
 
 

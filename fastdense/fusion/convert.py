@@ -9,7 +9,7 @@ from torch import nn
 
 from fastdense._choices import DUAL_PATH_MEMORY_MODES, MEMORY_MODES, DualPathMemoryMode
 from fastdense.fusion.base import FusedModule, fused_class
-from fastdense.fusion.checks import NotFusible, NotFusibleInTraining, check_methods, check_module, is_known_class
+from fastdense.fusion.checks import NORMS, NotFusible, NotFusibleInTraining, check_methods, check_module, is_known_class
 from fastdense.fusion.dense_block import FusedDenseBlock, FusedTransition, RecomputedTransition
 from fastdense.fusion.dense_layers import BLOCKS, is_transition, read_block, read_transition
 from fastdense.fusion.dual_path import FusedDualPathBlock
@@ -22,7 +22,7 @@ from fastdense.fusion.inferred_layers import (
     read_inferred_block,
     read_inferred_layers,
 )
-from fastdense.fusion.max_pool_transition import looks_like_max_pool_transition, read_max_pool_transition
+from fastdense.fusion.max_pool_transition import POOLS, looks_like_max_pool_transition, read_max_pool_transition
 from fastdense.fusion.plan.code import is_replaced
 from fastdense.fusion.plan.kept import check_sources, read_sources
 from fastdense.fusion.plan.state import STATE, plain_class, state_of
@@ -34,9 +34,12 @@ from fastdense.fusion.residual_layers import (
     read_residual_block,
 )
 from fastdense.fusion.sequential import FusedSequential
+from fastdense.fusion.shared_buffer.block import SharedBuffer, SharedBufferLayers, read_own_layers
+from fastdense.fusion.shared_buffer.trial import read_shared_block
 from fastdense.ops.arguments import check_memory
 from fastdense.plain.dense_block import PlainDenseBlock
 from fastdense.plain.dual_path import PlainDualPathBlock
+from fastdense.plain.shared_buffer_block import PlainSharedBufferBlock
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -74,6 +77,9 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
         >>> model = fastdense.convert(torchvision.models.densenet121())
     """
     check_module("convert", model)
+    for module in model.modules():
+        if type(module).forward is SharedBuffer.forward:  # which another mode, or an edit, may have made another kind
+            module.__class__ = plain_class(type(module))
     found = find(model)
     if not any(kind.is_block for _, _, kind in found):
         looked_for = ", ".join(".".join(known) for known in BLOCKS + DUAL_PATH_BLOCKS)
@@ -87,11 +93,35 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
         for name, module, its_kind in found:
             if its_kind is kind:
                 _try_fuse(name, module, kind, memory)
+    _say_what_moves_twice(found)
     forget_equivalence_checks(model)
     for module in model.modules():
         if type(module) is nn.Sequential and any(isinstance(inner, _IN_SEQUENCES) for inner in module.children()):
             module.__class__ = fused_class(FusedSequential, nn.Sequential)
+        _note_stem(list(module.children()))
     return model
+
+
+def _note_stem(modules: list[nn.Module]) -> None:
+    """Lets the first dense block among the children of a module know that a stem with a max pool is in front of it."""
+    for at, module in enumerate(modules):
+        if isinstance(module, FusedDenseBlock):
+            pools = at > 1 and isinstance(modules[at - 1], POOLS)
+            state_of(module).has_stem = pools and any(isinstance(norm, NORMS) for norm in modules[max(0, at - 3) : at])
+            return
+
+
+def _say_what_moves_twice(found: list[tuple[str, nn.Module, "Pattern"]]) -> None:
+    """Warns of layers under a checkpoint, whose plain modules move running statistics in the backward pass as well."""
+    states = [(name, state_of(module)) for name, module, _ in found if isinstance(module, FusedModule)]
+    outcomes = [(name, known.found) for name, s in states for known in (s.outcome, s.shared_outcome) if known]
+    names = dict.fromkeys(name or "the model" for name, form in outcomes if getattr(form, "moves_twice", False))
+    if names:
+        warnings.warn(
+            f"fastdense: {', '.join(names)}: plain modules under torch.utils.checkpoint move running statistics twice "
+            "a step; converted, they move once",
+            stacklevel=3,
+        )
 
 
 def restore(model: Model) -> Model:
@@ -117,7 +147,10 @@ def restore(model: Model) -> Model:
 
 
 class Pattern(NamedTuple):
-    """Modules that can be fused: what they are called, the mixin, how to tell and to read one."""
+    """Modules that can be fused: what they are called, the mixin, how to tell and to read one.
+
+    ``has_layers``: a dense block, whose layers may run on a shared buffer as plain modules where no operator can.
+    """
 
     name: str
     mixin: type[FusedModule]
@@ -125,6 +158,7 @@ class Pattern(NamedTuple):
     reader: Callable[[Any], object]
     is_block: bool
     memory_modes: tuple[str, ...] = MEMORY_MODES
+    has_layers: bool = False
 
     def read(self, module: nn.Module) -> None:
         """Raises NotFusible where the module cannot be fused."""
@@ -138,6 +172,14 @@ def _is_sequence(module: nn.Module) -> bool:
     if not isinstance(module, nn.Sequential):
         return False
     return type(module).forward is nn.Sequential.forward or is_replaced(type(module), "forward")
+
+
+def _is_on_shared_buffer(module: nn.Module) -> bool:
+    return isinstance(module, SharedBuffer)
+
+
+def _is_own_shared_block(module: nn.Module) -> bool:
+    return isinstance(module, PlainSharedBufferBlock)
 
 
 def _is_dense_block(module: nn.Module) -> bool:
@@ -183,11 +225,14 @@ def _is_sr_dense_block(module: nn.Module) -> bool:
 ANY_MODE = DUAL_PATH_MEMORY_MODES
 
 
-_INFERRED = Pattern("block", FusedInferredBlock, _is_inferred_block, read_inferred_block, True)
+_INFERRED = Pattern("block", FusedInferredBlock, _is_inferred_block, read_inferred_block, True, has_layers=True)
+_SHARED = Pattern("block", SharedBuffer, _is_on_shared_buffer, read_shared_block, True)
 
 
 PATTERNS = (
-    Pattern("block", FusedDenseBlock, _is_dense_block, read_block, True),
+    Pattern("block", SharedBufferLayers, _is_own_shared_block, read_own_layers, True),
+    _SHARED,
+    Pattern("block", FusedDenseBlock, _is_dense_block, read_block, True, has_layers=True),
     _INFERRED,
     Pattern("transition", FusedTransition, _is_transition_like, read_transition, False),
     Pattern(
@@ -195,7 +240,7 @@ PATTERNS = (
     ),
     Pattern("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True, ANY_MODE),
     Pattern("residual dense", FusedResidualDenseBlock, _is_residual_dense_block, read_residual_block, True),
-    Pattern("block", FusedInferredLayers, _is_inferred_layers, read_inferred_layers, True),
+    Pattern("block", FusedInferredLayers, _is_inferred_layers, read_inferred_layers, True, has_layers=True),
     Pattern("growing dense", FusedSRDenseBlock, _is_sr_dense_block, read_growing_block, True),
 )
 
@@ -217,16 +262,18 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, Pattern]]:
         # A sequence of layers is the block where these join their features themselves, else the module around it.
         inner = container_of_layers(module) if kind is _INFERRED else module
         if inner is not module and id(inner) in candidates:
-            left_out.add(id(module) if _is_fusible(inner, kind) else id(inner))
+            is_block = _why_not(inner, kind) is None or _why_not(inner, _SHARED) is None
+            left_out.add(id(module) if is_block else id(inner))
     return [entry for entry in found if id(entry[1]) not in left_out]
 
 
-def _is_fusible(module: nn.Module, kind: Pattern) -> bool:
+def _why_not(module: nn.Module, kind: Pattern) -> str | None:
+    """Why a module cannot run as one of a kind; None where it can."""
     try:
         kind.read(module)
-    except NotFusible:
-        return False
-    return True
+    except NotFusible as reason:
+        return str(reason)
+    return None
 
 
 def forget_equivalence_checks(model: nn.Module) -> None:
@@ -244,8 +291,14 @@ def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: DualPathMemor
         except NotFusibleInTraining:
             pass
         except NotFusible as reason:
-            warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}", stacklevel=3)
-            return
+            why_not_shared = _why_not(module, _SHARED) if kind.has_layers else ""
+            if why_not_shared is not None or memory != "min":
+                hint = '; memory="min" runs it on a shared buffer' if why_not_shared is None else ""
+                if why_not_shared and memory == "min" and why_not_shared != str(reason):
+                    hint = f"; nor does it run on a shared buffer: {why_not_shared}"
+                warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}{hint}", stacklevel=3)
+                return
+            kind = _SHARED
         module.__class__ = fused_class(kind.mixin, type(module))
     state = state_of(module)
     state.name = name

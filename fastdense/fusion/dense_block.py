@@ -2,6 +2,7 @@
 """The mixins that run a dense block, or a transition, as one operator."""
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdense._choices import MemoryMode
-from fastdense.fusion.base import FusedModule, check_no_transforms, check_runs_here, run_fused
+from fastdense.fusion.base import FusedModule, check_no_transforms, check_runs_here, is_traced, run_fused
 from fastdense.fusion.batch_statistics import (
     StatisticsUpdate,
     group_name,
@@ -32,6 +33,7 @@ from fastdense.fusion.dense_layers import (
     tail_weights,
 )
 from fastdense.fusion.max_pool_transition import read_max_pool_transition, run_recomputed
+from fastdense.fusion.plan.state import state_of
 from fastdense.ops import BatchStatistics
 from fastdense.ops.arguments import copy_running, count_pixels
 from fastdense.ops.dense_block import FlatBlock, flatten_block, run_flat_block, without_dropped
@@ -86,20 +88,20 @@ def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: boo
     return BlockPlan(layers, tail, order, drop_rate, norms, synchronised(norms), read_update(norms), flat, has_extras)
 
 
-def run_block(plan: BlockPlan, memory: MemoryMode, input: Tensor) -> Tensor:
+def run_block(plan: BlockPlan, memory: MemoryMode, contiguous: bool, input: Tensor) -> Tensor:
     """The operator call, then the running statistics of all its norms."""
     check_runs_here("dense_block", input)
     if plan.has_extras and input.device.type == "cuda":
         raise NotFusible("the CUDA kernels run only ReLU, and convolutions without bias")
     group = process_group_of(plan.synchronised)
     factors = draw_factors(layer.depth for layer in plan.layers) if plan.flat is None else []
-    out, statistics = _call(plan, factors, memory, group, input)
+    out, statistics = _call(plan, factors, memory, group, contiguous, input)
     _update(plan, factors, statistics, count_pixels(input), group)
     return out
 
 
 def _call(
-    plan: BlockPlan, factors: list[Factor], memory: MemoryMode, group: Any, input: Tensor
+    plan: BlockPlan, factors: list[Factor], memory: MemoryMode, group: Any, contiguous: bool, input: Tensor
 ) -> tuple[Tensor, BatchStatistics]:
     seed = None
     if plan.drop_rate > 0:
@@ -109,6 +111,7 @@ def _call(
         "seed": seed,
         "memory": memory,
         "process_group": group_name(group),
+        "contiguous": contiguous,
     }
     if plan.flat is not None:
         return run_flat_block(input, plan.flat, copy_running(plan.flat.weights, plan.flat.running), **options)
@@ -124,6 +127,7 @@ def _call(
     if order is not None:
         statistics = order.statistics(statistics, order.in_channels + len(plan.layers) * order.growth)
         out = out if tail is not None and tail.conv is not None else order.from_buffer(out)
+        out = out.contiguous() if contiguous else out
     return out, statistics
 
 
@@ -149,7 +153,20 @@ class FusedDenseBlock(FusedModule):
     """A dense block whose layers are children ``norm1 ... conv2`` in order."""
 
     def forward(self, init_features: Tensor) -> Tensor:
+        say_that_stem_is_plain(self, init_features)
         return run_fused(self, _plan, run_block, init_features)
+
+
+def say_that_stem_is_plain(block: nn.Module, input: Any) -> None:
+    """Warns once where a training step calls a block, and with it the stem in front, outside of a sequence."""
+    state = state_of(block)
+    if state.has_stem and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_traced(input):
+        state.has_stem = False
+        warnings.warn(
+            f"fastdense: {state.name or type(block).__name__} is called by itself, and so are the norm, ReLU and max "
+            "pool before it: as plain modules they save more for backward than in one converted nn.Sequential",
+            stacklevel=4,
+        )
 
 
 def _plan(block: nn.Module) -> BlockPlan:
@@ -174,7 +191,7 @@ class RecomputedTransition(FusedModule):
         return run_fused(self, read_max_pool_transition, _run_recomputed, input)
 
 
-def _run_recomputed(modules: Sequence[Any], memory: MemoryMode, input: Tensor) -> Tensor:
+def _run_recomputed(modules: Sequence[Any], memory: MemoryMode, contiguous: bool, input: Tensor) -> Tensor:
     check_no_transforms()
     return run_recomputed(modules, input)
 

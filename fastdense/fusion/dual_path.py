@@ -128,7 +128,7 @@ def _plan_row(blocks: list[DualPath], factors: list[Factor]) -> RowPlan:
     return RowPlan(blocks, factors, flat, in_front, behind, updates)
 
 
-def run_stages(plan: StagesPlan, memory: DualPathMemoryMode, x: Paths) -> Paths:
+def run_stages(plan: StagesPlan, memory: DualPathMemoryMode, contiguous: bool, x: Paths) -> Paths:
     """Stages one after the other; what keeps any of them from being fused is found before the first has run."""
     if isinstance(x, tuple):
         x = torch.cat(x, 1)
@@ -137,18 +137,21 @@ def run_stages(plan: StagesPlan, memory: DualPathMemoryMode, x: Paths) -> Paths:
         raise NotFusible(f'memory="reversible" supports float32 and float64, got {_computes_in(x)}')
     groups = [process_group_of(stage.synchronised) for stage in plan.stages]
     for stage, group in zip(plan.stages, groups, strict=True):
-        x = _run_stage(x, stage, memory, group)
-    return x if plan.split is None else (x[:, : plan.split], x[:, plan.split :])
+        x = _run_stage(x, stage, memory, contiguous and stage is plan.stages[-1] and plan.split is None, group)
+    if plan.split is None:
+        return x
+    parts = x[:, : plan.split], x[:, plan.split :]
+    return tuple(part.contiguous() for part in parts) if contiguous else parts
 
 
 def _parts(block: DualPath) -> list[NormConv]:
     return [part for part in (block.projection, block.a, block.b, block.c) if part is not None]
 
 
-def _run_stage(x: Tensor, stage: StagePlan, memory: DualPathMemoryMode, group: Any) -> Tensor:
+def _run_stage(x: Tensor, stage: StagePlan, memory: DualPathMemoryMode, contiguous: bool, group: Any) -> Tensor:
     """One operator call for all blocks, or for each row of blocks between those that stochastic depth leaves out."""
     if stage.row is not None:
-        return _run_row(x, stage.row, memory, group)
+        return _run_row(x, stage.row, memory, contiguous, group)
     blocks = stage.blocks
     factors = draw_factors(block.depth for block in blocks)
     begin = 0
@@ -156,11 +159,12 @@ def _run_stage(x: Tensor, stage: StagePlan, memory: DualPathMemoryMode, group: A
         if isinstance(factor, Tensor) or factor != 0:
             continue
         if index > begin:
-            x = _run_row(x, _plan_row(blocks[begin:index], factors[begin:index]), memory, group)
+            row = _plan_row(blocks[begin:index], factors[begin:index])
+            x = _run_row(x, row, memory, contiguous and index == len(blocks), group)
         if index < len(blocks):
             x = _left_out(x, blocks[index])
         begin = index + 1
-    return x
+    return x.contiguous() if contiguous else x
 
 
 def _left_out(x: Tensor, block: DualPath) -> Tensor:
@@ -171,10 +175,12 @@ def _left_out(x: Tensor, block: DualPath) -> Tensor:
     return torch.cat([x, x.new_zeros(x.shape[0], block.growth, *x.shape[2:])], 1)
 
 
-def _run_row(x: Tensor, row: RowPlan, memory: DualPathMemoryMode, group: Any) -> Tensor:
+def _run_row(x: Tensor, row: RowPlan, memory: DualPathMemoryMode, contiguous: bool, group: Any) -> Tensor:
     """One operator call, then the running statistics of all norms."""
     weights = copy_running(row.flat.weights, row.flat.running)
-    out, statistics = run_flat_stage(x, row.flat, weights, memory=memory, process_group=group_name(group))
+    out, statistics = run_flat_stage(
+        x, row.flat, weights, memory=memory, process_group=group_name(group), contiguous=contiguous
+    )
     in_front, behind, everything = row.updates
     with contextlib.ExitStack() as stack:
         drawn = [(block, f) for block, f in zip(row.blocks, row.factors, strict=True) if isinstance(f, Tensor)]

@@ -74,12 +74,15 @@ def _note(attributes: dict[tuple[int, str], Any], at: int, name: str, value: Any
                 _note(attributes, at, f"{name}.{key}", item, depth - 1)
 
 
-def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome:
-    """What ``attempt`` finds out, or the reason why nothing: remembered until the module's code may do other things."""
+def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome], place: str = "outcome") -> Outcome:
+    """What ``attempt`` finds out, or the reason why nothing: remembered until the module's code may do other things.
+
+    It is remembered in an attribute of the module's state.
+    """
     if "forward" in module.__dict__:
         raise NotFusible("its forward was replaced on the instance")
     code, state = code_of(module), state_of(module)
-    known = state.outcome
+    known = getattr(state, place)
     sources = None if torch.compiler.is_compiling() else read_sources((module,), known and known.sources)
     if known is None or not known.still_holds(code, sources):
         if any(p.is_meta for p in module.parameters()):
@@ -94,7 +97,8 @@ def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome]) -> Outcome
                 raise NotFusible("its forward changes what its code reads")
         except NotFusible as reason:
             found = str(reason)
-        known = state.outcome = _Known(code, sources, found)
+        known = _Known(code, sources, found)
+        setattr(state, place, known)
     if isinstance(known.found, str):
         raise NotFusible(known.found)
     return known.found
@@ -133,7 +137,7 @@ def double_copy(module: nn.Module) -> nn.Module:
                 p.requires_grad_()
                 p.uniform_(-1, 1, generator=numbers)
                 if not is_norm:
-                    p.div_(p[0].numel() ** 0.5)
+                    p.div_((p.numel() / max(p.shape[:1].numel(), 1)) ** 0.5)
             if is_norm and inner.weight is not None:
                 inner.weight.abs_().add_(0.5)
             if is_norm and inner.running_mean is not None:
@@ -151,6 +155,63 @@ def random_input(conv: Any, channels: int) -> Tensor:
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward of the plain class, without the hooks of the module itself."""
     return lambda *inputs: run_plain(module, *inputs)
+
+
+class Step(NamedTuple):
+    """What one pass makes: output, gradients, and the statistics after the forward pass.
+
+    ``moves_twice``: the backward pass moves the statistics once more, as it does under a checkpoint.
+    """
+
+    tensors: list[Tensor | None]
+    moves_twice: bool
+
+    def agrees(self, other: "Step") -> bool:
+        """Whether tensors are the same to nine digits of each one's norm."""
+        return all(_near(a, b) for a, b in zip(self.tensors, other.tensors, strict=True))
+
+
+def _near(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.shape != b.shape:
+        return a is b
+    return bool((a.double() - b.double()).norm() <= 1e-9 * b.double().norm())
+
+
+def one_step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, watch: TorchDispatchMode) -> Step:
+    """One pass that ``watch`` sees; the statistics are put back."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    x = x.clone().requires_grad_()
+    wanted = [x, *module.parameters()]
+    with watch:
+        out = forward(x)
+        if not isinstance(out, Tensor) or not out.requires_grad:
+            raise NotFusible("its output is not one tensor that requires grad")
+        if not {id(leaf) for leaf in leaves_of(out)} <= {id(t) for t in wanted}:
+            raise NotFusible("it reads a tensor that requires grad and is none of its parameters")
+        statistics = [buffer.clone() for buffer in module.buffers()]
+        torch.autograd.backward(out, torch.linspace(-1, 1, out.numel()).to(out).view_as(out))
+    grads = [t.grad for t in wanted]
+    for t in wanted:
+        t.grad = None
+    moves_twice = any(not torch.equal(*pair) for pair in zip(module.buffers(), statistics, strict=True))
+    for buffer, old in zip(module.buffers(), before, strict=True):
+        buffer.copy_(old)
+    return Step([out.detach(), *grads, *statistics], moves_twice)
+
+
+def leaves_of(out: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that gradients of ``out`` go to."""
+    seen: set[Any] = set()
+    stack = [out.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of the nodes where gradients end
+        if variable is not None:
+            yield variable
+        stack += [following for following, _ in node.next_functions]
 
 
 class NoRandomNumbers(TorchDispatchMode):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastdense._choices import MemoryMode
 from fastdense.fusion.base import FusedModule, check_runs_here, run_fused
 from fastdense.fusion.batch_statistics import process_group_of
-from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, run_block
+from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, run_block, say_that_stem_is_plain
 from fastdense.fusion.inferred_layers import read_inferred_block, read_inferred_layers
 from fastdense.fusion.plan.state import plain_class
 
@@ -20,6 +20,7 @@ class FusedInferredBlock(FusedDenseBlock):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         if named or len(inputs) != 1 or isinstance(inputs[0], list | tuple):
             return plain_class(type(self)).forward(self, *inputs, **named)
+        say_that_stem_is_plain(self, inputs[0])
         return run_fused(self, _plan, run_block, inputs[0])
 
 
@@ -48,10 +49,10 @@ def _plan_layers(module: nn.Module) -> LayersPlan:
     return LayersPlan(list(module.children())[: block.heads], plan)
 
 
-def _run_layers(plan: LayersPlan, memory: MemoryMode, input: Tensor) -> Tensor:
+def _run_layers(plan: LayersPlan, memory: MemoryMode, contiguous: bool, input: Tensor) -> Tensor:
     # Whatever may keep the layers from being fused is found before other modules have run.
     check_runs_here("dense_block", input)
     process_group_of(plan.block.synchronised)
     for head in plan.heads:
         input = head(input)
-    return run_block(plan.block, memory, input)
+    return run_block(plan.block, memory, contiguous, input)

@@ -23,10 +23,12 @@ from fastdense.fusion.dense_layers import Layer, check_alike
 from fastdense.fusion.equivalence import (
     Dropouts,
     NoRandomNumbers,
+    Step,
     code_of,
     double_copy,
     isolated,
     masked,
+    one_step,
     plain_forward,
     random_input,
     tried,
@@ -82,6 +84,7 @@ class _Form(NamedTuple):
     prepends_features: bool
     drop_rate: float
     function: Activation | None  # of layers without an activation module
+    moves_twice: bool  # see Step
 
 
 def container_of_layers(module: nn.Module) -> nn.Module:
@@ -258,7 +261,7 @@ def _try_out(module: nn.Module) -> _Form:
                 made.append(_step(twin, forward, x))
                 again = _step(twin, forward, x)
             rates.append(dropouts.rates)
-            if not _same(again, made[-1]):
+            if not again.agrees(made[-1]):
                 raise NotFusible("its results differ from run to run")
         if code_of(twin) != before:
             raise NotFusible("its forward changes its attributes")
@@ -268,12 +271,12 @@ def _try_out(module: nn.Module) -> _Form:
         for function, prepends_features in itertools.product(functions, (False, True)):
             acting = _with_function(layers, function)
             if all(
-                _same(
-                    _step(twin.train(mode), _definition(acting, prepends_features, mode and bool(rates[0])), x), plain
+                _step(twin.train(mode), _definition(acting, prepends_features, mode and bool(rates[0])), x).agrees(
+                    plain
                 )
                 for mode, plain in zip((True, False), made, strict=True)
             ):
-                return _Form(prepends_features, max(rates[0], default=0.0), function)
+                return _Form(prepends_features, max(rates[0], default=0.0), function, made[0].moves_twice)
     raise NotFusible(
         "its results differ from those of a dense block: norm, activation and convolution on all earlier features"
     )
@@ -293,29 +296,5 @@ def _definition(layers: list[Layer], prepends_features: bool, dropped: bool) -> 
     return forward
 
 
-def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> list[Tensor | None]:
-    """Output, gradients and statistics of one pass; the statistics are put back."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    x = x.clone().requires_grad_()
-    wanted = [x, *module.parameters()]
-    with NoRandomNumbers():
-        out = forward(x)
-        if not isinstance(out, Tensor) or not out.requires_grad:
-            raise NotFusible("its output is not one tensor that requires grad")
-        grad = torch.linspace(-1, 1, out.numel()).to(out).view_as(out)
-        grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
-    statistics = [buffer.clone() for buffer in module.buffers()]
-    for buffer, old in zip(module.buffers(), before, strict=True):
-        buffer.copy_(old)
-    return [out.detach(), *grads, *statistics]
-
-
-def _same(actual: Iterable[Any], expected: Iterable[Any]) -> bool:
-    """To nine digits of each tensor's norm."""
-
-    def near(a: Tensor | None, b: Tensor | None) -> bool:
-        if a is None or b is None or a.shape != b.shape:
-            return a is b
-        return bool((a.double() - b.double()).norm() <= 1e-9 * b.double().norm())
-
-    return all(near(a, b) for a, b in zip(actual, expected, strict=True))
+def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> Step:
+    return one_step(module, forward, x, NoRandomNumbers())

@@ -11,12 +11,14 @@ from fastdense.fusion.checks import NotFusible, check_module
 from fastdense.fusion.convert import Pattern, find, forget_equivalence_checks, restore
 from fastdense.fusion.inferred_layers import count_layers
 from fastdense.fusion.saved_memory import saved_bytes_per_image
+from fastdense.fusion.shared_buffer.block import SharedBuffer
 
 
 class ReportRow(NamedTuple):
     """A dense block, transition or dual path block.
 
-    ``runs`` is "fused" or "plain", ``reason`` says why it is plain, ``layers`` counts those of a dense block.
+    ``runs`` is "fused", "shared buffer" (see :class:`fastdense.nn.SharedBufferBlock`) or "plain", ``reason`` says why
+    it is plain, ``layers`` counts those of a dense block.
     """
 
     name: str
@@ -108,4 +110,5 @@ def _row(name: str, module: nn.Module, kind: Pattern) -> ReportRow:
         reason = "not converted: call fastdense.convert(model)"
     if not reason and type(module).forward is not kind.mixin.forward:
         reason = "its class overrides forward"
-    return ReportRow(name or type(module).__name__, kind.name, "plain" if reason else "fused", layers, reason)
+    runs = "shared buffer" if isinstance(module, SharedBuffer) else "fused"
+    return ReportRow(name or type(module).__name__, kind.name, "plain" if reason else runs, layers, reason)

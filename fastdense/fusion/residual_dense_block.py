@@ -39,7 +39,9 @@ def _plan(module: nn.Module) -> ResidualPlan:
     return ResidualPlan(flat, block.negative_slope, block.scale, float(getattr(module, "outer_scale", 1.0)))
 
 
-def _run(plan: ResidualPlan, memory: MemoryMode, input: Tensor, outer: Tensor | None = None) -> Tensor:
+def _run(
+    plan: ResidualPlan, memory: MemoryMode, contiguous: bool, input: Tensor, outer: Tensor | None = None
+) -> Tensor:
     check_runs_here("residual_dense_block", input)
     return run_flat_residual_block(
         input,
@@ -48,6 +50,7 @@ def _run(plan: ResidualPlan, memory: MemoryMode, input: Tensor, outer: Tensor | 
         scale=plan.scale,
         outer=outer,
         outer_scale=plan.outer_scale,
+        contiguous=contiguous,
     )
 
 
@@ -103,6 +106,6 @@ def _goes_on(block: GrowingLayers, behind: GrowingLayers) -> bool:
     )
 
 
-def run_growing(plan: GrowingPlan, memory: MemoryMode, x: Tensor) -> Tensor:
+def run_growing(plan: GrowingPlan, memory: MemoryMode, contiguous: bool, x: Tensor) -> Tensor:
     check_runs_here("residual_dense_block", x)
-    return run_flat_residual_block(x, plan.flat, negative_slope=plan.negative_slope)
+    return run_flat_residual_block(x, plan.flat, negative_slope=plan.negative_slope, contiguous=contiguous)

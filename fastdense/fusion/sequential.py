@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdense.fusion.base import FusedModule, fall_back, find_wrapped, in_format_of, is_traced, run_plain
+from fastdense.fusion.base import FusedModule, fall_back, find_wrapped, gives_contiguous, is_traced, run_plain
 from fastdense.fusion.checks import NORMS, NotFusible, check_no_hooks
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, read_tail, run_block
 from fastdense.fusion.dense_layers import read_block
@@ -27,7 +27,7 @@ class Run(NamedTuple):
     """Runs the first ``modules`` modules of a row as one operator; raises NotFusible where it cannot."""
 
     modules: int
-    call: Callable[[Tensor], Any]
+    call: Callable[[bool, Tensor], Any]
 
 
 class FusedSequential(FusedModule):
@@ -49,21 +49,24 @@ class FusedSequential(FusedModule):
         except NotFusible as reason:
             return fall_back(self, reason, input)
         modules = list(self.__dict__["_modules"].values())
-        at, entered = 0, None  # what the first operator reads has the memory format that the result is to have
+        at, contiguous = 0, None  # as what the first operator reads tells
         while at < len(modules):
             row = _row(modules, at)
             if row:
                 try:
                     run = _run_of(self, at, row)
-                    out = run.call(input)
-                    entered, input = input if entered is None else entered, out
+                    if contiguous is None:
+                        contiguous = gives_contiguous(input)
+                    input = run.call(contiguous and at + run.modules == len(modules), input)
                     at += run.modules
                     continue
                 except NotFusible:
                     pass  # one by one; they fall back, with their own warnings
+            if isinstance(modules[at], FusedModule):
+                state_of(modules[at]).has_stem = False  # it has run here
             input = modules[at](input)
             at += 1
-        return input if entered is None else in_format_of(entered, input)
+        return input.contiguous() if contiguous and isinstance(input, Tensor) else input
 
 
 def _check_own_code(sequence: nn.Module) -> None:
@@ -88,7 +91,6 @@ def _row(modules: list[nn.Module], at: int) -> tuple[nn.Module, ...]:
     elif forward in (FusedDualPathBlock.forward, FusedSRDenseBlock.forward):
         while end < len(modules) and type(modules[end]).forward is forward:
             end += 1
-        return tuple(modules[at:end])
     elif isinstance(first, NORMS):
         while end < at + 3 and end < len(modules) and type(modules[end]) in (nn.ReLU, *POOLS):
             end += 1

@@ -61,7 +61,7 @@ def read_stem(modules: Sequence[nn.Module]) -> Stem:
     return Stem(found, _pool_sizes(found[-1]))
 
 
-def run_stem(stem: Stem, input: Tensor) -> Tensor:
+def run_stem(stem: Stem, contiguous: bool, input: Tensor) -> Tensor:
     """One operator call for a norm, ReLU and max pool, where it knows the pool; else they are run again in backward."""
     check_no_transforms()
     try:
@@ -78,6 +78,7 @@ def run_stem(stem: Stem, input: Tensor) -> Tensor:
         # A training step in between may move what is saved for backward.
         weights = weights._replace(running_mean=weights.running_mean.clone(), running_var=weights.running_var.clone())
     out, statistics = norm_relu_max_pool(input, weights, *stem.pool, process_group=group_name(group))
+    out = out.contiguous() if contiguous else out
     update_norms(read_update([(stem.norm, 0)]), statistics, count_pixels(input), group)
     return out
 

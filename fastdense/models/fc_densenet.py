@@ -132,7 +132,7 @@ class FCDenseNet(nn.Module):
         least = 2 ** len(self.down_blocks)
         if min(x.shape[2:]) < least:
             raise ValueError(f"FCDenseNet: expected input to be at least {least} pixels wide and high, got {x.shape}")
-        x = self.conv0(x)
+        x = self.conv0(x.contiguous(memory_format=torch.channels_last))  # as the blocks' operators have it
         skips = []
         for block, transition in zip(self.down_blocks, self.transitions_down, strict=True):
             x = block(x)

@@ -7,6 +7,7 @@ from fastdense.nn.higher_order import HigherOrderNet
 from fastdense.nn.highway import HighwayConv2d, HighwayLinear
 from fastdense.nn.resample import BicubicResize, BicubicUpsample
 from fastdense.nn.residual_dense_block import ResidualDenseBlock
+from fastdense.nn.shared_buffer_block import SharedBufferBlock
 from fastdense.plain.stochastic_depth import StochasticDepth, linear_decay
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "HighwayConv2d",
     "HighwayLinear",
     "ResidualDenseBlock",
+    "SharedBufferBlock",
     "StochasticDepth",
     "Transition",
     "linear_decay",

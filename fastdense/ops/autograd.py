@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+_IN_PLACE = "modified by an inplace operation"
 _LIBRARY = torch.library.Library("fastdense", "FRAGMENT")
 
 
@@ -77,7 +78,16 @@ def _is_empty(t: Tensor) -> bool:
 
 def saved(ctx: Any) -> list[Any]:
     """The tensors that :func:`save` kept, in their order."""
-    return [ctx.empty.get(at, t) for at, t in enumerate(ctx.saved_tensors)]
+    try:
+        tensors = ctx.saved_tensors
+    except RuntimeError as error:
+        if _IN_PLACE not in str(error):
+            raise
+        raise RuntimeError(
+            "fastdense: the result of a fused module was modified in place, for example by nn.ReLU(inplace=True) after "
+            f"it, but its backward pass reads it: use an operation that is not in place, or clone the result ({error})"
+        ) from None
+    return [ctx.empty.get(at, t) for at, t in enumerate(tensors)]
 
 
 def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

@@ -2,7 +2,7 @@
 """Bicubic resampling with the conventions of torch, Pillow, OpenCV and MATLAB as presets of one operator."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,14 @@ from fastdense.ops.autograd import register_autograd
 from fastdense.ops.fakes import register_fake
 
 BORDERS = ("clamp", "drop", "symmetric")
-ROUNDINGS = {"floor": math.floor, "round": lambda size: math.floor(size + 0.5), "ceil": math.ceil}
+ROUNDINGS: dict[str, Callable[[float], int]] = {
+    "floor": math.floor,
+    "round": lambda size: math.floor(size + 0.5),
+    "even": round,  # halves to the even neighbour
+    "ceil": math.ceil,
+}
+# No axis is longer: sizes are 32-bit numbers in the kernels.
+_LONGEST = 2**31 - 1
 
 
 class BicubicPreset(NamedTuple):
@@ -25,7 +32,9 @@ class BicubicPreset(NamedTuple):
 
     ``a`` is the parameter of Keys's cubic; ``antialias`` widens it when shrinking; ``border`` says what stands for taps
     outside ("clamp": the edge sample, "drop": nothing, the rest is renormalised, "symmetric": the reflected image);
-    ``rounding`` makes a size of a scale; ``bytes`` is how uint8 results are rounded.
+    ``rounding`` makes a size of a scale; ``bytes`` is how uint8 results are rounded: "last": once, halves to even;
+    "matlab": after each axis, halves up; "pillow", "pillow12", "torch": after each axis in that library's fixed point
+    and order of axes.
     """
 
     a: float
@@ -36,10 +45,11 @@ class BicubicPreset(NamedTuple):
 
 
 PRESETS: dict[Preset, BicubicPreset] = {
-    "torch": BicubicPreset(-0.75, False, "clamp", "floor", "last"),
-    "torch_antialias": BicubicPreset(-0.5, True, "drop", "floor", "last"),
+    "torch": BicubicPreset(-0.75, False, "clamp", "floor", "torch"),
+    "torch_antialias": BicubicPreset(-0.5, True, "drop", "floor", "torch"),
     "pillow": BicubicPreset(-0.5, True, "drop", "round", "pillow"),
-    "opencv": BicubicPreset(-0.75, False, "clamp", "round", "last"),
+    "pillow12": BicubicPreset(-0.5, True, "drop", "round", "pillow12"),
+    "opencv": BicubicPreset(-0.75, False, "clamp", "even", "last"),
     "matlab": BicubicPreset(-0.5, True, "symmetric", "ceil", "matlab"),
 }
 
@@ -59,32 +69,49 @@ def _choose(argument: str, value: str | None, default: str, known: Sequence[str]
 
 
 def _per_axis(argument: str, value: Any, dims: int) -> list[Any]:
-    values = list(value) if isinstance(value, Sequence | torch.Size) else [value] * dims
+    if not isinstance(value, int | float | torch.SymInt | Sequence) and getattr(value, "ndim", 0) == 1:
+        value = value.tolist()
+    values = [_number(v) for v in value] if isinstance(value, Sequence | torch.Size) else [_number(value)] * dims
     if len(values) != dims:
         raise _error(argument, f"one number or {dims}", value)
     return values
 
 
-def _sizes_and_steps(
-    input: Tensor, size: Any, scale_factor: Any, rounding: str, align_corners: bool
+def _number(value: Any) -> Any:
+    """A number of numpy, or a tensor without dimensions, as Python's."""
+    if isinstance(value, int | float | torch.SymInt) or getattr(value, "ndim", None) != 0:
+        return value
+    return value.item()
+
+
+def sizes_and_steps(
+    old: Sequence[int], size: Any, scale_factor: Any, rounding: str, align_corners: bool
 ) -> tuple[list[int], list[float]]:
-    """Size of the result, and how many input samples an output sample is wide, by axis."""
+    """Size of the result of spatial sizes ``old``, and how many input samples an output sample is wide, by axis."""
     if (size is None) == (scale_factor is None):
         raise ValueError(
             f"bicubic_resize: expected either size or scale_factor to be given, got {size!r} and {scale_factor!r}"
         )
-    old = list(input.shape[2:])
     if size is not None:
         sizes = _per_axis("size", size, len(old))
         for value in sizes:
             if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value <= 0:
                 raise _error("size", "positive integers", size)
+            if isinstance(value, int) and value > _LONGEST:
+                raise _error("size", "below 2^31", size)
         steps = [n / m for n, m in zip(old, sizes, strict=True)]
     else:
+        if len(old) == 1 and isinstance(_number(scale_factor), int | float):
+            raise ValueError(
+                f"bicubic_resize: expected an image to have shape [N, C, H, W] with scale_factor, got "
+                f"three dimensions; write input[None] for one image, scale_factor=({scale_factor},) for signals"
+            )
         scales = _per_axis("scale_factor", scale_factor, len(old))
-        for value in scales:
+        for n, value in zip(old, scales, strict=True):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise _error("scale_factor", "finite and positive", scale_factor)
+            if n * value > _LONGEST:
+                raise _error("scale_factor", f"small enough for a result of less than 2^31 samples of {n}", value)
         sizes = [int(ROUNDINGS[rounding](n * scale)) for n, scale in zip(old, scales, strict=True)]
         if min(sizes) < 1:
             raise _error(
@@ -121,26 +148,27 @@ def bicubic_resize(
         input: ``[N, C, spatial]`` with one to three spatial axes; float64, float32, bfloat16, float16 (float32 sums) or
             uint8; any strides.
         size: of the result, one number or one per axis. ``s`` is then out / in.
-        scale_factor: instead of ``size``; ``s`` is the given number, the size is ``s * in`` by ``rounding``.
-        preset: whose convention to follow: "torch" (``F.interpolate``), "torch_antialias", "pillow", "opencv", "matlab"
-            (``imresize``). The arguments below override it.
+        scale_factor: instead of ``size``; ``s`` is the given number, the size is ``s * in`` by ``rounding``. Signals
+            ``[N, C, L]`` need a sequence of one number, so that an image without its batch is not taken for them.
+        preset: whose convention to follow: "torch" (``F.interpolate``), "torch_antialias", "pillow" (13), "pillow12"
+            (12 and before), "opencv", "matlab" (``imresize``). The arguments below override it.
         a: parameter of the cubic: -0.75 (torch, OpenCV) or -0.5 (the others).
         antialias: widen the cubic when shrinking.
         border: "clamp", "drop" or "symmetric", see :class:`BicubicPreset`.
         align_corners: map the corner samples onto each other, as ``F.interpolate`` does.
-        rounding: "floor", "round" or "ceil".
+        rounding: "floor", "round" (halves up), "even" (halves to the even neighbour) or "ceil".
         clamp: lowest and highest value of the result.
         residual: added to the result before clamping; of its shape and dtype.
         out_dtype: of the result; that of the input by default.
 
     Returns:
         ``[N, C, size]``, contiguous, or channels_last for channels_last input. uint8 results are rounded and saturated
-        as in the preset's library. They are bit-identical to Pillow's and MATLAB's, and to OpenCV's but for the
-        rounding of its float32 sums.
+        as in the preset's library. They are bit-identical to Pillow's, MATLAB's and torch's, and to OpenCV's but for
+        the rounding of its float32 sums.
 
     Raises:
-        ValueError: both or neither of size and scale_factor; numbers that are not positive and finite; unknown names;
-            per-axis rounding of uint8 in three dimensions.
+        ValueError: both or neither of size and scale_factor; numbers that are not positive and finite, or for which
+            weights cannot be computed; unknown names; Pillow's or MATLAB's rounding of uint8 in three dimensions.
         TypeError: an integer type other than uint8.
 
     Note:
@@ -170,16 +198,19 @@ def bicubic_resize(
     low, high = (-math.inf, math.inf) if clamp is None else (float(clamp[0]), float(clamp[1]))
     if not low <= high:
         raise _error("clamp", "a lowest and a highest value", clamp)
-    exports = is_exporting()
-    if exports and input.dim() == 4 and (a, antialias, border, rounding) == PRESETS["torch"][:4]:
+    exports, dtype = is_exporting(), out_dtype or input.dtype
+    is_torch = (a, antialias, border, rounding) == PRESETS["torch"][:4]
+    if exports and input.dim() == 4 and is_torch and dtype != torch.uint8:
         # Unlike a constant matrix it takes inputs of changing size.
         enlarged = F.interpolate(_widened(input), size, scale_factor, "bicubic", align_corners)
-        return _finished(enlarged, residual, low, high, out_dtype or input.dtype)
-    sizes, steps = _sizes_and_steps(input, size, scale_factor, rounding, align_corners)
+        return _finished(enlarged, residual, low, high, dtype)
+    sizes, steps = sizes_and_steps(list(input.shape[2:]), size, scale_factor, rounding, align_corners)
+    if known.bytes == "torch" and (antialias or dtype == torch.uint8):
+        # There torch leaves an axis alone whose size stays, whatever its scale factor is.
+        steps = [1.0 if n == m else step for n, m, step in zip(input.shape[2:], sizes, steps, strict=True)]
     options = (steps, a, antialias, border, align_corners)
     if exports:
-        dtype = out_dtype or input.dtype
-        product = _multiplied(_widened(input), sizes, options, dtype == torch.uint8 and known.bytes != "last")
+        product = _multiplied(_widened(input), sizes, options, known.bytes if dtype == torch.uint8 else "last")
         return _finished(product, residual, low, high, dtype)
     if input.dtype == torch.uint8 and out_dtype in (None, torch.uint8):
         if residual is not None or clamp is not None:
@@ -196,14 +227,23 @@ def _widened(input: Tensor) -> Tensor:
     return input.to(torch.float32) if input.dtype != torch.float64 else input
 
 
-def _multiplied(x: Tensor, sizes: list[int], options: _Options, rounds: bool) -> Tensor:
+def axis_order(old: Sequence[int], sizes: list[int], steps: list[float], rounding: str) -> list[int]:
+    """In which order a library takes them, for one that rounds in between; else where they shrink most first."""
+    axes = list(range(len(sizes)))
+    if rounding in ("last", "matlab"):
+        return sorted(axes, key=lambda axis: -steps[axis])
+    rows_first = rounding == "pillow" and len(axes) == 2 and _C.scalar.pillow_rows_first(*old, *sizes)
+    return axes if rows_first else axes[::-1]
+
+
+def _multiplied(x: Tensor, sizes: list[int], options: _Options, rounding: str) -> Tensor:
     """Torch's own operators, which every runtime knows: a dense matrix product an axis, perhaps rounded to bytes."""
     steps, a, antialias, border, corners = options
-    for axis in sorted(range(len(sizes)), key=lambda axis: -steps[axis]):
+    for axis in axis_order(x.shape[2:], sizes, steps, rounding):
         rows = _C.bicubic_rows(x.shape[axis + 2], sizes[axis], steps[axis], a, antialias, border, corners)
         matrix = torch.tensor(rows, dtype=x.dtype, device=x.device)
         x = torch.matmul(x.movedim(axis + 2, -1), matrix.t()).movedim(-1, axis + 2)
-        if rounds:
+        if rounding != "last":
             x = (x.clamp(0, 255) + 0.5).floor()
     return x
 
@@ -219,7 +259,7 @@ def _finished(out: Tensor, residual: Tensor | None, low: float, high: float, dty
 def _bytes(input: Tensor, sizes: list[int], options: _Options, rounding: str) -> Tensor:
     if input.dim() < 5:
         return torch.ops.fastdense.bicubic_uint8(input, sizes, *options, rounding)
-    if rounding != "last":
+    if rounding not in ("last", "torch"):
         raise _error("input", f"of at most 4 dimensions for uint8 rounded like {rounding}", tuple(input.shape))
     out = torch.ops.fastdense.bicubic(input.float(), sizes, *options, None, 0.0, 255.0)
     return (out + 0.5).to(torch.uint8)

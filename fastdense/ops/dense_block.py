@@ -147,6 +147,7 @@ def run_flat_block(
     seed: Tensor | None = None,
     memory: str = "balanced",
     process_group: str = "",
+    contiguous: bool = False,
 ) -> tuple[Tensor, BatchStatistics]:
     """:func:`dense_block` with its weights in a list: those of ``flat``, or copies of them."""
     check_memory("dense_block", memory, MEMORY_MODES)
@@ -164,6 +165,7 @@ def run_flat_block(
         seed,
         memory == "balanced" and records_gradient(input, given),
         process_group,
+        contiguous,
         flat.activations,
         flat.numbers,
     )
@@ -238,6 +240,7 @@ def _(
     seed: Tensor | None,
     keep_bottleneck: bool,
     process_group: str,
+    contiguous: bool = False,
     activations: str = "",
     activation_parameters: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -255,14 +258,14 @@ def _(
     active = sum(1 for layer in range(num_layers) if weights[stride * layer + stride - 1].shape[1] != 0)
     kept = active if keep_bottleneck and bottleneck else 0
     z = input.new_empty([kept, count_pixels(input), width])
-    if tail == "none":
-        return buffer, input.new_empty([0]), mean, torch.empty_like(mean), z
-    out = torch.empty_like(buffer)
+    out = buffer if tail == "none" else torch.empty_like(buffer)
     if tail == "transition":
         out = empty_channels_last(
             input, [batch, weights[num_layers * stride + 4].shape[0], *(size // 2 for size in spatial)]
         )
-    return out, buffer, mean, torch.empty_like(mean), z
+    if contiguous:
+        out = out.contiguous()
+    return out, input.new_empty([0]) if tail == "none" else buffer, mean, torch.empty_like(mean), z
 
 
 @register_fake("_dense_block_backward")
@@ -289,14 +292,16 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, _, process_group, *activations = inputs
+    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, _, process_group, *rest = inputs
     out, buffer, mean, var, z = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, var)
-    save(ctx, out if tail == "none" else buffer, mean, var, z, seed, *weights)
+    # The buffer, or what has the same numbers and somebody else keeps as well.
+    features = input if num_layers == 0 else out if tail == "none" else buffer
+    save(ctx, features, mean, var, z, seed, *weights)
     ctx.arguments = (eps, num_layers, bottleneck, tail, drop_rate)
     ctx.in_channels = input.shape[1]
-    ctx.last_arguments = (process_group, *activations)
+    ctx.last_arguments = (process_group, *rest[1:])  # without `contiguous`
 
 
 def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, *_: Tensor | None) -> list[Tensor | None]:

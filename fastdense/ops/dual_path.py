@@ -123,6 +123,7 @@ def run_flat_stage(
     *,
     memory: str = "balanced",
     process_group: str = "",
+    contiguous: bool = False,
 ) -> tuple[Tensor, BatchStatistics]:
     """:func:`dual_path_stage` with its weights in a list: those of ``flat``, or copies of them."""
     op = "dual_path_stage"
@@ -146,6 +147,7 @@ def run_flat_stage(
         flat.stride,
         memory if records else "nothing",
         process_group,
+        contiguous,
     )
     return out, BatchStatistics(mean, var)
 
@@ -189,6 +191,7 @@ def _(
     stride: int,
     memory: str,
     process_group: str,
+    contiguous: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, in_channels, *spatial = input.shape
     first = 5 if projection else 0
@@ -209,7 +212,7 @@ def _(
     a = input.new_empty([in_pixels + (num_blocks - 1) * pixels if bottlenecks else 0, width_a])
     b = input.new_empty([num_blocks * pixels if bottlenecks else 0, width_b])
     mean = input.new_empty([statistics], dtype=statistics_dtype(input))
-    return out, residuals, a, b, mean, torch.empty_like(mean)
+    return out.contiguous() if contiguous else out, residuals, a, b, mean, torch.empty_like(mean)
 
 
 @register_fake("_dual_path_stage_backward")
@@ -235,12 +238,12 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weights, *arguments, _, process_group = inputs
+    input, weights, eps, num_blocks, projection, residual_channels, stride, _, process_group, *_ = inputs
     out, residuals, a, b, mean, var = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, var)
     save(ctx, input, out, residuals, a, b, mean, var, *weights)
-    ctx.arguments = arguments
+    ctx.arguments = (eps, num_blocks, projection, residual_channels, stride)
     ctx.process_group = process_group
 
 

@@ -109,6 +109,7 @@ def run_flat_residual_block(
     scale: float = 1.0,
     outer: Tensor | None = None,
     outer_scale: float = 1.0,
+    contiguous: bool = False,
 ) -> Tensor:
     """:func:`residual_dense_block` with its weights in a list."""
     check_input(_OP, input)
@@ -119,7 +120,7 @@ def run_flat_residual_block(
     if outer is None:
         outer_scale = 1.0
     out, _ = torch.ops.fastdense.residual_dense_block(
-        input, weights, flat.first_channels, flat.fusion, negative_slope, scale, outer, outer_scale
+        input, weights, flat.first_channels, flat.fusion, negative_slope, scale, outer, outer_scale, contiguous
     )
     return out
 
@@ -134,12 +135,12 @@ def _(
     scale: float,
     outer: Tensor | None,
     outer_scale: float,
+    contiguous: bool = False,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = input.shape
     buffer = empty_channels_last(input, [batch, channels + len(first_channels) * weights[0].shape[0], height, width])
-    if not fusion:
-        return buffer, input.new_empty([0])
-    return empty_channels_last(input, [batch, channels, height, width]), buffer
+    out = empty_channels_last(input, [batch, channels, height, width]) if fusion else buffer
+    return out.contiguous() if contiguous else out, buffer if fusion else input.new_empty([0])
 
 
 @register_fake("_residual_dense_block_backward")
@@ -159,7 +160,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, weights, first_channels, fusion, negative_slope, scale, _, outer_scale = inputs
+    input, weights, first_channels, fusion, negative_slope, scale, _, outer_scale, *_ = inputs
     out, buffer = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(buffer)

@@ -84,6 +84,11 @@ def _shaved(picture: Tensor, shave: int) -> Tensor:
     return picture[..., shave : picture.shape[-2] - shave, shave : picture.shape[-1] - shave]
 
 
+def smallest_measured(scale: int) -> int:
+    """Pixels that a side of a picture needs for the window of SSIM, without ``scale`` at each border."""
+    return 11 + 2 * scale
+
+
 class Quality(NamedTuple):
     """PSNR in dB and SSIM of bicubic enlargement and of a network, None without one."""
 
@@ -117,8 +122,9 @@ def evaluate_image(
     if net is not None and net.scale != scale:
         raise ValueError(f"evaluate: expected scale to be {net.scale} like the network's, got {scale}")
     height, width = (size - size % scale for size in picture.shape[:2])
-    if min(height, width) < 11 + 2 * scale:
-        raise ValueError(f"evaluate: expected a picture of {11 + 2 * scale} pixels or more, got {width} x {height}")
+    if min(height, width) < smallest_measured(scale):
+        least = smallest_measured(scale)
+        raise ValueError(f"evaluate: expected a picture of {least} pixels or more, got {width} x {height}")
     picture = picture[:height, :width]
     original = luminance(picture)
     small = bicubic_resize(original, scale_factor=1 / scale, preset="matlab")
@@ -130,6 +136,40 @@ def evaluate_image(
     return Quality(*baseline, psnr(made, original, scale), ssim(made, original, scale)), bicubic, made
 
 
+class Compared(NamedTuple):
+    """PSNR in dB and SSIM of a picture."""
+
+    psnr: float
+    ssim: float
+
+
+def compare_images(
+    picture: NDArray[numpy.uint8], original: NDArray[numpy.uint8], scale: int
+) -> tuple[Compared, Tensor, Tensor]:
+    """Compares the luminance of an enlarged picture with the truth, without ``scale`` pixels at each border.
+
+    Args:
+        picture: ``[H, W]`` or ``[H, W, 3]``, uint8.
+        original: of the same size, or of up to ``scale - 1`` pixels more, which are cropped at its lower right edges.
+        scale: by which the picture was enlarged.
+
+    Returns:
+        The quality; and Y of both, ``[1, 1, H, W]`` in 0 ... 255.
+
+    Raises:
+        ValueError: pictures of other sizes or channels, or that are too small.
+    """
+    if picture.ndim != original.ndim:
+        raise ValueError(f"expected both pictures to be grey or both RGB, got {picture.shape} and {original.shape}")
+    height, width = picture.shape[:2]
+    sizes = [(original.shape[0], original.shape[1])]
+    sizes.append((sizes[0][0] - sizes[0][0] % scale, sizes[0][1] - sizes[0][1] % scale))
+    if (height, width) not in sizes:
+        raise ValueError(f"expected a picture as large as the reference of {sizes[0]}, got {(height, width)}")
+    made, truth = luminance(picture), luminance(original[:height, :width])
+    return Compared(psnr(made, truth, scale), ssim(made, truth, scale)), made, truth
+
+
 def _upscaled_luminance(picture: NDArray[numpy.uint8], y: Tensor, scale: int, net: SuperResolutionNet) -> Tensor:
     like = next(net.parameters())
     if net.colours == 1:
@@ -139,6 +179,8 @@ def _upscaled_luminance(picture: NDArray[numpy.uint8], y: Tensor, scale: int, ne
         large = torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None]
     small = bicubic_resize(large.to(torch.uint8), scale_factor=1 / scale, preset="matlab")
     made = upscale(net, small.to(like) / 255).cpu().double() * 255
+    if not made.isfinite().all():
+        raise ValueError(f"expected the network's result to be finite, got NaN or infinity in {like.dtype}")
     if net.colours == 1:
         return _round(made)
     if picture.ndim == 2:

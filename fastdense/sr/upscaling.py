@@ -37,14 +37,15 @@ def plan_upscale(net: SuperResolutionNet, height: int, width: int, itemsize: int
         ValueError: even stripes of one row take more; the message says how much.
     """
     rows, columns = -(-height // net.unshuffle), -(-width // net.unshuffle)
-    pictures = net.colours * (1 + net.scale**2) * height * width * itemsize
+    pictures = (net.colours + net.out_colours * net.scale**2) * height * width * itemsize
     trunk_row, tail_row = (values * columns * itemsize for values in net.live_values())
 
     def tail(rows: int) -> int:
         return (rows + 2 * net.halo) * tail_row
 
     whole = pictures + rows * trunk_row
-    budget = _STRIPE_BYTES if max_memory is None else max(max_memory - whole, 0)
+    unbounded = _STRIPE_BYTES if net.stripes_exactly else tail(rows)
+    budget = unbounded if max_memory is None else max(max_memory - whole, 0)
     tail_rows = min(rows, max(1, budget // tail_row - 2 * net.halo))
     if max_memory is None or whole + tail(tail_rows) <= max_memory:
         return Plan(None, tail_rows, whole + tail(tail_rows))
@@ -71,7 +72,8 @@ def upscale(
     trunk_rows: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Enlarges pictures in bounded memory. The result is that of ``net(pictures)``, except for rounding.
+    """Enlarges pictures in bounded memory. The result is that of ``net(pictures)``, except for rounding, and for
+    networks of spandrel that do not run exactly in stripes (their ``notes`` say so).
 
     The trunk runs on the whole small picture. The tail, which would need most memory, runs in stripes of rows, each
     with the neighbouring rows that its convolutions see. If the trunk does not fit either, it runs in stripes too.
@@ -85,7 +87,7 @@ def upscale(
         progress: called as ``progress(done, steps)`` after each block of the trunk and each stripe of the tail.
 
     Returns:
-        ``[N, colours, scale * H, scale * W]``.
+        ``[N, out_colours, scale * H, scale * W]``.
 
     Raises:
         ValueError: shapes that do not fit; a ``max_memory`` that is too small.
@@ -104,7 +106,7 @@ def upscale(
     trunk = list(stripes(0, rows, trunk_rows, net.reach + net.halo, rows))
     steps = sum(len(net.parts()) + -(-(s.stop - s.start) // tail_rows) for s in trunk)
     with torch.no_grad(), _steps(net, steps, progress) as tick:
-        out = pictures.new_empty(batch, net.colours, net.scale * height, net.scale * width)
+        out = pictures.new_empty(batch, net.out_colours, net.scale * height, net.scale * width)
         for s in trunk:
             part = pictures[:, :, s.low * net.unshuffle : s.high * net.unshuffle]
             features = net.trunk(_channels_last(part))

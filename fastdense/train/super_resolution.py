@@ -23,8 +23,8 @@ from fastdense._support import InputError, Interrupted, extra, write_json
 from fastdense.bench.photographs import SCIKIT_IMAGE_FILES, scikit_image_folder
 from fastdense.models import SuperResolutionNet, save_super_resolution
 from fastdense.ops.bicubic import bicubic_resize
-from fastdense.sr.images import CorruptImageError, find_images, open_image
-from fastdense.sr.quality import evaluate_image, luminance
+from fastdense.sr.images import CorruptImageError, read_bytes, search_folder
+from fastdense.sr.quality import evaluate_image, luminance, smallest_measured
 from fastdense.train import checkpoint
 from fastdense.train.finite import NonFiniteLossError, find_non_finite
 from fastdense.train.interrupts import Interrupts, deferred
@@ -86,11 +86,12 @@ class SuperResolutionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SuperResolutionResult:
-    """PSNR of held-out pictures, dB: bicubic, network; and the files that were written."""
+    """PSNR of held-out pictures, dB: bicubic, network; the files that were written; pictures that were left out."""
 
     bicubic_psnr: float
     psnr: float
     paths: list[Path]
+    skipped: list[str] = dataclasses.field(default_factory=list)
 
 
 class Patches:
@@ -145,8 +146,11 @@ def _planes(picture: NDArray[numpy.uint8], colours: int, scale: int) -> Tensor:
     return torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None]
 
 
-def load_pictures(data: str) -> tuple[list[NDArray[numpy.uint8]], list[NDArray[numpy.uint8]], list[str]]:
-    """Pictures to train on, held-out ones, and a line for each that cannot be read."""
+def load_pictures(
+    data: str, smallest: int = 0
+) -> tuple[list[NDArray[numpy.uint8]], list[NDArray[numpy.uint8]], list[str]]:
+    """Pictures to train on, held-out ones of at least ``smallest`` pixels a side, and a line for each left out."""
+    skipped: list[str] = []
     if data == PHOTOGRAPHS:
         folder = scikit_image_folder("train")
         files = [folder / name for name in SCIKIT_IMAGE_FILES if (folder / name).is_file()]
@@ -154,18 +158,22 @@ def load_pictures(data: str) -> tuple[list[NDArray[numpy.uint8]], list[NDArray[n
     else:
         if not Path(data).is_dir():
             raise InputError(f"train: expected --data to be {PHOTOGRAPHS!r} or a folder, got {data}")
-        files = find_images(Path(data))
+        found = search_folder(Path(data))
+        files, skipped = found.pictures, list(found.failed)
+        skipped += [line] if (line := found.left_out()) else []
         held = [at % 5 == 4 for at in range(len(files))]
     training: list[NDArray[numpy.uint8]] = []
     testing: list[NDArray[numpy.uint8]] = []
-    skipped = []
     for path, is_held in zip(files, held, strict=True):
         try:
-            picture = open_image(path)
+            samples = read_bytes(path)
         except CorruptImageError as error:
             skipped.append(str(error))
             continue
-        samples = numpy.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
+        if is_held and min(samples.shape[:2]) < smallest:
+            height, width = samples.shape[:2]
+            skipped.append(f"{path}: expected {smallest} pixels or more to measure on, got {width} x {height}")
+            continue
         (testing if is_held else training).append(samples)
     if not training or not testing:
         raise InputError(f"train: expected {data} to hold five readable pictures or more, got {len(training)}")
@@ -205,7 +213,7 @@ def _train_alone(config: SuperResolutionConfig, path: Path, progress: bool) -> S
     if config.lr is None:
         config = dataclasses.replace(config, lr=saved["config"]["lr"] if saved else 1e-3)
     run = _Run(config, path)
-    training, testing, skipped = load_pictures(config.data)
+    training, testing, skipped = load_pictures(config.data, smallest_measured(config.scale) + config.scale - 1)
     patches = Patches(training, run.net.colours, config.scale, config.patch)
     first = 0
     if saved:
@@ -221,7 +229,7 @@ def _train_alone(config: SuperResolutionConfig, path: Path, progress: bool) -> S
     save_super_resolution(averaged, model)
     numbers = {"bicubic_psnr": bicubic, "psnr": made, "pictures": len(testing), "skipped": skipped}
     write_json(metrics, {"config": config.fingerprint() | {"data": config.data}, **numbers})
-    return SuperResolutionResult(bicubic, made, [model, metrics, path])
+    return SuperResolutionResult(bicubic, made, [model, metrics, path], skipped)
 
 
 def _make(config: SuperResolutionConfig) -> SuperResolutionNet:

@@ -62,6 +62,7 @@ def _dense_block(
     seed,
     keep_bottleneck,
     process_group,
+    contiguous=False,
     activations="",
     activation_parameters=(),
 ) -> Results:
@@ -100,7 +101,7 @@ def _dense_block(
 
 
 def _dual_path_stage(
-    input, weights, eps, num_blocks, projection, residual_channels, stride, memory, process_group
+    input, weights, eps, num_blocks, projection, residual_channels, stride, memory, process_group, contiguous=False
 ) -> Results:
     reader = _Reader(weights, eps)
     split = ProjectionWeights(reader.norm(), reader.conv()) if projection else None
@@ -117,7 +118,9 @@ def _dual_path_stage(
     return [out, None, None, None, None, None]
 
 
-def _residual_dense_block(input, weights, first_channels, fusion, negative_slope, scale, outer, outer_scale) -> Results:
+def _residual_dense_block(
+    input, weights, first_channels, fusion, negative_slope, scale, outer, outer_scale, contiguous=False
+) -> Results:
     convs = [ConvWeights(weight, _given(bias)) for weight, bias in zip(weights[::2], weights[1::2], strict=True)]
     layers, last = (convs[:-1], convs[-1]) if fusion else (convs, None)
     options = {"negative_slope": negative_slope, "scale": scale, "first_channels": first_channels}
@@ -196,7 +199,7 @@ def _dense_block_backward(grad_output, buffer, mean, var, z, weights, *options) 
     input = buffer[:, :in_channels]
 
     def run(x: Tensor, *parameters: Tensor) -> Tensor:
-        return _dense_block(x, parameters, *rest, False, group, *activations)[0]
+        return _dense_block(x, parameters, *rest, False, group, False, *activations)[0]
 
     return _gradients(run, grad_output, [input, *weights], needs)
 

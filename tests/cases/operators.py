@@ -71,7 +71,7 @@ def residual_dense_block_samples(name: str):
         weights = [absent if w is None else w for conv in block.convs() for w in conv]
         how = (list(case.first or [0] * case.layers), case.fusion, case.slope, 0.3)
         if name == "residual_dense_block":
-            yield block.input, weights, *how, block.outer, 0.7
+            yield block.input, weights, *how, block.outer, 0.7, case.fusion
             continue
         with torch.no_grad():
             out, buffer = torch.ops.fastdense.residual_dense_block(block.input, weights, *how, None, 1.0)
@@ -106,13 +106,14 @@ def norm_relu_max_pool_samples(name: str):
 def samples(name: str):
     if name == "dense_block":
         for block, weights, eps, options, activations in dense_block_samples():
-            yield block.input, weights, eps, *options, block.case.memory == "balanced", "", *activations
+            keep, contiguous = block.case.memory == "balanced", block.case.width > 0
+            yield block.input, weights, eps, *options, keep, "", contiguous, *activations
     elif name == "_dense_block_backward":
         for block, weights, eps, options, activations in dense_block_samples():
             with torch.no_grad():
                 keep = block.case.memory == "balanced"
                 forward = torch.ops.fastdense.dense_block
-                out, buffer, *saved = forward(block.input, weights, eps, *options, keep, "", *activations)
+                out, buffer, *saved = forward(block.input, weights, eps, *options, keep, "", False, *activations)
                 grad = torch.randn_like(out)
                 buffer = out if block.case.tail == "none" else buffer
                 needs = [True] + [w.requires_grad for w in weights]
@@ -120,7 +121,7 @@ def samples(name: str):
                 yield grad, buffer, *saved, parameters, eps, *options, block.input.shape[1], needs, "", *activations
     elif name == "dual_path_stage":
         for stage, weights, eps, options in dual_path_samples():
-            yield stage.input, weights, eps, *options, stage.case.memory, ""
+            yield stage.input, weights, eps, *options, stage.case.memory, "", stage.case.projection
     elif name == "_dual_path_stage_backward":
         for stage, weights, eps, options in dual_path_samples():
             with torch.no_grad():

@@ -240,13 +240,20 @@ void pack_kernels(const A* w, const ConvGeometry& g, bool reversed, int64_t dept
   }
   if constexpr (std::is_same_v<typename G::Operand, A>) {
     const int64_t n = columns < G::kPanel ? columns : G::kPanel;
-    A taps_of[9][G::kPanel] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-      const A* from = w + k * depth_stride;
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t t = 0; t < 9; ++t) taps_of[reversed ? 8 - t : t][i] = from[i * column_stride + t];
-      winograd_transform<3, 4>(&taps_of[0][0], 3 * G::kPanel, G::kPanel, G::kPanel, out + k * G::kPanel, size,
-                               [](const A(&v)[3], A(&u)[4]) { winograd_kernel(v, u); });
+    constexpr int64_t kAtOnce = 16;  // kernels of a column, which lie one after the other unless reversed
+    A taps_of[kAtOnce][9][G::kPanel] = {};
+    for (int64_t first = 0; first < depth; first += kAtOnce) {
+      const int64_t count = depth - first < kAtOnce ? depth - first : kAtOnce;
+      const A* from = w + first * depth_stride;
+      if (!reversed)
+        transpose_matrix(from, column_stride, n, 9 * count, &taps_of[0][0][0], G::kPanel);
+      else
+        for (int64_t k = 0; k < count; ++k)
+          for (int64_t i = 0; i < n; ++i)
+            for (int64_t t = 0; t < 9; ++t) taps_of[k][8 - t][i] = from[k * depth_stride + i * column_stride + t];
+      for (int64_t k = 0; k < count; ++k)
+        winograd_transform<3, 4>(&taps_of[k][0][0], 3 * G::kPanel, G::kPanel, G::kPanel, out + (first + k) * G::kPanel,
+                                 size, [](const A(&v)[3], A(&u)[4]) { winograd_kernel(v, u); });
     }
   }
 }

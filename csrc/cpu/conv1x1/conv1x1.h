@@ -39,6 +39,11 @@ void pack(const A* w, int64_t depth, int64_t n, int64_t depth_stride, int64_t co
   auto* out = static_cast<typename G::Operand*>(panels);
   for (int64_t p = first_panel; p < last_panel; ++p) {
     const A* from = w + p * G::kPanel * column_stride;
+    if constexpr (std::is_same_v<typename G::Operand, A>)
+      if (depth_stride == 1) {
+        G::transpose_panel(from, column_stride, depth, n - p * G::kPanel, out + p * G::kPanel * depth);
+        continue;
+      }
     G::fill_panel(
         depth, n - p * G::kPanel, [=](int64_t k, int64_t i) { return from[k * depth_stride + i * column_stride]; },
         out + p * G::kPanel * round_up(depth, G::kAlign));

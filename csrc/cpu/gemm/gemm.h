@@ -7,7 +7,7 @@
 // columns, and rows up to a multiple of kAlign may be overwritten.
 #pragma once
 
-#include "cpu/simd/vec.h"
+#include "cpu/simd/transpose.h"
 
 namespace fastdense::FASTDENSE_TARGET {
 
@@ -48,6 +48,14 @@ struct Gemm {
       else
         for (int64_t i = 0; i < kPanel; ++i) out[i] = i < columns ? value(r, i) : A(0);
     }
+  }
+
+  // panel[r, i] = w[i * ld + r] for i < columns: rows of a weight [columns, depth] become columns.
+  static void transpose_panel(const A* w, int64_t ld, int64_t depth, int64_t columns, Operand* panel) {
+    const int64_t n = columns < kPanel ? columns : kPanel;
+    transpose_matrix(w, ld, n, depth, panel, kPanel);
+    for (int64_t r = 0; n < kPanel && r < depth; ++r)
+      for (int64_t i = n; i < kPanel; ++i) panel[r * kPanel + i] = A(0);
   }
 
   // C[rows, n] = L[rows, depth] * B[depth, n], or += with `accumulate`

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "core/scalar.h"
 #include "cpu/simd/isa.h"

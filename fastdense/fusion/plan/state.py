@@ -15,19 +15,24 @@ class State:
     """How a fused module runs, and what it has found out.
 
     Plans stay behind where a module is copied or pickled: they belong to the parameters of one module. The outcome of
-    an equivalence check goes with a copy, but not into a file: other code may be behind the same names there.
+    an equivalence check goes with a copy, but not into a file: other code may be behind the same names there. A block
+    has a stem until it has run, or has said that the stem in front of it runs as plain modules.
     """
 
     def __init__(self, memory: str | None = None, name: str = "", reason: str = "", outcome: Any = None) -> None:
         self.memory = memory
         self.name = name
         self.reason = reason
-        self.outcome = outcome
+        self.outcome = outcome  # of the check for one operator
+        self.shared_outcome: Any = None  # and of that for plain layers on a shared buffer
+        self.has_stem = False
         self.kept: Any = None
         self.steps: dict[int, Any] = {}
 
     def __copy__(self) -> State:
-        return State(self.memory, self.name, self.reason, self.outcome)
+        copied = State(self.memory, self.name, self.reason, self.outcome)
+        copied.shared_outcome, copied.has_stem = self.shared_outcome, self.has_stem
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         return self.__copy__()
@@ -72,7 +77,8 @@ def renewed(attributes: dict[str, Any], keeps_memory: bool) -> dict[str, Any]:
     """Attributes of a module that version 0.1.0 pickled: its state was four attributes."""
     old = {"_fused_name", "_fallback_reason", "_trial_outcome"}
     if old.isdisjoint(attributes):
-        return attributes
+        # With the very string that a fingerprint looks for: pickles have copies of it.
+        return {STATE if name == STATE else name: value for name, value in attributes.items()}
     kept = {name: value for name, value in attributes.items() if name not in old}
     memory = None if keeps_memory else kept.pop("memory", None)
     kept[STATE] = State(memory, attributes.get("_fused_name", ""), attributes.get("_fallback_reason", ""))

@@ -41,11 +41,14 @@ class SuperResolutionNet(nn.Module):
     Attributes:
         scale: how much larger the result is.
         colours: channels of a picture: 3 for RGB, 1 for the luminance alone.
+        out_colours: channels of the result, as many unless the network says otherwise.
         halo: rows that a stripe of the tail needs beyond its own on either side, counted in the tail's input.
         tail_scale: how much larger the result is than the tail's input.
         reach: rows that the trunk sees beyond a row of its result on either side.
         unshuffle: how much smaller the trunk's features are than the pictures.
         recompute_tail: whether the tail saves nothing for backward, and runs again there stripe by stripe.
+        stripes_exactly: whether stripes give the same result as the whole picture.
+        notes: what weights left open and :func:`load_super_resolution` chose, a sentence each.
     """
 
     scale: int
@@ -55,6 +58,12 @@ class SuperResolutionNet(nn.Module):
     reach: int = 0
     unshuffle: int = 1
     recompute_tail: bool = False
+    stripes_exactly: bool = True
+    notes: tuple[str, ...] = ()
+
+    @property
+    def out_colours(self) -> int:
+        return self.colours
 
     def live_values(self) -> tuple[int, int]:
         """Numbers per pixel of the trunk's features that trunk and tail hold at once, at most."""
@@ -65,8 +74,8 @@ class SuperResolutionNet(nn.Module):
         return []
 
     def settings(self) -> dict[str, Any]:
-        """What :func:`save_super_resolution` writes because the weights do not tell it."""
-        return {"scale": self.scale}
+        """The arguments that make the same network again, with other weights."""
+        raise NotImplementedError
 
     def trunk(self, x: Tensor) -> Tensor:
         """Features ``[N, C, H, W]`` of pictures in [0, 1]; here the pictures themselves."""
@@ -145,6 +154,12 @@ class UpscaledFirst(SuperResolutionNet):
 
     def tail(self, x: Tensor) -> Tensor:
         return self.refine(self.upsample(x))
+
+
+def check_rgb_range(op: str, value: float) -> float:
+    if value not in (1, 255):
+        raise ValueError(f"{op}: expected rgb_range to be 1 or 255, got {value!r}")
+    return value
 
 
 class ResidualBlock(nn.Module):

@@ -1,44 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-# SPDX-License-Identifier: Apache-2.0
 """Loads checkpoints of super-resolution networks from other projects. No code in a file is executed."""
 
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fastdense._support import write_atomically
+from fastdense._support import MissingExtraError, extra, write_atomically
 from fastdense.models.key_mapping import load_exactly
 from fastdense.models.sr.base import SuperResolutionNet
 from fastdense.models.sr.drcn import DRCN
 from fastdense.models.sr.edsr import EDSR
 from fastdense.models.sr.ncnn import read_ncnn
+from fastdense.models.sr.other_networks import make_other_network
 from fastdense.models.sr.rdn import RDN
 from fastdense.models.sr.rrdbnet import RRDBNet
 from fastdense.models.sr.srcnn import SRCNN
 from fastdense.models.sr.srdensenet import SRDenseNet
 from fastdense.models.sr.vdsr import VDSR
+from fastdense.models.sr.weight_files import State, check_floats, read_entries, unwrap
 
 _OP = "load_super_resolution"
 
 
-_WRAPPERS = ("params_ema", "params", "state_dict")
+# Files of save_super_resolution: the first format keeps what the weights do not tell, the second every argument.
+_FORMATS = ("fastdense-network-1", "fastdense-network-2")
 
-
-_PREFIXES = ("module.", "generator.", "netG.")
-
-
-_FORMAT = "fastdense-network-1"
-
-
-State = dict[str, Tensor]
+_NETWORKS: dict[str, type[SuperResolutionNet]] = {
+    net.__name__: net for net in (DRCN, EDSR, RDN, RRDBNet, SRCNN, SRDenseNet, VDSR)
+}
 
 
 _Rules = tuple[tuple[str, str], ...]
+_Made = tuple[SuperResolutionNet, State] | None
 
 
 _RRDB_RULES: _Rules = (
@@ -67,86 +64,171 @@ _EDSR_RULES: _Rules = (
 )
 
 
-def load_super_resolution(path: str | Path) -> SuperResolutionNet:
-    """Creates the network of a checkpoint and loads its weights.
+class SettingError(ValueError):
+    """An argument that does not fit the weights."""
+
+
+class Choices:
+    """What weights do not tell of a network: the user's word, or the file's, or what is usual.
+
+    Attributes:
+        given: arguments of the user, None where there are none.
+        settings: what a file of this library says.
+        notes: a sentence for each choice that was left open, and made here.
+    """
+
+    def __init__(self, given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        self.given = {name: value for name, value in given.items() if value is not None}
+        self.settings = settings
+        self.notes: list[str] = []
+
+    def choose(self, name: str, usual: float | None = None) -> Any:
+        """What the weights do not tell.
+
+        Raises:
+            ValueError: nobody says it, and nothing is usual.
+        """
+        if name in self.settings:
+            return self.settings[name]
+        if name in self.given:
+            return self.given[name]
+        if usual is None:
+            raise ValueError(f"its {name}, which these weights do not contain; give {name}=...")
+        if not self.settings:
+            self.notes.append(f"the weights do not tell {name}; took {usual:g}")
+        return usual
+
+    def check(self, net: SuperResolutionNet) -> None:
+        """Raises:
+        SettingError: the network has no such argument, or the weights tell another value.
+        """
+        for name, value in self.given.items():
+            known = getattr(net, name, None)
+            if known is None:
+                raise SettingError(f"{_OP}: expected no {name} for {type(net).__name__}, got {value:g}")
+            if known != value:
+                raise SettingError(f"{_OP}: expected {name} to be {known:g} like the network's, got {value:g}")
+
+
+def load_super_resolution(
+    path: str | Path,
+    *,
+    scale: int | None = None,
+    rgb_range: float | None = None,
+    residual_scale: float | None = None,
+) -> SuperResolutionNet:
+    """Creates the network of a weight file and loads the weights.
 
     Scale, depth and widths follow from the entries. Known are RRDBNet by the names of BasicSR and Real-ESRGAN
     (``body.0.rdb1.conv1``, in ``params_ema`` or ``params``), of ESRGAN (``RRDB_trunk.0.RDB1.conv1``), the oldest
     (``model.1.sub.0.RDB1.conv1.0``), and as saved for ncnn (``.param`` and ``.bin``); EDSR of BasicSR and its
-    authors' later code; RDN and SRDenseNet of common reimplementations; and files of :func:`save_super_resolution`.
+    authors' later code; RDN, SRDenseNet, SRCNN and VDSR of common reimplementations; and files of
+    :func:`save_super_resolution`. What training programs wrap around the entries is taken off. Other networks run
+    through spandrel, where it is installed and knows them.
 
     Args:
-        path: of the file. Nothing in it is executed (``weights_only``).
+        path: of the file, of ``torch.save`` or ``.safetensors``. Nothing in it is executed (``weights_only``).
+        scale: of SRCNN, VDSR and DRCN, whose weights do not tell it.
+        rgb_range: what stands for white inside EDSR and RDN, 1 or 255. EDSR's weights mostly tell it; RDN by the names
+            of EDSR-PyTorch is taken for 255, by other names for 1.
+        residual_scale: factor of EDSR's residuals; taken for 0.1 from 256 channels on, for 1 below.
 
     Returns:
-        The network in eval mode, float32, on the CPU.
+        The network in eval mode, float32, on the CPU. Its ``notes`` say what the file left open and was chosen.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, one of another network, or an entry that is missing, unknown or of
-            another shape; the message names it.
+        ValueError: no checkpoint, a damaged one, one of another network, or an entry that is missing, unknown, of
+            another shape, or no plain tensor of finite floating-point numbers; or an argument that does not fit the
+            weights. The message names it.
+        MissingExtraError: safetensors is not installed.
     """
     path = Path(path)
     settings: dict[str, Any] = {}
+    name: object = None
     if path.suffix in (".param", ".bin") and path.with_suffix(".param").exists():
         state = _ncnn_state(path)
     else:
-        content = _read(path)
-        if content.get("format") == _FORMAT and isinstance(content.get("settings"), Mapping):
-            settings = dict(content["settings"])
-        state = _unwrap(path, content)
-    for make in _MAKERS:
+        content = read_entries(_OP, path)
+        if content.get("format") in _FORMATS and isinstance(content.get("settings"), Mapping):
+            settings, name = dict(content["settings"]), content.get("network")
+        state = unwrap(_OP, path, content)
+    choices = Choices({"scale": scale, "rgb_range": rgb_range, "residual_scale": residual_scale}, settings)
+    makers = _MAKERS if name is None else (_of_this_library(name),)
+    for make in makers:
+        known = make.__name__.removeprefix("_make_")
         try:
-            made = make(state, settings)
+            made = make(state, choices)
+        except SettingError:
+            raise
         except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            name, reason = make.__name__.removeprefix("_make_"), str(error).partition("\n")[0]
-            raise ValueError(f"{_OP}: expected {path} to hold a whole {name}, got a problem with {reason}") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{_OP}: expected {path} to hold a whole {known}, got a problem with {reason}") from error
         if made is not None:
             net, renamed = made
+            choices.check(net)
+            check_floats(_OP, path, renamed)
             load_exactly(f"{_OP}: {path}", net, renamed)
+            net.notes = tuple(choices.notes)
             return net.eval()
+    other, hint = _other_network(path, state)
+    if other is not None:
+        choices.check(other)
+        return other
     some = ", ".join(list(state)[:3])
-    raise ValueError(f"{_OP}: expected {path} to hold a known network, got entries such as {some}")
+    raise ValueError(f"{_OP}: expected {path} to hold a known network, got entries such as {some}{hint}")
+
+
+def _other_network(path: Path, state: State) -> tuple[SuperResolutionNet | None, str]:
+    """A network that spandrel knows; or None, and what to install."""
+    try:
+        with extra("spandrel"):
+            net = make_other_network(state)
+    except MissingExtraError as error:
+        return None, f"; spandrel knows more networks: {error}"
+    except Exception as error:  # weights that look like a network's, and do not fit it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{_OP}: expected {path} to hold a whole network, got a problem with {reason}") from error
+    return net, ""
 
 
 def save_super_resolution(net: SuperResolutionNet, path: str | Path) -> None:
-    """Saves a network for :func:`load_super_resolution`.
+    """Saves a network for :func:`load_super_resolution`, which makes the same network again.
 
     Args:
         net: a network of :mod:`fastdense.models`.
         path: of the file; replaced whole or not at all.
+
+    Raises:
+        ValueError: a network of another class.
     """
-    content = {"format": _FORMAT, "settings": net.settings(), "params": net.state_dict()}
+    name = type(net).__name__
+    if _NETWORKS.get(name) is not type(net):
+        raise ValueError(f"save_super_resolution: expected net to be one of {', '.join(_NETWORKS)}, got {name}")
+    content = {"format": _FORMATS[1], "network": name, "settings": net.settings(), "params": net.state_dict()}
     write_atomically(Path(path), lambda file: torch.save(content, file))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{_OP}: expected path to be a file, got {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes ...
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{_OP}: expected {path} to be a whole checkpoint of tensors, got: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{_OP}: expected {path} to hold entries by name, got a {type(content).__name__}")
-    return dict(content)
+def _of_this_library(name: object) -> Callable[[State, Choices], _Made]:
+    """Makes a network by its class and arguments, once the weights are seen to fit them."""
 
+    def make(state: State, choices: Choices) -> _Made:
+        if name not in _NETWORKS:
+            raise ValueError(f"its class, {name}; update fastdense")
+        network, settings = _NETWORKS[str(name)], choices.settings
+        # Each argument counts modules, entries or channels: larger ones would only take time and memory.
+        most = max([8, 255, len(state), *(size for value in state.values() for size in value.shape)])
+        for key, value in settings.items():
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if not isinstance(number, int | float) or not abs(number) <= most:
+                    raise ValueError(f"its {key}, {number!r}")
+        with torch.device("meta"):
+            claimed, held = (sum(v.numel() for v in s.values()) for s in (network(**settings).state_dict(), state))
+        if claimed > held:
+            raise ValueError(f"its arguments, which make {claimed:,} weights of {held:,}")
+        return network(**settings), state
 
-def _unwrap(path: Path, content: Mapping[str, Any]) -> State:
-    for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    state: State = {}
-    for key, value in content.items():
-        if not isinstance(value, Tensor) or not isinstance(key, str):
-            raise ValueError(f"{_OP}: expected {path} to hold tensors only, got {key} of type {type(value).__name__}")
-        while any(key.startswith(prefix) for prefix in _PREFIXES):
-            key = key.partition(".")[2]
-        state[key] = value
-    return state
+    make.__name__ = f"_make_{str(name).lower()}"
+    return make
 
 
 def _rename(state: Mapping[str, Tensor], rules: _Rules) -> State:
@@ -165,10 +247,7 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return len({found[1] for key in state if (found := re.match(pattern, key))})
 
 
-_Made = tuple[SuperResolutionNet, State] | None
-
-
-def _make_rrdbnet(state: State, settings: Mapping[str, Any]) -> _Made:
+def _make_rrdbnet(state: State, choices: Choices) -> _Made:
     if "model.1.sub.0.RDB1.conv1.0.weight" in state:
         state = _oldest_rrdb(state)
     state = _rename(state, _RRDB_RULES)
@@ -226,19 +305,25 @@ def _shuffled_scale(state: State, name: str, width: int) -> int:
     return 4 if f"{name}.2.weight" in state else round((state[f"{name}.0.weight"].shape[0] / width) ** 0.5)
 
 
-def _make_edsr(state: State, settings: Mapping[str, Any]) -> _Made:
+def _make_edsr(state: State, choices: Choices) -> _Made:
+    if not {"body.0.conv1.weight", "body.0.body.0.weight"} & set(state):
+        return None
+    shift = state.get("sub_mean.bias")
     state = {key: value for key, value in state.items() if not key.startswith(("sub_mean.", "add_mean."))}
     state = _rename(state, _EDSR_RULES)
-    if "body.0.conv1.weight" not in state:
-        return None
     width = state["conv_first.weight"].shape[0]
+    if shift is not None and shift.any():  # the mean colour times the range
+        rgb_range = 1 if shift.abs().max() < 1 else 255
+    else:
+        rgb_range = choices.choose("rgb_range", 255)
     # No entry of other people's files tells the factor; the paper's two networks differ so.
-    factor = settings.get("residual_scale", 0.1 if width >= 256 else 1.0)
-    net = EDSR(_shuffled_scale(state, "upsample", width), _count(state, r"body\.(\d+)\."), width, factor)
+    factor = choices.choose("residual_scale", 0.1 if width >= 256 else 1.0)
+    net = EDSR(_shuffled_scale(state, "upsample", width), _count(state, r"body\.(\d+)\."), width, factor, rgb_range)
     return net, state
 
 
-def _make_rdn(state: State, settings: Mapping[str, Any]) -> _Made:
+def _make_rdn(state: State, choices: Choices) -> _Made:
+    usual = 255 if "SFENet1.weight" in state else 1  # EDSR-PyTorch, and reimplementations
     state = _rename(state, _RDN_RULES)
     if "rdbs.0.lff.weight" in state:
         layers = _count(state, r"rdbs\.0\.layers\.(\d+)\.")
@@ -252,11 +337,14 @@ def _make_rdn(state: State, settings: Mapping[str, Any]) -> _Made:
     if ups:
         state = _rename(state, ((rf"^UPNet\.{ups[-1]}\.", "output."), (r"^UPNet\.", "upscale.")))
     width, growth = state["sfe1.weight"].shape[0], state["rdbs.0.conv1.weight"].shape[0]
-    net = RDN(_shuffled_scale(state, "upscale", width), _count(state, r"rdbs\.(\d+)\."), layers, growth, width)
+    rgb_range = choices.choose("rgb_range", usual)
+    net = RDN(
+        _shuffled_scale(state, "upscale", width), _count(state, r"rdbs\.(\d+)\."), layers, growth, width, rgb_range
+    )
     return net, state
 
 
-def _make_srdensenet(state: State, settings: Mapping[str, Any]) -> _Made:
+def _make_srdensenet(state: State, choices: Choices) -> _Made:
     if "dense_blocks.0.block.0.conv.weight" not in state:
         return None
     blocks, layers = _count(state, r"dense_blocks\.(\d+)\."), _count(state, r"dense_blocks\.0\.block\.(\d+)\.")
@@ -265,29 +353,29 @@ def _make_srdensenet(state: State, settings: Mapping[str, Any]) -> _Made:
     return net, state
 
 
-def _make_srcnn(state: State, settings: Mapping[str, Any]) -> _Made:
+def _make_srcnn(state: State, choices: Choices) -> _Made:
     if set(state) != {f"conv{at}.{kind}" for at in (1, 2, 3) for kind in ("weight", "bias")}:
         return None
     first, second, third = (state[f"conv{at}.weight"].shape for at in (1, 2, 3))
-    return SRCNN(_scale(settings), (first[2], second[2], third[2]), (first[0], second[0])), state
+    return SRCNN(choices.choose("scale"), (first[2], second[2], third[2]), (first[0], second[0])), state
 
 
-def _make_vdsr(state: State, settings: Mapping[str, Any]) -> _Made:
+def _make_vdsr(state: State, choices: Choices) -> _Made:
+    inner = _count(state, r"residual_layer\.(\d+)\.conv\.weight")  # twtygqyy/pytorch-vdsr
+    ends = (("^input\\.", "convs.0."), ("^output\\.", f"convs.{inner + 1}."))
+    state = _rename(
+        {re.sub(r"^residual_layer\.(\d+)\.conv", lambda m: f"convs.{int(m[1]) + 1}", k): v for k, v in state.items()},
+        ends if inner else (),
+    )
     if "convs.0.weight" not in state:
         return None
-    return VDSR(_scale(settings), _count(state, r"convs\.(\d+)\."), state["convs.0.weight"].shape[0]), state
+    return VDSR(choices.choose("scale"), _count(state, r"convs\.(\d+)\."), state["convs.0.weight"].shape[0]), state
 
 
-def _make_drcn(state: State, settings: Mapping[str, Any]) -> _Made:
+def _make_drcn(state: State, choices: Choices) -> _Made:
     if "recursive.weight" not in state:
         return None
-    return DRCN(_scale(settings), state["weights"].shape[0], state["recursive.weight"].shape[0]), state
-
-
-def _scale(settings: Mapping[str, Any]) -> int:
-    if "scale" not in settings:
-        raise ValueError("its scale, which these weights do not contain: only files of this library do")
-    return settings["scale"]
+    return DRCN(choices.choose("scale"), state["weights"].shape[0], state["recursive.weight"].shape[0]), state
 
 
 _MAKERS = (_make_rrdbnet, _make_rdn, _make_edsr, _make_srdensenet, _make_srcnn, _make_vdsr, _make_drcn)

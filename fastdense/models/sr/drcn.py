@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DRCN: one convolution applied again and again."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,9 @@ class DRCN(UpscaledFirst):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def settings(self) -> dict[str, Any]:
+        return {"scale": self.scale, "recursions": len(self.weights), "width": self.recursive.out_channels}
 
     def live_values(self) -> tuple[int, int]:
         return 1, (len(self.weights) + 3) * self.recursive.out_channels * self.scale**2

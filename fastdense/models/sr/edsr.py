@@ -6,9 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdense.models.sr.base import ResidualBlock, SuperResolutionNet, check_scale, conv3x3, pixel_shuffles
+from fastdense.models.sr.base import (
+    ResidualBlock,
+    SuperResolutionNet,
+    check_rgb_range,
+    check_scale,
+    conv3x3,
+    pixel_shuffles,
+)
 
-# RGB of the pictures that EDSR was trained on: subtracted in front and added behind; inside, values go to 255.
+# RGB of the pictures that EDSR was trained on: subtracted in front and added behind.
 _DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 
 
@@ -20,6 +27,7 @@ class EDSR(SuperResolutionNet):
         blocks: number of residual blocks.
         width: channels.
         residual_scale: factor of every residual; 0.1 in the large network.
+        rgb_range: what stands for 1 inside.
 
     Shape:
         ``[N, 3, H, W]`` to ``[N, 3, scale * H, scale * W]``, RGB in [0, 1].
@@ -31,6 +39,7 @@ class EDSR(SuperResolutionNet):
 
     colours = 3
     halo = 2
+    rgb_range: float = 255
     mean: Tensor
 
     def __init__(
@@ -39,6 +48,7 @@ class EDSR(SuperResolutionNet):
         blocks: int = 16,
         width: int = 64,
         residual_scale: float = 1.0,
+        rgb_range: float = 255,
     ) -> None:
         super().__init__()
         self.scale = self.tail_scale = check_scale("EDSR", scale)
@@ -49,24 +59,30 @@ class EDSR(SuperResolutionNet):
         self.upsample = pixel_shuffles(width, scale)
         self.conv_last = conv3x3(width, 3)
         self.reach = 2 * blocks + 2
-        self.residual_scale = residual_scale
+        self.residual_scale, self.rgb_range = residual_scale, check_rgb_range("EDSR", rgb_range)
 
     def parts(self) -> list[nn.Module]:
         return list(self.body)
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "residual_scale": self.residual_scale}
+        return {
+            "scale": self.scale,
+            "blocks": len(self.body),
+            "width": self.conv_last.in_channels,
+            "residual_scale": self.residual_scale,
+            "rgb_range": self.rgb_range,
+        }
 
     def live_values(self) -> tuple[int, int]:
         width = self.conv_last.in_channels
         return 4 * width, 3 * width * self.scale**2
 
     def trunk(self, x: Tensor) -> Tensor:
-        first = self.conv_first((x - self.mean) * 255)
+        first = self.conv_first((x - self.mean) * self.rgb_range)
         return first + self.conv_after_body(self.body(first))
 
     def tail(self, x: Tensor) -> Tensor:
-        return self.conv_last(self.upsample(x)) / 255 + self.mean
+        return self.conv_last(self.upsample(x)) / self.rgb_range + self.mean
 
 
 def edsr_baseline(scale: int = 4, blocks: int = 16, width: int = 64) -> EDSR:

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """RDN: residual dense network."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastdense.models.sr.base import SuperResolutionNet, check_scale, conv3x3, pixel_shuffles
+from fastdense.models.sr.base import SuperResolutionNet, check_rgb_range, check_scale, conv3x3, pixel_shuffles
 from fastdense.nn.residual_dense_block import ResidualDenseBlock
 
 
@@ -23,6 +23,7 @@ class RDN(SuperResolutionNet):
         layers: convolutions ``C`` of a block.
         growth_rate: channels ``G`` that each of them adds.
         width: channels ``G0`` between blocks.
+        rgb_range: what stands for 1 inside: 255 in the authors' later code, EDSR-PyTorch.
 
     Shape:
         ``[N, 3, H, W]`` to ``[N, 3, scale * H, scale * W]``, RGB in [0, 1].
@@ -38,11 +39,19 @@ class RDN(SuperResolutionNet):
 
     colours = 3
     halo = 2
+    rgb_range: float = 1
 
     def __init__(
-        self, scale: int = 4, blocks: int = 16, layers: int = 8, growth_rate: int = 64, width: int = 64
+        self,
+        scale: int = 4,
+        blocks: int = 16,
+        layers: int = 8,
+        growth_rate: int = 64,
+        width: int = 64,
+        rgb_range: float = 1,
     ) -> None:
         super().__init__()
+        self.rgb_range = check_rgb_range("RDN", rgb_range)
         self.scale = self.tail_scale = check_scale("RDN", scale)
         self.sfe1, self.sfe2 = conv3x3(3, width), conv3x3(width, width)
         self.rdbs = nn.ModuleList(
@@ -57,13 +66,25 @@ class RDN(SuperResolutionNet):
     def parts(self) -> list[nn.Module]:
         return list(self.rdbs)
 
+    def settings(self) -> dict[str, Any]:
+        convs = [conv for conv in self.rdbs[0].modules() if isinstance(conv, nn.Conv2d)]
+        return {
+            "scale": self.scale,
+            "blocks": len(self.rdbs),
+            "layers": len(convs) - 1,
+            "growth_rate": convs[0].out_channels,
+            "width": self.output.in_channels,
+            "rgb_range": self.rgb_range,
+        }
+
     def live_values(self) -> tuple[int, int]:
         fusion = cast(nn.Conv2d, self.gff[0])  # its input exists twice: in parts and concatenated
         width = fusion.out_channels
         return 2 * fusion.in_channels + 4 * width, 5 * width * self.scale**2
 
     def trunk(self, x: Tensor) -> Tensor:
-        shallow = self.sfe1(x)
+        x = x if self.rgb_range == 1 else x * self.rgb_range
+        shallow = self.sfe1(x.contiguous(memory_format=torch.channels_last))  # as the blocks' operators have it
         y, levels = self.sfe2(shallow), []
         for rdb in self.rdbs:
             y = rdb(y)
@@ -71,7 +92,8 @@ class RDN(SuperResolutionNet):
         return shallow + self.gff(torch.cat(levels, 1))
 
     def tail(self, x: Tensor) -> Tensor:
-        return self.output(self.upscale(x))
+        out = self.output(self.upscale(x))
+        return out if self.rgb_range == 1 else out / self.rgb_range
 
 
 def rdn(scale: int = 4, blocks: int = 16, layers: int = 8, width: int = 64) -> RDN:

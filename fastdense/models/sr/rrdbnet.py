@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """RRDBNet: the generator of ESRGAN and Real-ESRGAN."""
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -99,8 +100,23 @@ class RRDBNet(SuperResolutionNet):
 
         self.reach = 15 * blocks + 2
 
+    @property
+    def out_colours(self) -> int:
+        return self.conv_last.out_channels
+
     def parts(self) -> list[nn.Module]:
         return list(self.body)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "scale": self.scale,
+            "blocks": len(self.body),
+            "width": self.conv_last.in_channels,
+            "growth_rate": cast(RRDB, self.body[0]).growth_rate if len(self.body) else 1,
+            "in_channels": self.colours,
+            "out_channels": self.out_colours,
+            "unshuffle": self.unshuffle,
+        }
 
     def live_values(self) -> tuple[int, int]:
         width, growth = self.conv_last.in_channels, cast(RRDB, self.body[0]).growth_rate if len(self.body) else 0
@@ -111,7 +127,7 @@ class RRDBNet(SuperResolutionNet):
             below, right = (-size % self.unshuffle for size in x.shape[2:])
             mode = "reflect" if below < x.shape[2] and right < x.shape[3] else "replicate"
             x = F.pixel_unshuffle(F.pad(x, (0, right, 0, below), mode=mode), self.unshuffle)
-        first = self.conv_first(x)
+        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))  # as the blocks' operators have it
         return first + self.conv_body(self.body(first))
 
     def tail(self, x: Tensor) -> Tensor:

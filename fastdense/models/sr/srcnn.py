@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SRCNN: three convolutions behind bicubic upsampling."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,14 @@ class SRCNN(UpscaledFirst):
             self.add_module(f"conv{at + 1}", conv)
             _hand_through(conv)
         nn.init.normal_(conv.weight[:, 1:], std=1e-3)
+
+    def settings(self) -> dict[str, Any]:
+        first, second, last = (cast(nn.Conv2d, self._modules[f"conv{at}"]) for at in (1, 2, 3))
+        return {
+            "scale": self.scale,
+            "kernels": [conv.kernel_size[0] for conv in (first, second, last)],
+            "widths": [first.out_channels, second.out_channels],
+        }
 
     def refine(self, x: Tensor) -> Tensor:
         first, second, last = (cast(nn.Conv2d, self._modules[f"conv{at}"]) for at in (1, 2, 3))

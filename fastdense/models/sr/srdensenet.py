@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SRDenseNet: dense blocks without norms, all of whose results are joined."""
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fastdense.models.sr.base import SuperResolutionNet, conv3x3
@@ -47,12 +48,23 @@ class SRDenseNet(SuperResolutionNet):
     def parts(self) -> list[nn.Module]:
         return list(self.dense_blocks)
 
+    def settings(self) -> dict[str, Any]:
+        features = self.conv.conv.out_channels
+        blocks = cast(list[SRDenseBlock], list(self.dense_blocks))
+        growth = cast(ConvRelu, blocks[0].block[0]).conv.out_channels if blocks else features
+        return {
+            "blocks": len(blocks),
+            "layers": features // growth,
+            "growth_rate": growth,
+            "width": self.reconstruction.in_channels,
+        }
+
     def live_values(self) -> tuple[int, int]:
         conv = cast(nn.Conv2d, self.bottleneck[0])
         return 2 * conv.in_channels, 3 * conv.out_channels * self.scale**2
 
     def trunk(self, x: Tensor) -> Tensor:
-        return self.bottleneck(self.dense_blocks(self.conv(x)))
+        return self.bottleneck(self.dense_blocks(self.conv(x).contiguous(memory_format=torch.channels_last)))
 
     def tail(self, x: Tensor) -> Tensor:
         return self.reconstruction(self.deconv(x))

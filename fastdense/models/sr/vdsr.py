@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """VDSR: a deep residual network behind bicubic upsampling."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ class VDSR(UpscaledFirst):
         self.convs = nn.ModuleList(conv3x3(channels[at], channels[at + 1], bias=False) for at in range(depth))
         for conv in self.convs:
             nn.init.kaiming_normal_(cast(nn.Conv2d, conv).weight, nonlinearity="relu")
+
+    def settings(self) -> dict[str, Any]:
+        first = cast(nn.Conv2d, self.convs[0])
+        return {"scale": self.scale, "depth": len(self.convs), "width": first.out_channels}
 
     def refine(self, x: Tensor) -> Tensor:
         *hidden, last = self.convs

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mixin that runs the layers of a dense block, whatever they compute, on one buffer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdense._C import Fingerprint
+from fastdense.fusion.base import (
+    FusedModule,
+    check_no_transforms,
+    fall_back,
+    find_wrapped,
+    is_traced,
+    plan_of,
+    run_plain,
+)
+from fastdense.fusion.checks import NotFusible
+from fastdense.fusion.plan.state import plain_class, state_of
+from fastdense.fusion.shared_buffer.function import needs_gradient, run_layers, runs_without_numbers
+from fastdense.fusion.shared_buffer.layers import Block, Form, read_layers
+from fastdense.fusion.shared_buffer.trial import read_shared_block
+
+
+class SharedBuffer(FusedModule):
+    """A dense block that saves its output for the backward pass, and runs its layers again there.
+
+    Without gradients the plain modules run. So they do under ``torch.compile``: the compiler chooses what to save.
+    """
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        if named or len(inputs) != 1 or isinstance(inputs[0], list | tuple):
+            return plain_class(type(self)).forward(self, *inputs, **named)
+        return run_shared(self, read_shared_block, inputs[0])
+
+
+class SharedBufferLayers(SharedBuffer):
+    """The same of this library's own class, whose layers need no check: its plain forward is known."""
+
+    def forward(self, input: Any) -> Any:
+        return run_shared(self, read_own_layers, input)
+
+
+def read_own_layers(module: nn.Module) -> Block:
+    layers: Any = module._modules["layers"]
+    return read_layers(layers.named_children(), Form())
+
+
+def run_shared(module: nn.Module, read: Callable[[nn.Module], Block], input: Any) -> Any:
+    """The forward of such a block, whose layers ``read`` finds."""
+    if wrapped := find_wrapped(input):
+        return torch.overrides.handle_torch_function(run_shared, wrapped, module, read, input)
+    if torch.compiler.is_compiling() or is_traced(input) or input.is_inference() or not torch.is_grad_enabled():
+        return run_plain(module, input)
+    try:
+        check_no_transforms()
+        block = plan_of(module, read)
+        fingerprint = _fingerprint_of(module)
+    except NotFusible as reason:
+        return fall_back(module, reason, input)
+    for head in block.heads:
+        input = head(input)
+    if not needs_gradient(block, input):
+        return _without_gradient(block, input)
+    return run_layers(block, input, fingerprint, module)
+
+
+def _fingerprint_of(module: nn.Module) -> Fingerprint | None:
+    """What the backward pass finds again; none where nothing has numbers, and so nobody will ask for them."""
+    kept = state_of(module).kept
+    if kept is not None and kept.plan is not None:
+        return kept.modules
+    if runs_without_numbers():
+        return None
+    raise NotFusible("its parameters belong to a graph or to a transform")
+
+
+def _without_gradient(block: Block, input: torch.Tensor) -> torch.Tensor:
+    features = [input]
+    for layer in block.layers:
+        out = layer.module(*block.form.arguments(features))
+        features = block.form.with_new(features, out)
+    return block.form.joined(features)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdense.fusion.activations import is_activation, read_activation
 from fastdense.fusion.checks import NotFusible
+from fastdense.fusion.dense_layers import is_activation, read_activation
 from fastdense.ops import Activation, NormWeights, TailWeights, dense_block
 from fastdense.reference import activate
 from tests.cases.dense_block import ACTIVATIONS

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdense.fusion.activations import is_activation, read_activation
 from fastdense.fusion.checks import (
     CONVS,
     NORMS,
@@ -19,7 +18,7 @@ from fastdense.fusion.checks import (
     check_norm,
     class_name,
 )
-from fastdense.fusion.dense_layers import Layer, check_alike
+from fastdense.fusion.dense_layers import Layer, check_alike, is_activation, read_activation
 from fastdense.fusion.equivalence import (
     Dropouts,
     NoRandomNumbers,

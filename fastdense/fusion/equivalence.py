@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# SPDX-License-Identifier: Apache-2.0
 """The equivalence check: runs a copy of a module of unknown code on random numbers to see what it computes."""
 
 import contextlib

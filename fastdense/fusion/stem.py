@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# SPDX-License-Identifier: Apache-2.0
 """Reads and runs the norm, ReLU and max pool of a stem as one operator."""
 
 import math

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# SPDX-License-Identifier: Apache-2.0
 """Key mappings: renames DenseNet checkpoints of other libraries to torchvision's names."""
 
 import re

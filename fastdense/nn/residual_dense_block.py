@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# SPDX-License-Identifier: Apache-2.0
 """The dense block of super-resolution networks: no norm, local fusion, residual sums."""
 
 from fastdense.fusion.residual_dense_block import FusedResidualDenseBlock

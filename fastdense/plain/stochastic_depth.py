@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# SPDX-License-Identifier: Apache-2.0
 """Stochastic depth: residual branches that are dropped at random in training."""
 
 import contextlib

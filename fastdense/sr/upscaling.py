@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# SPDX-License-Identifier: Apache-2.0
 """Runs super-resolution networks in bounded memory, with the same result as in one piece."""
 
 import contextlib

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# SPDX-License-Identifier: Apache-2.0
 """Convolutions of a network that was saved for ncnn: a text file ``.param`` and its weights in ``.bin``."""
 
 from pathlib import Path

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# SPDX-License-Identifier: Apache-2.0
 """RRDBNet: the generator of ESRGAN and Real-ESRGAN."""
 
 from typing import Any, cast

@@ -7,9 +7,8 @@ namespace {
 void define(torch::Library& m) {
   m.def(
       "dense_block(Tensor input, Tensor[] weights, float[] eps, int num_layers, bool bottleneck, str tail, "
-      "float drop_rate, Tensor? seed, bool keep_bottleneck, str process_group, bool contiguous=False) -> (Tensor, "
-      "Tensor, "
-      "Tensor, Tensor, Tensor)");
+      "float drop_rate, Tensor? seed, bool keep_bottleneck, str process_group, bool contiguous=False, bool "
+      "recompute=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_dense_block_backward(Tensor grad_output, Tensor buffer, Tensor mean, Tensor var, Tensor z, Tensor[] weights, "
       "float[] eps, int num_layers, bool bottleneck, str tail, float drop_rate, Tensor? seed, SymInt in_channels, "
@@ -43,7 +42,8 @@ void define(torch::Library& m) {
   m.def("mean_join(Tensor[] inputs) -> Tensor");
   m.def(
       "residual_dense_block(Tensor input, Tensor[] weights, int[] first_channels, bool fusion, float negative_slope, "
-      "float scale, Tensor? outer, float outer_scale, bool contiguous=False) -> (Tensor, Tensor)");
+      "float scale, Tensor? outer, float outer_scale, bool contiguous=False, bool recompute=False) -> (Tensor, "
+      "Tensor)");
   m.def(
       "_residual_dense_block_backward(Tensor grad_output, Tensor buffer, Tensor[] weights, int[] first_channels, "
       "bool fusion, float negative_slope, float scale, float outer_scale, SymInt in_channels, bool[] needs_grad) "

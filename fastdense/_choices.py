@@ -4,8 +4,8 @@
 from typing import Literal, get_args
 
 # What dense blocks, and what dual path blocks, keep for the backward pass.
-MemoryMode = Literal["balanced", "min"]
-DualPathMemoryMode = Literal["balanced", "min", "reversible"]
+MemoryMode = Literal["balanced", "min", "recompute"]
+DualPathMemoryMode = Literal["balanced", "min", "reversible", "recompute"]
 MEMORY_MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
 DUAL_PATH_MEMORY_MODES: tuple[DualPathMemoryMode, ...] = get_args(DualPathMemoryMode)
 
@@ -44,6 +44,7 @@ BENCH_VARIANTS = (
     "balanced-graph",
     "min-graph",
     "reversible",
+    "recompute",
 )
 COMPARED_VARIANTS = ("plain", "plain-channels-last", "memory-efficient", "balanced", "min")
 SWEEP_VARIANTS = ("plain", "memory-efficient", "balanced", "min")

@@ -63,6 +63,10 @@ def test_parity(device, size, width, tail, memory):
         Case(affine=False, tail="transition"),
         Case(drop_rate=0.3, tail="transition"),
         Case(drop_rate=0.3, tail="transition", memory="min"),
+        Case(drop_rate=0.3, tail="transition", memory="recompute"),
+        Case(frozen=("1.norm1", "0.norm2", "tail"), tail="norm_relu", memory="recompute"),
+        Case(width=0, size=(4, 3, 2), memory="recompute"),
+        Case(active=(True, False, True), size=(7,), memory="recompute"),
         Case(drop_rate=1.0, tail="none", frozen=ALL),
         Case(active=(True, False, True), tail="transition"),
         Case(active=(False, True, True), tail="norm", memory="min"),
@@ -161,11 +165,11 @@ def test_dropout_in_low_precision(device, dtype):
 def test_memory_modes_are_bit_identical(device, active):
     case = Case(dtype=torch.float32, tail="transition", size=(24, 24), drop_rate=0.2, active=active, device=device)
     block = Block(case)
-    check_bit_identical(block, ["balanced", "min", "balanced"])
+    check_bit_identical(block, ["balanced", "min", "recompute", "balanced"])
 
 
 def test_saved_bytes_match_the_closed_form(device):
-    for memory, per_pixel in (("balanced", 28 + 3 * 20), ("min", 28)):
+    for memory, per_pixel in (("balanced", 28 + 3 * 20), ("min", 28), ("recompute", 0)):  # but its input
         block = Block(Case(dtype=torch.float32, memory=memory, device=device))
         statistics = 2 * (28 + 3 * 20)
         pixels = 3 * 7 * 5
@@ -174,7 +178,7 @@ def test_saved_bytes_match_the_closed_form(device):
 
 def test_a_layer_that_is_not_active_leaves_zeros_and_nothing_else(device):
     active = (True, False, True)
-    for memory, per_pixel in (("balanced", 28 + 2 * 20), ("min", 28)):
+    for memory, per_pixel in (("balanced", 28 + 2 * 20), ("min", 28), ("recompute", 0)):  # but its input
         block = Block(Case(dtype=torch.float32, memory=memory, active=active, device=device))
         assert block.saved_numbers() == 3 * 7 * 5 * per_pixel + 2 * (28 + 3 * 20) + 1  # the seed
     out, statistics = block.run()

@@ -75,6 +75,8 @@ def test_parity(device, size, head, memory):
         StageCase(frozen=("norm_a",)),
         StageCase(frozen=("1.norm_a", "projection", "0.norm_b"), stride=2, memory="reversible"),
         StageCase(frozen=("norm_b", "2.norm_c"), memory="min"),
+        StageCase(frozen=("1.norm_a", "projection", "0.norm_b"), stride=2, memory="recompute"),
+        StageCase(projection=False, memory="recompute"),
         StageCase(affine=False, stride=2),
         StageCase(residual_channels=0, stride=2),
         StageCase(residual_channels=0, projection=False, memory="reversible"),
@@ -155,7 +157,7 @@ def test_low_precision_is_no_worse_than_torch(device, dtype):
 
 def test_memory_modes_and_reruns_are_bit_identical(device):
     stage = Stage(StageCase(dtype=torch.float32, stride=2, size=(14, 14), device=device))
-    check_bit_identical(stage, ["balanced", "min", "balanced"])
+    check_bit_identical(stage, ["balanced", "min", "recompute", "balanced"])
 
 
 def test_reversible_float32_is_close():
@@ -175,6 +177,12 @@ def test_saved_numbers_match_the_closed_form(device, memory, kept):
     out = (6 + 5 + 3 * 4) * 12
     norms = 7 + (7 + 15 + 19) + 3 * (6 + 9)
     assert stage.saved_numbers() == 3 * (out + kept) + 2 * norms
+
+
+def test_recompute_saves_statistics_beside_the_input(device):
+    stage = Stage(StageCase(memory="recompute", stride=2, device=device))
+    norms = 7 + (7 + 15 + 19) + 3 * (6 + 9)
+    assert stage.saved_numbers() == 2 * norms  # beside the input
 
 
 def test_inference_is_the_same_and_keeps_nothing(device):

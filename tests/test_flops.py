@@ -30,7 +30,7 @@ NETS = {
     "rrdbnet": (lambda: fastdense.models.create("rrdbnet", blocks=2), (2, 3, 12, 12)),
     "fc_densenet": (fc_densenet, (2, 3, 16, 16)),
 }
-MEMORY = [(name, memory) for name in NETS for memory in ("balanced", "min")] + [("dpn68", "reversible")]
+MEMORY = [(name, memory) for name in NETS for memory in ("balanced", "min", "recompute")] + [("dpn68", "reversible")]
 
 
 def plain(name: str, device: str) -> tuple[nn.Module, torch.Tensor]:

@@ -54,6 +54,7 @@ struct DenseBlockArgs {
   ConvArgs tail_conv;  // [co, C, 1...]
   PoolGeometry pool{};
   double drop_rate = 0;
+  bool recompute = false;          // backward runs forward again: both runs make z, whatever their norms are
   std::string process_group;       // see SyncBatchNorm
   std::vector<int64_t> constants;  // positions of weights without a gradient
 

@@ -46,6 +46,7 @@ class Backward : BlockBackward<T> {
     if (args_.tail == Tail::kNorm || args_.tail == Tail::kNormRelu) norm(to_channels_last(grad_output));
     for (int64_t l = int64_t(args_.layers.size()) - 1; l >= lowest_layer_; --l)
       if (!args_.layers[size_t(l)].dropped) layer(l);
+    dv_ = z_again_ = d_ = at::Tensor();  // the input's gradient takes their place
     if (this->needs_input()) input();
     return this->grads();
   }

@@ -39,7 +39,7 @@ class Forward : CudaBlock<T> {
     if (!args.bottleneck) return convolution(l, this->activated_image(x_, ld, norm1, layer.channels));
     const int64_t at = args.norm2_statistics(l), b = args.width;
     const bool wanted = !layer.norm2.frozen(), saved = z_.size(0) > 0;
-    if (!plans && !wanted && !saved) {
+    if (!plans && !wanted && !saved && !args.recompute) {
       // Nothing needs z itself, as in inference; backward recomputes it.  A fused convolution reads z.
       const at::Tensor u = this->packed_image(b), rows = u.movedim(1, -1).reshape({pixels, b});
       if (fuses_conv1x1<T>(cuda, {x_, ld}, this->conv1(l), rows)) {

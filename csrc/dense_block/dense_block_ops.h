@@ -24,12 +24,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_blo
     const at::Tensor& input,  // [N, C0, spatial]
     at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
     double drop_rate, const std::optional<at::Tensor>& seed, bool keep_bottleneck, std::string_view process_group,
-    bool contiguous) {
+    bool contiguous, bool recompute) {
   constexpr const char* kOp = "dense_block";
   check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
-  const DenseBlockArgs args = parse_dense_block(kOp, input.sizes(), input.options(), weights,
-                                                {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group});
+  DenseBlockArgs args = parse_dense_block(kOp, input.sizes(), input.options(), weights,
+                                          {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group});
+  args.recompute = recompute;
   const DenseBlockOutputs o = allocate_dense_block(args, input.options(), keep_bottleneck);
   if (!input.is_meta() && (args.pixels() > 0 || !process_group.empty()))  // the other processes wait for this one
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {

@@ -154,8 +154,8 @@ DualPathKeep parse_dual_path_memory(const char* op, std::string_view memory) {
   if (memory == "balanced") return {true, true};
   if (memory == "min") return {true, false};
   if (memory == "reversible") return {false, true};
-  if (memory == "nothing") return {false, false};
-  TORCH_CHECK_VALUE(false, op, ": expected memory to be balanced, min, reversible or nothing, got ", memory);
+  if (memory == "recompute" || memory == "nothing") return {false, false};
+  TORCH_CHECK_VALUE(false, op, ": expected memory to be balanced, min, reversible, recompute or nothing, got ", memory);
 }
 
 DualPathSaved check_dual_path_saved(const char* op, const DualPathArgs& args, const at::Tensor& grad_output,

@@ -30,7 +30,8 @@ std::tuple<at::Tensor, at::Tensor> residual_dense_block(const at::Tensor& input,
                                                         at::TensorList weights, at::IntArrayRef first_channels,
                                                         bool fusion, double negative_slope, double scale,
                                                         const std::optional<at::Tensor>& outer,  // [N, C0, H, W]
-                                                        double outer_scale, bool contiguous) {
+                                                        double outer_scale, bool contiguous,
+                                                        bool /* recompute: autograd reads it */) {
   constexpr const char* kOp = "residual_dense_block";
   check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());

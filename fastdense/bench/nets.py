@@ -111,6 +111,7 @@ VARIANTS = {
     "balanced-graph": Variant(channels_last=True, memory="balanced", graph=True),
     "min-graph": Variant(channels_last=True, memory="min", graph=True),
     "reversible": Variant(channels_last=True, memory="reversible"),
+    "recompute": Variant(channels_last=True, memory="recompute"),
 }
 
 # The two layouts of unchanged PyTorch; ratios refer to the better of them.

@@ -57,9 +57,10 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
 
     Args:
         model: any module; changed in place.
-        memory: "balanced" (default) saves the outputs inside the bottlenecks for backward, "min" recomputes them.
-            "reversible", for dual path blocks only, reconstructs the residual path from its final value. Convert again
-            to change the mode.
+        memory: "balanced" (default) saves the outputs inside the bottlenecks for backward, "min" recomputes them,
+            "recompute" saves the input of each block alone and runs the block again, and with it a stem of convolution,
+            norm, ReLU and max pool in front. "reversible", for dual path blocks only, reconstructs the residual path
+            from its final value. :func:`set_memory` changes the mode, of single blocks too.
 
     Returns:
         ``model``.
@@ -229,6 +230,10 @@ _INFERRED = Pattern("block", FusedInferredBlock, _is_inferred_block, read_inferr
 _SHARED = Pattern("block", SharedBuffer, _is_on_shared_buffer, read_shared_block, True)
 
 
+# In which dense blocks that no operator can run go on a shared buffer.
+SHARED_BUFFER_MODES = ("min", "recompute")
+
+
 PATTERNS = (
     Pattern("block", SharedBufferLayers, _is_own_shared_block, read_own_layers, True),
     _SHARED,
@@ -292,17 +297,21 @@ def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: DualPathMemor
             pass
         except NotFusible as reason:
             why_not_shared = _why_not(module, _SHARED) if kind.has_layers else ""
-            if why_not_shared is not None or memory != "min":
+            if why_not_shared is not None or memory not in SHARED_BUFFER_MODES:
                 hint = '; memory="min" runs it on a shared buffer' if why_not_shared is None else ""
-                if why_not_shared and memory == "min" and why_not_shared != str(reason):
+                if why_not_shared and memory in SHARED_BUFFER_MODES and why_not_shared != str(reason):
                     hint = f"; nor does it run on a shared buffer: {why_not_shared}"
                 warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}{hint}", stacklevel=3)
                 return
             kind = _SHARED
         module.__class__ = fused_class(kind.mixin, type(module))
-    state = state_of(module)
-    state.name = name
+    state_of(module).name = name
+    set_mode(module, memory)
+
+
+def set_mode(module: nn.Module, memory: DualPathMemoryMode) -> None:
+    """Sets what a fused module saves for backward, where :func:`fastdense.fusion.plan.state.memory_of` reads it."""
     if isinstance(module, PlainDenseBlock | PlainDualPathBlock):
         module.memory = memory
     else:
-        state.memory = memory
+        state_of(module).memory = memory

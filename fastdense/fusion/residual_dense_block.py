@@ -25,7 +25,7 @@ class ResidualPlan(NamedTuple):
 class FusedResidualDenseBlock(FusedModule):
     """A residual dense block: its convolutions in order, the last one the local fusion.
 
-    All memory modes are the same: only the buffer is saved for backward.
+    The buffer is saved for backward, with "recompute" the input.
     """
 
     def forward(self, input: Tensor, outer: Tensor | None = None) -> Tensor:
@@ -50,6 +50,7 @@ def _run(
         scale=plan.scale,
         outer=outer,
         outer_scale=plan.outer_scale,
+        memory=memory,
         contiguous=contiguous,
     )
 
@@ -65,7 +66,7 @@ class GrowingPlan(NamedTuple):
 class FusedSRDenseBlock(FusedModule):
     """A block of SRDenseNet; several in a :class:`fastdense.fusion.sequential.FusedSequential` run on one buffer.
 
-    All memory modes are the same: only the buffer, which is the output, is saved for backward.
+    The buffer, which is the output, is saved for backward, with "recompute" the input.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,4 +109,6 @@ def _goes_on(block: GrowingLayers, behind: GrowingLayers) -> bool:
 
 def run_growing(plan: GrowingPlan, memory: MemoryMode, contiguous: bool, x: Tensor) -> Tensor:
     check_runs_here("residual_dense_block", x)
-    return run_flat_residual_block(x, plan.flat, negative_slope=plan.negative_slope, contiguous=contiguous)
+    return run_flat_residual_block(
+        x, plan.flat, negative_slope=plan.negative_slope, memory=memory, contiguous=contiguous
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdense.fusion.base import FusedModule, fall_back, find_wrapped, gives_contiguous, is_traced, run_plain
-from fastdense.fusion.checks import NORMS, NotFusible, check_no_hooks
+from fastdense.fusion.checks import CONVS, NORMS, NotFusible, check_no_hooks
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, read_tail, run_block
 from fastdense.fusion.dense_layers import read_block
 from fastdense.fusion.dual_path import FusedDualPathBlock, plan_stages, run_stages
@@ -35,8 +35,8 @@ class FusedSequential(FusedModule):
 
     A dense block runs with the transition or norm behind it: the norm's statistics are those of the block, its gradient
     joins the block's, and no feature map of the block's size is made twice. Dual path blocks in a row run as a stage,
-    blocks of SRDenseNet in a row on one buffer. So do the norm, ReLU and max pool of a stem. Modules with hooks run one
-    by one.
+    blocks of SRDenseNet in a row on one buffer. So do the norm, ReLU and max pool of a stem, and its convolution where
+    the block behind is run again in backward. Modules with hooks run one by one.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -76,7 +76,8 @@ def _check_own_code(sequence: nn.Module) -> None:
     check_function_modes()
     state = state_of(sequence)
     if state.kept is None or not state.kept.still_holds():
-        own = [type(module) for module in sequence.children() if isinstance(module, (*NORMS, nn.ReLU, *POOLS))]
+        stems = (*CONVS, *NORMS, nn.ReLU, *POOLS)
+        own = [type(module) for module in sequence.children() if isinstance(module, stems)]
         state.kept = find_sources(frozenset([plain_class(type(sequence)), *own]))
     check_sources(state.kept)
 
@@ -94,7 +95,16 @@ def _row(modules: list[nn.Module], at: int) -> tuple[nn.Module, ...]:
     elif isinstance(first, NORMS):
         while end < at + 3 and end < len(modules) and type(modules[end]) in (nn.ReLU, *POOLS):
             end += 1
+    elif type(first) in CONVS and end < len(modules) and isinstance(modules[end], NORMS):
+        end += len(_row(modules, end))
+        if end == at + 1 or not _is_recomputed(modules[end:]):
+            return ()
     return tuple(modules[at:end]) if at + 1 < end <= len(modules) else ()
+
+
+def _is_recomputed(behind: list[nn.Module]) -> bool:
+    """Whether a stem is to be run again: it goes with the dense block behind it."""
+    return bool(behind) and isinstance(behind[0], FusedDenseBlock) and memory_of(behind[0]) == "recompute"
 
 
 def _run_of(sequence: nn.Module, at: int, row: tuple[nn.Module, ...]) -> Run:
@@ -122,7 +132,7 @@ def _read(row: Sequence[nn.Module]) -> Run:
         blocks = plan_growing(row)
         return Run(blocks.blocks, partial(run_growing, blocks, memory))
     stem = read_stem(row)
-    return Run(len(stem.modules), partial(run_stem, stem))
+    return Run(len(stem.modules) + (stem.conv is not None), partial(run_stem, stem))
 
 
 def _plan_pair(block: nn.Module, behind: nn.Module) -> BlockPlan:

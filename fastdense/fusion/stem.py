@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fastdense.fusion.base import check_no_transforms, check_runs_here
 from fastdense.fusion.batch_statistics import group_name, process_group_of, read_update, update_norms
-from fastdense.fusion.checks import NotFusible, check_norm, has_fused_relu
+from fastdense.fusion.checks import CONVS, NotFusible, check_no_hooks, check_norm, has_fused_relu
 from fastdense.fusion.dense_layers import norm_weights
 from fastdense.fusion.max_pool_transition import POOLS, check_unobserved, run_recomputed
 from fastdense.ops import norm_relu_max_pool
 from fastdense.ops.arguments import count_pixels
+from fastdense.ops.conv_norm_relu_max_pool import Convolution, conv_norm_relu_max_pool
 from fastdense.ops.norm_relu_max_pool import MAX_WINDOW
 
 
@@ -27,10 +28,14 @@ class PoolSizes(NamedTuple):
 
 
 class Stem(NamedTuple):
-    """A norm, a ReLU unless the norm has it inside, and a max pool; its sizes where the operator can run it."""
+    """A norm, a ReLU unless the norm has it inside, and a max pool; its sizes where the operator can run it.
+
+    ``conv`` is the convolution in front where it runs with them, and again in backward.
+    """
 
     modules: list[Any]
     pool: PoolSizes | None
+    conv: Any = None
 
     @property
     def norm(self) -> Any:
@@ -47,7 +52,13 @@ class Stem(NamedTuple):
 
 
 def read_stem(modules: Sequence[nn.Module]) -> Stem:
-    """The stem that ``modules`` begin with."""
+    """The stem that ``modules`` begin with: the norm, or a convolution in front of it."""
+    conv: Any = modules[0]
+    if type(conv) in CONVS:
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            raise NotFusible("its convolution has padding that depends on the input")
+        check_no_hooks(conv, "conv")
+        return read_stem(modules[1:])._replace(conv=conv)
     found: list[Any] = []
     if has_fused_relu(modules[0]):
         found = list(modules[:2])
@@ -63,23 +74,44 @@ def read_stem(modules: Sequence[nn.Module]) -> Stem:
 def run_stem(stem: Stem, contiguous: bool, input: Tensor) -> Tensor:
     """One operator call for a norm, ReLU and max pool, where it knows the pool; else they are run again in backward."""
     check_no_transforms()
+    conv = stem.conv
+    if conv is not None and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
+        input = conv(input)
+        conv = None
     try:
         check_runs_here("norm_relu_max_pool", input)
         group = process_group_of([stem.norm])
-        if stem.pool is None or not stem.takes(input):
+        # The norm reads what has the dimensions and, by the convolution and autocast, the type of what follows it.
+        if stem.pool is None or not stem.takes(input if conv is None else _in_type_of(conv, input)):
             raise NotFusible("the fused operator does not support this pool or mix of dtypes")
         if input.numel() == 0 and group is None:
             raise NotFusible("empty batch: no batch statistics")
     except NotFusible:
-        return run_recomputed(stem.modules, input)
+        return run_recomputed(stem.modules, input if conv is None else conv(input))
     weights = norm_weights(stem.norm)
     if torch.is_grad_enabled() and weights.running_mean is not None and weights.running_var is not None:
         # A training step in between may move what is saved for backward.
         weights = weights._replace(running_mean=weights.running_mean.clone(), running_var=weights.running_var.clone())
-    out, statistics = norm_relu_max_pool(input, weights, *stem.pool, process_group=group_name(group))
+    if conv is None:
+        out, statistics = norm_relu_max_pool(input, weights, *stem.pool, process_group=group_name(group))
+        count = count_pixels(input)
+    else:
+        convolution = Convolution(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        out, statistics, count = conv_norm_relu_max_pool(
+            input, convolution, weights, *stem.pool, process_group=group_name(group)
+        )
     out = out.contiguous() if contiguous else out
-    update_norms(read_update([(stem.norm, 0)]), statistics, count_pixels(input), group)
+    update_norms(read_update([(stem.norm, 0)]), statistics, count, group)
     return out
+
+
+def _in_type_of(conv: Any, input: Tensor) -> Tensor:
+    """The input in the type of what a convolution makes of it."""
+    if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        return input.to(torch.get_autocast_dtype(input.device.type))
+    if input.dtype != conv.weight.dtype or input.dim() != conv.weight.dim():
+        raise NotFusible("the convolution refuses its input")
+    return input
 
 
 def _pool_sizes(pool: Any) -> PoolSizes | None:

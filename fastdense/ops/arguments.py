@@ -100,6 +100,21 @@ def copy_running(weights: list[Tensor | None], running: Sequence[int]) -> list[T
     return copies
 
 
+def fix_statistics(weights: list[Tensor], norm: int, mean: Tensor, var: Tensor, first: int, channels: int) -> None:
+    """Lets a norm that took the statistics of its batch use them again, as a frozen norm uses running ones.
+
+    Args:
+        weights: of an operator; changed.
+        norm: the position of the norm's first tensor.
+        mean: of the operator's batch statistics.
+        var: likewise.
+        first: where those of the norm begin.
+        channels: of the norm.
+    """
+    if weights[norm + 2].numel() == 0:
+        weights[norm + 2 : norm + 4] = mean[first : first + channels], var[first : first + channels]
+
+
 def fill_absent(weights: Sequence[Tensor | None], input: Tensor) -> list[Tensor]:
     """Empty tensors in the place of None: lists with None are not differentiable in custom operators."""
     absent = input.detach().new_empty(0)

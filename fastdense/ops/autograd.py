@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fastdense.ops.flops import uncounted
+
 _IN_PLACE = "modified by an inplace operation"
 _LIBRARY = torch.library.Library("fastdense", "FRAGMENT")
 
@@ -88,6 +90,12 @@ def saved(ctx: Any) -> list[Any]:
             f"it, but its backward pass reads it: use an operation that is not in place, or clone the result ({error})"
         ) from None
     return [ctx.empty.get(at, t) for at, t in enumerate(tensors)]
+
+
+def run_again(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls an operator again for its backward pass: without a graph, and left out of what is counted."""
+    with torch.no_grad(), uncounted():
+        return op(*arguments)
 
 
 def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

@@ -19,10 +19,11 @@ from fastdense.ops.arguments import (
     empty_channels_last,
     fake_gradients,
     fill_absent,
+    fix_statistics,
     records_gradient,
     statistics_dtype,
 )
-from fastdense.ops.autograd import no_double_backward, register_autograd, save, saved, wanted
+from fastdense.ops.autograd import no_double_backward, register_autograd, run_again, save, saved, wanted
 from fastdense.ops.fakes import register_fake
 
 
@@ -89,7 +90,8 @@ def dense_block(
         drop_rate: probability in [0, 1] that a new feature is dropped.
         seed: ``[]``, int64, on the input's device; required if ``drop_rate > 0``. See :func:`dropout_mask`; the
             layer's number separates the masks.
-        memory: "balanced" saves the outputs of conv1 for backward, "min" recomputes them.
+        memory: "balanced" saves the outputs of conv1 for backward, "min" recomputes them, "recompute" saves the input
+            alone and runs the block again. The gradients are the same to the last bit.
         process_group: name of the torch.distributed group that shares batch statistics, as
             :class:`torch.nn.SyncBatchNorm` does; "" for this process alone. All of its processes call the op together.
         active: which layers are computed; None for all. The other layers append zeros. Later layers read these like
@@ -107,7 +109,9 @@ def dense_block(
     Note:
         Running statistics are not updated: see :func:`update_running_stats_`. Saved for backward: the buffer
         (``C0 + L * k`` numbers per pixel), in "balanced" mode ``b`` more for every active layer, and the statistics,
-        which are 0 where a layer is not active. Reruns on one machine with one thread count are bit-identical. Double
+        which are 0 where a layer is not active; in "recompute" mode the input in the buffer's place. The second run of
+        that mode takes no statistics and exchanges nothing with other processes; under torch.compile it is not made,
+        and "min" takes its place. Reruns on one machine with one thread count are bit-identical. Double
         backward raises. With a process group, a layer only exchanges the statistics of its ``b`` and ``k`` new channels
         in forward, and as many corrections in backward.
 
@@ -137,6 +141,7 @@ def run_flat_block(
     check_input("dense_block", input)
     given = fill_absent(weights, input)
     input = cast_input("dense_block", input, flat.devices, flat.conv_dtypes)
+    records = records_gradient(input, given)
     out, _, mean, var, _ = torch.ops.fastdense.dense_block(
         input,
         given,
@@ -146,9 +151,10 @@ def run_flat_block(
         flat.tail,
         drop_rate,
         seed,
-        memory == "balanced" and records_gradient(input, given),
+        memory == "balanced" and records,
         process_group,
         contiguous,
+        memory == "recompute" and records and flat.num_layers > 0 and not torch.compiler.is_compiling(),
     )
     return out, BatchStatistics(mean, var)
 
@@ -210,6 +216,7 @@ def _(
     keep_bottleneck: bool,
     process_group: str,
     contiguous: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     stride = 10 if bottleneck else 5
     growth, width = 0, 0
@@ -255,22 +262,45 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, _, process_group, *_ = inputs
+    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, _, process_group, *others = inputs
     out, buffer, mean, var, z = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, var)
+    ctx.recompute = any(others[1:])  # behind `contiguous`; the dispatcher leaves out what is as by default
     # The buffer, or what has the same numbers and somebody else keeps as well.
-    features = input if num_layers == 0 else out if tail == "none" else buffer
+    features = input if num_layers == 0 or ctx.recompute else out if tail == "none" else buffer
     save(ctx, features, mean, var, z, seed, *weights)
     ctx.arguments = (eps, num_layers, bottleneck, tail, drop_rate)
     ctx.in_channels = input.shape[1]
     ctx.process_group = process_group
 
 
+def _run_again(
+    arguments: tuple[Any, ...], input: Tensor, mean: Tensor, var: Tensor, seed: Tensor | None, weights: list[Tensor]
+) -> Tensor:
+    """The buffer, from the block's input, by the batch statistics that its first run took."""
+    eps, num_layers, bottleneck, _, drop_rate = arguments
+    per_layer, conv2 = (10, 9) if bottleneck else (5, 4)
+    weights, growth, begin = weights[: num_layers * per_layer], weights[conv2].shape[0], input.shape[1]
+    second = begin + num_layers * growth  # of the statistics: those of the first layer's norm2
+    width = weights[4].shape[0] if bottleneck else 0
+    for layer in range(num_layers):
+        at = layer * per_layer
+        if weights[at + conv2].shape[1] == 0:  # it is not active
+            continue
+        fix_statistics(weights, at, mean, var, 0, begin + layer * growth)
+        if bottleneck:
+            fix_statistics(weights, at + 5, mean, var, second + layer * width, width)
+    norms = (2 if bottleneck else 1) * num_layers
+    how = (eps[:norms], num_layers, bottleneck, "none", drop_rate, seed)
+    return run_again(torch.ops.fastdense.dense_block, input, weights, *how, False, "", False, True)[0]
+
+
 def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, *_: Tensor | None) -> list[Tensor | None]:
     if grad_output is None:
         return [None] * len(needs)
-    buffer, mean, var, z, seed, *weights = saved(ctx)
+    features, mean, var, z, seed, *weights = saved(ctx)
+    buffer = _run_again(ctx.arguments, features, mean, var, seed, weights) if ctx.recompute else features
     needs_grad = needs[:-1]  # the last is the seed's
     grads = torch.ops.fastdense._dense_block_backward(
         grad_output,

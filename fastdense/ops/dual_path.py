@@ -18,10 +18,11 @@ from fastdense.ops.arguments import (
     empty_channels_last,
     fake_gradients,
     fill_absent,
+    fix_statistics,
     records_gradient,
     statistics_dtype,
 )
-from fastdense.ops.autograd import no_double_backward, register_autograd, save, saved, wanted
+from fastdense.ops.autograd import no_double_backward, register_autograd, run_again, save, saved, wanted
 from fastdense.ops.fakes import register_fake
 
 
@@ -89,7 +90,8 @@ def dual_path_stage(
         memory: what is saved for backward. "balanced": the residual path after each block and the outputs of conv_a and
             conv_b. "min": the residual path only; the convolutions are recomputed. "reversible": the outputs of the
             convolutions only; the residual path is reconstructed from its final value by subtraction (float32 and
-            float64 only: 16 bits are not accurate enough).
+            float64 only: 16 bits are not accurate enough). "recompute": the input only; the stage is run again, as with
+            "min", to which its gradients are equal to the last bit.
         process_group: name of the torch.distributed group that shares batch statistics, as
             :class:`torch.nn.SyncBatchNorm` does; "" for this process alone. All of its processes call the op together.
 
@@ -106,7 +108,9 @@ def dual_path_stage(
     Note:
         Running statistics are not updated: see :func:`update_running_stats_`. Saved for backward beside the output, in
         numbers per pixel: ``(n - 1) * R + n * (ra + rb)`` ("balanced"), ``(n - 1) * R`` ("min") or ``n * (ra + rb)``
-        ("reversible"). Reruns on one machine with one thread count are bit-identical. Double backward raises.
+        ("reversible"); with "recompute" the input and the statistics alone. The second run of that mode takes no
+        statistics and exchanges nothing with other processes; under torch.compile it is not made, and "min" takes its
+        place. Reruns on one machine with one thread count are bit-identical. Double backward raises.
 
     Reference:
         Y. Chen, J. Li, H. Xiao, X. Jin, S. Yan, J. Feng. Dual Path Networks. NIPS 2017, arXiv:1707.01629, equations
@@ -132,6 +136,8 @@ def run_flat_stage(
     given = fill_absent(weights, input)
     input = cast_input(op, input, flat.devices, flat.conv_dtypes)
     records = records_gradient(input, given)
+    if memory == "recompute" and torch.compiler.is_compiling():
+        memory = "min"
     if records and memory == "reversible" and input.dtype not in (torch.float32, torch.float64):
         raise NotImplementedError(
             f'{op}: expected input to be float32 or float64 with memory="reversible", got {input.dtype}; '
@@ -238,19 +244,36 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weights, eps, num_blocks, projection, residual_channels, stride, _, process_group, *_ = inputs
+    input, weights, eps, num_blocks, projection, residual_channels, stride, memory, process_group, *_ = inputs
     out, residuals, a, b, mean, var = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, var)
-    save(ctx, input, out, residuals, a, b, mean, var, *weights)
+    ctx.recompute = memory == "recompute"
+    save(ctx, input, *([None] * 4 if ctx.recompute else [out, residuals, a, b]), mean, var, *weights)
     ctx.arguments = (eps, num_blocks, projection, residual_channels, stride)
     ctx.process_group = process_group
+
+
+def _run_again(
+    arguments: tuple[Any, ...], input: Tensor, mean: Tensor, var: Tensor, weights: list[Tensor]
+) -> list[Tensor]:
+    """What "min" keeps, from the stage's input, by the batch statistics that its first run took."""
+    _, _, projection, _, _ = arguments
+    weights, first = list(weights), 0
+    for norm in range(0, len(weights), 5):  # its four tensors, then the convolution behind it
+        is_grouped = (norm // 5 - projection) % 3 == 1  # conv_b, which has the channels of conv_a's result
+        channels = weights[norm - 1].shape[0] if is_grouped else weights[norm + 4].shape[1]
+        fix_statistics(weights, norm, mean, var, first, channels)
+        first += channels
+    return run_again(torch.ops.fastdense.dual_path_stage, input, weights, *arguments, "min", "", False)[:4]
 
 
 def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, *_: Tensor | None) -> list[Tensor | None]:
     if grad_output is None:
         return [None] * len(needs)
     input, out, residuals, a, b, mean, var, *weights = saved(ctx)
+    if ctx.recompute:
+        out, residuals, a, b = _run_again(ctx.arguments, input, mean, var, weights)
     grads = torch.ops.fastdense._dual_path_stage_backward(
         grad_output, input, out, residuals, a, b, mean, var, weights, *ctx.arguments, needs, ctx.process_group
     )

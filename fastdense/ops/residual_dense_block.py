@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdense._choices import MEMORY_MODES, MemoryMode
 from fastdense.ops.arguments import (
     Parameters,
     cast_input,
     check_input,
+    check_memory,
     empty_channels_last,
     fake_gradients,
     fill_absent,
 )
-from fastdense.ops.autograd import no_double_backward, register_autograd, save, saved, wanted
+from fastdense.ops.autograd import no_double_backward, register_autograd, run_again, save, saved, wanted
 from fastdense.ops.fakes import register_fake
 
 _OP = "residual_dense_block"
@@ -48,6 +50,7 @@ def residual_dense_block(
     outer: Tensor | None = None,
     outer_scale: float = 1.0,
     first_channels: Sequence[int] | None = None,
+    memory: MemoryMode = "balanced",
 ) -> Tensor:
     """Runs a dense block without norms, its local fusion and residual sums on one shared channels-last buffer.
 
@@ -65,17 +68,21 @@ def residual_dense_block(
         outer: ``[N, C0, H, W]`` of the input's dtype, or None: the input of a chain of blocks.
         outer_scale: factor of the block where ``outer`` is given.
         first_channels: of each layer, how many of the buffer's first channels it does not read; None for 0.
+        memory: "balanced" and "min" are the same; "recompute" saves the input in the buffer's place and runs the layers
+            again. The gradients are the same to the last bit.
 
     Returns:
         ``[N, C0, H, W]``, or ``[N, C0 + L * k, H, W]`` without a fusion, with the channels innermost in memory.
 
     Raises:
-        ValueError: shapes that do not fit, mixed devices, a negative slope, factors that are not finite.
+        ValueError: shapes that do not fit, mixed devices, a negative slope, factors that are not finite, unknown
+            ``memory``.
         TypeError: a dtype that is not floating point, or weights of another dtype than the input's.
 
     Note:
-        Saved for backward: the buffer, ``C0 + L * k`` numbers per pixel. The gradient of LeakyReLU only needs the sign
-        of its output. Reruns on one machine with one thread count are bit-identical. Double backward raises.
+        Saved for backward: the buffer, ``C0 + L * k`` numbers per pixel; with "recompute" the input alone, but for
+        torch.compile. The gradient of LeakyReLU only needs the sign of its output. Reruns on one machine with one
+        thread count are bit-identical. Double backward raises.
 
     Reference:
         Y. Zhang et al. Residual Dense Network for Image Super-Resolution. CVPR 2018, arXiv:1802.08797, equations 4 to
@@ -88,6 +95,7 @@ def residual_dense_block(
         scale=scale,
         outer=outer,
         outer_scale=outer_scale,
+        memory=memory,
     )
 
 
@@ -109,9 +117,11 @@ def run_flat_residual_block(
     scale: float = 1.0,
     outer: Tensor | None = None,
     outer_scale: float = 1.0,
+    memory: str = "balanced",
     contiguous: bool = False,
 ) -> Tensor:
     """:func:`residual_dense_block` with its weights in a list."""
+    check_memory(_OP, memory, MEMORY_MODES)
     check_input(_OP, input)
     weights = fill_absent(flat.weights, input)
     if outer is not None:
@@ -120,7 +130,16 @@ def run_flat_residual_block(
     if outer is None:
         outer_scale = 1.0
     out, _ = torch.ops.fastdense.residual_dense_block(
-        input, weights, flat.first_channels, flat.fusion, negative_slope, scale, outer, outer_scale, contiguous
+        input,
+        weights,
+        flat.first_channels,
+        flat.fusion,
+        negative_slope,
+        scale,
+        outer,
+        outer_scale,
+        contiguous,
+        memory == "recompute" and not torch.compiler.is_compiling(),
     )
     return out
 
@@ -136,6 +155,7 @@ def _(
     outer: Tensor | None,
     outer_scale: float,
     contiguous: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = input.shape
     buffer = empty_channels_last(input, [batch, channels + len(first_channels) * weights[0].shape[0], height, width])
@@ -160,12 +180,21 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, weights, first_channels, fusion, negative_slope, scale, _, outer_scale, *_ = inputs
+    input, weights, first_channels, fusion, negative_slope, scale, _, outer_scale, *others = inputs
     out, buffer = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(buffer)
-    save(ctx, buffer if fusion else out, *weights)
+    ctx.recompute = any(others[1:])  # behind `contiguous`; the dispatcher leaves out what is as by default
+    save(ctx, input if ctx.recompute else buffer if fusion else out, *weights)
     ctx.arguments = (first_channels, fusion, negative_slope, scale, outer_scale, input.shape[1])
+
+
+def _run_again(arguments: tuple[Any, ...], input: Tensor, weights: list[Tensor]) -> Tensor:
+    """The buffer, from the block's input."""
+    first_channels, _, negative_slope, *_ = arguments
+    layers = weights[: 2 * len(first_channels)]
+    how = (first_channels, False, negative_slope, 1.0, None, 1.0)
+    return run_again(torch.ops.fastdense.residual_dense_block, input, layers, *how)[0]
 
 
 def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, _: Tensor | None) -> list[Tensor | None]:
@@ -174,7 +203,8 @@ def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, _: Te
         return [None] * len(needs)
     grads: list[Tensor | None] = [None] * len(needs_grad)
     if any(needs_grad):
-        buffer, *weights = saved(ctx)
+        features, *weights = saved(ctx)
+        buffer = _run_again(ctx.arguments, features, weights) if ctx.recompute else features
         made = torch.ops.fastdense._residual_dense_block_backward(
             grad_output, buffer, weights, *ctx.arguments, needs_grad
         )

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdense
 
-MEMORY = ("balanced", "min")
+MEMORY = ("balanced", "min", "recompute")
 FUSED = [(2, "transition"), (3, "norm")]  # operator calls of the small torchvision net: layers and what reads them
 BLOCK, TRANSITION = "features.denseblock1", "features.transition1"
 

@@ -46,7 +46,7 @@ class Layer(nn.Module):
 class Family(NamedTuple):
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    memory: tuple[str, ...] = ("balanced", "min")
+    memory: tuple[str, ...] = ("balanced", "min", "recompute")
 
 
 def _block(drop_rate: float = 0.0) -> nn.Module:
@@ -67,7 +67,7 @@ FAMILIES = {
     "dual path network": Family(
         lambda: DPN((2, 2, 2, 2), (8,) * 4, k_r=8, groups=2, num_classes=5, small=True, num_init_features=8),
         (2, 3, 64, 64),
-        ("balanced", "min", "reversible"),
+        ("balanced", "min", "reversible", "recompute"),
     ),
     "residual dense block": Family(lambda: nn.Sequential(ResidualDenseBlock()), (2, 10, 9, 8)),
     "RRDBNet": Family(lambda: fastdense.models.create("rrdbnet", blocks=1, width=16), (1, 3, 8, 7)),

@@ -44,7 +44,17 @@ class _Reader:
 
 
 def _dense_block(
-    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, keep_bottleneck, process_group, contiguous=False
+    input,
+    weights,
+    eps,
+    num_layers,
+    bottleneck,
+    tail,
+    drop_rate,
+    seed,
+    keep_bottleneck,
+    process_group,
+    *_layout_and_mode,
 ) -> Results:
     reader = _Reader(weights, eps)
     layers = []
@@ -82,7 +92,7 @@ def _dual_path_stage(
 
 
 def _residual_dense_block(
-    input, weights, first_channels, fusion, negative_slope, scale, outer, outer_scale, contiguous=False
+    input, weights, first_channels, fusion, negative_slope, scale, outer, outer_scale, *_layout_and_mode
 ) -> Results:
     convs = [ConvWeights(weight, _given(bias)) for weight, bias in zip(weights[::2], weights[1::2], strict=True)]
     layers, last = (convs[:-1], convs[-1]) if fusion else (convs, None)

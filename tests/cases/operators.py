@@ -45,7 +45,7 @@ def dual_path_samples():
         StageCase(stride=2),
         StageCase(projection=False, size=(6,), memory="min"),
         StageCase(size=(4, 3, 2), memory="reversible", dtype=torch.float32),
-        StageCase(frozen=("",), num_blocks=1),
+        StageCase(frozen=("",), num_blocks=1, memory="recompute"),
     ):
         stage = Stage(case)
         flat = flatten_stage(stage.blocks, stage.projection, case.residual_channels, case.stride)
@@ -68,7 +68,7 @@ def residual_dense_block_samples(name: str):
         weights = [absent if w is None else w for conv in block.convs() for w in conv]
         how = (list(case.first or [0] * case.layers), case.fusion, case.slope, 0.3)
         if name == "residual_dense_block":
-            yield block.input, weights, *how, block.outer, 0.7, case.fusion
+            yield block.input, weights, *how, block.outer, 0.7, case.fusion, not case.fusion
             continue
         with torch.no_grad():
             out, buffer = torch.ops.fastdense.residual_dense_block(block.input, weights, *how, None, 1.0)
@@ -103,7 +103,7 @@ def norm_relu_max_pool_samples(name: str):
 def samples(name: str):
     if name == "dense_block":
         for block, weights, eps, options in dense_block_samples():
-            yield block.input, weights, eps, *options, block.case.memory == "balanced", "", block.case.width > 0
+            yield block.input, weights, eps, *options, block.case.memory == "balanced", "", block.case.width > 0, False
     elif name == "_dense_block_backward":
         for block, weights, eps, options in dense_block_samples():
             with torch.no_grad():

@@ -15,6 +15,7 @@
 #include "cpu/simd/isa.h"
 #include "cuda/kernel_choice.h"
 #include "highway_gate/highway_gate_math.h"
+#include "python/allocation_tape.h"
 #include "python/fingerprint.h"
 #include "residual_dense_block/residual_dense_block_math.h"
 
@@ -154,6 +155,7 @@ void bind(py::module_& m) {
   bind_residual_dense_block<float>(scalar, "_float");
   bind_bicubic(m, scalar);
   bind_fingerprint(m);
+  bind_allocation_tape(m);
 }
 
 }  // namespace

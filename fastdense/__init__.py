@@ -10,7 +10,22 @@ from fastdense._build_info import version
 
 __version__ = version()
 
-__all__ = ["bicubic_resize", "build_info", "convert", "models", "nn", "ops", "report", "restore", "upscale"]
+__all__ = [
+    "InsufficientMemory",
+    "MemoryPlan",
+    "bicubic_resize",
+    "build_info",
+    "convert",
+    "largest_batch",
+    "models",
+    "nn",
+    "ops",
+    "plan_memory",
+    "report",
+    "restore",
+    "set_memory",
+    "upscale",
+]
 
 
 def _is_command() -> bool:
@@ -25,7 +40,18 @@ def _is_command() -> bool:
 if TYPE_CHECKING or not _is_command():
     from fastdense import _extension, models, nn, ops  # noqa: F401  (says what to do if there is no torch or no build)
     from fastdense._extension import build_info
-    from fastdense._library import bicubic_resize, convert, report, restore, upscale
+    from fastdense._library import (
+        InsufficientMemory,
+        MemoryPlan,
+        bicubic_resize,
+        convert,
+        largest_batch,
+        plan_memory,
+        report,
+        restore,
+        set_memory,
+        upscale,
+    )
 else:
 
     def __getattr__(name: str) -> Any:

@@ -4,10 +4,27 @@
 from fastdense import _extension, _old_paths, models, nn, ops
 from fastdense.fusion.convert import convert, restore
 from fastdense.fusion.report import report
+from fastdense.memory.modes import set_memory
+from fastdense.memory.plan import InsufficientMemory, MemoryPlan, largest_batch, plan_memory
 from fastdense.ops import bicubic_resize
 from fastdense.sr.upscaling import upscale
 
-__all__ = ["bicubic_resize", "build_info", "convert", "models", "nn", "ops", "report", "restore", "upscale"]
+__all__ = [
+    "InsufficientMemory",
+    "MemoryPlan",
+    "bicubic_resize",
+    "build_info",
+    "convert",
+    "largest_batch",
+    "models",
+    "nn",
+    "ops",
+    "plan_memory",
+    "report",
+    "restore",
+    "set_memory",
+    "upscale",
+]
 
 build_info = _extension.build_info
 _old_paths.install()

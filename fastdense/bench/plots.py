@@ -25,6 +25,7 @@ _COLOURS = {
     "balanced": "#1f7a5c",
     "min": "#2d9cdb",
     "reversible": "#c0582f",
+    "recompute": "#5a6acf",
 }
 
 
@@ -53,6 +54,21 @@ def _bars(axes: Any, names: list[str], values: list[float | None], label: str, f
     for at, value in enumerate(values):
         text = "not measured" if value is None else format(value, form)
         axes.text((value or 0.0) + 0.01 * room, at, text, va="center", fontsize=9)
+
+
+def save_front(front: list[tuple[int, float]], chosen: tuple[int, float], title: str, path: Path) -> None:
+    """Draws peaks in bytes against seconds a step, the chosen one marked, and writes the picture."""
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    points = sorted(front)
+    axes.plot([peak / 2**30 for peak, _ in points], [1e3 * seconds for _, seconds in points], "o-", color="#1f7a5c")
+    axes.plot(chosen[0] / 2**30, 1e3 * chosen[1], "o", color="#c0582f", markersize=9, label="the plan")
+    axes.set_xlabel("peak of tensor memory, GiB")
+    axes.set_ylabel("ms per step")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(title, fontsize=11)
+    _save(figure, path)
 
 
 def save_sweep(result: SweepResult, path: Path) -> None:

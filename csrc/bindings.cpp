@@ -95,7 +95,7 @@ void bind_highway_activation(py::module_& scalar, const std::string& suffix) {
 
 template <typename A>
 void bind_highway_gate(py::module_& scalar, const std::string& suffix) {
-  scalar.def(("exp_of_nonpositive" + suffix).c_str(), &exp_of_nonpositive<A>, py::arg("v"));
+  scalar.def(("exp_of_nonpositive" + suffix).c_str(), [](A v) { return exp_of_nonpositive(v); }, py::arg("v"));
   scalar.def(("highway_tanh" + suffix).c_str(), &HighwayTanh::value<A>, py::arg("v"));
   bind_highway_activation<A, HighwayRelu>(scalar, "_relu" + suffix);
   bind_highway_activation<A, HighwayTanh>(scalar, "_tanh" + suffix);

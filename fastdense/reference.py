@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdense.ops.activation import Activation
 from fastdense.ops.arguments import BatchStatistics, NormWeights
 from fastdense.ops.dense_block import LayerWeights, TailWeights
 from fastdense.ops.dropout_mask import dropout_mask
@@ -18,14 +19,31 @@ _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _MAX_POOL: tuple[Callable[..., Tensor], ...] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
 
-def _conv(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, stride: int = 1, bias: Tensor | None = None) -> Tensor:
     padding = [size // 2 for size in weight.shape[2:]]
-    return _CONV[x.dim() - 3](x, weight, None, stride, padding, 1, x.shape[1] // weight.shape[1])
+    return _CONV[x.dim() - 3](x, weight, bias, stride, padding, 1, x.shape[1] // weight.shape[1])
 
 
 def _norm(x: Tensor, norm: NormWeights) -> Tensor:
     batch_statistics = norm.running_mean is None
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, batch_statistics, 0.0, norm.eps)
+
+
+def activate(x: Tensor, act: Activation) -> Tensor:
+    """The functions of torch with the names of :class:`fastdense.ops.Activation`."""
+    with_numbers: dict[str, Callable[..., Tensor]] = {
+        "leaky_relu": lambda: F.leaky_relu(x, act.first),
+        "elu": lambda: F.elu(x, act.first),
+        "celu": lambda: F.celu(x, act.first),
+        "softplus": lambda: F.softplus(x, act.first, act.second),
+        "gelu_tanh": lambda: F.gelu(x, approximate="tanh"),
+        "prelu": lambda: F.prelu(x, x.new_empty(0) if act.weight is None else act.weight),
+        "identity": lambda: x,
+    }
+    if act.name in with_numbers:
+        return with_numbers[act.name]()
+    plain: Callable[[Tensor], Tensor] = getattr(F, act.name)
+    return plain(x)
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,12 +63,12 @@ def dropout_factors(seed: Tensor, layer: int, drop_rate: float, like: Tensor) ->
 
 def dense_layer(x: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor | None]:
     """New features of one layer before dropout, and the bottleneck's output."""
-    y = F.relu(_norm(x, layer.norm1))
+    y = activate(_norm(x, layer.norm1), layer.act1)
     z = None
     if layer.conv1 is not None and layer.norm2 is not None:
-        z = _conv(y, layer.conv1)
-        y = F.relu(_norm(z, layer.norm2))
-    return _conv(y, layer.conv2), z
+        z = _conv(y, layer.conv1, bias=layer.bias1)
+        y = activate(_norm(z, layer.norm2), layer.act2)
+    return _conv(y, layer.conv2, bias=layer.bias2), z
 
 
 def dense_block(
@@ -81,9 +99,9 @@ def dense_block(
     statistics = BatchStatistics(torch.cat(means).detach(), torch.cat(variances).detach())
     if tail is not None:
         out = _norm(out, tail.norm)
-        out = F.relu(out) if tail.kind != "norm" else out
+        out = activate(out, tail.act) if tail.kind != "norm" else out
         if tail.conv is not None:
-            out = _AVG_POOL[out.dim() - 3](_conv(out, tail.conv), 2)
+            out = _AVG_POOL[out.dim() - 3](_conv(out, tail.conv, bias=tail.bias), 2)
     return out, statistics
 
 

@@ -232,21 +232,21 @@ CHANGES = {
     "old spectral norm": (lambda n: nn.utils.spectral_norm(first_layer(n).conv1), BLOCK, "denselayer1.conv1 has hooks"),
     "pruned": (lambda n: prune.l1_unstructured(first_layer(n).conv2, "weight", 0.5), BLOCK, "denselayer1.conv2 has"),
     "conv subclass": (lambda n: set_conv1(n, FoldedConv), BLOCK, "denselayer1.conv1 is a FoldedConv"),
-    "conv with bias": (lambda n: set_conv1(n, bias=True), BLOCK, "expected no bias"),
+    "circular padding": (lambda n: set_conv1(n, bias=True, padding_mode="circular"), BLOCK, "expected stride 1"),
     "grouped conv": (lambda n: set_conv2(n, groups=2), BLOCK, "groups 1"),
     "dilated conv": (lambda n: set_conv2(n, dilation=2, padding="same"), BLOCK, "denselayer1.conv2 is Conv2d"),
     "reflected padding": (lambda n: set_conv2(n, padding_mode="reflect"), BLOCK, "'same' zero padding"),
     "group norm": (lambda n: set_norm(n, partial(nn.GroupNorm, 2)), BLOCK, "denselayer1.norm2 is a GroupNorm"),
     "no norm": (lambda n: set_norm(n, nn.Identity), BLOCK, "denselayer1.norm2 is a Identity"),
-    "leaky relu": (lambda n: setattr(first_layer(n), "relu1", nn.LeakyReLU()), BLOCK, "relu1 is a LeakyReLU"),
-    "no relu": (lambda n: setattr(first_layer(n), "relu2", nn.Identity()), BLOCK, "denselayer1.relu2 is a Identity"),
+    "softmax": (lambda n: setattr(first_layer(n), "relu1", nn.Softmax(1)), BLOCK, "relu1 is a Softmax"),
+    "odd celu": (lambda n: setattr(first_layer(n), "relu2", nn.CELU(-1.0)), BLOCK, "alpha that is not above 0"),
     "one dropout": (lambda n: setattr(first_layer(n), "drop_rate", 1.0), BLOCK, "its layers differ in"),
     "extra module": (lambda n: setattr(first_layer(n), "gate", nn.ReLU()), BLOCK, "unknown sub-modules ['gate']"),
     "layer subclass": (lambda n: set_layer(n, FoldedLayer), BLOCK, "denselayer1 is a FoldedLayer"),
     "bottleneck of a subclass": (lambda n: set_layer(n, FoldedBottleneck), BLOCK, "denselayer1 is a FoldedBottleneck"),
     "wider layer": (set_wider_first_layer, BLOCK, "its layers differ in"),
     "wider bottleneck": (set_wider_bottleneck, BLOCK, "its layers differ in"),
-    "leaky transition": (lambda n: setattr(n.features.transition1, "relu", nn.LeakyReLU()), TRANSITION, "LeakyReLU"),
+    "hard transition": (lambda n: setattr(n.features.transition1, "relu", nn.Hardsigmoid()), TRANSITION, "Hardsigmoid"),
     "max pool": (lambda n: setattr(n.features.transition1, "pool", nn.MaxPool2d(2)), TRANSITION, "pool is a MaxPool2d"),
     "other pool": (
         lambda n: setattr(n.features.transition1, "pool", nn.AvgPool2d(3, 2, 1)),
@@ -287,7 +287,7 @@ def test_a_block_class_with_a_forward_of_its_own_is_left_alone():
     def change(net):
         net.features.denseblock1.__class__ = FoldedBlock
 
-    with one_warning(BLOCK, "its results differ from those of a dense block: norm, ReLU and convolution"):
+    with one_warning(BLOCK, "its results differ from those of a dense block: norm, activation and convolution"):
         plain, fast = pair(change=change)
     x = images()
     assert_same(step(fast, x), step(plain, x))
@@ -334,7 +334,7 @@ def test_pruning_made_permanent_is_fused_again():
     assert fused_calls(fast, x) == FUSED
 
 
-@pytest.mark.parametrize("options", [{"act_layer": "silu"}, {"norm_layer": "groupnorm1"}, {"act_layer": "leaky_relu"}])
+@pytest.mark.parametrize("options", [{"act_layer": "hard_sigmoid"}, {"norm_layer": "groupnorm1"}])
 def test_timm_nets_with_another_activation_or_norm_stay_plain(options):
     with fastdense_warnings() as messages:
         plain, fast = pair(timm_net, block_config=(1, 1), **options)
@@ -360,7 +360,7 @@ def test_timm_blur_pool_in_a_transition_stays_plain():
 
 
 def test_warnings_of_convert_point_at_its_caller():
-    for change in (CHANGES["leaky relu"][0], CHANGES["leaky transition"][0]):
+    for change in (CHANGES["softmax"][0], CHANGES["hard transition"][0]):
         net = torchvision_net()
         change(net)
         with pytest.warns(UserWarning, match="stays plain") as caught:

@@ -341,7 +341,8 @@ def test_a_layer_of_another_class_is_noticed():
     plain, fast = pair(net, change=change, when="after")
     x = images()
     with one_warning(
-        "dense2 runs as plain modules", "its results differ from those of a dense block: norm, ReLU and convolution"
+        "dense2 runs as plain modules",
+        "its results differ from those of a dense block: norm, activation and convolution",
     ):
         for _ in range(2):
             assert_same(step(fast, x), step(plain, x))

@@ -113,7 +113,7 @@ def set_module(index, make):
     return with_module(change)
 
 
-NOT_RESULTS = "its results differ from those of a dense block: norm, ReLU and convolution on all earlier features"
+NOT_RESULTS = "its results differ from those of a dense block: norm, activation and convolution on all earlier features"
 PLAIN = {
     "leaky": (of(Leaky), NOT_RESULTS),
     "mixed orders": (of(Skipping), NOT_RESULTS),
@@ -127,12 +127,16 @@ PLAIN = {
     "layer scale": (of(Scaled), "0 has parameters of its own"),
     "post-activation": (of(PostActivation), "0 is Conv2d, BatchNorm2d, Conv2d: expected norm, convolution"),
     "a list of layers that needs lists": (of(NewLayer), "it fails when called with one tensor"),
-    "GELU": (set_module(1, lambda _: nn.GELU()), "its layers have GELU: expected only batch norms, ReLU"),
+    "softmax": (
+        set_module(1, lambda _: nn.Softmax(1)),
+        "its layers have Softmax: expected only batch norms, activations",
+    ),
+    "CELU of no use": (set_module(1, lambda _: nn.CELU(-1.0)), r"CELU\(alpha=-1.0\) has an alpha that is not above 0"),
     "group norm": (set_module(3, lambda norm: nn.GroupNorm(2, norm.num_features)), "its layers have GroupNorm"),
-    "bias": (set_module(2, lambda c: nn.Conv2d(c.in_channels, 8, 1)), "0.2 is Conv2d.*: expected no bias"),
+    "stride": (set_module(2, lambda c: nn.Conv2d(c.in_channels, 8, 1, stride=2)), "0.2 is Conv2d.*: expected stride 1"),
     "groups": (
         set_module(5, lambda c: nn.Conv2d(8, K, 3, padding=1, groups=2, bias=False)),
-        r"0.5 is Conv2d.*: expected no bias, stride 1, groups 1",
+        r"0.5 is Conv2d.*: expected stride 1, groups 1",
     ),
     "dropout of channels": (set_module(6, lambda _: nn.Dropout2d(0.5)), "its forward draws random numbers"),
 }
@@ -205,5 +209,5 @@ def test_rdnet_says_why_it_stays_plain():
     for row, message in zip(rows, messages, strict=True):
         assert (row.kind, row.layers, row.runs) == ("block", 3, "plain")
         assert message == f"fastdense: {row.name} stays plain: {row.reason}"
-        assert "LayerNorm2d, timm.layers.activations.GELU" in row.reason
-        assert "expected only batch norms, ReLU, convolutions and dropout" in row.reason
+        assert "LayerNorm2d" in row.reason
+        assert "expected only batch norms, activations, convolutions and dropout" in row.reason

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdense import reference
-from fastdense.ops import LayerWeights, dense_block, update_running_stats_
-from tests.cases.dense_block import ALL, EMULATED_SCRATCH, Block, Case
+from fastdense.ops import Activation, LayerWeights, dense_block, update_running_stats_
+from tests.cases.dense_block import ACTIVATIONS, ALL, EMULATED_SCRATCH, Block, Case
 from tests.cases.random_block import (
     check,
     check_any_output_gradient,
@@ -92,6 +92,76 @@ def test_parity_of_special_cases(device, case):
     check(Block(replace(case, device=device)))
 
 
+@pytest.mark.parametrize("size", [(9,), (9, 12), (5, 4, 3)], ids=["1d", "2d", "3d"])
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=lambda act: act.name)
+def test_every_activation(act, size):
+    wide = Case(size=size, in_channels=140, growth_rate=36, width=40, num_layers=2)
+    for case in (
+        Case(size=size, tail="transition"),
+        Case(size=size, tail="transition", memory="min", bias=True, slopes=1),
+        Case(size=size, tail="norm_relu", width=0, bias=True),
+        Case(size=size, tail="norm_relu", frozen=ALL, bias=True),
+        Case(size=size, tail="none", frozen=("1.norm1", "2.norm2"), width=0, drop_rate=0.3),
+        replace(wide, tail="transition", bias=True, batch=5),
+        replace(wide, tail="norm_relu", memory="min", active=(False, True), drop_rate=0.2, bias=True),
+    ):
+        check(Block(replace(case, acts=(act,))))
+
+
+def test_activations_of_a_block_may_differ():
+    for width in (20, 0):
+        acts = (Activation("prelu"), Activation("gelu"), Activation("relu"), Activation("leaky_relu", 0.2))
+        check(Block(Case(acts=acts, width=width, num_layers=4, tail="transition", bias=True)))
+        check(Block(Case(acts=acts[:3], width=width, num_layers=4, tail="norm")))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=lambda act: act.name)
+def test_gradcheck_of_every_activation(act):
+    block = Block(Case(2, 3, 2, 2, 4, (4, 2), "transition", acts=(act,), bias=True), seed=3)
+    assert torch.autograd.gradcheck(lambda *_: block.run()[0], [block.input, *block.parameters], fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=lambda act: act.name)
+def test_activations_in_low_precision_are_no_worse_than_those_of_torch(act, dtype):
+    shape = Case(batch=4, in_channels=24, growth_rate=12, width=48, num_layers=4, size=(12, 12), tail="transition")
+    ours, theirs = low_precision_errors(Block, replace(shape, dtype=dtype, acts=(act,), slopes=1))
+    assert sum(ours) <= 1.5 * sum(theirs)
+
+
+def test_memory_modes_of_other_activations_are_bit_identical():
+    case = Case(dtype=torch.float32, tail="transition", size=(24, 24), drop_rate=0.2, bias=True)
+    for act in ("prelu", "mish"):
+        check_bit_identical(Block(replace(case, acts=(Activation(act),))), ["balanced", "min", "balanced"])
+
+
+def test_activations_save_nothing():
+    for memory, per_pixel in (("balanced", 28 + 3 * 20), ("min", 28)):
+        block = Block(Case(dtype=torch.float32, memory=memory, acts=(Activation("gelu"),), bias=True))
+        assert block.saved_numbers() == 3 * 7 * 5 * per_pixel + 2 * (28 + 3 * 20) + 1  # the seed
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["input", "1.act1.weight", "2.act2.weight", "tail.act.weight", "0.conv1.bias", "2.conv2.bias", "tail.conv.bias"],
+)
+def test_only_what_needs_a_gradient_gets_one_of_activations_and_biases(part):
+    check_one_gradient(
+        Block(Case(tail="transition", acts=(Activation("prelu"),), frozen=("norm2", "tail"), bias=True)), part
+    )
+
+
+def test_a_prelu_of_several_norms_adds_up():
+    block = Block(Case(tail="none", acts=(Activation("silu"),)))
+    act = Activation("prelu", weight=torch.tensor([0.3], dtype=torch.float64, requires_grad=True))
+    layers = [layer._replace(act1=act, act2=act) for layer in block.layers]
+    out, _ = dense_block(block.input, layers)
+    expected, _ = reference.dense_block(block.input, layers)
+    grad = block.normal(*out.shape)
+    made, wanted = (torch.autograd.grad(y, act.weight, grad)[0] for y in (out, expected))
+    assert relative(made, wanted) < 1e-12
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_simd_level_of_this_machine(level):
     if level not in available_levels():
@@ -101,6 +171,8 @@ def test_every_simd_level_of_this_machine(level):
     with simd_level(level):
         check(Block(Case(in_channels=37, growth_rate=5, width=19, tail="transition", size=(9, 8))))
         check(Block(Case(dtype=torch.float32, in_channels=37, width=19, tail="transition")), tolerance=2e-5)
+        for act in ACTIVATIONS:
+            check(Block(Case(in_channels=37, growth_rate=5, width=19, tail="transition", acts=(act,), bias=True)))
         # Sizes that fill no tile. A flipped ReLU weighs a lot in so small a block, hence the sum and the factor.
         for dtype in (torch.bfloat16, torch.float16):
             for case in (
@@ -310,6 +382,40 @@ def test_errors_of_options():
     tail = Block(Case(tail="transition")).tail
     with pytest.raises(ValueError, match="at least 2 in front of the transition"):
         dense_block(block.input[..., :1], block.layers, tail=tail)
+
+
+def with_act(block: Block, act: Activation) -> tuple[Tensor, list[LayerWeights]]:
+    return block.input, [layer._replace(act1=act) for layer in block.layers]
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("every one of activations to be relu, .*, got swish", lambda b: with_act(b, Activation("swish"))),
+        ("of celu to be alpha above 0 and 0, got 0 and 0", lambda b: with_act(b, Activation("celu"))),
+        ("of silu to be 0 and 0, got 1 and 0", lambda b: with_act(b, Activation("silu", 1.0))),
+        ("of softplus to be beta above 0", lambda b: with_act(b, Activation("softplus", -1.0, 20.0))),
+        ("activation_parameters to be finite, got nan", lambda b: with_act(b, Activation("elu", float("nan")))),
+        (r"layer 0.act1.weight to be given, as the activation is prelu", lambda b: with_act(b, Activation("prelu"))),
+        (r"layer 1.act1.weight to have shape \[16\]", lambda b: with_act(b, Activation("prelu", weight=b.normal(10)))),
+        (r"layer 0.act1.weight to be absent", lambda b: with_act(b, Activation("silu", weight=b.normal(10)))),
+        (
+            r"layer 0.conv2.bias to have shape \[6\], got \[7\]",
+            lambda b: (b.input, [b.layers[0]._replace(bias2=b.normal(7)), *b.layers[1:]]),
+        ),
+    ],
+)  # fmt: skip
+def test_errors_of_activations_and_biases(message, arguments):
+    with pytest.raises(ValueError, match=f"dense_block: expected .*{message}"):
+        dense_block(*arguments(Block(Case())))
+
+
+def test_kernels_for_cuda_refuse_other_activations_and_biases():
+    """Which they do not have."""
+    with on_device("emulated", EMULATED_SCRATCH) as device:
+        for case in (Case(acts=(Activation("silu"),)), Case(bias=True), Case(tail="transition", bias=True)):
+            with pytest.raises(NotImplementedError, match="expected ReLU and convolutions without bias on CUDA"):
+                Block(replace(case, device=device)).run()
 
 
 def running(device: str, *sizes: int):

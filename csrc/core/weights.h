@@ -23,7 +23,7 @@ struct NormArgs {
   bool frozen() const { return running_mean.defined(); }
 };
 
-// A convolution's weight, or its bias, and its position in the list.
+// A convolution's weight, or its bias, or another parameter, and its position in the list.
 struct ConvArgs {
   at::Tensor weight;
   int64_t at = 0;
@@ -66,6 +66,12 @@ class WeightReader {
   ConvArgs bias(const std::string& name, int64_t channels) {
     const int64_t at = next_;
     return {take(name + ".bias", {channels}, true), at};
+  }
+
+  // One number, or one for each channel; undefined where there is none.
+  ConvArgs one_or(const std::string& name, int64_t channels) {
+    const int64_t at = next_;
+    return {take(name, {weights_[size_t(at)].numel() == 1 ? 1 : channels}, true), at};
   }
 
   // The tensor `ahead` places behind the current one, given or not.

@@ -71,6 +71,21 @@ class BlockBackward : public BlockForward<T> {
     double *sum, *weighted;  // [channels]
   };
 
+  // What else a pass sums up: PReLU's gradient by channel, and a bias's.
+  struct ExtraSums {
+    int64_t slopes = 0, biases = 0;  // how many numbers of each, 0 for none
+  };
+  // Starts them anew for the next pass.
+  void start_extra_sums(ExtraSums sizes) {
+    const auto zeros = [&](int64_t n) {
+      return n > 0 ? at::zeros({this->workers, n}, at::TensorOptions().dtype(at::kDouble)) : at::Tensor();
+    };
+    slope_sums_ = zeros(sizes.slopes);
+    bias_sums_ = zeros(sizes.biases);
+  }
+  at::Tensor slope_sum() const { return slope_sums_.sum(0); }
+  at::Tensor bias_sum() const { return bias_sums_.sum(0); }
+
   // Weight gradients [workers, depth, padded n] and sums, zeroed.
   at::Tensor worker_gradients(bool needed, int64_t depth, int64_t n) {
     sums_.zero_();
@@ -90,7 +105,15 @@ class BlockBackward : public BlockForward<T> {
   BackwardEpilogue<T> epilogue(int64_t worker, T* gradient, int64_t ld, bool accumulate, const A* mean,
                                const at::Tensor& dweight) {
     const Sums s = worker_sums(worker);
-    return {gradient, ld, accumulate, mean, s.sum, s.weighted, of_worker(dweight, worker)};
+    return {gradient,
+            ld,
+            accumulate,
+            mean,
+            s.sum,
+            s.weighted,
+            of_worker(dweight, worker),
+            row_of_worker(slope_sums_, worker),
+            row_of_worker(bias_sums_, worker)};
   }
 
   // Parameter gradients of the channels [first, first + n) of a norm from their sums, in place: sum -> s1, weighted ->
@@ -156,6 +179,9 @@ class BlockBackward : public BlockForward<T> {
     double* s = sums_.mutable_data_ptr<double>() + worker * 2 * widest_;
     return {s, s + widest_};
   }
+  static double* row_of_worker(const at::Tensor& sums, int64_t worker) {
+    return sums.defined() ? sums.mutable_data_ptr<double>() + worker * sums.size(1) : nullptr;
+  }
   // Sums over all workers, in worker 0's place.
   Sums total_sums(int64_t n) {
     const Sums total = worker_sums(0);
@@ -172,7 +198,8 @@ class BlockBackward : public BlockForward<T> {
   const std::vector<bool>& needs_;
   const at::TensorList weights_;
   const at::TensorOptions options_;
-  at::Tensor sums_;  // [workers, 2, widest]
+  at::Tensor sums_;                    // [workers, 2, widest]
+  at::Tensor slope_sums_, bias_sums_;  // [workers, numbers], undefined where there are none
   std::vector<at::Tensor> grads_;
 };
 

@@ -103,6 +103,14 @@ class BlockForward {
 
   static at::Tensor accumulate_type(const at::Tensor& t) { return t.to(kAccumulate).contiguous(); }
 
+  // A bias [n] in the type of arithmetic, and its numbers; undefined and nullptr where there is none.
+  static at::Tensor bias_of(const ConvArgs& bias) {
+    return bias.weight.defined() ? accumulate_type(bias.weight) : at::Tensor();
+  }
+  static const A* data_of(const at::Tensor& bias) {
+    return bias.defined() ? bias.template const_data_ptr<A>() : nullptr;
+  }
+
   // conv [k, in, kernel...] as rows [taps * k, in].
   static at::Tensor tap_rows(const at::Tensor& conv) {
     const at::Tensor w = accumulate_type(conv);

@@ -38,7 +38,8 @@ void check_input(const char* op, at::IntArrayRef sizes, at::TensorList weights, 
   }
 }
 
-void read_layers(const char* op, WeightReader& reader, DenseBlockArgs& args, int64_t num_layers) {
+void read_layers(const char* op, WeightReader& reader, ActivationReader& activations, DenseBlockArgs& args,
+                 int64_t num_layers) {
   const size_t dims = args.spatial.size();
   for (int64_t l = 0; l < num_layers; ++l) {
     const std::string name = "layer " + std::to_string(l);
@@ -48,6 +49,7 @@ void read_layers(const char* op, WeightReader& reader, DenseBlockArgs& args, int
     layer.z_index = args.active_layers();
     int64_t in = layer.channels;
     layer.norm1 = reader.norm(name + ".norm1", in);
+    layer.act1 = activations.next();
     const auto first_of_all = [&](const std::string& conv) -> const at::Tensor& {
       if (!layer.dropped) return reader.peek(0, name + conv, dims + 2);
       check_rank(op, (name + conv + ".weight").c_str(), reader.at(0), int64_t(dims) + 2);
@@ -58,6 +60,7 @@ void read_layers(const char* op, WeightReader& reader, DenseBlockArgs& args, int
       layer.conv1 = reader.conv(name + ".conv1", conv1x1_shape(args.width, layer.dropped ? 0 : in, dims));
       in = args.width;
       layer.norm2 = reader.norm(name + ".norm2", in);
+      layer.act2 = activations.next();
     }
     if (l == 0) {
       const at::Tensor& first = first_of_all(".conv2");
@@ -74,9 +77,14 @@ void read_layers(const char* op, WeightReader& reader, DenseBlockArgs& args, int
   }
 }
 
-void read_tail(const char* op, WeightReader& reader, DenseBlockArgs& args) {
+void read_tail(const char* op, WeightReader& reader, ActivationReader& activations, DenseBlockArgs& args) {
   if (args.tail == Tail::kNone) return;
   args.tail_norm = reader.norm("tail.norm", args.channels());
+  args.tail_act = activations.next();
+  if (args.tail == Tail::kNorm && activations.given())
+    TORCH_CHECK_VALUE(args.tail_act.kind == Activation::kIdentity, op,
+                      ": expected the activation of a tail that is a norm alone to be identity, got ",
+                      activations.name());
   if (args.tail != Tail::kTransition) return;
   const int64_t out = reader.peek(0, "tail.conv", args.spatial.size() + 2).size(0);
   args.tail_conv = reader.conv("tail.conv", conv1x1_shape(out, args.channels(), args.spatial.size()));
@@ -87,6 +95,54 @@ void read_tail(const char* op, WeightReader& reader, DenseBlockArgs& args) {
                       ": expected every spatial size to be at least 2 in front of the transition's pooling, got ",
                       at::IntArrayRef(args.spatial));
   }
+}
+
+// What stands behind all norms and convolutions: PReLU's parameters, and biases.
+void read_extras(const char* op, WeightReader& reader, DenseBlockArgs& args) {
+  const auto slope = [&](ActivationArgs& act, const std::string& name, int64_t channels) {
+    act.slope = reader.one_or(name + ".weight", channels);
+    TORCH_CHECK_VALUE(act.is_prelu || !act.slope.weight.defined(), op, ": expected ", name,
+                      ".weight to be absent, as the activation is not prelu, got shape ", act.slope.weight.sizes());
+  };
+  for (size_t l = 0; l < args.layers.size(); ++l) {
+    LayerArgs& layer = args.layers[l];
+    const std::string name = "layer " + std::to_string(l);
+    slope(layer.act1, name + ".act1", layer.channels);
+    if (args.bottleneck) {
+      layer.bias1 = reader.bias(name + ".conv1", args.width);
+      slope(layer.act2, name + ".act2", args.width);
+    }
+    layer.bias2 = reader.bias(name + ".conv2", args.growth);
+  }
+  if (args.tail == Tail::kNone) return;
+  slope(args.tail_act, "tail.act", args.channels());
+  if (args.tail == Tail::kTransition) args.tail_bias = reader.bias("tail.conv", args.tail_conv.weight.size(0));
+}
+
+void check_prelus(const char* op, const DenseBlockArgs& args) {
+  const auto check = [&](const ActivationArgs& act, const std::string& name) {
+    TORCH_CHECK_VALUE(!act.is_prelu || act.slope.weight.defined(), op, ": expected ", name,
+                      ".weight to be given, as the activation is prelu, got none");
+  };
+  for (size_t l = 0; l < args.layers.size(); ++l) {
+    if (args.layers[l].dropped) continue;
+    const std::string name = "layer " + std::to_string(l);
+    check(args.layers[l].act1, name + ".act1");
+    check(args.layers[l].act2, name + ".act2");
+  }
+  check(args.tail_act, "tail.act");
+}
+
+std::vector<int64_t> readers_of(const DenseBlockArgs& args, size_t weights) {
+  const auto layers = int64_t(args.layers.size());
+  std::vector<int64_t> readers;
+  const auto add = [&](int64_t count, int64_t reader) { readers.insert(readers.end(), size_t(count), reader); };
+  for (int64_t l = 0; l < layers; ++l) add(args.bottleneck ? 10 : 5, l);
+  if (args.tail != Tail::kNone) add(args.tail == Tail::kTransition ? 5 : 4, layers);
+  if (readers.size() < weights)
+    for (int64_t l = 0; l < layers; ++l) add(args.bottleneck ? 4 : 2, l);
+  readers.resize(weights, layers);
+  return readers;
 }
 
 }  // namespace
@@ -102,9 +158,18 @@ bool DenseBlockArgs::any_batch_statistics() const {
 }
 
 int64_t DenseBlockArgs::lowest_layer(const std::vector<bool>& needs) const {
-  const auto first = std::find(needs.begin(), needs.end(), true) - needs.begin();
-  const int64_t per_layer = bottleneck ? 10 : 5;
-  return first == 0 ? 0 : std::min<int64_t>((first - 1) / per_layer, int64_t(layers.size()));
+  int64_t lowest = needs[0] ? 0 : int64_t(layers.size());
+  for (size_t i = 0; i < readers.size(); ++i)
+    if (needs[i + 1]) lowest = std::min(lowest, readers[i]);
+  return lowest;
+}
+
+bool DenseBlockArgs::has_extras() const {
+  const auto other = [](const ActivationArgs& act) { return act.kind != Activation::kRelu; };
+  for (const LayerArgs& layer : layers)
+    if (other(layer.act1) || other(layer.act2) || layer.bias1.weight.defined() || layer.bias2.weight.defined())
+      return true;
+  return (tail != Tail::kNone && tail != Tail::kNorm && other(tail_act)) || tail_bias.weight.defined();
 }
 
 std::vector<int64_t> DenseBlockArgs::sizes(int64_t channels, bool pooled) const {
@@ -119,7 +184,7 @@ std::vector<int64_t> DenseBlockArgs::out_sizes() const {
 
 DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at::TensorOptions& options,
                                  at::TensorList weights, const DenseBlockOptions& how) {
-  const auto& [eps, num_layers, bottleneck, tail, drop_rate, seed, process_group] = how;
+  const auto& [eps, num_layers, bottleneck, tail, drop_rate, seed, process_group, names, numbers] = how;
   TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, op,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
   for (const int64_t size : sizes.slice(1)) check_at_least(op, "every size of input but the batch's", size, 1);
@@ -137,9 +202,11 @@ DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at
   DenseBlockArgs args;
   args.tail = parse_tail(op, tail);
   const bool has_tail = args.tail != Tail::kNone;
-  const int64_t expected = num_layers * (bottleneck ? 10 : 5) + (has_tail ? 4 : 0) + (args.tail == Tail::kTransition);
   const int64_t norms = num_layers * (bottleneck ? 2 : 1) + has_tail;
-  check_entries(op, "weights", weights.size(), expected);
+  const int64_t convs = num_layers * (bottleneck ? 2 : 1) + (args.tail == Tail::kTransition);
+  const int64_t expected = 4 * norms + convs;
+  const bool has_extras = int64_t(weights.size()) == expected + norms + convs && !weights.empty();
+  if (!has_extras) check_entries(op, "weights", weights.size(), expected);
   check_entries(op, "eps", eps.size(), norms);
   check_input(op, sizes, weights, num_layers, args.tail);
   args.batch = sizes[0];
@@ -150,9 +217,13 @@ DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at
   args.process_group = process_group;
   fill_three(args.spatial, args.conv.size);
   WeightReader reader(op, weights, eps, options);
-  read_layers(op, reader, args, num_layers);
-  read_tail(op, reader, args);
+  ActivationReader activations(op, names, numbers, norms);
+  read_layers(op, reader, activations, args, num_layers);
+  read_tail(op, reader, activations, args);
+  if (has_extras) read_extras(op, reader, args);
+  check_prelus(op, args);
   args.constants = reader.constants();
+  args.readers = readers_of(args, weights.size());
   TORCH_CHECK_VALUE(args.pixels() != 1 || !args.any_batch_statistics() || !process_group.empty(), op,
                     ": expected input to have more than 1 value per channel when training, got shape ", sizes);
   return args;

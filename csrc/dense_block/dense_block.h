@@ -15,6 +15,9 @@
 // Stochastic depth drops layers: a dropped one writes zeros, which later layers read like any other values (mean and
 // variance 0), and neither pass computes or saves anything else for it.
 //
+// Each norm is followed by its activation, ReLU unless another is named.  Activations have no state: backward makes
+// what they read again from the buffer and takes their derivative there.
+//
 // Saved: the buffer, mean and variance [C + L*b], and in `keep_bottleneck` mode the 1x1 outputs z [layers that are not
 // dropped, pixels, b].
 // Recomputed: norm + ReLU of every prefix, norm2 + ReLU, dropout masks, and z when it was not saved.
@@ -27,6 +30,7 @@
 #include <string_view>
 #include <vector>
 
+#include "core/activation_args.h"
 #include "core/geometry.h"
 #include "core/layout.h"
 #include "core/weights.h"
@@ -36,8 +40,10 @@ namespace fastdense {
 enum class Tail { kNone, kTransition, kNorm, kNormRelu };
 
 struct LayerArgs {
-  NormArgs norm1, norm2;  // norm2 and conv1 only with a bottleneck
+  NormArgs norm1, norm2;  // norm2, act2 and conv1 only with a bottleneck
+  ActivationArgs act1, act2;
   ConvArgs conv1, conv2;  // [b, c, 1...], [k, b or c, kernel...]
+  ConvArgs bias1, bias2;  // [b], [k], or undefined
   int64_t channels = 0;   // of the prefix that it reads
   bool dropped = false;   // the slice is zeros, and nothing is computed
   int64_t z_index = 0;    // its place in z: layers before it that are not dropped
@@ -51,12 +57,15 @@ struct DenseBlockArgs {
   ConvGeometry conv{};
   Tail tail = Tail::kNone;
   NormArgs tail_norm;
+  ActivationArgs tail_act;
   ConvArgs tail_conv;  // [co, C, 1...]
+  ConvArgs tail_bias;  // [co], or undefined
   PoolGeometry pool{};
   double drop_rate = 0;
   bool recompute = false;          // backward runs forward again: both runs make z, whatever their norms are
   std::string process_group;       // see SyncBatchNorm
   std::vector<int64_t> constants;  // positions of weights without a gradient
+  std::vector<int64_t> readers;    // of each weight: the layer that reads it, or their number for the tail's
 
   int64_t channels() const { return in_channels + int64_t(layers.size()) * growth; }
   int64_t pixels() const { return batch * conv.pixels(); }
@@ -65,6 +74,7 @@ struct DenseBlockArgs {
   int64_t norm2_statistics(int64_t l) const { return channels() + l * width; }
   int64_t active_layers() const;
   bool any_batch_statistics() const;
+  bool has_extras() const;  // another activation than ReLU, or a bias
   // Backward leaves out the layers below the lowest one with a parameter or input that needs a gradient; `needs` is
   // that of the input and of every weight.
   int64_t lowest_layer(const std::vector<bool>& needs) const;
@@ -81,12 +91,17 @@ struct DenseBlockOptions {
   double drop_rate;
   const std::optional<at::Tensor>& seed;
   std::string_view process_group;
+  std::string_view activations;
+  at::ArrayRef<double> activation_parameters;
 };
 
 // Reads and checks the arguments.  `sizes` is the shape of the input; the lists are laid out as in ops/dense_block.py:
 // for each layer norm1 (weight, bias, running_mean, running_var), conv1, norm2 (4), conv2, then the tail's norm and
 // conv. A tensor without elements stands for an absent one; convolutions of no channels, [b, 0, 1...] and
-// [k, 0, kernel...], for a dropped layer's.
+// [k, 0, kernel...], for a dropped layer's.  Behind these, if any is given: for each layer PReLU's parameter of act1,
+// the bias of conv1, PReLU's parameter of act2, the bias of conv2 (without a bottleneck the first and the last of
+// them), then the same of the tail.  `activations` has one name for each norm, or none where all are ReLU, and
+// `activation_parameters` two numbers for each, see ActivationReader.
 DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at::TensorOptions& options,
                                  at::TensorList weights, const DenseBlockOptions& how);
 

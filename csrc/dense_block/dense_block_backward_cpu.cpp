@@ -2,6 +2,7 @@
 // Backward of the dense block on the CPU.  Layers in reverse; `gradient_` collects scale * dy of all consumers, and
 // corrections_ the norm corrections, until a slice is finalised.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include "cpu/block_backward.h"
@@ -52,6 +53,21 @@ class Backward : BlockBackward<T> {
   }
 
  private:
+  // In front of a pass over what an activation of `channels` reads: its sums, and those of a bias.
+  void start_sums(const ActivationArgs& act, int64_t channels, const ConvArgs& bias = {}) {
+    const bool needs_slope = act.is_prelu && this->needs(act.slope.at);
+    const bool needs_bias = bias.weight.defined() && this->needs(bias.at);
+    this->start_extra_sums({needs_slope ? channels : 0, needs_bias ? bias.weight.numel() : 0});
+  }
+  // Behind the pass: gradients of PReLU's parameter and of the bias.
+  void set_extras(const ActivationArgs& act, const ConvArgs& bias = {}) {
+    if (act.is_prelu && this->needs(act.slope.at)) {
+      const at::Tensor by_channel = this->slope_sum();
+      this->set(act.slope.at, act.slope.weight.numel() == 1 ? by_channel.sum() : by_channel);
+    }
+    if (bias.weight.defined() && this->needs(bias.at)) this->set(bias.at, this->bias_sum());
+  }
+
   // The consumer of a prefix is done: its parameter gradients, and the deferred correction of its channels.
   void consumed(const NormArgs& norm, const Coefficients& c) {
     const Sums s = this->norm_gradients(norm, c);
@@ -64,7 +80,9 @@ class Backward : BlockBackward<T> {
     const at::Tensor panels = this->pack_backward(args_.tail_conv.weight, 0, ld_);
     const at::Tensor dweight = this->worker_gradients(this->needs(args_.tail_conv.at), co, ld_);
     const Gradient<T> dy{static_cast<const T*>(grad.const_data_ptr()), co, co};
-    const Source<T> source = this->source(x_, ld_, c);
+    const NormActivation<T> act(args_.tail_act, ld_);
+    const Source<T> source = act.of(this->source(x_, ld_, c));
+    start_sums(args_.tail_act, ld_, args_.tail_bias);
     this->for_each_chunk(args_.batch * args_.pool.pixels(), kernels.backward_rows,
                          [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
                            kernels.conv1x1_backward(source, &args_.pool, row, rows, {dy}, this->panels_of(panels),
@@ -72,6 +90,7 @@ class Backward : BlockBackward<T> {
                                                     this->workspace(worker));
                          });
     if (this->needs(args_.tail_conv.at)) this->set(args_.tail_conv.at, this->total(dweight, co, ld_));
+    set_extras(args_.tail_act, args_.tail_bias);
     consumed(args_.tail_norm, c);
   }
 
@@ -79,11 +98,14 @@ class Backward : BlockBackward<T> {
     const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
     const at::Tensor none = this->worker_gradients(false, 0, 0);
     const T* dy = static_cast<const T*>(grad.const_data_ptr());
-    const Source<T> source = this->source(x_, ld_, c);
+    const NormActivation<T> act(args_.tail_act, ld_);
+    const Source<T> source = act.of(this->source(x_, ld_, c));
+    start_sums(args_.tail_act, ld_);
     this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
       kernels.norm_backward(source, args_.tail == Tail::kNormRelu, row, rows, dy,
                             this->epilogue(worker, g_, ld_, true, c.mean(), none), this->workspace(worker));
     });
+    set_extras(args_.tail_act);
     consumed(args_.tail_norm, c);
   }
 
@@ -102,6 +124,13 @@ class Backward : BlockBackward<T> {
     return d_;
   }
 
+  // [k]: sums over the pixels of the gradient of a slice, which is held as factors of products.
+  at::Tensor sum_of_slice(const at::Tensor& d) const {
+    const bool narrow = kernels.operand_bytes < int64_t(sizeof(A));
+    const at::ScalarType type = narrow ? at::kBFloat16 : BlockForward<T>::kAccumulate;
+    return at::sum(d.view(type).view({pixels_, args_.growth}), at::IntArrayRef({0}), false, at::kDouble);
+  }
+
   void input() {
     const int64_t n = args_.in_channels;
     const at::Tensor corrections = this->take(corrections_, 0, n, pixels_);
@@ -117,10 +146,14 @@ class Backward : BlockBackward<T> {
   void layer(int64_t l) {
     const LayerArgs& layer = args_.layers[l];
     const Coefficients c1 = this->coefficients(layer.norm1, mean_, var_, layer.channels);
-    const Source<T> prefix = this->source(x_, ld_, c1);
+    const NormActivation<T> act1(layer.act1, layer.channels), act2(layer.act2, args_.width);
+    const Source<T> prefix = act1.of(this->source(x_, ld_, c1));
     const at::Tensor d = slice_gradient(l);
+    if (layer.bias2.weight.defined() && this->needs(layer.bias2.at)) this->set(layer.bias2.at, sum_of_slice(d));
     if (!args_.bottleneck) {
+      start_sums(layer.act1, layer.channels);
       conv(layer, prefix, d, g_, ld_, true, c1.mean());
+      set_extras(layer.act1);
       return consumed(layer.norm1, c1);
     }
     const at::Tensor z = bottleneck(l, prefix);
@@ -129,10 +162,14 @@ class Backward : BlockBackward<T> {
     const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, b);
     if (!dv_.defined()) dv_ = at::empty({pixels_, b}, this->options());
     T* dvp = static_cast<T*>(dv_.mutable_data_ptr());
-    conv(layer, this->source(zp, b, c2), d, dvp, b, false, c2.mean());
+    start_sums(layer.act2, b);
+    conv(layer, act2.of(this->source(zp, b, c2)), d, dvp, b, false, c2.mean());
+    set_extras(layer.act2);
     const Sums t = this->norm_gradients(layer.norm2, c2);
     at::Tensor memory;
+    start_sums(layer.act1, layer.channels, layer.bias1);
     conv1x1(layer, prefix, c1, this->norm_backward(layer.norm2, c2, t, dvp, zp, pixels_, memory));
+    set_extras(layer.act1, layer.bias1);
     consumed(layer.norm1, c1);
   }
 
@@ -211,6 +248,7 @@ class Backward : BlockBackward<T> {
 
 struct BackwardEngine {
   using Guard = c10::Device;  // nothing to guard
+  static constexpr bool kHasExtras = true;
   template <typename T>
   static std::vector<at::Tensor> backward(const DenseBlockArgs& args, const DenseBlockSaved& saved,
                                           const at::Tensor& grad_output, const std::optional<at::Tensor>& seed,

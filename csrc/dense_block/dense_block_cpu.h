@@ -48,17 +48,49 @@ class DenseBlockConvolution {
   int64_t slab_planes_ = 1;
 };
 
-// z [pixels, b] = act(prefix) * conv1^T; partial [chunks, 2, b]: mean and M2 of each chunk, or nullptr.
+// What stands behind a norm of `channels`, as sources take it.  Outlives them: they point here.
+template <typename T>
+class NormActivation {
+ public:
+  using A = accumulate_t<T>;
+
+  NormActivation(const ActivationArgs& args, int64_t channels) : is_relu_(args.kind == Activation::kRelu) {
+    if (is_relu_) return;
+    const auto& p = args.parameters;
+    activation_ = {row_activation<A>(current_isa(), args.kind), {A(p.a), A(p.b), A(p.c)}};
+    if (args.kind != Activation::kLeakyRelu) return;
+    slope_ = BlockForward<T>::template temporary<A>({channels});
+    if (args.is_prelu)
+      slope_.copy_(args.slope.weight);  // one for all of them, or one each
+    else
+      slope_.fill_(p.a);
+    activation_.slope = slope_.template const_data_ptr<A>();
+  }
+  NormActivation(const NormActivation&) = delete;
+
+  Source<T> of(Source<T> source) const {
+    source.activation = is_relu_ ? nullptr : &activation_;
+    return source;
+  }
+
+ private:
+  const bool is_relu_;
+  SourceActivation<A> activation_{};
+  at::Tensor slope_;
+};
+
+// z [pixels, b] = act(prefix) * conv1^T + bias; partial [chunks, 2, b]: mean and M2 of each chunk, or nullptr.
 template <typename T>
 void make_bottleneck(const BlockForward<T>& block, const LayerArgs& layer, int64_t pixels, const Source<T>& prefix,
                      T* z, double* partial) {
   const int64_t b = layer.conv1.weight.size(0);
-  const at::Tensor panels = block.pack_forward(layer.conv1.weight);
+  const at::Tensor panels = block.pack_forward(layer.conv1.weight), bias = block.bias_of(layer.bias1);
   block.for_each_chunk(
       pixels, block.kernels.chunk_rows(layer.channels), [&](int64_t worker, int64_t chunk, int64_t row, int64_t count) {
         double* moments = partial ? partial + 2 * chunk * b : nullptr;
         block.kernels.conv1x1({prefix}, nullptr, row, count, block.panels_of(panels),
-                              {{z, b, b, moments, moments ? moments + b : nullptr}}, block.workspace(worker));
+                              {{z, b, b, moments, moments ? moments + b : nullptr, nullptr, 0, block.data_of(bias)}},
+                              block.workspace(worker));
       });
 }
 

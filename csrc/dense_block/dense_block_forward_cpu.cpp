@@ -43,13 +43,15 @@ class Forward : BlockForward<T> {
   void layer(int64_t l) {
     const LayerArgs& layer = args_.layers[l];
     const Coefficients c1 = this->coefficients(layer.norm1, mean_, var_, layer.channels);
-    const Source<T> prefix = this->source(x_, ld_, c1);
+    const NormActivation<T> act1(layer.act1, layer.channels);
+    const Source<T> prefix = act1.of(this->source(x_, ld_, c1));
     if (!args_.bottleneck) return conv(l, prefix);
     T* z = static_cast<T*>((one_z_.defined() ? one_z_ : z_[layer.z_index]).mutable_data_ptr());
     const int64_t at = args_.norm2_statistics(l);
     bottleneck(layer, prefix, z, !layer.norm2.frozen(), at);
     const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, args_.width);
-    conv(l, this->source(z, args_.width, c2));
+    const NormActivation<T> act2(layer.act2, args_.width);
+    conv(l, act2.of(this->source(z, args_.width, c2)));
   }
 
   void bottleneck(const LayerArgs& layer, const Source<T>& prefix, T* z, bool statistics, int64_t first) {
@@ -73,11 +75,13 @@ class Forward : BlockForward<T> {
     double* p = partial.mutable_data_ptr<double>();
     const void* w = this->panels_of(panels);
     const Dropout dropout = conv_.dropout(seed_, l);
+    const at::Tensor bias = this->bias_of(layer.bias2);
     this->for_each_worker(units, [&](int64_t worker, int64_t unit) {
       const int64_t begin = unit % slabs * planes;
       double* moments = statistics ? p + 2 * unit * k : nullptr;
       run(in, args_.conv, {unit / slabs, begin, std::min(begin + planes, outer)}, w,
-          {x_ + layer.channels, ld_, k, moments, moments ? moments + k : nullptr}, dropout, this->workspace(worker));
+          {x_ + layer.channels, ld_, k, moments, moments ? moments + k : nullptr, nullptr, 0, this->data_of(bias)},
+          dropout, this->workspace(worker));
     });
     if (!statistics) return;
     const auto count = [&](int64_t u) {
@@ -95,18 +99,22 @@ class Forward : BlockForward<T> {
   void transition(T* out) {
     const int64_t co = args_.tail_conv.weight.size(0), most = kernels.chunk_rows(ld_);
     const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
-    const at::Tensor panels = this->pack_forward(args_.tail_conv.weight);
-    this->for_each_chunk(args_.batch * args_.pool.pixels(), most,
-                         [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-                           kernels.conv1x1({this->source(x_, ld_, c)}, &args_.pool, row, rows, this->panels_of(panels),
-                                           {{out, co, co}}, this->workspace(worker));
-                         });
+    const NormActivation<T> act(args_.tail_act, ld_);
+    const Source<T> source = act.of(this->source(x_, ld_, c));
+    const at::Tensor panels = this->pack_forward(args_.tail_conv.weight), bias = this->bias_of(args_.tail_bias);
+    this->for_each_chunk(
+        args_.batch * args_.pool.pixels(), most, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+          kernels.conv1x1({source}, &args_.pool, row, rows, this->panels_of(panels),
+                          {{out, co, co, nullptr, nullptr, nullptr, 0, this->data_of(bias)}}, this->workspace(worker));
+        });
   }
 
   void norm(T* out) {
     const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
+    const NormActivation<T> act(args_.tail_act, ld_);
+    const Source<T> source = act.of(this->source(x_, ld_, c));
     this->for_each_chunk(pixels_, kernels.chunk_rows(ld_), [&](int64_t, int64_t, int64_t row, int64_t rows) {
-      kernels.norm(this->source(x_, ld_, c), args_.tail == Tail::kNormRelu, row, rows, out);
+      kernels.norm(source, args_.tail == Tail::kNormRelu, row, rows, out);
     });
   }
 
@@ -122,6 +130,7 @@ class Forward : BlockForward<T> {
 
 struct ForwardEngine {
   using Guard = c10::Device;  // nothing to guard
+  static constexpr bool kHasExtras = true;
   template <typename T>
   static void forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
                       const DenseBlockOutputs& o) {

@@ -64,6 +64,7 @@ void conv(const Source<T>& s, const ConvGeometry& g, const Slab& slab, const voi
     scatter_taps<A>(g, slab, pixel, rows, k, {t, ldt}, out);
   }
   const int64_t row = image * g.pixels() + begin * plane;
+  add_bias(out, k, pixels, k, slice.bias);
   apply_dropout(dropout, row, pixels, k, out);
   store_rows<T>(out, k, row, pixels, slice);
 }
@@ -119,9 +120,13 @@ void conv_winograd(const Source<T>& s, const ConvGeometry& g, const Slab& slab, 
     const Tile tile{slab.image, at, slab.end - at < step ? slab.end - at : step, 0, g.size[1]};
     Workspace rest = workspace;
     Conv2dTile<T> convolution(g, tile, s.channels);
-    convolution.fill(rest, [&](int64_t pixel, int64_t j) {
-      return norm_relu(A(load(s.x[pixel * s.ld + j])), s.scale[j], s.shift[j]);
-    });
+    if (s.activation)
+      convolution.fill_pixels(rest,
+                              [&](int64_t pixel, auto* values) { activate_row(s, pixel, 0, s.channels, values); });
+    else
+      convolution.fill(rest, [&](int64_t pixel, int64_t j) {
+        return norm_relu(A(load(s.x[pixel * s.ld + j])), s.scale[j], s.shift[j]);
+      });
     for (int64_t j = 0; j < k; j += G::kPanel) {
       const int64_t n = k - j < G::kPanel ? k - j : G::kPanel;
       for_each_sum<T>(g, tile, convolution.tile(), convolution.sums(panels, j), [&](int64_t pixel, const A* sums) {
@@ -130,6 +135,7 @@ void conv_winograd(const Source<T>& s, const ConvGeometry& g, const Slab& slab, 
       });
     }
   }
+  add_bias(out, k, pixels, k, slice.bias);
   apply_dropout(dropout, row, pixels, k, out);
   store_rows<T>(out, k, row, pixels, slice);
 }
@@ -145,11 +151,15 @@ void conv_winograd_backward(const Source<T>& s, const ConvGeometry& g, const Til
   convolution.fill(workspace, [&](int64_t pixel, int64_t j) { return A(load(gradient[pixel * k + j])); });
   WinogradWeightGradient<T> weight(g, convolution);
   if (epilogue.dweight) weight.fill(workspace);
-  const auto epilogue_pixel = epilogue.accumulate ? epilogue_row<true, true, T> : epilogue_row<true, false, T>;
+  const auto epilogue_pixel = epilogue_of(s, epilogue);
   const int64_t origin = tile.image * g.pixels() + tile.row * g.size[1];
   for (int64_t j = 0; j < s.channels; j += G::kPanel) {
     const int64_t n = s.channels - j < G::kPanel ? s.channels - j : G::kPanel;
-    if (epilogue.dweight)
+    if (epilogue.dweight && s.activation)
+      weight.add_pixels(
+          n, [&](int64_t pixel, auto* values) { activate_row(s, pixel, j, j + n, values); }, epilogue.dweight + j,
+          round_up(s.channels, G::kPanel));
+    else if (epilogue.dweight)
       weight.add(
           n,
           [&](int64_t pixel, int64_t i) {

@@ -4,7 +4,8 @@
 //                      const DenseBlockOutputs&)
 //   Engine::backward<T>(const DenseBlockArgs&, const DenseBlockSaved&, const at::Tensor& grad_output,
 //                       const std::optional<at::Tensor>& seed, const std::vector<bool>& needs, at::TensorList weights)
-// with our storage type T; they register dense_block<Engine> and dense_block_backward<Engine>.
+// with our storage type T, and kHasExtras: whether it runs other activations than ReLU, and biases; they register
+// dense_block<Engine> and dense_block_backward<Engine>.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -20,17 +21,27 @@
 namespace fastdense {
 
 template <typename Engine>
+void check_engine(const char* op, const DenseBlockArgs& args) {
+  if constexpr (!Engine::kHasExtras)
+    TORCH_CHECK_NOT_IMPLEMENTED(!args.has_extras(), op,
+                                ": expected ReLU and convolutions without bias on CUDA, got another activation or one "
+                                "with bias");
+}
+
+template <typename Engine>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_block(
     const at::Tensor& input,  // [N, C0, spatial]
     at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
     double drop_rate, const std::optional<at::Tensor>& seed, bool keep_bottleneck, std::string_view process_group,
-    bool contiguous, bool recompute) {
+    bool contiguous, std::string_view activations, at::ArrayRef<double> activation_parameters, bool recompute) {
   constexpr const char* kOp = "dense_block";
   check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
-  DenseBlockArgs args = parse_dense_block(kOp, input.sizes(), input.options(), weights,
-                                          {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group});
+  DenseBlockArgs args = parse_dense_block(
+      kOp, input.sizes(), input.options(), weights,
+      {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group, activations, activation_parameters});
   args.recompute = recompute;
+  check_engine<Engine>(kOp, args);
   const DenseBlockOutputs o = allocate_dense_block(args, input.options(), keep_bottleneck);
   if (!input.is_meta() && (args.pixels() > 0 || !process_group.empty()))  // the other processes wait for this one
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
@@ -42,10 +53,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_blo
           o.z};
 }
 
-// Of a norm that is given, but not run.
-inline void set_zero_gradients(const NormArgs& norm, const std::vector<bool>& needs, std::vector<at::Tensor>& grads) {
-  if (norm.weight.defined() && needs[size_t(norm.at) + 1]) grads[size_t(norm.at) + 1] = at::zeros_like(norm.weight);
-  if (norm.bias.defined() && needs[size_t(norm.at) + 2]) grads[size_t(norm.at) + 2] = at::zeros_like(norm.bias);
+// Of what a dropped layer is given, but does not run.
+inline void set_zero_gradients(const LayerArgs& layer, const std::vector<bool>& needs, std::vector<at::Tensor>& grads) {
+  const auto set = [&](const at::Tensor& weight, int64_t at) {
+    if (weight.defined() && needs[size_t(at) + 1]) grads[size_t(at) + 1] = at::zeros_like(weight);
+  };
+  for (const NormArgs* norm : {&layer.norm1, &layer.norm2}) {
+    set(norm->weight, norm->at);
+    set(norm->bias, norm->at + 1);
+  }
+  for (const ConvArgs* extra : {&layer.act1.slope, &layer.act2.slope, &layer.bias1, &layer.bias2})
+    set(extra->weight, extra->at);
 }
 
 // Gradients of the input and of every weight, empty where `needs_grad` says that none is wanted.
@@ -56,7 +74,8 @@ std::vector<at::Tensor> dense_block_backward(const at::Tensor& grad_output,  // 
                                              at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers,
                                              bool bottleneck, std::string_view tail, double drop_rate,
                                              const std::optional<at::Tensor>& seed, int64_t in_channels,
-                                             c10::List<bool> needs_grad, std::string_view process_group) {
+                                             c10::List<bool> needs_grad, std::string_view process_group,
+                                             std::string_view activations, at::ArrayRef<double> activation_parameters) {
   constexpr const char* kOp = "_dense_block_backward";
   check_floating(kOp, "buffer", buffer);
   [[maybe_unused]] const typename Engine::Guard guard(buffer.device());
@@ -64,8 +83,10 @@ std::vector<at::Tensor> dense_block_backward(const at::Tensor& grad_output,  // 
   check_at_most(kOp, "in_channels", in_channels, buffer.size(1));
   std::vector<int64_t> sizes = buffer.sizes().vec();
   sizes[1] = in_channels;
-  const DenseBlockArgs args = parse_dense_block(kOp, sizes, buffer.options(), weights,
-                                                {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group});
+  const DenseBlockArgs args = parse_dense_block(
+      kOp, sizes, buffer.options(), weights,
+      {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group, activations, activation_parameters});
+  check_engine<Engine>(kOp, args);
   const DenseBlockSaved saved = check_dense_block_saved(kOp, args, grad_output, {buffer, mean, var, z});
   const std::vector<bool> needs = read_needs(kOp, needs_grad, weights, args.constants);
   if (buffer.is_meta() || (args.pixels() == 0 && process_group.empty()))
@@ -75,10 +96,7 @@ std::vector<at::Tensor> dense_block_backward(const at::Tensor& grad_output,  // 
     grads = Engine::template backward<typename Storage<scalar_t>::type>(args, saved, grad_output, seed, needs, weights);
   });
   for (const LayerArgs& layer : args.layers)
-    if (layer.dropped) {  // nothing was computed
-      set_zero_gradients(layer.norm1, needs, grads);
-      set_zero_gradients(layer.norm2, needs, grads);
-    }
+    if (layer.dropped) set_zero_gradients(layer, needs, grads);
   return grads;
 }
 

@@ -7,13 +7,13 @@
 //
 //   dx = g * (1 - t)    dfirst = g * t * act'(first)    dsecond = g * (h - x) * t * (1 - t)
 //
-// 1 - t is computed without cancellation, so that a gate which is nearly open still learns. exp and tanh are plain
-// arithmetic, so that host compilers vectorise a loop over elements.
+// 1 - t is computed without cancellation, so that a gate which is nearly open still learns.
 // Srivastava, Greff, Schmidhuber: Highway networks. arXiv:1505.00387 (2015), equation 3.
 #pragma once
 
 #include <cstdint>
 
+#include "core/exp_math.h"
 #include "core/scalar.h"
 
 namespace fastdense {
@@ -41,64 +41,10 @@ struct HighwayIdentity {
   }
 };
 
-// What the exponential needs to know of a type: terms of the series on |r| <= ln(2) / 2, the number that moves the
-// integer part into the last bits of the mantissa, ln 2 in two parts, the least argument whose result is normal.
-template <typename A>
-struct ExpTraits;
-template <>
-struct ExpTraits<float> {
-  using Bits = uint32_t;
-  static constexpr int kTerms = 7, kMantissa = 23, kBias = 127;
-  static constexpr float kShift = 12582912.0f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kLeast = -87.0f;
-};
-template <>
-struct ExpTraits<double> {
-  using Bits = uint64_t;
-  static constexpr int kTerms = 13, kMantissa = 52, kBias = 1023;
-  static constexpr double kShift = 6755399441055744.0, kLn2High = 6.93145751953125e-1,
-                          kLn2Low = 1.42860682030941723212e-6, kLeast = -708.0;
-};
-
-// exp(v) = power * (1 + rest) for v <= 0, where power is 1 near 0: then rest is exp(v) - 1 without cancellation.
-// exp(v) = 2^n exp(r) with n = round(v / ln 2); exp(r) = 1 + r (1 + r/2 (1 + r/3 (...))). NaN stays NaN; v counts as
-// kLeast where it is less.
-template <typename A>
-struct ExpParts {
-  A power, rest;
-};
-
-template <typename A>
-FASTDENSE_HD ExpParts<A> exp_parts(A v) {
-  using Traits = ExpTraits<A>;
-  using Bits = typename Traits::Bits;
-  const A clamped = v < Traits::kLeast ? Traits::kLeast : v;
-  const A shifted = clamped * A(1.44269504088896340736) + Traits::kShift;
-  const A n = shifted - Traits::kShift;
-  const A r = (clamped - n * Traits::kLn2High) - n * Traits::kLn2Low;
-  A series = A(1);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-  for (int k = Traits::kTerms; k > 1; --k) series = mul_add(series * r, A(1) / A(k), A(1));
-  const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<Bits>(Traits::kShift) + Traits::kBias;
-  return {bit_cast<A>(exponent << Traits::kMantissa), series * r};
-}
-
-// exp(v) for v <= 0, and 0 where the result would be subnormal.
-template <typename A>
-FASTDENSE_HD A exp_of_nonpositive(A v) {
-  const ExpParts<A> parts = exp_parts(v);
-  return v < ExpTraits<A>::kLeast ? A(0) : (A(1) + parts.rest) * parts.power;
-}
-
 struct HighwayTanh {
-  // With m = 1 - exp(-2 |v|): tanh |v| = m / (2 - m).
   template <typename A>
   FASTDENSE_HD static A value(A v) {
-    const ExpParts<A> parts = exp_parts(v < A(0) ? v + v : -(v + v));
-    const A m = (A(1) - parts.power) - parts.power * parts.rest;
-    const A magnitude = m / (A(2) - m);
-    return v < A(0) ? -magnitude : magnitude;
+    return tanh_of(v);
   }
   template <typename A>
   FASTDENSE_HD static A slope(A, A h) {
@@ -106,22 +52,9 @@ struct HighwayTanh {
   }
 };
 
-// t = sigmoid(v) and c = 1 - t
-template <typename A>
-struct HighwayGateValue {
-  A t, c;
-};
-
-template <typename A>
-FASTDENSE_HD HighwayGateValue<A> highway_sigmoid(A v) {
-  const A small = exp_of_nonpositive(v < A(0) ? v : -v);
-  const A large_share = A(1) / (A(1) + small), small_share = small * large_share;
-  return {v < A(0) ? small_share : large_share, v < A(0) ? large_share : small_share};
-}
-
 template <typename Activation, typename A>
 FASTDENSE_HD A highway_output(A x, A first, A second) {
-  return mul_add(highway_sigmoid(second).t, Activation::value(first) - x, x);
+  return mul_add(sigmoid_of(second).t, Activation::value(first) - x, x);
 }
 
 template <typename A>
@@ -131,7 +64,7 @@ struct HighwayGradients {
 
 template <typename Activation, typename A>
 FASTDENSE_HD HighwayGradients<A> highway_gradients(A g, A x, A first, A second) {
-  const HighwayGateValue<A> gate = highway_sigmoid(second);
+  const Sigmoid<A> gate = sigmoid_of(second);
   const A h = Activation::value(first);
   return {g * gate.c, g * gate.t * Activation::slope(first, h), g * (h - x) * (gate.t * gate.c)};
 }

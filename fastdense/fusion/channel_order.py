@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdense.ops import BatchStatistics, LayerWeights, NormWeights, TailWeights
+from fastdense.ops import Activation, BatchStatistics, LayerWeights, NormWeights, TailWeights
 
 
 class PrependedFeatures(NamedTuple):
@@ -29,14 +29,20 @@ class PrependedFeatures(NamedTuple):
         weight, bias, mean, var = (None if t is None else self.to_buffer(t, 0) for t in norm[:4])
         return NormWeights(weight, bias, mean, var, norm.eps)
 
+    def activation(self, act: Activation) -> Activation:
+        if act.weight is None or act.weight.numel() == 1:
+            return act
+        return act._replace(weight=self.to_buffer(act.weight, 0))
+
     def layer(self, layer: LayerWeights) -> LayerWeights:
+        layer = layer._replace(norm1=self.norm(layer.norm1), act1=self.activation(layer.act1))
         if layer.conv1 is None:
-            return layer._replace(norm1=self.norm(layer.norm1), conv2=self.to_buffer(layer.conv2, 1))
-        return layer._replace(norm1=self.norm(layer.norm1), conv1=self.to_buffer(layer.conv1, 1))
+            return layer._replace(conv2=self.to_buffer(layer.conv2, 1))
+        return layer._replace(conv1=self.to_buffer(layer.conv1, 1))
 
     def tail(self, tail: TailWeights) -> TailWeights:
         conv = None if tail.conv is None else self.to_buffer(tail.conv, 1)
-        return tail._replace(norm=self.norm(tail.norm), conv=conv)
+        return tail._replace(norm=self.norm(tail.norm), act=self.activation(tail.act), conv=conv)
 
     def statistics(self, statistics: BatchStatistics, channels: int) -> BatchStatistics:
         """Of a block of ``channels``: its own in the modules' order, those of the bottlenecks behind them as before."""

@@ -171,19 +171,28 @@ def check_conv(
     return conv
 
 
+def fused_activation(norm: nn.Module) -> nn.Module | None:
+    """The activation inside of timm's norms that have one."""
+    if type(norm).__name__ not in _NORMS_WITH_ACTIVATION or type(child(norm, "drop")) is not nn.Identity:
+        return None
+    return child(norm, "act")
+
+
 def has_fused_relu(norm: nn.Module) -> bool:
     """Whether ``norm`` is timm's norm with a plain ReLU inside."""
-    return (
-        type(norm).__name__ in _NORMS_WITH_ACTIVATION
-        and type(child(norm, "act")) is nn.ReLU
-        and type(child(norm, "drop")) is nn.Identity
+    return type(fused_activation(norm)) is nn.ReLU
+
+
+def check_norm(norm: Any, name: str, *, any_activation: bool = False) -> Any:
+    """A batch norm whose statistics can be taken, or used, and moved without a call of it.
+
+    It may have a ReLU inside, or with ``any_activation`` any activation.
+    """
+    known = norm is not None and (
+        type(norm) in NORMS or (fused_activation(norm) is not None if any_activation else has_fused_relu(norm))
     )
-
-
-def check_norm(norm: Any, name: str) -> Any:
-    """A batch norm whose statistics can be taken, or used, and moved without a call of it."""
-    if norm is None or (type(norm) not in NORMS and not has_fused_relu(norm)):
-        raise NotFusible(f"{name} is a {class_name(norm)}, not a BatchNorm with ReLU")
+    if not known:
+        raise NotFusible(f"{name} is a {class_name(norm)}, not a BatchNorm" + ("" if any_activation else " with ReLU"))
     check_no_hooks(norm, name)
     for inner in norm.__dict__["_modules"].values():
         check_no_hooks(inner, f"{name}'s activation")

@@ -24,6 +24,7 @@ from fastdense.fusion.checks import check_no_global_hooks
 from fastdense.fusion.dense_layers import (
     Layer,
     Tail,
+    check_kernels,
     draw_factors,
     layer_weights,
     norms_of,
@@ -53,6 +54,7 @@ class BlockPlan(NamedTuple):
     synchronised: list[Any]  # all norms, where any may share its statistics with other processes
     update: StatisticsUpdate
     flat: FlatBlock | None  # None where the weights are made anew for every call
+    has_extras: bool  # other activations than ReLU, or biases
 
 
 def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: bool = False) -> BlockPlan:
@@ -83,12 +85,14 @@ def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: boo
         weights = [layer_weights(layer) for layer in layers]
         flat = flatten_block(weights, None if tail is None else tail_weights(tail))
     drop_rate = layers[0].drop_rate if layers else 0.0
-    return BlockPlan(layers, tail, order, drop_rate, norms, synchronised(norms), read_update(norms), flat)
+    has_extras = any(layer.has_extras for layer in layers) or (tail is not None and tail.has_extras)
+    return BlockPlan(layers, tail, order, drop_rate, norms, synchronised(norms), read_update(norms), flat, has_extras)
 
 
 def run_block(plan: BlockPlan, memory: MemoryMode, contiguous: bool, input: Tensor) -> Tensor:
     """The operator call, then the running statistics of all its norms."""
     check_runs_here("dense_block", input)
+    check_kernels(plan.has_extras, input.device.type)
     group = process_group_of(plan.synchronised)
     factors = draw_factors(layer.depth for layer in plan.layers) if plan.flat is None else []
     out, statistics = _call(plan, factors, memory, group, contiguous, input)

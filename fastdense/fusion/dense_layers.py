@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads which plain modules form a dense block, a transition or a last norm, and their weights."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,12 @@ from fastdense.fusion.checks import (
     check_no_global_hooks,
     check_no_hooks,
     check_norm,
-    check_norm_relu,
     child,
-    has_fused_relu,
+    class_name,
+    fused_activation,
     is_known_class,
 )
-from fastdense.ops import LayerWeights, NormWeights, TailWeights
+from fastdense.ops import Activation, LayerWeights, NormWeights, TailWeights
 from fastdense.plain.stochastic_depth import StochasticDepth
 
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -45,6 +45,93 @@ _LAYERS = (
 _TRANSITIONS = (["norm", "relu", "conv", "pool"], ["norm", "conv", "pool"])
 
 
+_Reader = Callable[[Any], Activation]
+
+
+def _named(name: str) -> _Reader:
+    return lambda module: Activation(name)
+
+
+def _gelu(module: Any) -> Activation:
+    if module.approximate not in ("none", "tanh"):
+        raise NotFusible(f"{module} has an approximation that is not known")
+    return Activation("gelu" if module.approximate == "none" else "gelu_tanh")
+
+
+def _celu(module: Any) -> Activation:
+    if not module.alpha > 0:
+        raise NotFusible(f"{module} has an alpha that is not above 0")
+    return Activation("celu", float(module.alpha))
+
+
+def _softplus(module: Any) -> Activation:
+    if not module.beta > 0:
+        raise NotFusible(f"{module} has a beta that is not above 0")
+    return Activation("softplus", float(module.beta), float(module.threshold))
+
+
+def _prelu(module: Any) -> Activation:
+    return Activation("prelu", weight=module.weight)
+
+
+def _swish(module: Any) -> Activation:
+    if module.alpha != 1:
+        raise NotFusible(f"Swish has alpha {module.alpha}, expected 1")
+    return Activation("silu")
+
+
+_TORCH: dict[str, _Reader] = {
+    "ReLU": _named("relu"),
+    "ReLU6": _named("relu6"),
+    "LeakyReLU": lambda module: Activation("leaky_relu", float(module.negative_slope)),
+    "PReLU": _prelu,
+    "ELU": lambda module: Activation("elu", float(module.alpha)),
+    "CELU": _celu,
+    "SELU": _named("selu"),
+    "SiLU": _named("silu"),
+    "GELU": _gelu,
+    "Hardswish": _named("hardswish"),
+    "Mish": _named("mish"),
+    "Softplus": _softplus,
+    "Tanh": _named("tanh"),
+    "Sigmoid": _named("sigmoid"),
+}
+
+
+# By module and name, as no library need be loaded.
+_READERS: dict[tuple[str, str], _Reader] = {
+    **{("torch.nn.modules.activation", name): reader for name, reader in _TORCH.items()},
+    ("torch.nn.modules.linear", "Identity"): _named("identity"),
+    ("timm.layers.activations", "GELU"): _named("gelu"),
+    ("timm.layers.activations", "GELUTanh"): _named("gelu_tanh"),
+    ("timm.layers.activations", "PReLU"): _prelu,
+    ("timm.layers.activations", "Tanh"): _named("tanh"),
+    ("timm.layers.activations", "Sigmoid"): _named("sigmoid"),
+    ("monai.networks.blocks.activation", "Swish"): _swish,
+    ("monai.networks.blocks.activation", "MemoryEfficientSwish"): _named("silu"),
+    ("monai.networks.blocks.activation", "Mish"): _named("mish"),
+}
+
+
+def _reader(module: object) -> _Reader | None:
+    kind = type(module)
+    return _READERS.get((kind.__module__, kind.__qualname__))
+
+
+def is_activation(module: object) -> bool:
+    """Whether :func:`read_activation` knows the class."""
+    return _reader(module) is not None
+
+
+def read_activation(module: nn.Module, name: str) -> Activation:
+    """Raises NotFusible for other classes than those listed, and for settings that the operator does not have."""
+    reader = _reader(module)
+    if reader is None:
+        raise NotFusible(f"{name} is a {class_name(module)}, which is no activation that the operator runs")
+    check_no_hooks(module, name)
+    return reader(module)
+
+
 class Layer(NamedTuple):
     """The modules of a dense layer; conv1 and norm2 are None without a bottleneck."""
 
@@ -54,6 +141,14 @@ class Layer(NamedTuple):
     conv2: nn.Conv2d
     drop_rate: float
     depth: StochasticDepth | None = None
+    act1: Activation = Activation()
+    act2: Activation = Activation()
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether it has a bias, or another activation than ReLU."""
+        biased = self.conv2.bias is not None or (self.conv1 is not None and self.conv1.bias is not None)
+        return biased or self.act1.name != "relu" or self.act2.name != "relu"
 
 
 class Tail(NamedTuple):
@@ -62,6 +157,11 @@ class Tail(NamedTuple):
     norm: nn.BatchNorm2d
     conv: nn.Conv2d | None
     relu: bool
+    act: Activation = Activation()
+
+    @property
+    def has_extras(self) -> bool:
+        return (self.conv is not None and self.conv.bias is not None) or self.act.name != "relu"
 
 
 def is_transition(module: nn.Module) -> bool:
@@ -87,13 +187,24 @@ def read_layer(module: Any, name: str) -> Layer:
     unknown = children - set(known) - ({"stochastic_depth"} if depth is not None else set())
     if unknown:
         raise NotFusible(f"{name} has unknown sub-modules {sorted(unknown)}")
-    norm1 = check_norm_relu(module, "norm1", "relu1", where)
-    conv1, norm2 = None, None
+    norm1, act1 = _read_norm(module, "norm1", "relu1", where)
+    conv1, norm2, act2 = None, None, Activation()
     if "conv1" in children:
-        conv1 = check_conv(child(module, "conv1"), f"{where}conv1", 1)
-        norm2 = check_norm_relu(module, "norm2", "relu2", where)
-    conv2 = check_conv(child(module, "conv2"), f"{where}conv2", None)
-    return Layer(norm1, conv1, norm2, conv2, _drop_rate(module, where), depth)
+        conv1 = check_conv(child(module, "conv1"), f"{where}conv1", 1, bias=True)
+        norm2, act2 = _read_norm(module, "norm2", "relu2", where)
+    conv2 = check_conv(child(module, "conv2"), f"{where}conv2", None, bias=True)
+    return Layer(norm1, conv1, norm2, conv2, _drop_rate(module, where), depth, act1, act2)
+
+
+def _read_norm(module: nn.Module, norm: str, act: str, where: str) -> tuple[Any, Activation]:
+    """A batch norm followed by an activation: two modules, or one that does both."""
+    found = check_norm(child(module, norm), f"{where}{norm}", any_activation=True)
+    inner, behind = fused_activation(found), child(module, act)
+    if (inner is None) == (behind is None):
+        raise NotFusible(f"{where}{norm} is not followed by one activation")
+    if inner is not None:
+        return found, read_activation(inner, f"{where}{norm}.act")
+    return found, read_activation(behind, f"{where}{act}")  # type: ignore[arg-type]
 
 
 def read_stochastic_depth(module: Any, where: str) -> StochasticDepth | None:
@@ -113,7 +224,7 @@ def draw_factors(depths: Iterable[StochasticDepth | None]) -> list[float | torch
 
 
 def scaled(weight: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
-    """A last convolution whose output is multiplied by ``factor``."""
+    """The weight, or bias, of a last convolution whose output is multiplied by ``factor``."""
     if isinstance(factor, torch.Tensor):
         return weight * factor.to(weight)
     return weight if factor in (0, 1) else weight * factor
@@ -141,7 +252,15 @@ def read_block(module: nn.Module) -> list[Layer]:
 def check_alike(layers: list[Layer]) -> list[Layer]:
     if len({_common(layer) for layer in layers}) > 1:
         raise NotFusible("its layers differ in growth rate, bottleneck, kernel or drop_rate")
+    for layer in layers:
+        check_kernels(layer.has_extras, layer.conv2.weight.device.type)
     return layers
+
+
+def check_kernels(has_extras: bool, device: str) -> None:
+    """Raises NotFusible where only the kernels for the CPU run what a layer or a tail has."""
+    if has_extras and device == "cuda":
+        raise NotFusible("the CUDA kernels run only ReLU, and convolutions without bias")
 
 
 def _common(layer: Layer) -> tuple[Any, ...]:
@@ -156,8 +275,8 @@ def read_transition(module: nn.Module) -> Tail:
     check_no_global_hooks()
     if not is_transition(module):
         raise NotFusible(f"its modules are {', '.join(module._modules)}: expected norm, relu, conv, pool")
-    norm = check_norm_relu(module, "norm", "relu", "")
-    conv = check_conv(child(module, "conv"), "conv", 1)
+    norm, act = _read_norm(module, "norm", "relu", "")
+    conv = check_conv(child(module, "conv"), "conv", 1, bias=True)
     pool: Any = child(module, "pool")
     if type(pool) not in _POOLS:
         raise NotFusible(f"pool is a {type(pool).__name__}, not an average pool")
@@ -169,13 +288,17 @@ def read_transition(module: nn.Module) -> Tail:
         raise NotFusible(f"pool is {pool}: expected kernel and stride 2 without padding")
     if getattr(pool, "divisor_override", None) is not None:
         raise NotFusible("pool has a divisor_override")
-    return Tail(norm, conv, True)
+    return Tail(norm, conv, True, act)
 
 
 def read_last_norm(module: nn.Module) -> Tail:
-    """Reads a batch norm behind the last block, with or without a ReLU inside."""
+    """Reads a batch norm behind the last block, with or without an activation inside."""
     check_no_global_hooks()
-    return Tail(check_norm(module, "norm"), None, has_fused_relu(module))
+    norm = check_norm(module, "norm", any_activation=True)
+    inner = fused_activation(norm)
+    if inner is None:
+        return Tail(norm, None, False)
+    return Tail(norm, None, True, read_activation(inner, "norm.act"))
 
 
 def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.BatchNorm2d]:
@@ -201,9 +324,13 @@ def layer_weights(layer: Layer, factor: float | torch.Tensor = 1.0) -> LayerWeig
         layer.conv1.weight if layer.conv1 is not None else None,
         norm_weights(layer.norm2) if layer.norm2 is not None else None,
         scaled(layer.conv2.weight, factor),
+        layer.act1,
+        layer.act2,
+        layer.conv1.bias if layer.conv1 is not None else None,
+        None if layer.conv2.bias is None else scaled(layer.conv2.bias, factor),
     )
 
 
 def tail_weights(tail: Tail) -> TailWeights:
-    conv = tail.conv.weight if tail.conv is not None else None
-    return TailWeights(norm_weights(tail.norm), conv, tail.relu)
+    conv, bias = (tail.conv.weight, tail.conv.bias) if tail.conv is not None else (None, None)
+    return TailWeights(norm_weights(tail.norm), conv, tail.relu, tail.act, bias)

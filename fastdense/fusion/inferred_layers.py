@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads dense blocks of unknown classes: inferred from the widths of their layers, then checked numerically."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense.fusion.checks import (
@@ -18,7 +18,7 @@ from fastdense.fusion.checks import (
     check_norm,
     class_name,
 )
-from fastdense.fusion.dense_layers import Layer, check_alike
+from fastdense.fusion.dense_layers import Layer, check_alike, is_activation, read_activation
 from fastdense.fusion.equivalence import (
     Dropouts,
     NoRandomNumbers,
@@ -32,6 +32,8 @@ from fastdense.fusion.equivalence import (
     random_input,
     tried,
 )
+from fastdense.ops import Activation
+from fastdense.reference import activate
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
@@ -39,11 +41,31 @@ _LISTS = (nn.ModuleList, nn.ModuleDict)
 _WITH_NUMBERS = NORMS + CONVS
 
 
-_KNOWN = (*_WITH_NUMBERS, nn.ReLU, nn.Dropout, nn.Identity)
+_KNOWN = (*_WITH_NUMBERS, nn.Dropout, nn.Identity)
 
 
 # Modules that may have no parameters, by name, as libraries have their own.
-_OTHER_ACTIVATIONS = frozenset(nn.modules.activation.__all__) - {"ReLU"}
+_ACTIVATIONS = frozenset(nn.modules.activation.__all__)
+
+
+# What layers without an activation module may call, the likeliest first.
+_FUNCTIONS = (
+    Activation("relu"),
+    Activation("leaky_relu", 0.01),
+    Activation("leaky_relu", 0.1),
+    Activation("leaky_relu", 0.2),
+    Activation("silu"),
+    Activation("gelu"),
+    Activation("gelu_tanh"),
+    Activation("elu", 1.0),
+    Activation("selu"),
+    Activation("mish"),
+    Activation("hardswish"),
+    Activation("relu6"),
+    Activation("softplus", 1.0, 20.0),
+    Activation("tanh"),
+    Activation("sigmoid"),
+)
 
 
 class InferredBlock(NamedTuple):
@@ -60,6 +82,7 @@ class InferredBlock(NamedTuple):
 class _Form(NamedTuple):
     prepends_features: bool
     drop_rate: float
+    function: Activation | None  # of layers without an activation module
     moves_twice: bool  # see Step
 
 
@@ -140,7 +163,12 @@ def _read(module: nn.Module, heads: int) -> InferredBlock:
         if len(modes) > 1:
             raise NotFusible("it has dropout, and only some of its modules are in training mode")
         rate = form.drop_rate if modes == {True} else 0.0
-    return InferredBlock([layer._replace(drop_rate=rate) for layer in layers], form.prepends_features, heads)
+    layers = check_alike([layer._replace(drop_rate=rate) for layer in _with_function(layers, form.function)])
+    return InferredBlock(layers, form.prepends_features, heads)
+
+
+def _with_function(layers: list[Layer], function: Activation | None) -> list[Layer]:
+    return layers if function is None else [layer._replace(act1=function, act2=function) for layer in layers]
 
 
 def _behind(module: nn.Module, heads: int) -> nn.Module:
@@ -148,9 +176,15 @@ def _behind(module: nn.Module, heads: int) -> nn.Module:
 
 
 def _modules_behind(module: nn.Module, heads: int) -> list[tuple[str, nn.Module]]:
-    """All modules inside, without the first children."""
+    """All modules inside, without the first children; an activation of several layers in each."""
     first = [name for name, _ in module.named_children()][:heads]
-    return [(name, inner) for name, inner in module.named_modules() if name.partition(".")[0] not in first]
+    seen: set[int] = set()
+    found = []
+    for name, inner in module.named_modules(remove_duplicate=False):
+        if name.partition(".")[0] not in first and (id(inner) not in seen or _activates(inner)):
+            found.append((name, inner))
+        seen.add(id(inner))
+    return found
 
 
 def _read_layers(module: nn.Module, heads: int = 0) -> list[Layer]:
@@ -158,20 +192,24 @@ def _read_layers(module: nn.Module, heads: int = 0) -> list[Layer]:
     foreign = dict.fromkeys(class_name(inner) for _, inner in modules if _is_foreign(inner))
     if foreign:
         raise NotFusible(
-            f"its layers have {', '.join(foreign)}: expected only batch norms, ReLU, convolutions and dropout"
+            f"its layers have {', '.join(foreign)}: expected only batch norms, activations, convolutions and dropout"
         )
     parts: dict[str, list[tuple[str, nn.Module]]] = {name: [] for name, _ in _layer_modules(module, heads)}
     if not parts:
         raise NotFusible("it has no layers")
     depth = 1 + next(iter(parts)).count(".")
+    shared: list[tuple[str, nn.Module]] = []  # activations of the block, which layers may call
     for name, inner in modules:
         if inner is not module:
             check_no_hooks(inner, name)
+        layer = ".".join(name.split(".")[:depth])
         if isinstance(inner, _WITH_NUMBERS):
-            parts[".".join(name.split(".")[:depth])].append((name, inner))
+            parts[layer].append((name, inner))
+        elif _activates(inner):
+            parts.get(layer, shared).append((name, inner))
         elif _has_own(inner):
             raise NotFusible(f"{name or 'it'} has parameters of its own")
-    return check_alike([_read_layer(part, name) for name, part in parts.items()])
+    return check_alike([_read_layer(part, shared, name) for name, part in parts.items()])
 
 
 def _has_own(module: nn.Module) -> bool:
@@ -180,22 +218,31 @@ def _has_own(module: nn.Module) -> bool:
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    if isinstance(module, _KNOWN):
+    if isinstance(module, _KNOWN) or is_activation(module):
         return False
-    return type(module).__name__ in _OTHER_ACTIVATIONS or (not module._modules and _has_own(module))
+    return type(module).__name__ in _ACTIVATIONS or (not module._modules and _has_own(module))
 
 
-def _read_layer(parts: list[tuple[str, nn.Module]], name: str) -> Layer:
+def _read_layer(found: list[tuple[str, nn.Module]], shared: list[tuple[str, nn.Module]], name: str) -> Layer:
+    parts = [(where, part) for where, part in found if not _activates(part)]
     kinds = [isinstance(part, CONVS) for _, part in parts]
     if kinds not in ([False, True], [False, True, False, True]):
-        found = ", ".join(class_name(part) for _, part in parts)
-        raise NotFusible(f"{name} is {found}: expected norm, convolution, or norm, 1x1 convolution, norm, convolution")
+        given = ", ".join(class_name(part) for _, part in parts)
+        raise NotFusible(f"{name} is {given}: expected norm, convolution, or norm, 1x1 convolution, norm, convolution")
     norm1 = check_norm(parts[0][1], parts[0][0])
     conv1 = norm2 = None
     if len(parts) > 2:
-        conv1 = check_conv(parts[1][1], parts[1][0], 1)
+        conv1 = check_conv(parts[1][1], parts[1][0], 1, bias=True)
         norm2 = check_norm(parts[2][1], parts[2][0])
-    return Layer(norm1, conv1, norm2, check_conv(parts[-1][1], parts[-1][0], None), 0.0)
+    conv2 = check_conv(parts[-1][1], parts[-1][0], None, bias=True)
+    # In the order of the norms, or one for both; the equivalence check decides.
+    own = [(where, part) for where, part in found if _activates(part)]
+    acts = [read_activation(part, where) for where, part in own or shared] or [Activation()]
+    return Layer(norm1, conv1, norm2, conv2, 0.0, None, acts[0], acts[-1])
+
+
+def _activates(module: nn.Module) -> bool:
+    return is_activation(module) and not isinstance(module, nn.Identity)
 
 
 def _try_out(module: nn.Module) -> _Form:
@@ -219,25 +266,27 @@ def _try_out(module: nn.Module) -> _Form:
             raise NotFusible("its forward changes its attributes")
         if len(rates[0]) > 1 or rates[1]:
             raise NotFusible("its dropout has more than one rate, or is active in eval mode")
-        for prepends_features in (False, True):
+        functions = [None] if any(_activates(inner) for inner in twin.modules()) else _FUNCTIONS
+        for function, prepends_features in itertools.product(functions, (False, True)):
+            acting = _with_function(layers, function)
             if all(
-                _step(twin.train(mode), _definition(layers, prepends_features, mode and bool(rates[0])), x).agrees(
+                _step(twin.train(mode), _definition(acting, prepends_features, mode and bool(rates[0])), x).agrees(
                     plain
                 )
                 for mode, plain in zip((True, False), made, strict=True)
             ):
-                return _Form(prepends_features, max(rates[0], default=0.0), made[0].moves_twice)
+                return _Form(prepends_features, max(rates[0], default=0.0), function, made[0].moves_twice)
     raise NotFusible(
-        "its results differ from those of a dense block: norm, ReLU and convolution on all earlier features"
+        "its results differ from those of a dense block: norm, activation and convolution on all earlier features"
     )
 
 
 def _definition(layers: list[Layer], prepends_features: bool, dropped: bool) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         for layer in layers:
-            new = F.relu(layer.norm1(x))
+            new = activate(layer.norm1(x), layer.act1)
             if layer.conv1 is not None and layer.norm2 is not None:
-                new = F.relu(layer.norm2(layer.conv1(new)))
+                new = activate(layer.norm2(layer.conv1(new)), layer.act2)
             new = layer.conv2(new)
             new = masked(new) if dropped else new
             x = torch.cat([new, x] if prepends_features else [x, new], 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdense._choices import MemoryMode, SurvivalMode, SurvivalScale
 from fastdense.nn import DenseBlock, DenseFeatures, Transition, linear_decay
+from fastdense.plain.activation import ActivationName, make_activation
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -41,6 +42,7 @@ class DenseNet(nn.Module):
         num_classes: outputs of the classifier.
         spatial_dims: 1, 2 or 3, as the stem.
         memory: memory mode of the blocks, see :class:`fastdense.nn.DenseBlock`.
+        act: activation of the blocks, transitions and the last norm, see :class:`fastdense.nn.DenseBlock`.
 
     Shape:
         ``[N, channels, spatial]`` to ``[N, num_classes]``.
@@ -63,6 +65,7 @@ class DenseNet(nn.Module):
         num_classes: int = 1000,
         spatial_dims: int = 2,
         memory: MemoryMode = "balanced",
+        act: ActivationName = "relu",
     ) -> None:
         super().__init__()
         if not 0 < compression <= 1:
@@ -83,15 +86,19 @@ class DenseNet(nn.Module):
                 survival_scale=survival_scale,
                 memory=memory,
                 spatial_dims=spatial_dims,
+                act=act,
             )
             modules.append((f"denseblock{index}", block))
             channels = block.out_channels
             if index < len(block_config):
                 compressed = int(channels * compression)
-                modules.append((f"transition{index}", Transition(channels, compressed, spatial_dims=spatial_dims)))
+                transition = Transition(channels, compressed, spatial_dims=spatial_dims, act=act)
+                modules.append((f"transition{index}", transition))
                 channels = compressed
         modules.append(("norm5", _NORM[spatial_dims - 1](channels)))
         self.features = DenseFeatures(OrderedDict(modules))
+        if act != "relu":
+            self.act = make_activation("DenseNet", act)
         self.classifier = nn.Linear(channels, num_classes)
         self._initialise()
 
@@ -103,7 +110,8 @@ class DenseNet(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.features(x), inplace=True)
+        x = self.features(x)
+        x = self.act(x) if "act" in self._modules else F.relu(x, inplace=True)
         return self.classifier(_POOL[x.dim() - 3](x, 1).flatten(1))
 
 
@@ -120,6 +128,8 @@ class DenseNetOptions(TypedDict, total=False):
     """Probability that a new feature is dropped in training; ``dropout_prob`` is MONAI's word for it."""
     memory: MemoryMode
     """What the blocks keep for the backward pass."""
+    act: ActivationName
+    """The activation of the stem and everything behind it, as of :class:`fastdense.nn.DenseBlock`."""
     bn_size: int
     """Width of the bottleneck in units of the growth rate."""
     bottleneck: bool
@@ -159,7 +169,7 @@ def _imagenet(
     stem: list[tuple[str, nn.Module]] = [
         ("conv0", _CONV[dims](image_channels, init_features, 7, stride=2, padding=3, bias=False)),
         ("norm0", _NORM[dims](init_features)),
-        ("relu0", nn.ReLU(inplace=True)),
+        ("relu0", make_activation(op, arguments.get("act", "relu"))),
         ("pool0", _MAX_POOL[dims](3, stride=2, padding=1)),
     ]
     return DenseNet(stem, init_features, growth_rate=growth_rate, block_config=block_config, **arguments)
@@ -207,6 +217,7 @@ def densenet_cifar(
     survival_mode: SurvivalMode = "batch",
     survival_scale: SurvivalScale = "test",
     memory: MemoryMode = "balanced",
+    act: ActivationName = "relu",
 ) -> DenseNet:
     """DenseNet for small images: three blocks, a 3x3 stem of stride 1, no pooling in front.
 
@@ -217,7 +228,7 @@ def densenet_cifar(
             ``compression=1``.
         compression: theta of the transitions.
         num_classes: outputs of the classifier.
-        bn_size, drop_rate, survival, survival_mode, survival_scale, memory: see :class:`DenseNet`.
+        bn_size, drop_rate, survival, survival_mode, survival_scale, memory, act: see :class:`DenseNet`.
 
     Raises:
         ValueError: if ``depth`` does not give three equal blocks.
@@ -245,4 +256,5 @@ def densenet_cifar(
         survival_mode=survival_mode,
         survival_scale=survival_scale,
         memory=memory,
+        act=act,
     )

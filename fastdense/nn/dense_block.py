@@ -12,8 +12,8 @@ from fastdense.plain.dense_block import PlainDenseBlock, PlainTransition
 class DenseBlock(FusedDenseBlock, PlainDenseBlock):
     """A dense block on one shared buffer.
 
-    Layer ``l`` maps ``[x_0, ..., x_l]`` to ``k`` new channels, ``H_l`` being norm, ReLU, 1x1, norm, ReLU, 3x3. The
-    output is a channels-last tensor holding the input and all new channels.
+    Layer ``l`` maps ``[x_0, ..., x_l]`` to ``k`` new channels, ``H_l`` being norm, ReLU, 1x1, norm, ReLU, 3x3, or the
+    same with another activation. The output is a channels-last tensor holding the input and all new channels.
 
     Args:
         num_layers: number of layers ``L``.
@@ -30,6 +30,9 @@ class DenseBlock(FusedDenseBlock, PlainDenseBlock):
         survival_mode: "batch" or "sample", see below.
         survival_scale: "test" or "train", where the factor is, see :class:`StochasticDepth`.
         eps, momentum, affine, track_running_stats: of all norms.
+        act: the activation: "relu", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu", "silu", "gelu", "gelu_tanh",
+            "hardswish", "mish", "softplus", "tanh", "sigmoid" or "identity"; or such a name and arguments, as
+            ``("leaky_relu", {"negative_slope": 0.1})``. On a GPU only "relu" runs as one operator.
 
     Shape:
         ``[N, C0, spatial]`` to ``[N, C0 + L*k, spatial]``.
@@ -57,7 +60,7 @@ class DenseBlock(FusedDenseBlock, PlainDenseBlock):
 
 
 class Transition(FusedTransition, PlainTransition):
-    """Compression between two dense blocks: ``pool(conv(relu(norm(x))))``, pooled before the convolution.
+    """Compression between two dense blocks: ``pool(conv(act(norm(x))))``, pooled before the convolution.
 
     Average pooling and a 1x1 convolution commute, so the convolution runs on a quarter of the pixels.
 
@@ -66,6 +69,7 @@ class Transition(FusedTransition, PlainTransition):
         out_channels: channels after the transition.
         spatial_dims: 1, 2 or 3.
         eps, momentum: of the norm.
+        act: the activation, see :class:`DenseBlock`.
 
     Shape:
         ``[N, C, spatial]`` to ``[N, out_channels, spatial // 2]``; every spatial size at least 2.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functional operators, one module each; importing it registers their fakes, gradients and counts."""
 
+from fastdense.ops.activation import Activation
 from fastdense.ops.arguments import BatchStatistics, NormWeights
 from fastdense.ops.batching import register_batching_rules
 from fastdense.ops.bicubic import bicubic_resize
@@ -20,6 +21,7 @@ register_flops()
 register_batching_rules()
 
 __all__ = [
+    "Activation",
     "BatchStatistics",
     "ConvWeights",
     "DualPathWeights",

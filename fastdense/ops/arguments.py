@@ -72,19 +72,19 @@ class Parameters:
         at = len(self.weights) + 2
         self.running += [at, at + 1] if norm.running_mean is not None else []
         for weight in norm[:4]:
-            self._add(weight)
+            self.add(weight)
         self.eps.append(norm.eps)
 
     def conv(self, weight: Tensor) -> None:
         if weight.dtype not in self.conv_dtypes:
             self.conv_dtypes.append(weight.dtype)
-        self._add(weight)
+        self.add(weight)
 
     def biased_conv(self, weight: Tensor, bias: Tensor | None) -> None:
         self.conv(weight)
-        self._add(bias)
+        self.add(bias)
 
-    def _add(self, weight: Tensor | None) -> None:
+    def add(self, weight: Tensor | None) -> None:
         if weight is not None and weight.device not in self.devices:
             self.devices.append(weight.device)
         self.weights.append(weight)

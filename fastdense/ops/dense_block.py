@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdense._choices import MEMORY_MODES, MemoryMode
+from fastdense.ops.activation import IDENTITY, RELU, Activation
 from fastdense.ops.arguments import (
     BatchStatistics,
     NormWeights,
@@ -28,7 +29,7 @@ from fastdense.ops.fakes import register_fake
 
 
 class LayerWeights(NamedTuple):
-    """One layer: norm1, ReLU, conv1 ``[b, c, 1...]``, norm2, ReLU, conv2 ``[k, b, 3...]``.
+    """One layer: norm1, act1, conv1 ``[b, c, 1...]``, norm2, act2, conv2 ``[k, b, 3...]``; biases ``[b]``, ``[k]``.
 
     Without a bottleneck ``conv1`` and ``norm2`` are None and conv2 is ``[k, c, 3...]``.
     """
@@ -37,14 +38,23 @@ class LayerWeights(NamedTuple):
     conv1: Tensor | None
     norm2: NormWeights | None
     conv2: Tensor
+    act1: Activation = RELU
+    act2: Activation = RELU
+    bias1: Tensor | None = None
+    bias2: Tensor | None = None
 
 
 class TailWeights(NamedTuple):
-    """What reads the finished block: a transition (``conv`` ``[co, C, 1...]``) or a last norm (``conv`` None)."""
+    """What reads the finished block: a transition (``conv`` ``[co, C, 1...]``) or a last norm (``conv`` None).
+
+    ``relu`` False leaves the activation of a last norm out.
+    """
 
     norm: NormWeights
     conv: Tensor | None
     relu: bool = True
+    act: Activation = RELU
+    bias: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -52,7 +62,10 @@ class TailWeights(NamedTuple):
 
 
 class FlatBlock(NamedTuple):
-    """A block's weights and eps in the order in which the native operator reads them; None for what is absent."""
+    """A block's weights and eps in the order in which the native operator reads them; None for what is absent.
+
+    ``activations`` and ``numbers`` are empty where all activations are ReLU.
+    """
 
     weights: list[Tensor | None]
     eps: list[float]
@@ -62,6 +75,8 @@ class FlatBlock(NamedTuple):
     running: list[int]  # positions of running statistics
     devices: list[torch.device]
     conv_dtypes: list[torch.dtype]
+    activations: str  # names, separated by commas
+    numbers: list[float]  # two of each activation
 
 
 def dense_block(
@@ -78,9 +93,10 @@ def dense_block(
     """Runs a dense block, and optionally what follows it, on one shared channels-last buffer.
 
     Layer ``l`` reads the channels ``x_l = [x_0, y_0, ..., y_{l-1}]`` written so far and appends
-    ``y_l = dropout(conv2(relu(norm2(conv1(relu(norm1(x_l)))))))``, or without a bottleneck
-    ``y_l = dropout(conv2(relu(norm1(x_l))))``. Batch statistics are computed once per channel. A transition
-    pools before its 1x1 convolution, which gives the same values with a quarter of the work.
+    ``y_l = dropout(conv2(act2(norm2(conv1(act1(norm1(x_l)))))))``, or without a bottleneck
+    ``y_l = dropout(conv2(act1(norm1(x_l))))``. The activations are ReLU unless the layer has others. Batch statistics
+    are computed once per channel. A transition pools before its 1x1 convolution, which gives the same values with a
+    quarter of the work.
 
     Args:
         input: ``[N, C0, spatial]`` with one to three spatial dimensions; float64, float32, bfloat16 or float16; any
@@ -105,6 +121,7 @@ def dense_block(
     Raises:
         ValueError: shapes that do not fit, mixed devices, one value per channel in training, unknown ``memory``.
         TypeError: a dtype that is not floating point, or weights of another dtype than the input's.
+        NotImplementedError: other activations than ReLU, or biases, on a CUDA device.
 
     Note:
         Running statistics are not updated: see :func:`update_running_stats_`. Saved for backward: the buffer
@@ -154,6 +171,8 @@ def run_flat_block(
         memory == "balanced" and records,
         process_group,
         contiguous,
+        flat.activations,
+        flat.numbers,
         memory == "recompute" and records and flat.num_layers > 0 and not torch.compiler.is_compiling(),
     )
     return out, BatchStatistics(mean, var)
@@ -180,26 +199,38 @@ def _dropped(layer: LayerWeights) -> LayerWeights:
 
 
 def flatten_block(layers: Sequence[LayerWeights], tail: TailWeights | None) -> FlatBlock:
-    parameters = Parameters()
+    parameters, extras = Parameters(), Parameters()
+    acts: list[Activation] = []
+
+    def add(norm: NormWeights, act: Activation, conv: Tensor | None, bias: Tensor | None) -> None:
+        parameters.norm(norm)
+        acts.append(act)
+        extras.add(act.weight)
+        if conv is not None:
+            parameters.conv(conv)
+            extras.add(bias)
+
     for layer in layers:
-        parameters.norm(layer.norm1)
         if layer.conv1 is not None and layer.norm2 is not None:
-            parameters.conv(layer.conv1)
-            parameters.norm(layer.norm2)
-        parameters.conv(layer.conv2)
+            add(layer.norm1, layer.act1, layer.conv1, layer.bias1)
+            add(layer.norm2, layer.act2, layer.conv2, layer.bias2)
+        else:
+            add(layer.norm1, layer.act1, layer.conv2, layer.bias2)
     if tail is not None:
-        parameters.norm(tail.norm)
-        if tail.conv is not None:
-            parameters.conv(tail.conv)
+        add(tail.norm, IDENTITY if tail.kind == "norm" else tail.act, tail.conv, tail.bias)
+    relu_only = all(act.name == "relu" for act in (acts[:-1] if tail is not None and tail.kind == "norm" else acts))
+    has_extras = any(weight is not None for weight in extras.weights)
     return FlatBlock(
-        parameters.weights,
+        parameters.weights + (extras.weights if has_extras else []),
         parameters.eps,
         len(layers),
         len(layers) > 0 and layers[0].conv1 is not None,
         tail.kind if tail is not None else "none",
         parameters.running,
-        parameters.devices,
+        list(dict.fromkeys(parameters.devices + extras.devices)),
         parameters.conv_dtypes,
+        "" if relu_only else ",".join(act.name for act in acts),
+        [] if relu_only else [number for act in acts for number in (act.first, act.second)],
     )
 
 
@@ -216,6 +247,8 @@ def _(
     keep_bottleneck: bool,
     process_group: str,
     contiguous: bool = False,
+    activations: str = "",
+    activation_parameters: Sequence[float] = (),
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     stride = 10 if bottleneck else 5
@@ -234,7 +267,9 @@ def _(
     z = input.new_empty([kept, count_pixels(input), width])
     out = buffer if tail == "none" else torch.empty_like(buffer)
     if tail == "transition":
-        out = empty_channels_last(input, [batch, weights[-1].shape[0], *(size // 2 for size in spatial)])
+        out = empty_channels_last(
+            input, [batch, weights[num_layers * stride + 4].shape[0], *(size // 2 for size in spatial)]
+        )
     if contiguous:
         out = out.contiguous()
     return out, input.new_empty([0]) if tail == "none" else buffer, mean, torch.empty_like(mean), z
@@ -257,31 +292,31 @@ def _(
     in_channels: int,
     needs_grad: Sequence[bool],
     process_group: str,
+    activations: str = "",
+    activation_parameters: Sequence[float] = (),
 ) -> list[Tensor]:
     return fake_gradients(buffer.narrow(1, 0, in_channels), weights, needs_grad)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, _, process_group, *others = inputs
+    input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, _, process_group, *rest = inputs
     out, buffer, mean, var, z = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, var)
-    ctx.recompute = any(others[1:])  # behind `contiguous`; the dispatcher leaves out what is as by default
+    ctx.recompute = any(rest[3:])  # the last argument; the dispatcher leaves out what is as by default
     # The buffer, or what has the same numbers and somebody else keeps as well.
     features = input if num_layers == 0 or ctx.recompute else out if tail == "none" else buffer
     save(ctx, features, mean, var, z, seed, *weights)
     ctx.arguments = (eps, num_layers, bottleneck, tail, drop_rate)
     ctx.in_channels = input.shape[1]
-    ctx.process_group = process_group
+    ctx.last_arguments = (process_group, *rest[1:3])  # without `contiguous`
 
 
-def _run_again(
-    arguments: tuple[Any, ...], input: Tensor, mean: Tensor, var: Tensor, seed: Tensor | None, weights: list[Tensor]
-) -> Tensor:
+def _run_again(ctx: Any, input: Tensor, mean: Tensor, var: Tensor, seed: Tensor | None, given: list[Tensor]) -> Tensor:
     """The buffer, from the block's input, by the batch statistics that its first run took."""
-    eps, num_layers, bottleneck, _, drop_rate = arguments
-    per_layer, conv2 = (10, 9) if bottleneck else (5, 4)
-    weights, growth, begin = weights[: num_layers * per_layer], weights[conv2].shape[0], input.shape[1]
+    eps, num_layers, bottleneck, tail, drop_rate = ctx.arguments
+    per_layer, conv2, norms = (10, 9, 2 * num_layers) if bottleneck else (5, 4, num_layers)
+    weights, growth, begin = given[: num_layers * per_layer], given[conv2].shape[0], input.shape[1]
     second = begin + num_layers * growth  # of the statistics: those of the first layer's norm2
     width = weights[4].shape[0] if bottleneck else 0
     for layer in range(num_layers):
@@ -291,16 +326,19 @@ def _run_again(
         fix_statistics(weights, at, mean, var, 0, begin + layer * growth)
         if bottleneck:
             fix_statistics(weights, at + 5, mean, var, second + layer * width, width)
-    norms = (2 if bottleneck else 1) * num_layers
-    how = (eps[:norms], num_layers, bottleneck, "none", drop_rate, seed)
-    return run_again(torch.ops.fastdense.dense_block, input, weights, *how, False, "", False, True)[0]
+    extras = num_layers * per_layer + {"none": 0, "transition": 5}.get(tail, 4)
+    weights += given[extras : extras + 2 * norms]
+    _, names, numbers = (*ctx.last_arguments, "", [])[:3]
+    names = ",".join(names.split(",")[:norms])
+    how = (eps[:norms], num_layers, bottleneck, "none", drop_rate, seed, False, "", False, names, numbers[: 2 * norms])
+    return run_again(torch.ops.fastdense.dense_block, input, weights, *how, True)[0]
 
 
 def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, *_: Tensor | None) -> list[Tensor | None]:
     if grad_output is None:
         return [None] * len(needs)
     features, mean, var, z, seed, *weights = saved(ctx)
-    buffer = _run_again(ctx.arguments, features, mean, var, seed, weights) if ctx.recompute else features
+    buffer = _run_again(ctx, features, mean, var, seed, weights) if ctx.recompute else features
     needs_grad = needs[:-1]  # the last is the seed's
     grads = torch.ops.fastdense._dense_block_backward(
         grad_output,
@@ -313,7 +351,7 @@ def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, *_: T
         seed,
         ctx.in_channels,
         needs_grad,
-        ctx.process_group,
+        *ctx.last_arguments,
     )
     return [*wanted(grads, needs_grad), None]
 

@@ -104,7 +104,9 @@ def _register(counter: ModuleType) -> None:
         return forward(_dense_block(*arguments[:6]))
 
     def dense_block_backward(_grad: Any, buffer: Shape, *arguments: Any, **_: Any) -> int:
-        *_saved, weights, eps, num_layers, bottleneck, tail, _rate, _seed, in_channels, needs, _group = arguments
+        _mean, _var, _z, weights, eps, num_layers, bottleneck, tail, _rate, _seed, in_channels, needs, *_rest = (
+            arguments
+        )
         input = [buffer[0], in_channels, *buffer[2:]]
         return backward(_dense_block(input, weights, eps, num_layers, bottleneck, tail), needs)
 

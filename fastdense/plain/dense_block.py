@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastdense._choices import MEMORY_MODES, MemoryMode, SurvivalMode, SurvivalScale
 from fastdense.ops.arguments import check_memory
+from fastdense.plain.activation import ActivationName, make_activation
 from fastdense.plain.arguments import check_positive, check_spatial_dims
 from fastdense.plain.stochastic_depth import StochasticDepth, survivals
 
@@ -22,7 +23,7 @@ _AVG_POOL = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
 class DenseLayer(nn.Module):
-    """One layer of a dense block in plain PyTorch: ``conv2(relu(norm2(conv1(relu(norm1(x))))))``.
+    """One layer of a dense block in plain PyTorch: ``conv2(relu2(norm2(conv1(relu1(norm1(x))))))``.
 
     Args:
         in_channels: channels ``c`` that the layer reads.
@@ -33,6 +34,7 @@ class DenseLayer(nn.Module):
         spatial_dims: 1, 2 or 3.
         stochastic_depth: drops the layer at random. The new channels are ``b * H(x)``: zeros if it is dropped.
         eps, momentum, affine, track_running_stats: of the norms, as in :class:`torch.nn.BatchNorm2d`.
+        act: what ``relu1`` and ``relu2`` are, see :class:`fastdense.nn.DenseBlock`.
 
     Example:
         >>> DenseLayer(16, 4)(torch.zeros(2, 16, 8, 8)).shape
@@ -53,6 +55,7 @@ class DenseLayer(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        act: ActivationName = "relu",
     ) -> None:
         super().__init__()
         check_positive("DenseLayer", in_channels=in_channels, growth_rate=growth_rate, bn_size=bn_size)
@@ -62,12 +65,12 @@ class DenseLayer(nn.Module):
         conv, norm = _CONV[spatial_dims - 1], _NORM[spatial_dims - 1]
         width = in_channels
         self.norm1 = norm(in_channels, eps, momentum, affine, track_running_stats)
-        self.relu1 = nn.ReLU(inplace=True)
+        self.relu1 = make_activation("DenseLayer", act)
         if bottleneck:
             width = bn_size * growth_rate
             self.conv1 = conv(in_channels, width, 1, bias=False)
             self.norm2 = norm(width, eps, momentum, affine, track_running_stats)
-            self.relu2 = nn.ReLU(inplace=True)
+            self.relu2 = make_activation("DenseLayer", act)
         self.conv2 = conv(width, growth_rate, 3, padding=1, bias=False)
         self.drop_rate = float(drop_rate)
         if stochastic_depth is not None:
@@ -110,6 +113,7 @@ class PlainDenseBlock(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        act: ActivationName = "relu",
     ) -> None:
         super().__init__()
         check_positive("DenseBlock", num_layers=num_layers)
@@ -126,6 +130,7 @@ class PlainDenseBlock(nn.Module):
                 momentum=momentum,
                 affine=affine,
                 track_running_stats=track_running_stats,
+                act=act,
             )
             self.add_module(f"denselayer{index + 1}", layer)
         self.out_channels = in_channels + num_layers * growth_rate
@@ -139,7 +144,7 @@ class PlainDenseBlock(nn.Module):
 
 
 class PlainTransition(nn.Sequential):
-    """Transition in plain PyTorch: norm, ReLU, 1x1 convolution, average pool."""
+    """Transition in plain PyTorch: norm, activation, 1x1 convolution, average pool."""
 
     def __init__(
         self,
@@ -149,12 +154,13 @@ class PlainTransition(nn.Sequential):
         spatial_dims: int = 2,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        act: ActivationName = "relu",
     ) -> None:
         super().__init__()
         check_positive("Transition", in_channels=in_channels, out_channels=out_channels)
         check_spatial_dims("Transition", spatial_dims)
         dims = spatial_dims - 1
         self.norm = _NORM[dims](in_channels, eps, momentum)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = make_activation("Transition", act)
         self.conv = _CONV[dims](in_channels, out_channels, 1, bias=False)
         self.pool = _AVG_POOL[dims](2, 2)

@@ -4,9 +4,10 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastdense import reference
-from fastdense.ops import LayerWeights, TailWeights, dense_block
+from fastdense.ops import Activation, LayerWeights, TailWeights, dense_block
 from tests.cases.random_block import RandomBlock
 
 # Small enough for several chunks of pixels in most cases.
@@ -31,6 +32,9 @@ class Case:
     memory: str = "balanced"
     active: tuple[bool, ...] | None = None
     device: str = "cpu"
+    acts: tuple[Activation, ...] = ()  # of the norms, in turn
+    slopes: int = 0  # of PReLU: 1, or 0 for one a channel
+    bias: bool = False
 
 
 class Block(RandomBlock):
@@ -41,6 +45,7 @@ class Block(RandomBlock):
         dims = len(case.size)
         kernel, one = [3] * dims, [1] * dims
         self.layers = []
+        self.norms = 0
         for index in range(case.num_layers):
             channels = case.in_channels + index * case.growth_rate
             fan = case.width or channels
@@ -50,6 +55,10 @@ class Block(RandomBlock):
                     self.weight(f"{index}.conv1", case.width, channels, *one) if case.width else None,
                     self.norm(f"{index}.norm2", case.width, 1e-3) if case.width else None,
                     self.weight(f"{index}.conv2", case.growth_rate, fan, *kernel),
+                    self.act(f"{index}.act1", channels),
+                    self.act(f"{index}.act2", case.width) if case.width else Activation(),
+                    self.bias(f"{index}.conv1.bias", case.width) if case.width else None,
+                    self.bias(f"{index}.conv2.bias", case.growth_rate),
                 )
             )
         channels = case.in_channels + case.num_layers * case.growth_rate
@@ -57,10 +66,25 @@ class Block(RandomBlock):
         if case.tail != "none":
             norm = self.norm("tail.norm", channels, 1e-5)
             conv = self.weight("tail.conv", 7, channels, *one) if case.tail == "transition" else None
-            self.tail = TailWeights(norm, conv, case.tail == "norm_relu")
+            act = self.act("tail.act", channels) if case.tail != "norm" else Activation()
+            bias = self.bias("tail.conv.bias", 7) if case.tail == "transition" else None
+            self.tail = TailWeights(norm, conv, case.tail == "norm_relu", act, bias)
         shape = (case.batch, case.in_channels, *case.size)
         self.input = (self.normal(*shape) + 0.5).requires_grad_()
         self.seed = torch.tensor(1234, device=case.device)
+
+    def act(self, name: str, channels: int) -> Activation:
+        """The next one; PReLU gets a parameter."""
+        if not self.case.acts:
+            return Activation()
+        act = self.case.acts[self.norms % len(self.case.acts)]
+        self.norms += 1
+        if act.name != "prelu":
+            return act
+        return act._replace(weight=self.add(f"{name}.weight", self.normal(self.case.slopes or channels) * 0.3 + 0.2))
+
+    def bias(self, name: str, channels: int) -> Tensor | None:
+        return self.add(name, self.normal(channels)) if self.case.bias else None
 
     def run(self, memory: str | None = None):
         return dense_block(
@@ -86,3 +110,23 @@ class Block(RandomBlock):
 
 
 ALL = ("norm1", "norm2", "tail")
+
+# Numbers that float32 has as well: torch rounds the alpha of CELU to it in the backward pass.
+ACTIVATIONS = (
+    Activation("relu"),
+    Activation("identity"),
+    Activation("relu6"),
+    Activation("leaky_relu", 0.1),
+    Activation("prelu"),
+    Activation("elu", 1.3),
+    Activation("celu", 0.75),
+    Activation("selu"),
+    Activation("silu"),
+    Activation("gelu"),
+    Activation("gelu_tanh"),
+    Activation("hardswish"),
+    Activation("mish"),
+    Activation("softplus", 2.0, 3.0),
+    Activation("tanh"),
+    Activation("sigmoid"),
+)

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from fastdense import _C, reference
-from fastdense.ops import ConvWeights, DualPathWeights, LayerWeights, NormWeights, ProjectionWeights, TailWeights
+from fastdense.ops import (
+    Activation,
+    ConvWeights,
+    DualPathWeights,
+    LayerWeights,
+    NormWeights,
+    ProjectionWeights,
+    TailWeights,
+)
 from tests.cases import highway_gate
 
 Results = list[Tensor | None]  # None: not compared
@@ -54,7 +62,10 @@ def _dense_block(
     seed,
     keep_bottleneck,
     process_group,
-    *_layout_and_mode,
+    contiguous=False,
+    activations="",
+    activation_parameters=(),
+    recompute=False,
 ) -> Results:
     reader = _Reader(weights, eps)
     layers = []
@@ -68,6 +79,23 @@ def _dense_block(
     read_by = None
     if tail != "none":
         read_by = TailWeights(reader.norm(), reader.conv() if tail == "transition" else None, tail != "norm")
+    extras, numbers = reader.weights, iter(activation_parameters)
+    names = iter(activations.split(",") if activations else ["relu"] * len(eps))
+
+    def act() -> Activation:
+        return Activation(next(names), next(numbers, 0.0), next(numbers, 0.0), _given(next(extras, torch.empty(0))))
+
+    def bias() -> Tensor | None:
+        return _given(next(extras, torch.empty(0)))
+
+    for index, layer in enumerate(layers):
+        if bottleneck:
+            act1, bias1, act2, bias2 = act(), bias(), act(), bias()
+            layers[index] = layer._replace(act1=act1, bias1=bias1, act2=act2, bias2=bias2)
+        else:
+            layers[index] = layer._replace(act1=act(), bias2=bias())
+    if read_by is not None:
+        read_by = read_by._replace(act=act(), bias=bias())
     active = [layer.conv2.shape[1] != 0 for layer in layers]
     out, _ = reference.dense_block(input, layers, tail=read_by, drop_rate=drop_rate, seed=seed, active=active)
     return [out, None, None, None, None]
@@ -168,11 +196,11 @@ def _gradients(run: Callable[..., Tensor], grad: Tensor, tensors: Sequence[Tenso
 
 
 def _dense_block_backward(grad_output, buffer, mean, var, z, weights, *options) -> Results:
-    *rest, in_channels, needs, group = options
+    rest, (in_channels, needs, group, *activations) = options[:6], options[6:]
     input = buffer[:, :in_channels]
 
     def run(x: Tensor, *parameters: Tensor) -> Tensor:
-        return _dense_block(x, parameters, *rest, False, group)[0]
+        return _dense_block(x, parameters, *rest, False, group, False, *activations)[0]
 
     return _gradients(run, grad_output, [input, *weights], needs)
 

@@ -6,6 +6,7 @@ import math
 import torch
 
 import fastdense  # noqa: F401  (registers the operators)
+from fastdense.ops import Activation
 from tests.cases.dense_block import ALL, Block, Case
 from tests.cases.dual_path import Stage, StageCase
 from tests.cases.norm_relu_max_pool import ALL as GIVEN
@@ -30,11 +31,13 @@ def dense_block_samples():
         Case(tail="norm", active=(True, False, True)),
         Case(tail="norm_relu", width=0, size=(4, 3, 2), memory="min"),
         Case(tail="norm", frozen=ALL, dtype=torch.float32),
+        Case(tail="transition", bias=True, num_layers=2, acts=(Activation("prelu"), Activation("elu", 0.7))),
+        Case(tail="norm_relu", width=0, num_layers=2, acts=(Activation("softplus", 1.5, 2.0), Activation("gelu"))),
     ):
         block = Block(case)
         flat = flatten_block(without_dropped(block.layers, case.active), block.tail)
         options = (case.num_layers, case.width > 0, case.tail, case.drop_rate, block.seed)
-        yield block, fill_absent(flat.weights, block.input), flat.eps, options
+        yield block, fill_absent(flat.weights, block.input), flat.eps, options, (flat.activations, flat.numbers)
 
 
 def dual_path_samples():
@@ -102,18 +105,20 @@ def norm_relu_max_pool_samples(name: str):
 
 def samples(name: str):
     if name == "dense_block":
-        for block, weights, eps, options in dense_block_samples():
-            yield block.input, weights, eps, *options, block.case.memory == "balanced", "", block.case.width > 0, False
+        for block, weights, eps, options, activations in dense_block_samples():
+            keep, contiguous = block.case.memory == "balanced", block.case.width > 0
+            yield block.input, weights, eps, *options, keep, "", contiguous, *activations, False
     elif name == "_dense_block_backward":
-        for block, weights, eps, options in dense_block_samples():
+        for block, weights, eps, options, activations in dense_block_samples():
             with torch.no_grad():
                 keep = block.case.memory == "balanced"
-                out, buffer, *saved = torch.ops.fastdense.dense_block(block.input, weights, eps, *options, keep, "")
+                forward = torch.ops.fastdense.dense_block
+                out, buffer, *saved = forward(block.input, weights, eps, *options, keep, "", False, *activations)
                 grad = torch.randn_like(out)
                 buffer = out if block.case.tail == "none" else buffer
                 needs = [True] + [w.requires_grad for w in weights]
                 parameters = [w.detach() for w in weights]
-                yield grad, buffer, *saved, parameters, eps, *options, block.input.shape[1], needs, ""
+                yield grad, buffer, *saved, parameters, eps, *options, block.input.shape[1], needs, "", *activations
     elif name == "dual_path_stage":
         for stage, weights, eps, options in dual_path_samples():
             yield stage.input, weights, eps, *options, stage.case.memory, "", stage.case.projection

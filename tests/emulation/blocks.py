@@ -26,6 +26,7 @@ SOURCES += [
     f"csrc/dense_block/dense_block_conv_{stem}_kernels.cu" for stem in ("forward", "input_gradient", "weight_gradient")
 ]
 SOURCES += [
+    "csrc/core/activation_args.cpp",
     "csrc/cuda/kernel_choice.cpp",
     "csrc/core/sync_batch_norm.cpp",
     "csrc/norm_relu_max_pool/norm_relu_max_pool_kernels.cu",

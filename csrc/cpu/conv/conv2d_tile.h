@@ -35,6 +35,15 @@ struct HaloTile {
   // value(pixel, channel) inside of the image, zero outside.
   template <typename Value>
   void fill(const ConvGeometry& g, const Tile& tile, const Value& value) const {
+    const int64_t n = channels;
+    fill_pixels(g, tile, [&value, n](int64_t at, Operand* __restrict out) {
+      for (int64_t j = 0; j < n; ++j) out[j] = store<Operand>(value(at, j));
+    });
+  }
+
+  // The same by write(pixel, its channels).
+  template <typename Write>
+  void fill_pixels(const ConvGeometry& g, const Tile& tile, const Write& write) const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t y = tile.row + r - halo_rows;
       for (int64_t q = 0; q < stride; ++q) {
@@ -42,7 +51,7 @@ struct HaloTile {
         Operand* __restrict out = pixel(r, q);
         const bool inside = 0 <= y && y < g.size[0] && 0 <= x && x < g.size[1];
         const int64_t filled = inside ? channels : 0, at = tile.image * g.pixels() + y * g.size[1] + x;
-        for (int64_t j = 0; j < filled; ++j) out[j] = store<Operand>(value(at, j));
+        if (inside) write(at, out);
         for (int64_t j = filled; j < ld; ++j) out[j] = Operand{};
       }
     }
@@ -135,13 +144,13 @@ class Conv2dTile {
   // value(pixel, channel)
   template <typename Value>
   void fill(Workspace& workspace, const Value& value) {
-    halo_.data = workspace.take<Operand>(halo_.pixels() * halo_.ld);
-    sums_ = workspace.take<A>(sums_bytes<T>(tile_) / int64_t(sizeof(A)));
-    halo_.fill(g_, tile_, value);
-    if (!winograd_) return;
-    patches_.data = workspace.take<A>(patches_.size());
-    made_.data = workspace.take<A>(made_.size());
-    patches_.fill_patches(halo_);
+    fill_by(workspace, [&] { halo_.fill(g_, tile_, value); });
+  }
+
+  // write(pixel, its channels)
+  template <typename Write>
+  void fill_pixels(Workspace& workspace, const Write& write) {
+    fill_by(workspace, [&] { halo_.fill_pixels(g_, tile_, write); });
   }
 
   const HaloTile<T>& halo() const { return halo_; }
@@ -159,6 +168,17 @@ class Conv2dTile {
   }
 
  private:
+  template <typename Fill>
+  void fill_by(Workspace& workspace, const Fill& fill) {
+    halo_.data = workspace.take<Operand>(halo_.pixels() * halo_.ld);
+    sums_ = workspace.take<A>(sums_bytes<T>(tile_) / int64_t(sizeof(A)));
+    fill();
+    if (!winograd_) return;
+    patches_.data = workspace.take<A>(patches_.size());
+    made_.data = workspace.take<A>(made_.size());
+    patches_.fill_patches(halo_);
+  }
+
   void tap_sums(const Operand* panel) const {
     const int64_t depth = g_.kernel[1] * halo_.ld, row = sums_stride<T>(tile_) * G::kPanel;
     for (int64_t t = 0; t < g_.kernel[0]; ++t)
@@ -278,9 +298,21 @@ class WinogradWeightGradient {
   // dweight[product][k][channels] += for n channels of one panel: value(pixel, channel of the panel).
   template <typename Value>
   void add(int64_t n, const Value& value, A* dweight, int64_t ldw) {
+    add_by(n, [&] { read_.fill(g_, sums_.tile(), value); }, dweight, ldw);
+  }
+
+  // The same with write(pixel, its n channels).
+  template <typename Write>
+  void add_pixels(int64_t n, const Write& write, A* dweight, int64_t ldw) {
+    add_by(n, [&] { read_.fill_pixels(g_, sums_.tile(), write); }, dweight, ldw);
+  }
+
+ private:
+  template <typename Fill>
+  void add_by(int64_t n, const Fill& fill, A* dweight, int64_t ldw) {
     if constexpr (std::is_same_v<Operand, A>) {
       read_.channels = n;
-      read_.fill(g_, sums_.tile(), value);
+      fill();
       read_.channels = G::kPanel;
       patches_.fill_patches(read_);
       for (int64_t p = 0; p < kWinogradProducts; ++p)
@@ -290,7 +322,6 @@ class WinogradWeightGradient {
     }
   }
 
- private:
   const ConvGeometry& g_;
   const Conv2dTile<T>& sums_;
   WinogradTransforms<T> gradients_, patches_;

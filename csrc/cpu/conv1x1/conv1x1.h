@@ -74,6 +74,7 @@ void conv1x1(const Sources<T>& sources, const PoolGeometry* pool, int64_t row, i
     column += s.channels;
   }
   G::multiply(rows, depth, n, y, unpacked<T>(panels), {c, ldc});
+  add_bias(c, ldc, rows, targets.first.columns, targets.first.bias);
   store_rows(c, ldc, row, rows, targets.first);
   store_rows(c + targets.first.columns, ldc, row, rows, targets.second);
 }
@@ -106,19 +107,29 @@ void backward_blocks(int64_t rows, int64_t channels, const LeftFactor<T>& left, 
   }
 }
 
+// sum[depth] += rows of a left factor
+template <typename T>
+inline void add_rows(const LeftFactor<T>& left, int64_t rows, double* __restrict sum) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* row = left.row(r);
+    for (int64_t j = 0; j < left.depth; ++j) sum[j] += double(load(row[j]));
+  }
+}
+
 // The same for a product that reads act(source): `epilogue` takes dy through the activation.
 template <typename T, typename A = accumulate_t<T>>
 void backward(const Source<T>& s, const PoolGeometry* pool, int64_t row, int64_t rows, const LeftFactor<T>& left,
               const void* panels, const BackwardEpilogue<T>& epilogue, Workspace workspace) {
   const int64_t volume = pool ? pool->volume() : 1;
-  const auto epilogue_pixel = epilogue.accumulate ? epilogue_row<true, true, T> : epilogue_row<true, false, T>;
+  const auto epilogue_pixel = epilogue_of(s, epilogue);
+  if (epilogue.bias) add_rows(left, rows, epilogue.bias);
   backward_blocks<T>(
       rows, s.channels, left, epilogue.gradient ? panels : nullptr, epilogue.dweight, workspace,
       [&](int64_t begin, int64_t end, A* memory, typename Gemm<T>::Operand* act) {
         if (pool)
           activate_pooled_panels(s, *pool, row, rows, begin, end, memory, act);
         else
-          activate_panels(s, row, rows, begin, end, act);
+          activate_panels(s, row, rows, begin, end, memory, act);
       },
       [&](int64_t begin, int64_t n, const A* dy, int64_t ldd) {
         A sum[kColumnBlock], weighted[kColumnBlock];

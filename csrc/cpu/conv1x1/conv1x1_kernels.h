@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernels that the blocks are built of: 1x1 convolutions with norm + ReLU as the prologue and batch statistics of
-// what they store as the epilogue, their backward, and norms alone.  They do what one thread does with one chunk of
-// rows; rows are pixels, channels are innermost.  No torch header.  T is the storage type, A = accumulate_t<T> the type
-// of arithmetic, workspace and weights.  BlockForward (cpu/block_forward.h) owns the loop over chunks, the threads and
-// all memory.
+// CPU kernels that the blocks are built of: 1x1 convolutions with norm + activation as the prologue and batch
+// statistics of what they store as the epilogue, their backward, and norms alone.  They do what one thread does with
+// one chunk of rows; rows are pixels, channels are innermost.  No torch header.  T is the storage type, A =
+// accumulate_t<T> the type of arithmetic, workspace and weights.  BlockForward (cpu/block_forward.h) owns the loop over
+// chunks, the threads and all memory.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +12,28 @@
 #include "core/batch_norm_math.h"
 #include "core/geometry.h"
 #include "core/scalar.h"
+#include "cpu/activation/activation_kernels.h"
 #include "cpu/simd/dispatch.h"
 
 namespace fastdense {
 
-// relu(scale * x + shift) of `channels` columns of a matrix of rows: what a norm + ReLU makes of a channel prefix.
+// An activation other than ReLU of a source.
+template <typename A>
+struct SourceActivation {
+  RowActivation<A> run;
+  ActivationParameters<A> parameters;
+  const A* slope = nullptr;  // [channels], of leaky_relu
+};
+
+// act(scale * x + shift) of `channels` columns of a matrix of rows: what a norm + activation makes of a channel prefix.
 template <typename T>
 struct Source {
-  const T* x;                    // [rows, ld]
-  int64_t ld;                    // row stride in elements
-  int64_t channels;              // columns read
-  const accumulate_t<T>* scale;  // [channels]
-  const accumulate_t<T>* shift;  // [channels]
+  const T* x;                                                     // [rows, ld]
+  int64_t ld;                                                     // row stride in elements
+  int64_t channels;                                               // columns read
+  const accumulate_t<T>* scale;                                   // [channels]
+  const accumulate_t<T>* shift;                                   // [channels]
+  const SourceActivation<accumulate_t<T>>* activation = nullptr;  // nullptr: ReLU
 };
 
 // Columns side by side, in one or two segments.
@@ -34,7 +44,7 @@ struct Sources {
   int64_t channels() const { return first.channels + second.channels; }
 };
 
-// Where columns of a product go: out = product (+ add), rounded, and the moments of what was stored if `mean`.
+// Where columns of a product go: out = product (+ bias) (+ add), rounded, and the moments of what was stored if `mean`.
 template <typename T>
 struct Target {
   T* out;  // [rows, ld]
@@ -44,6 +54,7 @@ struct Target {
   double* m2 = nullptr;
   const T* add = nullptr;  // [rows, ld_add] or nullptr; may be `out`
   int64_t ld_add = 0;
+  const accumulate_t<T>* bias = nullptr;  // [columns] or nullptr
 };
 
 template <typename T>
@@ -80,10 +91,12 @@ struct BackwardEpilogue {
   T* gradient;  // [rows, ld]: += the norm's scale * dy if `accumulate`, else = dy; nullptr if not wanted
   int64_t ld;
   bool accumulate;
-  const A* mean;     // [n]
-  double* sum;       // [n] += sum dy
-  double* weighted;  // [n] += sum dy * (x - mean)
-  A* dweight;        // [padded depth, padded n] += left^T * activation, or nullptr
+  const A* mean;            // [n]
+  double* sum;              // [n] += sum dy
+  double* weighted;         // [n] += sum dy * (x - mean)
+  A* dweight;               // [padded depth, padded n] += left^T * activation, or nullptr
+  double* slope = nullptr;  // [n] += sum of (gradient of the activation) * min(u, 0): PReLU's, or nullptr
+  double* bias = nullptr;   // [depth] += sum of left: that of the convolution's bias, or nullptr
 };
 
 // A norm that the gradient dv behind it passes on its way to the norm's input z.
@@ -122,9 +135,9 @@ struct Conv1x1Kernels {
   // backward of a 1x1, behind pooling if `pool`: left = its output gradient
   void (*conv1x1_backward)(const Source<T>&, const PoolGeometry* pool, int64_t row, int64_t rows, const Gradients<T>&,
                            const void* panels, const BackwardEpilogue<T>&, void* workspace);
-  // out = scale * x + shift, with or without ReLU, and its backward; `grad` may be the epilogue's gradient
-  void (*norm)(const Source<T>&, bool relu, int64_t row, int64_t rows, T* out);
-  void (*norm_backward)(const Source<T>&, bool relu, int64_t row, int64_t rows, const T* grad,
+  // out = scale * x + shift, with or without the activation, and its backward; `grad` may be the epilogue's gradient
+  void (*norm)(const Source<T>&, bool activates, int64_t row, int64_t rows, T* out);
+  void (*norm_backward)(const Source<T>&, bool activates, int64_t row, int64_t rows, const T* grad,
                         const BackwardEpilogue<T>&, void* workspace);
   // dz[row] = input gradient of the norm; dz may be dv
   void (*norm_input_gradient)(const NormBackward<T>&, int64_t row, int64_t rows, T* dz);

@@ -6,23 +6,25 @@
 namespace fastdense::FASTDENSE_TARGET {
 
 template <typename T, typename A = accumulate_t<T>>
-void norm(const Source<T>& s, bool with_relu, int64_t row, int64_t rows, T* out) {
+void norm(const Source<T>& s, bool activates, int64_t row, int64_t rows, T* out) {
+  if (activates && s.activation) {
+    for (int64_t r = row; r < row + rows; ++r) activate_row(s, r, 0, s.channels, out + r * s.channels);
+    return;
+  }
   for (int64_t r = row; r < row + rows; ++r)
     for (int64_t j = 0; j < s.channels; ++j) {
       const A v = mul_add(A(load(s.x[r * s.ld + j])), s.scale[j], s.shift[j]);
-      out[r * s.channels + j] = store<T>(with_relu ? relu(v) : v);
+      out[r * s.channels + j] = store<T>(activates ? relu(v) : v);
     }
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void norm_backward(const Source<T>& s, bool with_relu, int64_t row, int64_t rows, const T* grad,
+void norm_backward(const Source<T>& s, bool activates, int64_t row, int64_t rows, const T* grad,
                    const BackwardEpilogue<T>& epilogue, void* memory) {
   Workspace workspace(memory);
   const int64_t n = s.channels;
   A *sum = workspace.take<A>(n), *weighted = workspace.take<A>(n), *dy = workspace.take<A>(n);
-  const auto epilogue_pixel = epilogue.accumulate
-                                  ? (with_relu ? epilogue_row<true, true, T> : epilogue_row<false, true, T>)
-                                  : (with_relu ? epilogue_row<true, false, T> : epilogue_row<false, false, T>);
+  const auto epilogue_pixel = epilogue_of(s, epilogue, activates);
   sum_in_groups(rows, 1, n, sum, weighted, epilogue.sum, epilogue.weighted, [&](int64_t r) {
     for (int64_t j = 0; j < n; ++j) dy[j] = load(grad[(row + r) * n + j]);
     epilogue_pixel(s, epilogue, row + r, {0, n}, dy, A(1), sum, weighted);

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Norm and ReLU of a chunk of rows: activations, moments, rounding of results, gradients.  Plain loops over the scalar
-// maths of batch_norm_math.h that the compiler vectorises over channels.
+// maths of batch_norm_math.h that the compiler vectorises over channels.  Where a source names another activation,
+// norm_activation.h does the same by parts of rows.
 #pragma once
 
+#include "cpu/conv1x1/norm_activation.h"
 #include "cpu/simd/vec.h"
 
 namespace fastdense::FASTDENSE_TARGET {
@@ -47,6 +49,10 @@ template <typename T>
 inline void activate(const Source<T>& s, int64_t row, int64_t rows, const LeftFactor<T>& y, int64_t column) {
   using Operand = typename Gemm<T>::Operand;
   for (int64_t r = 0; r < rows; ++r) {
+    if (s.activation) {
+      activate_row(s, row + r, 0, s.channels, y.row(r) + column);
+      continue;
+    }
     const T* x = s.x + (row + r) * s.ld;
     Operand* __restrict out = y.row(r) + column;
     for (int64_t j = 0; j < s.channels; ++j) out[j] = store<Operand>(norm_relu(load(x[j]), s.scale[j], s.shift[j]));
@@ -60,10 +66,15 @@ inline void activate_pooled_row(const Source<T>& s, const PoolGeometry& g, int64
   using A = accumulate_t<T>;
   const int64_t volume = g.volume();
   const A share = A(1) / A(volume);
-  const T* origin = s.x + window_origin(g, pooled_row) * s.ld;
+  const int64_t origin = window_origin(g, pooled_row);
   for (int64_t j = begin; j < end; ++j) y[j - begin] = 0;
   for (int64_t w = 0; w < volume; ++w) {
-    const T* x = origin + window_offset(g, w) * s.ld;
+    const int64_t pixel = origin + window_offset(g, w);
+    if (s.activation) {
+      add_activated_row(s, pixel, begin, end, y);
+      continue;
+    }
+    const T* x = s.x + pixel * s.ld;
     for (int64_t j = begin; j < end; ++j) y[j - begin] += norm_relu(load(x[j]), s.scale[j], s.shift[j]);
   }
   for (int64_t j = begin; j < end; ++j) y[j - begin] *= share;
@@ -81,12 +92,26 @@ inline void activate_pooled(const Source<T>& s, const PoolGeometry& g, int64_t r
   }
 }
 
-// Columns [begin, end) of act(source) as panels.
+// y[rows, n] as panels
+template <typename T>
+inline void fill_panels(const accumulate_t<T>* y, int64_t rows, int64_t n, typename Gemm<T>::Operand* panels) {
+  using G = Gemm<T>;
+  for (int64_t j = 0; j < n; j += G::kPanel, panels += round_up(rows, G::kAlign) * G::kPanel) {
+    const auto* from = y + j;
+    G::fill_panel(rows, n - j, [=](int64_t r, int64_t i) { return from[r * n + i]; }, panels);
+  }
+}
+
+// Columns [begin, end) of act(source) as panels; y[rows, end - begin] is workspace.
 template <typename T>
 inline void activate_panels(const Source<T>& s, int64_t row, int64_t rows, int64_t begin, int64_t end,
-                            typename Gemm<T>::Operand* panels) {
+                            accumulate_t<T>* y, typename Gemm<T>::Operand* panels) {
   using A = accumulate_t<T>;
   using G = Gemm<T>;
+  if (s.activation) {
+    for (int64_t r = 0; r < rows; ++r) activate_row(s, row + r, begin, end, y + r * (end - begin));
+    return fill_panels<T>(y, rows, end - begin, panels);
+  }
   for (int64_t j = begin; j < end; j += G::kPanel, panels += round_up(rows, G::kAlign) * G::kPanel) {
     const T* x = s.x + row * s.ld + j;
     const A *scale = s.scale + j, *shift = s.shift + j;
@@ -101,13 +126,9 @@ inline void activate_panels(const Source<T>& s, int64_t row, int64_t rows, int64
 template <typename T>
 inline void activate_pooled_panels(const Source<T>& s, const PoolGeometry& g, int64_t row, int64_t rows, int64_t begin,
                                    int64_t end, accumulate_t<T>* y, typename Gemm<T>::Operand* panels) {
-  using G = Gemm<T>;
   const int64_t n = end - begin;
   for (int64_t r = 0; r < rows; ++r) activate_pooled_row(s, g, row + r, begin, end, y + r * n);
-  for (int64_t j = 0; j < n; j += G::kPanel, panels += round_up(rows, G::kAlign) * G::kPanel) {
-    const auto* from = y + j;
-    G::fill_panel(rows, n - j, [=](int64_t r, int64_t i) { return from[r * n + i]; }, panels);
-  }
+  fill_panels<T>(y, rows, n, panels);
 }
 
 // Mean and M2 of the columns of x[rows, ld], by tiles of kTile rows that are combined in order (Chan).  The second pass
@@ -143,6 +164,16 @@ void moments(const T* x, int64_t ld, int64_t rows, int64_t n, double* mean, doub
         m2[j + i] = sum.m2;
       }
     }
+  }
+}
+
+// v[rows, ldv] += bias [n], of which nullptr is none
+template <typename A>
+inline void add_bias(A* v, int64_t ldv, int64_t rows, int64_t n, const A* bias) {
+  if (!bias) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    A* __restrict to = v + r * ldv;
+    for (int64_t j = 0; j < n; ++j) to[j] += bias[j];
   }
 }
 
@@ -209,6 +240,28 @@ inline void epilogue_row(const Source<T>& s, const BackwardEpilogue<T>& epilogue
     sum[i] += gradient;
     weighted[i] += gradient * (value - mean[i]);
   }
+}
+
+// The same where the source names another activation; PReLU's sums go to epilogue.slope.
+template <bool kAccumulate, typename T>
+[[gnu::noinline]] void activation_epilogue_row(const Source<T>& s, const BackwardEpilogue<T>& epilogue, int64_t pixel,
+                                               ColumnRange columns, const accumulate_t<T>* dy, accumulate_t<T> share,
+                                               accumulate_t<T>* sum, accumulate_t<T>* weighted) {
+  using A = accumulate_t<T>;
+  for_each_gradient(s, pixel, columns.begin, columns.count, dy, share, epilogue.slope,
+                    [&](int64_t at, int64_t n, const A* gradient) {
+                      epilogue_row<false, kAccumulate, T>(s, epilogue, pixel, {columns.begin + at, n}, gradient, A(1),
+                                                          sum + at, weighted + at);
+                    });
+}
+
+// The one of these that a source needs; `activates`: whether there is an activation.
+template <typename T>
+inline auto epilogue_of(const Source<T>& s, const BackwardEpilogue<T>& epilogue, bool activates = true) {
+  if (activates && s.activation)
+    return epilogue.accumulate ? activation_epilogue_row<true, T> : activation_epilogue_row<false, T>;
+  if (epilogue.accumulate) return activates ? epilogue_row<true, true, T> : epilogue_row<false, true, T>;
+  return activates ? epilogue_row<true, false, T> : epilogue_row<false, false, T>;
 }
 
 // body(row) for all rows, which adds n columns to `sum` and `weighted`.  After every kSummed pixels these go over to

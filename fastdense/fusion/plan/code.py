@@ -214,7 +214,7 @@ def _is_global_at_home(home: str, name: str, value: Any) -> bool:
     if isinstance(value, types.FunctionType):
         made_in = str(value.__globals__.get("__name__", ""))
         if made_in == home:
-            return value.__code__.co_qualname == name
+            return value.__code__.co_qualname in (name, f"_{name}")  # F.threshold is _threshold
         return _package(made_in) in _LIBRARIES or _package(made_in) in sys.stdlib_module_names
     if isinstance(value, types.ModuleType):
         return sys.modules.get(value.__name__) is value
@@ -260,7 +260,8 @@ _LOOKED_UP: list[tuple[Any, str, _Original]] = []
 def _read_originals() -> None:
     per_axis = ("Conv", "BatchNorm", "AvgPool", "MaxPool", "Dropout")
     kinds = [getattr(nn, f"{name}{dims}d") for name in per_axis for dims in (1, 2, 3)]
-    kinds += [nn.SyncBatchNorm, nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Identity, nn.Sequential, nn.ModuleList]
+    kinds += [getattr(nn, name) for name in nn.modules.activation.__all__]
+    kinds += [nn.SyncBatchNorm, nn.Dropout, nn.Identity, nn.Sequential, nn.ModuleList]
     walk = _Walk(kinds)
     for kind in kinds:
         for name in _BEGINNINGS:

@@ -19,6 +19,7 @@ from fastdense.models.registry import create, is_super_resolution, list, takes_w
 from fastdense.models.weights import first_convolution, last_layer, load_state, read_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_OLD_WEIGHTS = "pytorch_model.bin"  # of timm, where there is no other
 
 
 class Pretrained(NamedTuple):
@@ -58,7 +59,11 @@ def load_pretrained(
     is_folder = folder.is_dir()
     config_file = folder / CONFIG if is_folder else _fetch(op, source, CONFIG, revision)
     config = _read_config(op, config_file)
-    weights = folder / WEIGHTS if is_folder else _fetch(op, source, WEIGHTS, revision)
+    if is_folder:
+        found = [folder / name for name in (WEIGHTS, _OLD_WEIGHTS) if (folder / name).exists()]
+        weights = found[0] if found else folder / WEIGHTS
+    else:
+        weights = _fetch(op, source, WEIGHTS, revision)
     name, own = config["architecture"], config.get("fastdense", {})
     given = dict(own.get("kwargs", {})) | dict(kwargs or {})
     try:
@@ -162,9 +167,7 @@ def _describe(op: str, model: nn.Module, data: Mapping[str, Any] | None) -> tupl
         json.dumps(kwargs)
         json.dumps(data)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{op}: expected {recipe.name} as it was made, of plain values, got a change: {error}"
-        ) from error
+        raise InputError(f"{op}: expected {recipe.name} as it was made, and plain values, got: {error}") from error
     size = int((data or {}).get("size", 224))
     channels = state[f"{first}.weight"].shape[1] if first else 3
     timm = {"num_classes": classes, "input_size": [channels, size, size], "first_conv": first, "classifier": head}

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from accelerate.state import AcceleratorState
 from PIL import Image
+from skimage import data
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -46,6 +48,22 @@ def test_image_folder(tmp_path):
             Image.fromarray(noise.numpy()).save(tmp_path / name / f"{index}.png")
     losses = run("image_folder.py", tmp_path, "--epochs", 5, "--batch", 6, "--size", 64, "--small")
     assert_falls(losses, 0.8)
+
+
+@pytest.mark.filterwarnings("ignore:fastdense. densenet121. classifier is a new layer for 2 classes")
+def test_finetune(tmp_path):
+    """A file of torchvision, pieces of two photographs, predictions of the kept model."""
+    torch.save(torchvision.models.densenet121().state_dict(), tmp_path / "weights.pth")
+    for name, photograph in (("cat", data.chelsea()), ("coffee", data.coffee())):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for at in range(6):
+            piece = photograph[20 * at : 20 * at + 90, 30 * at : 30 * at + 90]
+            Image.fromarray(piece).save(tmp_path / "in" / name / f"{at}.png")
+    pictures = sorted((tmp_path / "in").rglob("*.png"))
+    options = ("--epochs", 3, "--batch", 6, "--size", 32, "--lr", 0.02, "--weights", tmp_path / "weights.pth")
+    losses, classes = run("finetune.py", tmp_path / "in", *options, "--out", tmp_path / "out", "--predict", *pictures)
+    assert_falls(losses, 0.8)
+    assert sum(name == path.parent.name for name, path in zip(classes, pictures, strict=True)) >= 9
 
 
 def test_volumes(capsys):

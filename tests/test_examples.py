@@ -50,7 +50,6 @@ def test_image_folder(tmp_path):
     assert_falls(losses, 0.8)
 
 
-@pytest.mark.filterwarnings("ignore:fastdense. densenet121. classifier is a new layer for 2 classes")
 def test_finetune(tmp_path):
     """A file of torchvision, pieces of two photographs, predictions of the kept model."""
     torch.save(torchvision.models.densenet121().state_dict(), tmp_path / "weights.pth")
@@ -61,7 +60,10 @@ def test_finetune(tmp_path):
             Image.fromarray(piece).save(tmp_path / "in" / name / f"{at}.png")
     pictures = sorted((tmp_path / "in").rglob("*.png"))
     options = ("--epochs", 3, "--batch", 6, "--size", 32, "--lr", 0.02, "--weights", tmp_path / "weights.pth")
-    losses, classes = run("finetune.py", tmp_path / "in", *options, "--out", tmp_path / "out", "--predict", *pictures)
+    with pytest.warns(UserWarning, match=r"^fastdense: densenet121: classifier is a new layer for 2 classes: "):
+        losses, classes = run(
+            "finetune.py", tmp_path / "in", *options, "--out", tmp_path / "out", "--predict", *pictures
+        )
     assert_falls(losses, 0.8)
     assert sum(name == path.parent.name for name, path in zip(classes, pictures, strict=True)) >= 9
 

@@ -107,7 +107,7 @@ class Module(lightning.LightningModule):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lightning(tmp_path: Path) -> None:
     trainer = lightning.Trainer(
-        max_epochs=4, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+        max_epochs=10, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
     )
     module = Module()
     trainer.fit(module, DataLoader(Blobs(), 6))

@@ -2,6 +2,7 @@
 """Where weights come from: torchvision's addresses, timm, or a file. Nothing in a file is executed."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fastdense._support import InputError, extra
 from fastdense.models.key_mapping import torchvision_keys
 from fastdense.models.sr.weight_files import read_entries
-from fastdense.models.weights.loading import first_convolution, last_layer, load_state
+from fastdense.models.weights.loading import load_state
 from fastdense.models.weights.published import PublishedWeights
 
 # A published set, its name, a name of timm with "timm/" in front, or a file.
@@ -49,8 +50,6 @@ class Source(NamedTuple):
 
     def load(self, op: str, model: nn.Module) -> None:
         """Loads the entries, see :func:`load_state`; warns of what was adapted."""
-        import warnings
-
         for word in load_state(op, model, self.state, self.name):
             warnings.warn(f"fastdense: {op}: {word}", stacklevel=4)
 
@@ -168,6 +167,3 @@ def _from_timm(op: str, weights: str) -> Source:
             " network, or give a file as weights"
         ) from error
     return Source(weights, torchvision_keys(model.state_dict()))
-
-
-__all__ = ["CHECKPOINT", "Source", "WeightsLike", "find_weights", "first_convolution", "last_layer", "read_weights"]

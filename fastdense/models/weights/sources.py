@@ -116,7 +116,7 @@ def read_weights(op: str, path: Path) -> dict[str, Tensor]:
         raise
     except ValueError as error:
         reason = str(error)
-        if "Weights only load failed" in reason:
+        if "Unsupported global" in str(error.__cause__):
             reason = (
                 f"{op}: expected {path} to hold tensors alone, got other objects, such as a whole model; where you "
                 "trust the file, save torch.load(path, weights_only=False).state_dict() and give that"

@@ -266,3 +266,22 @@ def test_report_names_dual_path_blocks():
 def test_errors(message, make):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("memory", ["balanced", "min", "reversible"])
+@pytest.mark.parametrize("name", ["dpn48b", "dpn68"])
+def test_what_is_kept_between_steps_follows_the_weights(name, memory):
+    """Three steps as by plain modules; the "b" variants join the weights of two convolutions."""
+    plain = timm.create_model(name, num_classes=2).double()
+    fast = fastdense.convert(copy.deepcopy(plain), memory=memory)
+    batches = torch.rand(3, 4, 3, 32, 32, dtype=torch.float64)
+    losses = []
+    for net in (plain, fast):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.001)
+        for x in batches:
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(net(x), torch.tensor([0, 1, 0, 1]))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-6)

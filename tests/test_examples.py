@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from accelerate.state import AcceleratorState
 from PIL import Image
+from skimage import data
+from torchvision.transforms.functional import pil_to_tensor
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -46,6 +49,29 @@ def test_image_folder(tmp_path):
             Image.fromarray(noise.numpy()).save(tmp_path / name / f"{index}.png")
     losses = run("image_folder.py", tmp_path, "--epochs", 5, "--batch", 6, "--size", 64, "--small")
     assert_falls(losses, 0.8)
+
+
+def test_finetune(tmp_path):
+    """A file of torchvision, pieces of two photographs, predictions of the kept model."""
+    for name, photograph in (("cat", data.chelsea()), ("coffee", data.coffee())):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for at in range(6):
+            piece = photograph[20 * at : 20 * at + 90, 30 * at : 30 * at + 90]
+            Image.fromarray(piece).save(tmp_path / "in" / name / f"{at}.png")
+    pictures = sorted((tmp_path / "in").rglob("*.png"))
+    net = torchvision.models.densenet121()
+    for norm in net.modules():
+        norm.momentum = None  # of batch norms: running statistics are those of all images so far, as after training
+    with torch.no_grad():
+        net.train()(torch.stack([pil_to_tensor(Image.open(path).resize((32, 32))) for path in pictures]) / 64 - 2)
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    options = ("--epochs", 6, "--batch", 6, "--size", 32, "--lr", 0.003, "--weights", tmp_path / "weights.pth")
+    with pytest.warns(UserWarning, match=r"^fastdense: densenet121: classifier is a new layer for 2 classes: "):
+        losses, classes = run(
+            "finetune.py", tmp_path / "in", *options, "--out", tmp_path / "out", "--predict", *pictures
+        )
+    assert_falls(losses, 0.8)
+    assert sum(name == path.parent.name for name, path in zip(classes, pictures, strict=True)) >= 9
 
 
 def test_volumes(capsys):

@@ -118,7 +118,7 @@ def test_circles_are_found():
 
 
 # Each part may import those before it.
-PARTS = ("ops", "plain", "fusion", "nn", "models", "sr", "bench", "train", "cli")
+PARTS = ("ops", "plain", "fusion", "nn", "timm", "models", "sr", "bench", "train", "cli")
 
 
 def test_parts_build_on_those_before(graph):

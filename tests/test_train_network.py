@@ -2,7 +2,6 @@
 """The network of a training run: weights to begin with, frozen layers, averages, smoothing."""
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from torch import nn
 from fastdense import models
 from fastdense._support import InputError
 from fastdense.cli import main
+from fastdense.models.weights import last_layer
 from fastdense.train import NonFiniteLossError, TrainConfig, train
-from fastdense.train.network import average, freeze, last_layer, load_weights, set_training
-from tests.cases.training import command, fastdense_lines, red_and_blue, tiny
+from fastdense.train.network import average, freeze, load_weights, set_training
+from tests.cases.training import command, fastdense_lines, old_names, red_and_blue, tiny
 
 
 @pytest.fixture
@@ -32,12 +32,6 @@ def torchvision_net(classes: int) -> nn.Module:
 
 def own_net(classes: int) -> nn.Module:
     return models.create("densenet121", num_classes=classes)
-
-
-def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those of the files that torchvision offers, from before 2018."""
-    renamed = {re.sub(r"(denselayer\d+\.(norm|conv))([12])\.", r"\1.\3.", key): value for key, value in state.items()}
-    return {key: value for key, value in renamed.items() if not key.endswith("num_batches_tracked")}
 
 
 def wrapped(state: dict[str, torch.Tensor], how: str) -> Any:
@@ -63,7 +57,7 @@ def test_files_of_torchvision(how: str, tmp_path: Path) -> None:
         theirs.load_state_dict(state)
     torch.save(wrapped(state, how), tmp_path / "weights.pth")
     mine = own_net(5).double()
-    assert load_weights(mine, tmp_path / "weights.pth") is None
+    assert load_weights(mine, tmp_path / "weights.pth") == []
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(mine.eval()(x), theirs.eval()(x))
 
@@ -72,7 +66,7 @@ def test_files_of_safetensors_and_timm(tmp_path: Path) -> None:
     theirs = timm.create_model("densenet121", num_classes=7)
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     mine = models.create("densenet121", num_classes=7)
-    assert load_weights(mine, tmp_path / "model.safetensors") is None
+    assert load_weights(mine, tmp_path / "model.safetensors") == []
     for key, value in theirs.state_dict().items():
         assert torch.equal(mine.state_dict()[key], value), key
 
@@ -83,12 +77,12 @@ def test_every_classifying_network_loads_its_own_and_gets_a_new_last_layer(name:
     old = models.create(name, num_classes=5)
     torch.save(old.state_dict(), path)
     same, other = (models.create(name, num_classes=classes) for classes in (5, 3))
-    assert load_weights(same, path) is None
+    assert load_weights(same, path) == []
     assert all(torch.equal(value, old.state_dict()[key]) for key, value in same.state_dict().items())
     own = {key: value.clone() for key, value in other.state_dict().items()}
     layers = last_layer(other)
     assert layers == (["conv2", "bn2"] if name == "resnet_in_resnet" else [layers[0]])
-    assert load_weights(other, path) == f"{layers[0]} is a new layer for 3 classes: {path} has one for 5"
+    assert load_weights(other, path) == [f"{layers[0]} is a new layer for 3 classes: {path} has one for 5"]
     for key, value in other.state_dict().items():
         assert torch.equal(value, own[key] if key.rpartition(".")[0] in layers else old.state_dict()[key]), key
 
@@ -96,7 +90,8 @@ def test_every_classifying_network_loads_its_own_and_gets_a_new_last_layer(name:
 def test_features_alone_get_a_new_last_layer(tmp_path: Path) -> None:
     state = {key: value for key, value in torchvision_net(5).state_dict().items() if "classifier" not in key}
     torch.save(state, tmp_path / "features.pth")
-    assert str(load_weights(own_net(3), tmp_path / "features.pth")).endswith("features.pth has none")
+    (word,) = load_weights(own_net(3), tmp_path / "features.pth")
+    assert word.endswith("features.pth has none")
 
 
 def test_unusable_weights_are_named(tmp_path: Path) -> None:
@@ -113,11 +108,11 @@ def test_unusable_weights_are_named(tmp_path: Path) -> None:
         "other shape": ({**good, key: torch.zeros(3, 3, 1, 1)}, rf"{key} to have shape \(128, 128, 1, 1\), got \(3"),
         "numbers": ({"a": 1}, "a file of tensors by name"),
         "nothing": ({}, "a file of tensors by name"),
-        "list": ([1], "a file of tensors by name"),
-        "module": (torchvision_net(5), "a whole file of tensors"),
-        "text": (b"<html>", "a whole file of tensors"),
-        "empty": (b"", "a whole file of tensors"),
-        "half": (whole.read_bytes()[:1000], "a whole file of tensors"),
+        "list": ([1], "entries by name, got a list"),
+        "module": (torchvision_net(5), "tensors alone, got other objects, such as a whole model"),
+        "text": (b"<html>", "a whole checkpoint of tensors"),
+        "empty": (b"", "a whole checkpoint of tensors"),
+        "half": (whole.read_bytes()[:1000], "a whole checkpoint of tensors"),
         "twice": ({**good, f"module.{key}": good[key]}, "got a second one"),
     }
     for name, (content, message) in files.items():
@@ -131,7 +126,7 @@ def test_unusable_weights_are_named(tmp_path: Path) -> None:
                 continue
             net = own_net(5)
             before = {key: value.clone() for key, value in net.state_dict().items()}
-            with pytest.raises(InputError, match=f"train: expected weights .*{message}"):
+            with pytest.raises(InputError, match=f"^train: expected .*{message}"):
                 load_weights(net, path)
             assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     with pytest.raises(InputError, match="expected weights to be a file, got missing"):
@@ -167,7 +162,7 @@ def test_averaged_weights_are_what_a_checkpoint_gives(pictures: Path, tmp_path: 
     train(config, progress=False)
     state = torch.load(config.out / "checkpoint.pt", weights_only=True)
     net = models.create("densenet_cifar", **config.model_kwargs, num_classes=2)
-    assert load_weights(net, config.out / "checkpoint.pt") is None
+    assert load_weights(net, config.out / "checkpoint.pt") == []
     assert all(torch.equal(value, state["averaged"][key]) for key, value in net.state_dict().items())
     assert not torch.equal(state["averaged"]["classifier.weight"], state["model"]["classifier.weight"])
 

@@ -67,7 +67,7 @@ class Net:
         kind = "-BC" if self.bottleneck and self.compression < 1 else ""
         return f"DenseNet{kind} (L={self.depth}, k={self.growth_rate})"
 
-    def create_kwargs(self) -> dict[str, object]:
+    def create_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `fastdense.models.create`."""
         if not self.is_cifar:
             return {"num_classes": self.classes}

@@ -43,6 +43,26 @@ def add_model(parser: argparse.ArgumentParser, default: str | None, shown: str, 
     )
 
 
+def add_classifier(parser: argparse.ArgumentParser) -> None:
+    """The network to use, and its weights."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--weights",
+        metavar="W",
+        help="checkpoint of fastdense train, folder of save_pretrained or repository of the Hugging Face hub; with "
+        "--model a file, DEFAULT (torchvision's), or timm/NAME",
+    )
+    model.add_argument("--model", metavar="NAME", help="model name, where the weights do not know it")
+    model.add_argument(
+        "--set",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the model's function, e.g. --set depth=20; may be given again",
+    )
+
+
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Where to compute, in which type."""
     machine = parser.add_argument_group("machine")

@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 
 from fastdense._build_info import version
-from fastdense.cli import bench, demo, evaluate, info, models, plan, resize, selftest, train, upscale
+from fastdense.cli import bench, demo, evaluate, export, info, models, plan, predict, resize, selftest, train, upscale
 
-COMMANDS = (info, selftest, models, bench, plan, train, resize, upscale, evaluate, demo)
+COMMANDS = (info, selftest, models, bench, plan, train, predict, export, resize, upscale, evaluate, demo)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -53,7 +53,11 @@ class RowPlan(NamedTuple):
 
 
 class StagePlan(NamedTuple):
-    """A stage; ``row`` is None where stochastic depth draws which of its blocks are computed."""
+    """A stage; ``row`` is None where it is planned in each pass.
+
+    That is where stochastic depth draws which blocks are computed, and where the weights of two convolutions are
+    joined: a plan is kept, and a joined weight would stay what it was before the optimizer's step.
+    """
 
     blocks: list[DualPath]
     synchronised: list[Any]
@@ -105,7 +109,8 @@ def plan_stages(row: Sequence[Any]) -> StagesPlan:
 def _plan_stage(blocks: list[DualPath]) -> StagePlan:
     norms = [(part.norm, 0) for block in blocks for part in _parts(block)]
     draws = any(block.depth is not None for block in blocks)
-    return StagePlan(blocks, synchronised(norms), None if draws else _plan_row(blocks, [1.0] * len(blocks)))
+    joins = any(len(part.convs) > 1 for block in blocks for part in _parts(block))
+    return StagePlan(blocks, synchronised(norms), None if draws or joins else _plan_row(blocks, [1.0] * len(blocks)))
 
 
 def _plan_row(blocks: list[DualPath], factors: list[Factor]) -> RowPlan:

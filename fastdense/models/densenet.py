@@ -15,6 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense._choices import MemoryMode, SurvivalMode, SurvivalScale
+from fastdense.models.recipe import keep_recipe
+from fastdense.models.weights import (
+    DenseNet121_Weights,
+    DenseNet161_Weights,
+    DenseNet169_Weights,
+    DenseNet201_Weights,
+    PublishedWeights,
+    WeightsLike,
+    find_weights,
+)
 from fastdense.nn import DenseBlock, DenseFeatures, Transition, linear_decay
 from fastdense.plain.activation import ActivationName, make_activation
 
@@ -118,10 +128,15 @@ class DenseNet(nn.Module):
 class DenseNetOptions(TypedDict, total=False):
     """Arguments of the DenseNets for ImageNet; those left out have the defaults of :class:`DenseNet`."""
 
+    weights: WeightsLike | None
+    """What to begin with: a member of the model's enumeration or its name ("DEFAULT"), a name of timm such as
+    "timm/densenet121.ra_in1k", or a file; see :func:`load_weights`."""
+    progress: bool
+    """Whether to show the download of weights, True by default."""
     image_channels: int
-    """Channels of the input, 3 by default; ``in_channels`` is MONAI's word for it."""
+    """Channels of the input, by default those of the weights, or 3; ``in_channels`` is MONAI's word for it."""
     num_classes: int
-    """Outputs of the classifier; ``out_channels`` is MONAI's word for it."""
+    """Outputs of the classifier, by default those of the weights, or 1000; ``out_channels`` is MONAI's word for it."""
     spatial_dims: int
     """1 for signals, 2 for images, 3 for volumes."""
     drop_rate: float
@@ -154,14 +169,23 @@ _MONAI = {"in_channels": "image_channels", "out_channels": "num_classes", "dropo
 
 
 def _imagenet(
-    op: str, block_config: Sequence[int], growth_rate: int, init_features: int, options: DenseNetOptions
+    op: str,
+    block_config: Sequence[int],
+    growth_rate: int,
+    init_features: int,
+    options: DenseNetOptions,
+    published: type[PublishedWeights] | None = None,
 ) -> DenseNet:
-    arguments: dict[str, Any] = {"image_channels": 3, "spatial_dims": 2}
+    given: dict[str, Any] = {}
     for name, value in options.items():
         ours = _MONAI.get(name, name)
         if ours != name and ours in options:
             raise ValueError(f"{op}: expected {ours} or {name}, MONAI's word for it, got both")
-        arguments[ours] = value
+        given[ours] = value
+    source = find_weights(op, given.pop("weights", None), published, given.pop("progress", True))
+    sizes = source.sizes("features.conv0", "classifier") if source else {}
+    arguments: dict[str, Any] = {"image_channels": 3, "spatial_dims": 2} | sizes | given
+    recipe = arguments | ({"growth_rate": growth_rate} if op == "densenet264" else {})
     image_channels, spatial_dims = arguments.pop("image_channels"), arguments["spatial_dims"]
     if spatial_dims not in (1, 2, 3):
         raise ValueError(f"{op}: expected spatial_dims to be 1, 2 or 3, got {spatial_dims!r}")
@@ -172,7 +196,10 @@ def _imagenet(
         ("relu0", make_activation(op, arguments.get("act", "relu"))),
         ("pool0", _MAX_POOL[dims](3, stride=2, padding=1)),
     ]
-    return DenseNet(stem, init_features, growth_rate=growth_rate, block_config=block_config, **arguments)
+    model = DenseNet(stem, init_features, growth_rate=growth_rate, block_config=block_config, **arguments)
+    if source:
+        source.load(op, model)
+    return keep_recipe(model, op, recipe)
 
 
 def densenet121(**options: Unpack[DenseNetOptions]) -> DenseNet:
@@ -180,23 +207,24 @@ def densenet121(**options: Unpack[DenseNetOptions]) -> DenseNet:
 
     Example:
         >>> volumes = densenet121(spatial_dims=3, in_channels=1, out_channels=2)
+        >>> pretrained = densenet121(weights="IMAGENET1K_V1", num_classes=5)  # doctest: +SKIP
     """
-    return _imagenet("densenet121", (6, 12, 24, 16), 32, 64, options)
+    return _imagenet("densenet121", (6, 12, 24, 16), 32, 64, options, DenseNet121_Weights)
 
 
 def densenet161(**options: Unpack[DenseNetOptions]) -> DenseNet:
     """DenseNet-161, k=48, 28,681,000 parameters at 1000 classes."""
-    return _imagenet("densenet161", (6, 12, 36, 24), 48, 96, options)
+    return _imagenet("densenet161", (6, 12, 36, 24), 48, 96, options, DenseNet161_Weights)
 
 
 def densenet169(**options: Unpack[DenseNetOptions]) -> DenseNet:
     """DenseNet-169, k=32, 14,149,480 parameters at 1000 classes."""
-    return _imagenet("densenet169", (6, 12, 32, 32), 32, 64, options)
+    return _imagenet("densenet169", (6, 12, 32, 32), 32, 64, options, DenseNet169_Weights)
 
 
 def densenet201(**options: Unpack[DenseNetOptions]) -> DenseNet:
     """DenseNet-201, k=32, 20,013,928 parameters at 1000 classes."""
-    return _imagenet("densenet201", (6, 12, 48, 32), 32, 64, options)
+    return _imagenet("densenet201", (6, 12, 48, 32), 32, 64, options, DenseNet201_Weights)
 
 
 def densenet264(*, growth_rate: int = 32, **options: Unpack[DenseNetOptions]) -> DenseNet:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense._choices import DualPathMemoryMode, SurvivalMode, SurvivalScale
+from fastdense.models.recipe import keep_recipe
+from fastdense.models.weights import WeightsLike, find_weights
 from fastdense.nn import DenseFeatures, DualPathBlock, StochasticDepth, linear_decay
 from fastdense.plain.dual_path import NormRelu
 
@@ -187,10 +189,14 @@ _VARIANTS = {
 class DPNOptions(TypedDict, total=False):
     """Arguments of the published networks; those left out have the defaults of :class:`DPN`."""
 
+    weights: WeightsLike | None
+    """What to begin with: a name of timm such as "timm/dpn92.mx_in1k", or a file; see :func:`load_weights`."""
+    progress: bool
+    """Whether to show the download of weights, True by default."""
     image_channels: int
-    """Channels of the input, 3 by default."""
+    """Channels of the input, by default those of the weights, or 3."""
     num_classes: int
-    """Outputs of the classifier, 1000 by default."""
+    """Outputs of the classifier, by default those of the weights, or 1000."""
     drop_rate: float
     """Probability that a feature in front of the classifier is dropped in training."""
     test_time_pooling: bool
@@ -208,8 +214,14 @@ class DPNOptions(TypedDict, total=False):
 def _create(name: str, options: DPNOptions) -> DPN:
     variant: dict[str, Any] = _VARIANTS[name]._asdict()
     small = variant.pop("small")
-    variant |= {"stem_kernel": 3 if small else 7, "residual_channels": 64 if small else 256, **options}
-    return DPN(**variant)
+    given: dict[str, Any] = dict(options)
+    source = find_weights(name, given.pop("weights", None), None, given.pop("progress", True))
+    arguments = (source.sizes("features.conv1_1.conv", "classifier") if source else {}) | given
+    variant |= {"stem_kernel": 3 if small else 7, "residual_channels": 64 if small else 256, **arguments}
+    model = DPN(**variant)
+    if source:
+        source.load(name, model)
+    return keep_recipe(model, name, arguments)
 
 
 def dpn48b(**options: Unpack[DPNOptions]) -> DPN:

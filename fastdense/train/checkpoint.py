@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastdense._support import InputError, write_atomically
+from fastdense.models.weights.sources import CHECKPOINT
 
-FORMAT = "fastdense-checkpoint-3"
+FORMAT = f"{CHECKPOINT}3"
 
 _REMEDY = "delete it, or start anew with --fresh (resume off)"
 

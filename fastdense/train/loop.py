@@ -192,10 +192,10 @@ class _Run:
         """Loads the weights to begin with, if there are any."""
         if self.config.weights is None:
             return
-        word = load_weights(self.model, self.config.weights)
+        words = load_weights(self.model, self.config.weights)
         if self.averaged is not None:
             self.averaged.load_state_dict(self.model.state_dict())
-        if word and self.processes.is_first:
+        for word in words if self.processes.is_first else ():
             print(f"fastdense: {word}", file=sys.stderr)
 
     def restore(self, saved: dict[str, Any]) -> None:

@@ -4,26 +4,17 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdense import models
-from fastdense._support import InputError, extra
+from fastdense._support import InputError
 from fastdense.fusion.convert import restore
-from fastdense.models.key_mapping import load_exactly, torchvision_keys
-from fastdense.train import checkpoint
+from fastdense.models.weights import last_layer, load_state, read_weights
 from fastdense.train.config import TrainConfig
 from fastdense.train.data import Dataset
-
-# What files call the entries of a network, where there are others beside them.
-_WRAPPERS = ("state_dict", "model")
-# Of DistributedDataParallel, torch.compile, Lightning.
-_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def make_model(config: TrainConfig, data: Dataset, smallest: int) -> nn.Module:
@@ -75,14 +66,7 @@ def make_model(config: TrainConfig, data: Dataset, smallest: int) -> nn.Module:
     return restore(model) if config.memory == "plain" else model
 
 
-def last_layer(model: nn.Module) -> list[str]:
-    """The name of the layer that makes the scores of the classes, and that of a norm behind it where there is one."""
-    named = list(model.named_modules())
-    last = max(at for at, (_, module) in enumerate(named) if isinstance(module, nn.Linear | nn.Conv2d))
-    return [name for name, module in named[last:] if any(True for _ in module.parameters())]
-
-
-def load_weights(model: nn.Module, path: Path) -> str | None:
+def load_weights(model: nn.Module, path: Path) -> list[str]:
     """Loads a file of weights.
 
     Args:
@@ -90,58 +74,12 @@ def load_weights(model: nn.Module, path: Path) -> str | None:
         path: see :class:`fastdense.train.TrainConfig`. Nothing in it is executed.
 
     Returns:
-        A line that says so where the last layer stays.
+        A line for each thing that was adapted.
 
     Raises:
         InputError: no such file, no weights in it, or those of another model; the message names the entry.
     """
-    state, own, layers = _read_weights(path), model.state_dict(), last_layer(model)
-    head, prefixes = layers[0], tuple(f"{layer}." for layer in layers)
-    word = None
-    try:
-        if isinstance(model, models.DenseNet):
-            state = torchvision_keys(state)
-        given, wanted = state.get(f"{head}.weight"), own[f"{head}.weight"]
-        if given is None or given.shape[:1] != wanted.shape[:1]:
-            state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
-            state |= {key: value for key, value in own.items() if key.startswith(prefixes)}
-            has = "none" if given is None else f"one for {len(given)}"
-            word = f"{head} is a new layer for {len(wanted)} classes: {path} has {has}"
-        state |= {key: value for key, value in own.items() if key.endswith("num_batches_tracked") and key not in state}
-        load_exactly(f"{path}", model, state)
-    except ValueError as error:
-        raise InputError(f"train: expected weights of this model, got another's: {error}") from error
-    return word
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"train: expected weights to be a file, got {path}")
-    try:
-        if path.suffix == ".safetensors":
-            with extra("train"):
-                from safetensors.torch import load_file
-            content: Any = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise
-    except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes ...
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"train: expected weights to be a whole file of tensors, got {path}: {reason}") from error
-    if isinstance(content, Mapping) and content.get("format") == checkpoint.FORMAT:
-        content = content.get("averaged") or content.get("model")
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise InputError(f"train: expected weights to be a file of tensors by name, got {path}")
-    state = {str(key): value for key, value in content.items()}
-    while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state)), ""):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return load_state("train", model, read_weights("train", path), path)
 
 
 def freeze(model: nn.Module) -> None:

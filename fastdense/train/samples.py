@@ -34,7 +34,7 @@ Transform = Callable[[Any], Tensor]
 # Unreadable pictures in a row that end a run.
 _MOST_CORRUPT = 100
 # Of the resized picture that is cropped for testing, as usual for ImageNet: 224 of 256 pixels.
-_TEST_CROP = 0.875
+TEST_CROP = 0.875
 
 
 class Part(NamedTuple):
@@ -249,8 +249,20 @@ def _crops(data: Dataset) -> tuple[Transform, Transform]:
         from torchvision.transforms import v2
     flips = [v2.RandomHorizontalFlip()] if data.flips else []
     train = v2.Compose([v2.RandomResizedCrop(data.size, antialias=True), *flips, _as_tensor])
-    resized = v2.Resize(round(data.size / _TEST_CROP), antialias=True)
-    return train, v2.Compose([resized, v2.CenterCrop(data.size), _as_tensor])
+    return train, centre_crop(data.size, round(data.size / TEST_CROP))
+
+
+def centre_crop(size: int, resized: int, interpolation: str = "bilinear") -> Transform:
+    """The middle square of side `size` of a picture whose shorter side is resized to `resized`."""
+    with extra("train"):
+        from torchvision.transforms import v2
+    mode = v2.InterpolationMode(interpolation)
+    return v2.Compose([v2.Resize(resized, interpolation=mode, antialias=True), v2.CenterCrop(size), _as_tensor])
+
+
+def middle_square(size: int) -> Transform:
+    """The largest square in the middle, resized; for pictures, and images in memory that are of that size already."""
+    return _Middle(size)
 
 
 def _as_tensor(picture: Any) -> Tensor:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training runs of a tiny network, on a folder of tiny pictures."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,9 @@ def assert_same_weights(first: Path, second: Path) -> None:
         expected, found = (torch.load(out / "checkpoint.pt", weights_only=True)[name] for out in (first, second))
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of the files that torchvision offers, from before 2018."""
+    renamed = {re.sub(r"(denselayer\d+\.(norm|conv))([12])\.", r"\1.\3.", key): value for key, value in state.items()}
+    return {key: value for key, value in renamed.items() if not key.endswith("num_batches_tracked")}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the entries of weight files. No code in a file is executed, and what a file claims is checked first."""
 
+import argparse
 import re
 import warnings
 import zipfile
@@ -50,7 +51,7 @@ def read_entries(op: str, path: Path) -> dict[str, Any]:
         raise ValueError(f"{op}: expected path to be a file, got {path}")
     try:
         if path.suffix.lower() == ".safetensors":
-            with extra("spandrel"):
+            with extra("hub"):
                 from safetensors.torch import load_file
             content: Any = load_file(path)
         else:
@@ -77,8 +78,9 @@ def _load(path: Path) -> Any:
             raise ValueError(f"entries of {claimed:,} bytes in a file of {path.stat().st_size:,}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Mapped: what an archive claims takes no memory before it is checked.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        # Mapped: what an archive claims takes no memory before it is checked. timm's training script adds its options.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
 def unwrap(op: str, path: Path, content: Mapping[str, Any]) -> State:

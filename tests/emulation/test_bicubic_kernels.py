@@ -205,3 +205,24 @@ def test_planted_mistakes_are_noticed(plant):
     with pytest.raises(AssertionError):
         check_image(broken)
         check_axis(broken)
+
+
+def test_image_with_more_rows_than_a_grid_has_blocks(kernels):
+    """A block makes 32 of them; the last rows read the second row of the input, all others the first."""
+    last = 50
+    rows = 65535 * 32 + last
+
+    def band(start: Tensor, columns: int) -> Band:
+        made, weight = Band.__new__(Band), torch.ones(len(start))
+        made.tensors = start, weight
+        ctypes.Structure.__init__(made, len(start), columns, 1, start.data_ptr(), weight.data_ptr())
+        return made
+
+    x = torch.tensor([[3.0, 4.0], [5.0, 6.0]])
+    out = torch.full((rows, 2), float(POISON))
+    high = band((torch.arange(rows) >= rows - last).int(), 2)
+    wide = band(torch.arange(2).int(), 2)
+    arguments = pointer(x), pointer(out), pointer(None), *numbers(1, 1), ctypes.byref(high), ctypes.byref(wide)
+    assert kernels.image_float32(*arguments, *limits()) == 0
+    assert (out[:-last] == x[0]).all()
+    assert (out[-last:] == x[1]).all()

@@ -60,18 +60,11 @@ void fused_conv(const CudaBlockForward<T>& block, const ConvPlan& plan, const at
                 const DropoutParams& dropout, const BatchStatistics<accumulate_t<T>>& statistics) {
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t k = packed.size(0), b = packed.size(1), pixels = z.size(0);
-    typename CudaBlockForward<T>::Partials partial;
-    at::Tensor counts;
-    const bool wanted = statistics.mean;
-    if (wanted) {
-      partial = {block.numbers({plan.splits, 2, k}), pixels, plan.splits, plan.splits * 2 * k};
-      counts = at::empty({plan.splits}, block.options.dtype(at::kLong));
-    }
-    int64_t* count = wanted ? counts.template mutable_data_ptr<int64_t>() : nullptr;
-    check_launch(launch_conv_forward<T>({block.const_data(z), norm, block.const_data(packed), int(b), int(k), x,
-                                         dropout, wanted ? partial.of_chunk(0) : nullptr, count},
-                                        plan, block.cuda.stream));
-    if (wanted) block.finalise_moments(partial, nullptr, pixels, statistics, count);
+    const auto moments = block.fused_moments(plan.splits, k, pixels, statistics);
+    check_launch(launch_conv_forward<T>(
+        {block.const_data(z), norm, block.const_data(packed), int(b), int(k), x, dropout, moments.params}, plan,
+        block.cuda.stream));
+    block.share_moments(statistics, k, pixels);
   }
 }
 
@@ -91,20 +84,29 @@ at::Tensor fused_conv_input_gradient(const CudaBlockForward<T>& block, const Con
   return partial;
 }
 
-// Gradient of the weight [k, b, 3, 3], channels innermost.
+// Gradient of the weight [k, b, 3, 3] in the layout of `like`, a sum over splits that finalise_sums() takes.
 template <typename T>
-at::Tensor fused_conv_weight_gradient(const CudaBlockForward<T>& block, const ConvPlan& plan, const at::Tensor& d,
-                                      const at::Tensor& z, const NormParams<accumulate_t<T>>& norm, int64_t k) {
-  const int64_t b = z.size(1), count = k * 9 * b;
-  const at::Tensor dweight = block.numbers({k, 3, 3, b});
+WeightSum<accumulate_t<T>> fused_conv_weight_gradient(const CudaBlockForward<T>& block, const ConvPlan& plan,
+                                                      const at::Tensor& d, const at::Tensor& z,
+                                                      const NormParams<accumulate_t<T>>& norm, const at::Tensor& like) {
+  const int64_t b = z.size(1), k = like.size(0), count = k * 9 * b;
+  WeightSum<accumulate_t<T>> sum;
   if constexpr (!std::is_same_v<T, double>) {
-    const at::Tensor parts = plan.splits > 1 ? block.numbers({plan.splits, count}) : dweight;
-    check_launch(launch_conv_weight_gradient<T>(
-        {block.const_data(d), block.const_data(z), norm, int(b), int(k), block.sums(parts)}, plan, block.cuda.stream));
-    if (plan.splits > 1)
-      check_launch(launch_sum_partials(block.sums(parts), plan.splits, count, block.sums(dweight), block.cuda.stream));
+    // A single split is the gradient, channels innermost.
+    const bool as_like = plan.splits > 1 && like.is_non_overlapping_and_dense() && like.stride(2) == 3 * like.stride(3);
+    sum.to = as_like ? at::empty_strided(like.sizes(), like.strides(), block.options.dtype(block.accumulate()))
+                     : block.numbers({k, 3, 3, b}).permute({0, 3, 1, 2});
+    if (plan.splits > 1) {
+      sum.partial = block.numbers({plan.splits, count});
+      const at::Tensor to = sum.to.flatten(2);
+      sum.params = {
+          block.sums(sum.partial), plan.splits, count, block.sums(to), 9, b, to.stride(0), to.stride(2), to.stride(1)};
+    }
+    check_launch(launch_conv_weight_gradient<T>({block.const_data(d), block.const_data(z), norm, int(b), int(k),
+                                                 block.sums(plan.splits > 1 ? sum.partial : sum.to)},
+                                                plan, block.cuda.stream));
   }
-  return dweight.permute({0, 3, 1, 2});
+  return sum;
 }
 
 }  // namespace fastdense

@@ -53,7 +53,7 @@ struct MomentSums : ColumnSums<double, V> {
 };
 
 // Bytes of shared memory that finish_moments() takes.
-constexpr int finish_bytes(int threads) { return int(sizeof(double)) * 8 * threads / 2; }
+FASTDENSE_HD constexpr int finish_bytes(int threads) { return int(sizeof(double)) * 8 * threads / 2; }
 
 // By one block of kThreads threads: V neighbouring columns a thread, splits in turns.
 template <int kThreads, int V>

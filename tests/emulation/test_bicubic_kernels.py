@@ -196,7 +196,7 @@ def test_bytes(kernels, preset, dtype, size):
         ("if (element >= out_width) return;", "if (element + 1 >= out_width) return;"),
         ("p.columns.start[column] * p.inner + element % p.inner", "p.columns.start[column] * p.inner"),
         ("p.rows.rows ? begin + kStrip : p.rows.rows", "p.rows.rows ? begin + kStrip - 1 : p.rows.rows"),
-        ("plane * p.band.columns + p.band.start[row]", "plane * p.band.rows + p.band.start[row]"),
+        ("(plane) * p.band.columns + p.band.start[row]", "(plane) * p.band.rows + p.band.start[row]"),
         ("in[k * p.inner]", "in[k]"),
     ],
 )  # fmt: skip

@@ -1,235 +1,165 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds, tests, sanitizes and measures on a machine with a CUDA GPU, in one go.
+"""Builds, checks and measures on a machine with a CUDA GPU, within ten minutes a run.
 
-    python -m benchmarks.cuda_run [--out DIR] [--stages build,test,sanitize,kernels,...]
+    python -m benchmarks.cuda_run --out DIR            the first run: is it right, and how fast is a DenseNet
+    python -m benchmarks.cuda_run --out DIR --second   the second, behind the first: other networks, compiled rivals
 
-The stages are build, test, sanitize, kernels, layers, super_resolution, bench and compile.
-Every stage goes on where another failed. `DIR` ($OUT, or build/cuda) gets cuda_run.json, and cuda_run.tar.gz with what
-each stage printed and the samples of each benchmark. The exit code is 0 when all stages went well.
+What matters most comes first. Every stage is a process of its own with a time limit, and goes on where another failed;
+where the fused kernels do not pass ``fastdense selftest``, later stages run with the library's. ``DIR`` ($OUT, or
+build/cuda) gets ``run.log``, with the output of all stages as it comes, and ``results.json``, written anew after every
+stage. The exit code is 0 when all stages went well.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib.util
 import json
 import os
-import re
-import shutil
+import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-# Against the eager network, and as one replayed graph; batch sizes where launches and where memory count.
-VARIANTS = "plain,plain-channels-last,memory-efficient-channels-last,timm,plain-channels-last-graph"
-FUSED = "balanced,min,balanced-graph,min-graph"
-BENCHES = {
-    "densenet121-64": ["--batch", "64", "--variants", f"{VARIANTS},{FUSED}"],
-    "densenet121-256": ["--batch", "256", "--variants", f"{VARIANTS},{FUSED}"],
-    "densenet121-float32": ["--batch", "64", "--dtype", "float32", "--variants", "plain,plain-channels-last,balanced"],
-    "dpn92-128": ["--model", "dpn92", "--batch", "128", "--variants", "plain,plain-channels-last,balanced,min"],
-    "cifar-bc100-64": ["--model", "densenet_cifar", "--batch", "64", "--variants", f"{VARIANTS},{FUSED}"],
-}
-COMPILED = {
-    "densenet121-compile-64": ["--batch", "64", "--variants", "plain-channels-last,compile,balanced,balanced-graph"],
-    "densenet121-autotune-64": ["--batch", "64", "--variants", "plain-channels-last,compile-max-autotune,balanced"],
-}
-# Filtered to fastdense's kernels where the tool needs no others to know what is initialised.
-SANITIZERS = {
-    "memcheck": ["--kernel-name", "kns=fastdense"],
-    "racecheck": ["--kernel-name", "kns=fastdense"],
-    "initcheck": [],
-}
-# Small blocks of every kind; each launch takes many times as long under a sanitizer.
-SANITIZED_FILES = ["tests/test_dense_block.py", "tests/test_dual_path.py", "tests/test_residual_dense_block.py"]
-SANITIZED_FILES += ["tests/test_fused_blocks.py"]
-SANITIZED_TESTS = "cuda and (test_parity_of_special_cases or test_low_precision or test_many_norms"
-SANITIZED_TESTS += " or test_values_and_gradients or test_every_type_and_alignment or test_every_gradient)"
+PYTHON = sys.executable
+STAGE = (PYTHON, "-m", "benchmarks.cuda_stages")
+BENCH = (PYTHON, "-m", "fastdense", "bench", "--device", "cuda", "--memory-batches", "0", "--steps", "20")
+BFLOAT16 = ("--dtype", "bfloat16")
+DPN92 = ("--model", "dpn92", "--batch", "128")
+GRAPHS = "plain-channels-last,plain-channels-last-graph,balanced,balanced-graph"
+
+
+class Stage(NamedTuple):
+    """A command, and for how many seconds it may run; ``{json}`` stands for a file that becomes its result."""
+
+    name: str
+    seconds: int
+    command: tuple[str, ...]
+
+
+FIRST = (
+    Stage("build", 240, (PYTHON, "setup.py", "-q", "build_ext", "--inplace")),
+    Stage("selftest", 75, (PYTHON, "-m", "fastdense", "selftest", "--device", "cuda")),
+    Stage("kernels", 60, (*STAGE, "kernels", "--json", "{json}")),
+    Stage("layers", 60, (PYTHON, "-m", "benchmarks.cuda_kernels", "--json", "{json}")),
+    Stage("densenet121-64", 60, (*BENCH, *BFLOAT16, "--batch", "64", "--variants", GRAPHS, "--json", "{json}")),
+    Stage(
+        "densenet121-256",
+        60,
+        (*BENCH, *BFLOAT16, "--batch", "256", "--variants", "plain-channels-last,balanced,min", "--json", "{json}"),
+    ),
+    Stage("memory", 45, (*STAGE, "memory", "--json", "{json}")),
+    Stage("tests", 150, (*STAGE, "tests")),
+)
+SECOND = (
+    Stage("build", 240, (PYTHON, "setup.py", "-q", "build_ext", "--inplace")),
+    Stage("super-resolution", 50, (*STAGE, "super_resolution", "--json", "{json}")),
+    Stage("bicubic", 30, (*STAGE, "bicubic", "--json", "{json}")),
+    Stage(
+        "dpn92-128",
+        60,
+        (*BENCH, *BFLOAT16, *DPN92, "--variants", "plain-channels-last,balanced", "--json", "{json}"),
+    ),
+    Stage(
+        "densenet121-compile",
+        150,
+        (*BENCH, *BFLOAT16, "--batch", "64", "--variants", "compile,balanced-graph", "--json", "{json}"),
+    ),
+    Stage(
+        "densenet201-64",
+        60,
+        (*BENCH, *BFLOAT16, "--model", "densenet201", "--batch", "64", "--variants", GRAPHS, "--json", "{json}"),
+    ),
+)
 
 
 class Report:
-    """What the stages found, written after each of them; ``folder`` is for their files."""
+    """What the stages found; both files are whole whenever the run is cut off."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.out = out
-        self.folder = ROOT / "build" / "cuda_run"
-        self.stages: dict[str, Any] = {}
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        self.clock = clock
+        self.stages: dict[str, dict[str, Any]] = {}
+        self.environment: dict[str, str] = {"PYTHONUNBUFFERED": "1", "FORCE_CUDA": "1"}
         out.mkdir(parents=True, exist_ok=True)
+        self.log = open(out / "run.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (until the end)
 
-    def run(self, name: str, command: list[str], **environment: str) -> bool:
-        """Runs a command, keeps what it prints, and notes how it ended."""
-        start = time.monotonic()
-        with open(self.folder / f"{name}.log", "w", encoding="utf-8") as log:
-            code = subprocess.run(
-                command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT
-            ).returncode
-        last = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        self.note(name, ok=code == 0, code=code, seconds=time.monotonic() - start, last_line=" ".join(last))
+    def run(self, stage: Stage) -> bool:
+        """Runs a stage to its end or its limit, with what it started."""
+        result = self.out / "stage.json"
+        result.unlink(missing_ok=True)
+        command = [part.replace("{json}", str(result)) for part in stage.command]
+        self.log.write(f"\n===== {stage.name}: {' '.join(command)}\n")
+        start = self.clock()
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | self.environment,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(timeout=stage.seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+        found: dict[str, Any] = {"ok": code == 0, "code": code, "seconds": self.clock() - start}
+        if code is None:
+            found["reason"] = f"ended after {stage.seconds} seconds"
+        if result.exists():
+            try:
+                found["result"] = json.loads(result.read_text(encoding="utf-8"))
+            except ValueError:
+                found["reason"] = "the result is no JSON"
+            result.unlink()
+        self.note(stage.name, found)
         return code == 0
 
-    def note(self, name: str, **values: object) -> None:
-        self.stages[name] = values
-        print(f"{name}: {values}", flush=True)
-        # Without fastdense, which may not be built yet.
-        (self.out / "cuda_run.json").write_text(json.dumps({"stages": self.stages}, indent=2), encoding="utf-8")
-        with tarfile.open(self.out / "cuda_run.tar.gz", "w:gz") as archive:
-            archive.add(self.folder, "cuda_run")
+    def note(self, name: str, found: dict[str, Any]) -> None:
+        self.stages[name] = found
+        said = {key: value for key, value in found.items() if key != "result"}
+        for target in (sys.stdout, self.log):
+            print(f"{name}: {said}", file=target, flush=True)
+        partial = self.out / "results.partial"
+        partial.write_text(
+            json.dumps({"environment": self.environment, "stages": self.stages}, indent=2), encoding="utf-8"
+        )
+        partial.replace(self.out / "results.json")
 
 
-def build(report: Report) -> None:
-    report.run("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], FORCE_CUDA="1")
-
-
-def gpu_tests() -> list[str]:
-    """The files with tests for a GPU, whatever else of the tests' requirements is installed."""
-    found = []
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        text = path.read_text(encoding="utf-8")
-        if re.search(r"\bdevice\b|mark\.gpu", text) and not missing_modules(text):
-            found.append(str(path.relative_to(ROOT)))
-    return found
-
-
-def missing_modules(text: str) -> set[str]:
-    names = {name.partition(".")[0] for name in re.findall(r"^(?:import|from) ([\w.]+)", text, re.MULTILINE)}
-    return {name for name in names if name != "tests" and importlib.util.find_spec(name) is None}
-
-
-def test(report: Report) -> None:
-    report.run("test", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *gpu_tests()])
-
-
-def sanitize(report: Report) -> None:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        report.note("sanitize", ok=False, reason="compute-sanitizer is not on PATH")
-        return
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SANITIZED_TESTS]
-    for name, filters in SANITIZERS.items():
-        command = [tool, "--tool", name, "--error-exitcode", "9", *filters]
-        report.run(name, [*command, *tests, *SANITIZED_FILES], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-
-
-def kernels(report: Report) -> None:
-    """Device time of a training step by kernel, slowest first, and the versions and the GPU."""
-    import torch
-    import torchvision
-    from torch.nn import functional
-
-    import fastdense
-    from fastdense.bench.environment import describe
-
-    model = fastdense.convert(torchvision.models.densenet121(weights=None).cuda().to(memory_format=torch.channels_last))
-    images = torch.randn(64, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(1000, (64,), device="cuda")
-
-    def step() -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            logits = model(images)
-        functional.cross_entropy(logits.float(), labels).backward()
-
-    for _ in range(5):
-        step()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    found = [event for event in profile.key_averages() if event.self_device_time_total > 0]
-    found.sort(key=lambda event: -event.self_device_time_total)
-    table = [
-        {"kernel": event.key[:120], "launches": event.count, "milliseconds": event.self_device_time_total / 1e3}
-        for event in found
-    ]
-    total = sum(row["milliseconds"] for row in table)
-    report.note("kernels", ok=True, environment=describe(), milliseconds=total, kernels=table)
-
-
-def super_resolution(report: Report) -> None:
-    """RRDBNet in float16 from 1024 x 1024 to four times that: time and allocator peak, plain and fused in turns."""
-    import torch
-
-    from benchmarks.super_resolution_targets import VARIANTS, infer, make, picture
-    from benchmarks.turns import row_of_times, row_of_values
-    from fastdense.bench.environment import describe
-    from fastdense.bench.memory import MIB
-
-    nets = {variant: make("rrdbnet", 23, variant).cuda().half().eval() for variant in VARIANTS}
-    pictures = {variant: picture(net, variant, 1, 1024).cuda().half() for variant, net in nets.items()}
-
-    def run(variant: str) -> torch.Tensor:
-        out = infer(nets[variant], pictures[variant], variant)
-        torch.cuda.synchronize()
-        return out
-
-    expected = run("plain").float()
-    peaks, differences = {}, {}
-    for variant in VARIANTS:
-        differences[variant] = float((run(variant).float() - expected).norm() / expected.norm())
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(variant)
-        peaks[variant] = (torch.cuda.max_memory_allocated() - before) / MIB
-    if max(differences.values()) > 1e-2:
-        return report.note("super_resolution", ok=False, reason=f"results differ: {differences}")
-    rows = [
-        row_of_times("ms", {variant: functools.partial(run, variant) for variant in VARIANTS}, rounds=10, warm_up=2),
-        row_of_values("MiB", peaks),
-    ]
-    targets = {"ms": 0.7, "MiB": 0.25}  # ratios to the better plain layout
-    report.note(
-        "super_resolution", ok=True, environment=describe(), differences=differences, rows=rows, targets=targets
-    )
-
-
-def benches(report: Report, chosen: dict[str, list[str]]) -> None:
-    common = ["--device", "cuda", "--memory-batches", "16,48", "--steps", "20"]
-    for name, options in chosen.items():
-        dtype = [] if "--dtype" in options else ["--dtype", "bfloat16"]
-        command = [sys.executable, "-m", "fastdense", "bench", *common, *dtype, *options]
-        report.run(name, [*command, "--json", str(report.folder / f"{name}.json")])
-
-
-def layers(report: Report) -> None:
-    command = [sys.executable, "-m", "benchmarks.cuda_kernels", "--json", str(report.folder / "layers.json")]
-    report.run("layers", command)
-
-
-STAGES: dict[str, Callable[[Report], None]] = {
-    "build": build,
-    "test": test,
-    "sanitize": sanitize,
-    "kernels": kernels,
-    "layers": layers,
-    "super_resolution": super_resolution,
-    "bench": lambda report: benches(report, BENCHES),
-    "compile": lambda report: benches(report, COMPILED),
-}
+def go_through(report: Report, stages: tuple[Stage, ...]) -> bool:
+    """All stages in their order; whether all went well."""
+    good = True
+    for stage in stages:
+        ok = report.run(stage)
+        good &= ok
+        if stage.name == "build" and not ok:
+            return False
+        if stage.name == "selftest" and not ok:
+            report.environment["FASTDENSE_CUDA_KERNELS"] = "library"
+            report.run(stage._replace(name="selftest-library"))
+    return good
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "build" / "cuda")))
-    parser.add_argument("--stages", default=",".join(STAGES), help="default: %(default)s")
+    parser.add_argument("--second", action="store_true", help="the second run")
+    parser.add_argument("--stages", metavar="A,B", help="only these stages of it")
     options = parser.parse_args()
-    names = options.stages.split(",")
-    for name in names:
-        if name not in STAGES:
-            parser.error(f"expected --stages to be from {','.join(STAGES)}, got {name}")
-    report = Report(options.out)
-    for name in names:
-        try:
-            STAGES[name](report)
-        except Exception as error:  # the other stages still have something to say
-            report.note(name, ok=False, reason=f"{type(error).__name__}: {error}")
-    return 0 if all(stage["ok"] for stage in report.stages.values()) else 1
+    stages = SECOND if options.second else FIRST
+    if options.stages:
+        chosen = options.stages.split(",")
+        names = [stage.name for stage in stages]
+        if unknown := [name for name in chosen if name not in names]:
+            parser.error(f"expected --stages to be from {','.join(names)}, got {unknown[0]}")
+        stages = tuple(stage for stage in stages if stage.name in chosen)
+    return 0 if go_through(Report(options.out.resolve()), stages) else 1
 
 
 if __name__ == "__main__":

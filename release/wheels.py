@@ -5,7 +5,8 @@
     python release/wheels.py dist/fastdense-0.1.0.tar.gz python3.12      these
 
 A wheel belongs to one Python and to the torch it was compiled with: the newest that pip finds, or ``--torch``.
-``FORCE_CPU``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS`` and the like reach the build. Exit code 1 if one failed.
+``FORCE_CPU``, ``MAX_JOBS`` and the like reach the build. A wheel with CUDA is for compute capability 7.5 to 12.0 and
+later, as far as nvcc knows them, unless ``TORCH_CUDA_ARCH_LIST`` says otherwise. Exit code 1 if one failed.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import NamedTuple
 
 SMOKE = Path(__file__).with_name("smoke.py")
 NEWEST_MINOR = 20
+ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")  # a wheel does not know its GPU
 DESCRIBE = """
 import ensurepip, pathlib, sys, sysconfig
 assert (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists()
@@ -68,9 +70,26 @@ def find_interpreters(oldest: tuple[int, ...]) -> Iterator[str]:
         yield from [path for path in candidates if path and describe(path)][:1]
 
 
+def architectures(known: str) -> str:
+    """What a wheel is compiled for, by a compiler that knows these: the output of ``nvcc --list-gpu-arch``."""
+    chosen = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known.split()]
+    return ";".join(chosen) + "+PTX" if chosen else ""
+
+
+def add_architectures(environment: dict[str, str]) -> None:
+    """Sets TORCH_CUDA_ARCH_LIST where it is not set and there is an nvcc."""
+    home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else environment.get("PATH"))
+    if nvcc and not environment.get("TORCH_CUDA_ARCH_LIST"):
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+        if chosen := architectures(known):
+            environment["TORCH_CUDA_ARCH_LIST"] = chosen
+
+
 def run(step: str, log: Path, *command: object) -> str:
     """Returns what the command printed; all of it goes to the log as well."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    add_architectures(clean)
     made = subprocess.run(
         [str(part) for part in command],
         cwd=log.parent,

@@ -61,6 +61,8 @@ def test_parity(device, dims, pool, frozen, channels_last):
         Case(batch=1, channels=1, size=(1, 2), kernel=(1, 1), stride=(1, 1), padding=(0, 0)),
         Case(batch=2, channels=1, size=(1,), kernel=(3,), stride=(2,), padding=(1,)),
         Case(batch=4, channels=70, size=(13, 6)),
+        Case(batch=7, channels=16, size=(9, 8)),  # whole vectors of channels, on a GPU
+        Case(batch=7, channels=16, size=(8, 9), kernel=(2, 2), stride=(2, 2), padding=(0, 0)),
         Case(batch=1, channels=2, size=(150, 120)),  # several blocks of lines, on a CPU
         Case(batch=2, channels=1, size=(9001,), kernel=(3,), stride=(2,), padding=(1,)),
     ],

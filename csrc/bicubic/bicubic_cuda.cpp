@@ -33,21 +33,22 @@ struct DeviceTable {
 };
 
 // Copies a table to the device, once: a graph that is captured after a first call finds it there, and what it has found
-// stays for its replays.
+// stays for its replays.  The tables are never freed: at exit the driver may be gone before they are.
 DeviceTable device_table(const std::shared_ptr<const BicubicTable>& table, at::Device device, at::ScalarType dtype) {
   constexpr size_t kMostEntries = 64;
   static std::mutex mutex;
-  static std::list<DeviceTable> cache;  // the most recently used first
+  static auto& cache = *new std::list<DeviceTable>;  // the most recently used first
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = std::find_if(cache.begin(), cache.end(), [&](const DeviceTable& t) {
     return t.table == table && t.device == device && t.dtype == dtype;
   });
+  const bool capturing = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   if (found != cache.end()) {
     cache.splice(cache.begin(), cache, found);
-    using c10::cuda::CaptureStatus;
-    found->captured |= c10::cuda::currentStreamCaptureStatusMayInitCtx() != CaptureStatus::None;
+    found->captured |= capturing;
     return *found;
   }
+  TORCH_CHECK(!capturing, "bicubic: expected tables for these sizes to be on the device; call once before capturing");
   const at::Tensor start = at::empty({table->rows}, at::kInt),
                    weight = at::empty({table->rows, table->taps}, at::kDouble);
   std::copy(table->start.begin(), table->start.end(), start.mutable_data_ptr<int32_t>());

@@ -6,6 +6,7 @@
 // columns of the input rows that it needs roll through registers, so a new row costs `taps` loads and a result `taps`
 // multiply-adds.  The axis kernel does one axis, for reductions with many taps and for single axes.
 #include <algorithm>
+#include <limits>
 
 #include "bicubic/bicubic_launch.h"
 #include "cuda/for_each.h"
@@ -13,14 +14,16 @@
 namespace fastdense {
 namespace {
 
-template <typename In, typename Out, typename A>
+// Index holds the numbers of the result: 32 bits where they are enough, since GPUs do not divide wider ones.
+template <typename In, typename Out, typename A, typename Index>
 struct ResampleAxis {
   BicubicAxisPass<In, Out, A> p;
 
   FASTDENSE_HD void operator()(int64_t i) const {
-    const int64_t at = i % p.inner, row = i / p.inner % p.band.rows, plane = i / p.inner / p.band.rows;
-    const In* in = p.input + (plane * p.band.columns + p.band.start[row]) * p.inner + at;
-    const A* weight = p.band.weight + row * p.band.taps;
+    const auto inner = Index(p.inner), rows = Index(p.band.rows);
+    const Index line = Index(i) / inner, at = Index(i) - line * inner, plane = line / rows, row = line - plane * rows;
+    const In* in = p.input + (int64_t(plane) * p.band.columns + p.band.start[row]) * p.inner + at;
+    const A* weight = p.band.weight + int64_t(row) * p.band.taps;
     A sum = A(0);
     for (int64_t k = 0; k < p.band.taps; ++k) sum = add_tap(weight[k], widen<A>(in[k * p.inner]), sum);
     if constexpr (std::is_same_v<Out, A>) {
@@ -46,40 +49,42 @@ __global__ void bicubic_image_kernel(BicubicImagePass<T, A> p) {
   if (element >= out_width) return;
   const int64_t column = element / p.inner;
   const A* weight = p.columns.weight + column * p.columns.taps;
-  const int64_t begin = int64_t(blockIdx.y) * kStrip;
-  const int64_t end = begin + kStrip < p.rows.rows ? begin + kStrip : p.rows.rows;
-  for (int64_t plane = blockIdx.z; plane < p.planes; plane += gridDim.z) {
-    const T* in = p.input + plane * p.height * in_width + p.columns.start[column] * p.inner + element % p.inner;
-    A rolling[kTaps];  // the last kTaps resampled input rows, up to `next`
-    int64_t next = p.rows.start[begin];
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t first = p.rows.start[row];
-      for (next = next < first ? first : next; next < first + kTaps; ++next) {
+  const int64_t strips = (p.rows.rows + kStrip - 1) / kStrip;
+  // A grid is only so high: strips in turns as well as planes.
+  for (int64_t plane = blockIdx.z; plane < p.planes; plane += gridDim.z)
+    for (int64_t strip = blockIdx.y; strip < strips; strip += gridDim.y) {
+      const int64_t begin = strip * kStrip, end = begin + kStrip < p.rows.rows ? begin + kStrip : p.rows.rows;
+      const T* in = p.input + plane * p.height * in_width + p.columns.start[column] * p.inner + element % p.inner;
+      A rolling[kTaps];  // the last kTaps resampled input rows, up to `next`
+      int64_t next = p.rows.start[begin];
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = p.rows.start[row];
+        for (next = next < first ? first : next; next < first + kTaps; ++next) {
+          A sum = A(0);
+          for (int64_t k = 0; k < p.columns.taps; ++k)
+            sum = add_tap(weight[k], widen<A>(in[next * in_width + k * p.inner]), sum);
+#pragma unroll
+          for (int k = 0; k + 1 < kTaps; ++k) rolling[k] = rolling[k + 1];
+          rolling[kTaps - 1] = sum;
+        }
         A sum = A(0);
-        for (int64_t k = 0; k < p.columns.taps; ++k)
-          sum = add_tap(weight[k], widen<A>(in[next * in_width + k * p.inner]), sum);
 #pragma unroll
-        for (int k = 0; k + 1 < kTaps; ++k) rolling[k] = rolling[k + 1];
-        rolling[kTaps - 1] = sum;
+        for (int k = 0; k < kTaps; ++k) sum = add_tap(p.rows.weight[row * kTaps + k], rolling[k], sum);
+        const int64_t at = (plane * p.rows.rows + row) * out_width + element;
+        if (p.residual) sum += widen<A>(p.residual[at]);
+        p.output[at] = finish_sample<T, A>(sum, p.low, p.high);
       }
-      A sum = A(0);
-#pragma unroll
-      for (int k = 0; k < kTaps; ++k) sum = add_tap(p.rows.weight[row * kTaps + k], rolling[k], sum);
-      const int64_t at = (plane * p.rows.rows + row) * out_width + element;
-      if (p.residual) sum += widen<A>(p.residual[at]);
-      p.output[at] = finish_sample<T, A>(sum, p.low, p.high);
     }
-  }
 }
 
 template <int kTaps, typename T, typename A>
 cudaError_t launch_image(const BicubicImagePass<T, A>& p, cudaStream_t stream) {
   if constexpr (kTaps > 0) {
     if (p.rows.taps < kTaps) return launch_image<kTaps - 1>(p, stream);
-    constexpr int64_t kThreads = 128, kMostPlanes = 65535;
-    const int64_t width = p.columns.rows * p.inner;
-    const dim3 grid(unsigned((width + kThreads - 1) / kThreads), unsigned((p.rows.rows + kStrip - 1) / kStrip),
-                    unsigned(std::min(p.planes, kMostPlanes)));
+    constexpr int64_t kThreads = 128, kMost = 65535;  // of the second and third dimension of a grid
+    const int64_t width = p.columns.rows * p.inner, strips = (p.rows.rows + kStrip - 1) / kStrip;
+    const dim3 grid(unsigned((width + kThreads - 1) / kThreads), unsigned(std::min(strips, kMost)),
+                    unsigned(std::min(p.planes, kMost)));
     FASTDENSE_LAUNCH((bicubic_image_kernel<kTaps, T, A>), grid, dim3(kThreads), 0, stream, p);
   }
   return cudaGetLastError();
@@ -89,7 +94,10 @@ cudaError_t launch_image(const BicubicImagePass<T, A>& p, cudaStream_t stream) {
 
 template <typename In, typename Out, typename A>
 cudaError_t launch_bicubic_axis(const BicubicAxisPass<In, Out, A>& pass, cudaStream_t stream) {
-  return for_each(pass.planes * pass.band.rows * pass.inner, ResampleAxis<In, Out, A>{pass}, stream);
+  const int64_t count = pass.planes * pass.band.rows * pass.inner;
+  if (count <= std::numeric_limits<uint32_t>::max())
+    return for_each(count, ResampleAxis<In, Out, A, uint32_t>{pass}, stream);
+  return for_each(count, ResampleAxis<In, Out, A, int64_t>{pass}, stream);
 }
 
 template <typename T, typename A>

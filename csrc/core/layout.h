@@ -50,8 +50,9 @@ inline bool has_values(const at::Tensor& t) { return t.numel() > 0 && !t.is_meta
 // copying it, and DDP does not warn about its strides.
 inline at::Tensor laid_out_like(const at::Tensor& value, const at::Tensor& parameter) {
   const at::Tensor shaped = value.reshape(parameter.sizes());
-  if (shaped.scalar_type() == parameter.scalar_type() && shaped.is_contiguous() && parameter.is_contiguous())
-    return shaped.as_strided(parameter.sizes(), parameter.strides());  // those of single elements may differ
+  bool same = shaped.scalar_type() == parameter.scalar_type() && shaped.is_non_overlapping_and_dense();
+  for (int64_t d = 0; d < shaped.dim(); ++d) same &= shaped.size(d) == 1 || shaped.stride(d) == parameter.stride(d);
+  if (same) return shaped.as_strided(parameter.sizes(), parameter.strides());  // those of single elements may differ
   return at::empty_like(parameter).copy_(shaped);
 }
 

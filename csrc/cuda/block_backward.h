@@ -44,13 +44,15 @@ class CudaBlockBackward {
   Sums sums(int64_t channels) const { return {block_.numbers({channels}), block_.numbers({channels})}; }
 
   // Adds up partial sums of channels [first, ...) of a norm over `count` values; `norm` starts there, too.
+  // And what a weight's gradient still needs.
   void finalise(const NormArgs& args, const NormParams<A>& norm, const at::Tensor& partial, int64_t count,
-                const CudaCorrections& corrections, const Sums& s, int64_t first = 0) const {
+                const CudaCorrections& corrections, const Sums& s, int64_t first = 0,
+                const SumPartialsParams<A>& weight = {}) const {
     const CudaCorrections to = args.frozen() ? CudaCorrections{} : corrections;
     check_launch(
         launch_finalise_sums<A>({block_.sums(partial), partial.size(0), norm, block_.sums(s.dweight) + first,
                                  block_.sums(s.dbias) + first, to.shift_sum, to.slope_sum, 1.0 / double(count)},
-                                partial.size(2), block_.cuda.stream));
+                                partial.size(2), weight, block_.cuda.stream));
   }
   void set_norm(const NormArgs& args, const Sums& s) {
     if (args.weight.defined()) set(args.at, s.dweight);
@@ -64,11 +66,11 @@ class CudaBlockBackward {
     block_.reduction(launch_mask_reduce<T>, {du, z, norm, block_.sums(partial.tensor)}, rows, columns);
     norm_backward(args, norm, partial.tensor, du, z, rows, columns);
   }
-  // From partial sums, as launch_mask_reduce takes them.
+  // From partial sums, as launch_mask_reduce takes them; adds up a weight's gradient in passing.
   void norm_backward(const NormArgs& args, const NormParams<A>& norm, const at::Tensor& partial, const Matrix<T>& du,
-                     const Matrix<const T>& z, int64_t rows, int64_t columns) {
+                     const Matrix<const T>& z, int64_t rows, int64_t columns, const SumPartialsParams<A>& weight = {}) {
     const Sums s = sums(columns);
-    finalise(args, norm, partial, rows, {}, s);
+    finalise(args, norm, partial, rows, {}, s, 0, weight);
     set_norm(args, s);
     const A inv_count = args.frozen() ? A(0) : A(1.0 / double(rows));
     const bool shared = block_.sync.enabled() && !args.frozen();
@@ -164,11 +166,11 @@ class CudaBlockBackward {
  private:
   void fused_conv1x1_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args,
                               const NormParams<A>& norm, const at::Tensor& dz, const Segment& s) {
-    const Conv1x1Backward g =
+    const Conv1x1Backward<A> g =
         fastdense::conv1x1_backward<T>(block_, s.x, norm, packed, dz, s.gradient, s.add, needs(conv.at));
-    if (needs(conv.at)) set(conv.at, g.dweight);
     const Sums total = sums(s.columns);
-    finalise(args, norm, g.partial, dz.size(0), s.corrections, total);
+    finalise(args, norm, g.partial, dz.size(0), s.corrections, total, 0, g.dweight.params);
+    if (needs(conv.at)) set(conv.at, g.dweight.to);
     set_norm(args, total);
   }
 

@@ -11,6 +11,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
@@ -109,12 +110,30 @@ class CudaBlockForward {
   Partials partials(int64_t rows, int64_t columns) const { return partials(rows, std::max<int64_t>(1, rows), columns); }
 
   // Statistics of the columns of a matrix from partial moments relative to `pivot`.
-  void finalise_moments(const Partials& partial, const T* pivot, int64_t rows, const BatchStatistics<A>& to,
-                        const int64_t* counts = nullptr) const {
+  void finalise_moments(const Partials& partial, const T* pivot, int64_t rows, const BatchStatistics<A>& to) const {
     const int64_t columns = partial.tensor.size(2);
-    check_launch(launch_finalise_moments<T>({sums(partial.tensor), pivot, to.mean, to.var, partial.step, counts}, rows,
-                                            columns, partial.splits, cuda.stream));
-    sync.moments(to.mean, to.var, columns, rows, options);
+    check_launch(launch_finalise_moments<T>({sums(partial.tensor), pivot, to.mean, to.var, partial.step}, rows, columns,
+                                            partial.splits, cuda.stream));
+    share_moments(to, columns, rows);
+  }
+  void share_moments(const BatchStatistics<A>& of, int64_t columns, int64_t rows) const {
+    if (of.mean) sync.moments(of.mean, of.var, columns, rows, options);
+  }
+
+  // What a fused kernel takes moments with, in so many splits of its rows; nothing where they are not wanted.
+  struct FusedMoments {
+    at::Tensor numbers;
+    BlockMoments params;
+  };
+  FusedMoments fused_moments(int64_t splits, int64_t columns, int64_t rows, const BatchStatistics<float>& to) const {
+    if (!to.mean) return {};
+    if (!ticket_.defined()) ticket_ = at::zeros({1}, options.dtype(at::kInt));
+    const int64_t counts = splits * 2 * columns;  // which follow, in the place of two numbers each
+    const at::Tensor numbers = at::empty({counts + 2 * splits}, options.dtype(at::kFloat));
+    auto* partial = numbers.mutable_data_ptr<float>();
+    return {numbers,
+            {partial, reinterpret_cast<int64_t*>(partial + counts),
+             reinterpret_cast<unsigned*>(ticket_.template mutable_data_ptr<int>()), to.mean, to.var, rows}};
   }
 
   void statistics(const Matrix<const T>& x, int64_t rows, int64_t columns, const BatchStatistics<A>& to) const {
@@ -192,6 +211,7 @@ class CudaBlockForward {
     list.clear();
   }
 
+  mutable at::Tensor ticket_;  // of kernels that take moments, one after the other
   std::vector<at::Tensor> kept_;
   std::vector<PackedWeight<T, T>> from_same_;
   std::vector<PackedWeight<float, T>> from_float_;

@@ -77,6 +77,9 @@ uint32_t pack_pair(float low, float high) {
 
 inline void sync_warp(int line = __builtin_LINE()) { emulation::block.warp_barrier(line); }
 
+// What follows from a number is computed anew, not kept in registers from one turn of a loop to the next.
+inline void forget(int&) {}
+
 #else
 
 __device__ __forceinline__ uint32_t shared_address(const void* at) {
@@ -150,6 +153,7 @@ __device__ __forceinline__ uint32_t pack_pair<half>(float low, float high) {
 }
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ void forget(int& number) { asm volatile("" : "+r"(number)); }
 
 #endif
 

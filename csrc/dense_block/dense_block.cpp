@@ -157,6 +157,12 @@ bool DenseBlockArgs::any_batch_statistics() const {
   return tail != Tail::kNone && !tail_norm.frozen();
 }
 
+bool DenseBlockArgs::all_statistics() const {
+  if (pixels() == 0 || !any_batch_statistics()) return false;
+  return std::none_of(layers.begin(), layers.end(),
+                      [&](const LayerArgs& layer) { return layer.dropped || (bottleneck && layer.norm2.frozen()); });
+}
+
 int64_t DenseBlockArgs::lowest_layer(const std::vector<bool>& needs) const {
   int64_t lowest = needs[0] ? 0 : int64_t(layers.size());
   for (size_t i = 0; i < readers.size(); ++i)
@@ -249,8 +255,12 @@ DenseBlockOutputs allocate_dense_block(const DenseBlockArgs& args, const at::Ten
   o.buffer = empty_channels_last(args.sizes(args.channels()), options);
   for (const LayerArgs& layer : args.layers)
     if (layer.dropped) o.buffer.narrow(1, layer.channels, args.growth).zero_();
-  o.mean = at::zeros({args.statistics()}, statistics);
-  o.var = at::zeros({args.statistics()}, statistics);
+  const auto allocate = [&] {
+    return args.all_statistics() ? at::empty({args.statistics()}, statistics)
+                                 : at::zeros({args.statistics()}, statistics);
+  };
+  o.mean = allocate();
+  o.var = allocate();
   o.z = at::empty({saved, args.pixels(), args.width}, options);
   if (args.tail != Tail::kNone) o.out = empty_channels_last(args.out_sizes(), options);
   return o;

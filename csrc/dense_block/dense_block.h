@@ -75,6 +75,8 @@ struct DenseBlockArgs {
   int64_t active_layers() const;
   bool any_batch_statistics() const;
   bool has_extras() const;  // another activation than ReLU, or a bias
+  // Whether forward computes every statistic; what it does not compute is zero.
+  bool all_statistics() const;
   // Backward leaves out the layers below the lowest one with a parameter or input that needs a gradient; `needs` is
   // that of the input and of every weight.
   int64_t lowest_layer(const std::vector<bool>& needs) const;

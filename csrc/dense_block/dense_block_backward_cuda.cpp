@@ -125,9 +125,12 @@ class Backward : CudaBlock<T> {
     const at::Tensor dv = at::empty_like(z);
     const at::Tensor partial =
         fused_conv_input_gradient<T>(*this, plans.input_gradient, d, this->conv2(l), z, norm2, dv);
+    WeightSum<A> dweight;
     if (grads_.needs(layer.conv2.at))
-      grads_.set(layer.conv2.at, fused_conv_weight_gradient<T>(*this, plans.weight_gradient, d, z, norm2, args.growth));
-    grads_.norm_backward(layer.norm2, norm2, partial, this->matrix(dv), this->const_matrix(z), pixels, args.width);
+      dweight = fused_conv_weight_gradient<T>(*this, plans.weight_gradient, d, z, norm2, layer.conv2.weight);
+    grads_.norm_backward(layer.norm2, norm2, partial, this->matrix(dv), this->const_matrix(z), pixels, args.width,
+                         dweight.params);
+    if (dweight.to.defined()) grads_.set(layer.conv2.at, dweight.to);
     return dv;
   }
   at::Tensor library_convolution(int64_t l, const at::Tensor& d, const at::Tensor& z, const NormParams<A>& norm2) {

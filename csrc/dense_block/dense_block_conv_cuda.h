@@ -20,9 +20,10 @@ namespace fastdense {
 //
 // The library's way writes u = relu(norm2(z)) and reads it again, copies the result into the slice, and in backward
 // makes u anew for the weight's gradient and takes the sums of norm2 in a pass of its own: per pixel and layer 3b + 3k
-// numbers for b + k forward, 7b + 3k for 4b + 3k backward.  So the fused way is expected to win wherever its blocks
-// fill the device: with less than one tile of 128 pixels for every fourth multiprocessor most would be idle.  All this
-// is counted, nothing of it measured.
+// numbers for b + k forward, 7b + 3k for 4b + 3k backward.  It takes five kernels less a layer in a training
+// step, so the fused way is expected to win even where its blocks leave most of the device idle: with less than one
+// tile of 128 pixels for every eighth multiprocessor a library that shares out the depth may be ahead.  All this is
+// counted, nothing of it measured.
 template <typename T>
 struct ConvPlans {
   ConvPlan forward, input_gradient, weight_gradient;
@@ -42,7 +43,7 @@ struct ConvPlans {
                             plan_conv_input_gradient<T>(shape, processors, cuda.shared_bytes),
                             plan_conv_weight_gradient<T>(shape, processors, cuda.shared_bytes)};
       const bool fit = plans.forward && plans.input_gradient && plans.weight_gradient;
-      if (use_fused(fit, 4 * plans.forward.tiles.count() >= processors)) *this = plans;
+      if (use_fused(fit, 8 * plans.forward.tiles.count() >= processors)) *this = plans;
     }
   }
   explicit operator bool() const { return bool(forward); }
@@ -60,18 +61,11 @@ void fused_conv(const CudaBlockForward<T>& block, const ConvPlan& plan, const at
                 const DropoutParams& dropout, const BatchStatistics<accumulate_t<T>>& statistics) {
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t k = packed.size(0), b = packed.size(1), pixels = z.size(0);
-    typename CudaBlockForward<T>::Partials partial;
-    at::Tensor counts;
-    const bool wanted = statistics.mean;
-    if (wanted) {
-      partial = {block.numbers({plan.splits, 2, k}), pixels, plan.splits, plan.splits * 2 * k};
-      counts = at::empty({plan.splits}, block.options.dtype(at::kLong));
-    }
-    int64_t* count = wanted ? counts.template mutable_data_ptr<int64_t>() : nullptr;
-    check_launch(launch_conv_forward<T>({block.const_data(z), norm, block.const_data(packed), int(b), int(k), x,
-                                         dropout, wanted ? partial.of_chunk(0) : nullptr, count},
-                                        plan, block.cuda.stream));
-    if (wanted) block.finalise_moments(partial, nullptr, pixels, statistics, count);
+    const auto moments = block.fused_moments(plan.splits, k, pixels, statistics);
+    check_launch(launch_conv_forward<T>(
+        {block.const_data(z), norm, block.const_data(packed), int(b), int(k), x, dropout, moments.params}, plan,
+        block.cuda.stream));
+    block.share_moments(statistics, k, pixels);
   }
 }
 
@@ -91,20 +85,29 @@ at::Tensor fused_conv_input_gradient(const CudaBlockForward<T>& block, const Con
   return partial;
 }
 
-// Gradient of the weight [k, b, 3, 3], channels innermost.
+// Gradient of the weight [k, b, 3, 3] in the layout of `like`, a sum over splits that finalise_sums() takes.
 template <typename T>
-at::Tensor fused_conv_weight_gradient(const CudaBlockForward<T>& block, const ConvPlan& plan, const at::Tensor& d,
-                                      const at::Tensor& z, const NormParams<accumulate_t<T>>& norm, int64_t k) {
-  const int64_t b = z.size(1), count = k * 9 * b;
-  const at::Tensor dweight = block.numbers({k, 3, 3, b});
+WeightSum<accumulate_t<T>> fused_conv_weight_gradient(const CudaBlockForward<T>& block, const ConvPlan& plan,
+                                                      const at::Tensor& d, const at::Tensor& z,
+                                                      const NormParams<accumulate_t<T>>& norm, const at::Tensor& like) {
+  const int64_t b = z.size(1), k = like.size(0), count = k * 9 * b;
+  WeightSum<accumulate_t<T>> sum;
   if constexpr (!std::is_same_v<T, double>) {
-    const at::Tensor parts = plan.splits > 1 ? block.numbers({plan.splits, count}) : dweight;
-    check_launch(launch_conv_weight_gradient<T>(
-        {block.const_data(d), block.const_data(z), norm, int(b), int(k), block.sums(parts)}, plan, block.cuda.stream));
-    if (plan.splits > 1)
-      check_launch(launch_sum_partials(block.sums(parts), plan.splits, count, block.sums(dweight), block.cuda.stream));
+    // A single split is the gradient, channels innermost.
+    const bool as_like = plan.splits > 1 && like.is_non_overlapping_and_dense() && like.stride(2) == 3 * like.stride(3);
+    sum.to = as_like ? at::empty_strided(like.sizes(), like.strides(), block.options.dtype(block.accumulate()))
+                     : block.numbers({k, 3, 3, b}).permute({0, 3, 1, 2});
+    if (plan.splits > 1) {
+      sum.partial = block.numbers({plan.splits, count});
+      const at::Tensor to = sum.to.flatten(2);
+      sum.params = {
+          block.sums(sum.partial), plan.splits, count, block.sums(to), 9, b, to.stride(0), to.stride(2), to.stride(1)};
+    }
+    check_launch(launch_conv_weight_gradient<T>({block.const_data(d), block.const_data(z), norm, int(b), int(k),
+                                                 block.sums(plan.splits > 1 ? sum.partial : sum.to)},
+                                                plan, block.cuda.stream));
   }
-  return dweight.permute({0, 3, 1, 2});
+  return sum;
 }
 
 }  // namespace fastdense

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward kernel of dense_block_conv_launch.h.
+#include "cuda/norm_relu/block_moments.h"
 #include "dense_block/dense_block_conv_plan.h"
 #include "dense_block/dense_block_conv_tiles.h"
 
@@ -76,7 +77,7 @@ class ForwardBlock {
   __device__ void run() {
     load_weight();
     for_each_tile(plan_, *this);
-    if (p_.partial) write_moments();
+    if (p_.moments.partial) write_moments();
   }
 
   __device__ void load_tile(const TilePlace& place, int buffer) {
@@ -108,7 +109,7 @@ class ForwardBlock {
 
   __device__ void finish_tile(bool first) {
     store_tile();
-    if (p_.partial) {
+    if (p_.moments.partial) {
       __syncthreads();  // what was stored is there
       add_moments(first);
     }
@@ -226,22 +227,25 @@ class ForwardBlock {
   // The lanes' moments, joined in their order; all are relative to the same pivot.
   __device__ void write_moments() {
     const int column = int(threadIdx.x) % kColumns, lane = int(threadIdx.x) / kColumns;
-    static_assert(3 * kThreads <= kConvPixels * 16);
+    static_assert(3 * kThreads <= kConvPixels * 16 && finish_bytes(kThreads) <= kConvPixels * 16 * int(sizeof(float)));
     float* workspace = floats(at_.sums);
     workspace[threadIdx.x] = moments_.all.count;
     workspace[kThreads + threadIdx.x] = moments_.all.mean;
     workspace[2 * kThreads + threadIdx.x] = moments_.all.m2;
     __syncthreads();
-    if (lane > 0 || column >= columns_) return;
-    Moments<float> all = moments_.all;
-    for (int l = 1; l < kLanes; ++l) {
-      const int at = l * kColumns + column;
-      all = combine_moments(all, {workspace[at], workspace[kThreads + at], workspace[2 * kThreads + at]});
+    if (lane == 0 && column < columns_) {
+      Moments<float> all = moments_.all;
+      for (int l = 1; l < kLanes; ++l) {
+        const int at = l * kColumns + column;
+        all = combine_moments(all, {workspace[at], workspace[kThreads + at], workspace[2 * kThreads + at]});
+      }
+      float* to = p_.moments.partial + 2 * int64_t(blockIdx.x) * p_.k + first_ + column;
+      to[0] = all.mean + moments_.pivot;
+      to[p_.k] = all.m2;
+      if (first_ + column == 0) p_.moments.counts[blockIdx.x] = int64_t(all.count);
     }
-    float* to = p_.partial + 2 * int64_t(blockIdx.x) * p_.k + first_ + column;
-    to[0] = all.mean + moments_.pivot;
-    to[p_.k] = all.m2;
-    if (first_ + column == 0) p_.counts[blockIdx.x] = int64_t(all.count);
+    __syncthreads();  // the workspace is free
+    finish_moments<kThreads>(p_.moments, p_.k, shared_ + at_.sums);
   }
 
   const ConvForwardParams<T>& p_;

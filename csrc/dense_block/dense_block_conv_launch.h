@@ -15,27 +15,67 @@
 
 namespace fastdense {
 
+// A tile has at most kConvPixels; rows of the products beyond its pixels are computed in vain, whole 16 are left out.
+constexpr int kConvPixels = 128, kConvSteps = 16;
+// Rows of shared memory that are an odd number of 16 bytes apart repeat their banks after so many; products read as
+// many rows at once.
+constexpr int kConvBanks = 8;
+
 struct ConvTiles {
   int64_t batch;
   int height, width;
-  int images, rows, columns;  // of a tile
+  int images, rows, columns;   // of a tile
+  uint8_t order[kConvPixels];  // in which products take its pixels
   FASTDENSE_HD int64_t down() const { return (height + rows - 1) / rows; }
   FASTDENSE_HD int64_t across() const { return (width + columns - 1) / columns; }
   FASTDENSE_HD int64_t count() const { return (batch + images - 1) / images * down() * across(); }
   FASTDENSE_HD int pixels() const { return images * rows * columns; }
   FASTDENSE_HD int halo() const { return images * (rows + 2) * (columns + 2); }  // with a ring of pixels around
+  // Place of a pixel among those with the ring.
+  FASTDENSE_HD int centre(int pixel) const {
+    const int line = pixel / columns, image = line / rows;
+    return (image * (rows + 2) + line - image * rows + 1) * (columns + 2) + pixel - line * columns + 1;
+  }
 };
 
-// A tile has at most kConvPixels; rows of the products beyond its pixels are computed in vain, whole 16 are left out.
-constexpr int kConvPixels = 128, kConvSteps = 16;
+// Pixels of a tile by the banks that they lie in.
+struct ConvBanks {
+  int count[kConvBanks] = {};
+  uint8_t pixel[kConvBanks][kConvPixels];
+  explicit ConvBanks(const ConvTiles& t) {
+    for (int p = 0; p < t.pixels(); ++p) {
+      const int bank = t.centre(p) % kConvBanks;
+      pixel[bank][count[bank]++] = uint8_t(p);
+    }
+  }
+  int most() const { return *std::max_element(count, count + kConvBanks); }
+};
 
-// The tiles that make the least work of images of this size.
+// Orders the pixels so that those read at once lie in different banks as far as possible: the fullest first.
+inline void spread_over_banks(ConvTiles& t) {
+  ConvBanks banks(t);
+  for (int first = 0, n = 0; first < t.pixels(); first += kConvBanks) {
+    int taken[kConvBanks] = {};
+    for (; n < std::min(first + kConvBanks, t.pixels()); ++n) {
+      int best = -1;
+      for (int b = 0; b < kConvBanks; ++b)
+        if (banks.count[b] > 0 &&
+            (best < 0 || taken[b] < taken[best] || (taken[b] == taken[best] && banks.count[b] > banks.count[best])))
+          best = b;
+      ++taken[best];
+      t.order[n] = banks.pixel[best][--banks.count[best]];
+    }
+  }
+}
+
+// The tiles that make the least work of images of this size, of these the ones that spread best over banks.
 inline ConvTiles conv_tiles(int64_t batch, int height, int width, int most_pixels) {
   const int most_halo = most_pixels * 8 / 5;
   ConvTiles best{};
   int64_t least = 0;
+  int least_banks = 0;
   for (int most = std::min(width, most_pixels); most > 0; --most) {
-    ConvTiles t{batch, height, width, 1, 0, 0};
+    ConvTiles t{batch, height, width, 1, 0, 0, {}};
     const int across = (width + most - 1) / most;
     t.columns = (width + across - 1) / across;
     const int fit = std::min({height, most_pixels / t.columns, most_halo / (t.columns + 2) - 2});
@@ -45,10 +85,14 @@ inline ConvTiles conv_tiles(int64_t batch, int height, int width, int most_pixel
     if (t.rows == height && t.columns == width)
       t.images = std::max(1, int(std::min<int64_t>({batch, most_pixels / t.pixels(), most_halo / t.halo()})));
     const int64_t work = t.count() * (t.halo() + (t.pixels() + kConvSteps - 1) / kConvSteps * kConvSteps);
-    if (least > 0 && work >= least) continue;
+    if (least > 0 && work > least) continue;
+    const int banks = ConvBanks(t).most();
+    if (work == least && banks >= least_banks) continue;
     least = work;
+    least_banks = banks;
     best = t;
   }
+  spread_over_banks(best);
   return best;
 }
 
@@ -87,8 +131,7 @@ struct ConvForwardParams {
   int b, k;
   Matrix<T> x;
   DropoutParams dropout;
-  float* partial;   // [splits][2][k] as launch_finalise_moments takes them, without pivot; nullptr: not wanted
-  int64_t* counts;  // [splits]: pixels of each
+  BlockMoments moments;  // by the plan's splits
 };
 template <typename T>
 cudaError_t launch_conv_forward(const ConvForwardParams<T>&, const ConvPlan&, cudaStream_t);

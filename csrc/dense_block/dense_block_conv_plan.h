@@ -26,10 +26,11 @@ struct ConvChoice {
 };
 
 // The first of the choices that fits into shared memory with whole tiles, else the first that does with half ones, else
-// none.  bytes(tiles, choice): of shared memory.
+// none; none where b is no multiple of 16.  bytes(tiles, choice): of shared memory.
 template <typename Bytes>
 ConvPlan plan_conv(const ConvShape& s, const ConvLimits& limits, const std::vector<ConvChoice>& choices,
                    const Bytes& bytes) {
+  if (s.b % 16 != 0) return {};  // products take the depth in whole steps
   for (const int pixels : {kConvPixels, kConvPixels / 2}) {
     const ConvTiles tiles = conv_tiles(s.batch, int(s.height), int(s.width), pixels);
     for (const ConvChoice& choice : choices) {

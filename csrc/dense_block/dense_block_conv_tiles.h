@@ -62,12 +62,10 @@ class TilePixels {
       const int line = p / wide, i = line / high;
       where_[p] = i << 16 | (line - i * high) << 8 | (p - line * wide);
     }
-    for (int p = int(threadIdx.x); p < kConvPixels; p += int(blockDim.x)) {
-      const int line = p / t.columns, i = line / t.rows;
-      centre_[p] = p < pixels ? (i * high + line - i * t.rows + 1) * wide + p - line * t.columns + 1 : -1;
-    }
+    for (int p = int(threadIdx.x); p < kConvPixels; p += int(blockDim.x))
+      centre_[p] = p < pixels ? t.centre(t.order[p]) : -1;
   }
-  // Place of pixel p of a tile among those with the ring, -1 beyond the last.
+  // Place of the p-th pixel of a tile among those with the ring, -1 beyond the last.
   __device__ int centre(int p) const { return centre_[p]; }
   // Row of z of a pixel of the tile with its ring, -1 outside the image.
   __device__ int64_t halo_row(const TilePlace& place, int p) const {

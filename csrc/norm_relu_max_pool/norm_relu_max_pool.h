@@ -114,9 +114,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_max_pool(
       parse_norm_relu_max_pool(kOp, input, norm, eps, kernel_size, stride, padding, process_group);
   const at::TensorOptions options = input.options(), bytes = options.dtype(at::kByte);
   const auto statistics = options.dtype(statistics_dtype(input.scalar_type()));
+  const bool computed = !args.norm.frozen() && !args.empty();
+  const auto allocate = [&] {
+    return computed ? at::empty({args.channels}, statistics) : at::zeros({args.channels}, statistics);
+  };
   const NormPoolOutputs o{args.layout.empty(args.pooled_sizes, options),
                           keep_indices ? args.layout.empty(args.pooled_sizes, bytes) : at::empty({0}, bytes),
-                          at::zeros({args.channels}, statistics), at::zeros({args.channels}, statistics)};
+                          allocate(), allocate()};
   if (!input.is_meta() && (!args.empty() || !process_group.empty()))  // the other processes wait for this one
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
       Engine::template forward<typename Storage<scalar_t>::type>(args, input, o);

@@ -22,8 +22,9 @@ class NormPoolCuda : CudaBlockForward<T> {
       : Base(options, cuda, args.process_group),
         args_(args),
         shape_{args.g, args.channels, args.layout.channels_last},
-        c_(args.channels) {
-    check_image_pixels("norm_relu_max_pool", c_ * std::max(args.g.pixels(), args.g.pooled_pixels()));
+        c_(args.channels),
+        splits_(norm_pool_splits(shape_, args.batch, cuda.blocks)) {
+    check_image_pixels("norm_relu_max_pool", c_ * args.g.padded_pixels());
   }
 
   void forward(const at::Tensor& input, const NormPoolOutputs& o) {
@@ -32,7 +33,7 @@ class NormPoolCuda : CudaBlockForward<T> {
     uint8_t* indices = o.indices.dim() > 1 ? o.indices.mutable_data_ptr<uint8_t>() : nullptr;
     check_launch(launch_norm_pool<T>({shape_, this->norm_params(args_.norm, this->sums(o.mean), this->sums(o.var)),
                                       this->const_data(x), this->data(o.y), indices},
-                                     o.y.numel(), cuda.stream));
+                                     args_.batch, splits_, cuda.stream));
   }
 
   std::vector<at::Tensor> backward(const NormPoolSaved& saved, const at::Tensor& grad_output,
@@ -45,12 +46,11 @@ class NormPoolCuda : CudaBlockForward<T> {
     const auto s = gradients.sums(c_);
     const bool frozen = args_.norm.frozen();
     if (!frozen || needs[1] || needs[2]) {
-      const int64_t rows = args_.batch * args_.g.pooled_pixels();
-      const Partials partial = partials(rows);
+      const at::Tensor partial = this->numbers({args_.empty() ? 0 : splits_.count(), 2, c_});
       check_launch(launch_norm_pool_sums<T>({shape_, this->const_data(x), this->const_data(grad),
-                                             indices.const_data_ptr<uint8_t>(), norm.mean, this->sums(partial.tensor)},
-                                            rows, partial.splits, cuda.stream));
-      gradients.finalise(args_.norm, norm, partial.tensor, args_.values(), {}, s);
+                                             indices.const_data_ptr<uint8_t>(), norm.mean, this->sums(partial)},
+                                            args_.batch, splits_, cuda.stream));
+      gradients.finalise(args_.norm, norm, partial, args_.values(), {}, s);
       gradients.set_norm(args_.norm, s);
     }
     const bool others = sync.enabled() && !frozen;
@@ -62,7 +62,7 @@ class NormPoolCuda : CudaBlockForward<T> {
         {shape_, norm, this->const_data(x), this->const_data(grad), indices.const_data_ptr<uint8_t>(), this->data(dx),
          this->sums(others ? terms[0] : s.dbias), this->sums(others ? terms[1] : s.dweight),
          frozen ? A(0) : A(1.0 / double(args_.values()))},
-        dx.numel(), cuda.stream));
+        args_.batch, splits_, cuda.stream));
     gradients.set_input(dx);
     return gradients.all();
   }
@@ -71,24 +71,20 @@ class NormPoolCuda : CudaBlockForward<T> {
   void statistics(const T* x, const BatchStatistics<A>& to) {
     const int64_t rows = args_.values();
     if (shape_.channels_last) return Base::statistics({x, c_}, rows, c_, to);
-    const Partials partial = partials(rows);
+    // A block takes one channel.
+    constexpr int64_t kBlockColumns = 256;
+    const int64_t splits = this->splits(rows, kBlockColumns * c_);
+    const Partials partial{this->numbers({rows > 0 ? splits : 0, 2, c_}), rows, splits, splits * 2 * c_};
     const at::Tensor pivot = at::empty({c_}, this->options);
     check_launch(launch_plane_moments<T>({x, args_.g.pixels(), this->sums(partial.tensor), this->data(pivot)}, rows, c_,
                                          partial.splits, cuda.stream));
     this->finalise_moments(partial, this->const_data(pivot), rows, to);
   }
 
-  // Of planes a block takes one channel.
-  Partials partials(int64_t rows) const {
-    constexpr int64_t kBlockColumns = 256;
-    if (shape_.channels_last) return Base::partials(rows, c_);
-    const int64_t splits = this->splits(rows, kBlockColumns * c_);
-    return {this->numbers({rows > 0 ? splits : 0, 2, c_}), rows, splits, splits * 2 * c_};
-  }
-
   const NormPoolArgs& args_;
   const NormPoolShape shape_;
   const int64_t c_;
+  const NormPoolSplits splits_;
 };
 
 }  // namespace fastdense

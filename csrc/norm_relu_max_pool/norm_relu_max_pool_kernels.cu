@@ -1,147 +1,202 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/for_each.h"
 #include "cuda/norm_relu/column_reduce.h"
 #include "cuda/norm_relu/columns.h"
 #include "norm_relu_max_pool/norm_relu_max_pool_launch.h"
+#include "norm_relu_max_pool/norm_relu_max_pool_windows.h"
 
 namespace fastdense {
 namespace {
 
-// Element i of a tensor [N, C, size]: its indices, and where its image or plane starts in a tensor of other size.
-// 32-bit divisions, which GPUs have, within an image.
-struct Element {
-  int64_t image;
-  uint32_t channel, i0, i1, i2;
+// Base of what is done with images: the parameters, and V neighbouring channels.  Derived classes have
+//   uint32_t rows() const      of an image
+//   void image(int64_t)        the image that the next rows are of
+//   void row(uint32_t)
+//   State, and where that is not NoState:  State& state();  accumulate_t<T>* partial() const
+template <typename P, int V>
+class PoolChannels {
+ public:
+  using Params = P;
 
-  __device__ Element(const NormPoolShape& s, const int64_t (&size)[3], int64_t i) {
-    const int64_t pixels = size[0] * size[1] * size[2], per_image = s.channels * pixels;
-    image = i / per_image;
-    const auto in = uint32_t(i - image * per_image);
-    const uint32_t inner = s.channels_last ? uint32_t(s.channels) : uint32_t(pixels), outer = in / inner;
-    channel = s.channels_last ? in - outer * inner : outer;
-    const uint32_t pixel = s.channels_last ? outer : in - outer * inner, size1 = uint32_t(size[1]),
-                   size2 = uint32_t(size[2]), line = pixel / size2;
-    i2 = pixel - line * size2;
-    i0 = line / size1;
-    i1 = line - i0 * size1;
+ protected:
+  __device__ PoolChannels(const Params& p, int64_t first) : p_(p), first_(first) {}
+
+  // `pixels` of an image.
+  template <typename T>
+  __device__ ImageChannels<T, V> channels(T* data, int64_t image, int64_t pixels) const {
+    const int64_t c = p_.shape.channels;
+    return p_.shape.channels_last ? ImageChannels<T, V>{data + image * pixels * c + first_, uint32_t(c)}
+                                  : ImageChannels<T, V>{data + (image * c + first_) * pixels, 1};
   }
-  __device__ int64_t origin(const NormPoolShape& s, int64_t pixels) const {
-    return s.channels_last ? image * pixels * s.channels + channel : (image * s.channels + channel) * pixels;
-  }
+
+  const Params& p_;
+  const int64_t first_;
 };
 
-// From pixel to pixel of a channel.
-__device__ __forceinline__ int64_t pixel_step(const NormPoolShape& s) { return s.channels_last ? s.channels : 1; }
-
-template <typename T>
-struct PooledValue {
+template <typename T, int V, typename Windows>
+class PoolForward : public PoolChannels<NormPoolForwardParams<T>, V> {
   using A = accumulate_t<T>;
-  NormPoolForwardParams<T> p;
-
-  __device__ void operator()(int64_t i) const {
-    const MaxPoolGeometry& g = p.shape.g;
-    const Element o(p.shape, g.pooled, i);
-    const NormCoefficients<A> norm = p.norm(o.channel);
-    const T* x = p.x + o.origin(p.shape, g.pixels());
-    const int64_t step = pixel_step(p.shape);
-    const IndexRange r0 = window_positions(g, 0, o.i0), r1 = window_positions(g, 1, o.i1),
-                     r2 = window_positions(g, 2, o.i2);
-    A best = 0;
-    int index = kNoIndex;
-    for (int64_t w0 = r0.begin; w0 < r0.end; ++w0)
-      for (int64_t w1 = r1.begin; w1 < r1.end; ++w1) {
-        const int64_t line = window_start(g, 0, o.i0, o.i1, o.i2) + (w0 * g.size[1] + w1) * g.size[2];
-        for (int64_t w2 = r2.begin; w2 < r2.end; ++w2) {
-          const A value = mul_add(A(load(x[(line + w2) * step])), norm.scale, norm.shift);
-          if (!takes_lead(value, best)) continue;
-          best = value;
-          index = int((w0 * g.window[1] + w1) * g.window[2] + w2);
-        }
-      }
-    p.y[i] = store<T>(best);
-    if (p.indices) p.indices[i] = uint8_t(index);
-  }
-};
-
-// Gathers the gradients of the windows whose index is this element, in ascending order.
-template <typename T>
-struct InputGradient {
-  using A = accumulate_t<T>;
-  NormPoolBackwardParams<T> p;
-
-  __device__ void operator()(int64_t i) const {
-    const MaxPoolGeometry& g = p.shape.g;
-    const Element e(p.shape, g.size, i);
-    const int64_t origin = e.origin(p.shape, g.pooled_pixels()), step = pixel_step(p.shape);
-    const IndexRange r0 = windows_of(g, 0, e.i0), r1 = windows_of(g, 1, e.i1), r2 = windows_of(g, 2, e.i2);
-    A dy = 0;
-    for (int64_t o0 = r0.begin; o0 < r0.end; ++o0)
-      for (int64_t o1 = r1.begin; o1 < r1.end; ++o1)
-        for (int64_t o2 = r2.begin; o2 < r2.end; ++o2) {
-          const int64_t w0 = e.i0 + g.padding[0] - o0 * g.stride[0], w1 = e.i1 + g.padding[1] - o1 * g.stride[1],
-                        w2 = e.i2 + g.padding[2] - o2 * g.stride[2];
-          const int64_t at = origin + ((o0 * g.pooled[1] + o1) * g.pooled[2] + o2) * step;
-          if (p.indices[at] == (w0 * g.window[1] + w1) * g.window[2] + w2) dy += load(p.grad[at]);
-        }
-    p.dx[i] = store<T>(
-        norm_input_gradient<A>(dy, load(p.x[i]), p.norm(e.channel), p.t1[e.channel], p.t2[e.channel], p.inv_count));
-  }
-};
-
-// Adds the terms of the pooled value at `at`, whose window starts at pixel `start`, which may lie outside.
-template <typename T, typename A>
-__device__ __forceinline__ void add_at_index(const NormPoolSumsParams<T>& p, T grad, uint8_t index, int64_t origin,
-                                             int64_t start, A mean, A& sum, A& weighted) {
-  const int64_t pixel = start + position_offset(p.shape.g, index);
-  if (index == kNoIndex || pixel < 0 || pixel >= p.shape.g.pixels()) return;  // a hook may have made up another
-  const A g = load(grad);
-  const int64_t at = origin + pixel * pixel_step(p.shape);
-  sum += g;
-  weighted += g * (load(p.x[at]) - mean);
-}
-
-// Of pooled pixel `in` within an image, the pixel in it where its window starts.
-__device__ __forceinline__ int64_t start_in_image(const MaxPoolGeometry& g, uint32_t in) {
-  const auto size1 = uint32_t(g.pooled[1]), size2 = uint32_t(g.pooled[2]);
-  const uint32_t line = in / size2, i0 = line / size1;
-  return window_start(g, 0, i0, line - i0 * size1, in - line * size2);
-}
-
-template <typename T, int V>
-class RowSums : public Columns<NormPoolSumsParams<T>, V> {
-  using A = accumulate_t<T>;
-  using Base = Columns<NormPoolSumsParams<T>, V>;
-  using Base::p_, Base::first_, Base::count_;
+  using Base = PoolChannels<NormPoolForwardParams<T>, V>;
+  using Base::p_;
 
  public:
   using typename Base::Params;
-  static constexpr int kTileRows = 1;
-  using State = ColumnSums<A, V>;
-  __device__ RowSums(const Params& p, int64_t first, int count) : Base(p, first, count), mean_(p.mean, first, count) {}
+  using State = NoState;
+  __device__ PoolForward(const Params& p, int64_t first, int count) : Base(p, first), norm_(p.norm, first, count) {}
 
-  template <int kRows>
-  __device__ void tile(int64_t row, int64_t step) {
-    for (int r = 0; r < kRows; ++r, row += step) pooled_row(row);
+  __device__ uint32_t rows() const { return uint32_t(p_.shape.g.pooled_pixels()); }
+  __device__ void image(int64_t n) {
+    x_ = this->channels(p_.x, n, p_.shape.g.pixels());
+    y_ = this->channels(p_.y, n, rows());
+    if (p_.indices) indices_ = this->channels(p_.indices, n, rows());
+  }
+  __device__ void row(uint32_t pooled) const {
+    A best[V] = {};
+    Vector<uint8_t, V> index;
+#pragma unroll
+    for (int i = 0; i < V; ++i) index.v[i] = kNoIndex;
+    Windows::template visit<V>(p_.shape.g, x_, pooled, [&](int position, const Vector<T, V>& x, bool inside) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const A value = mul_add(A(load(x.v[i])), norm_.scale[i], norm_.shift[i]);
+        const bool leads = inside && takes_lead(value, best[i]);
+        best[i] = leads ? value : best[i];
+        index.v[i] = leads ? uint8_t(position) : index.v[i];
+      }
+    });
+    Vector<T, V> y;
+#pragma unroll
+    for (int i = 0; i < V; ++i) y.v[i] = store<T>(best[i]);
+    y_.write(pooled, y);
+    if (p_.indices) indices_.write(pooled, index);
+  }
+
+ private:
+  const ColumnScales<A, V> norm_;
+  ImageChannels<const T, V> x_{};
+  ImageChannels<T, V> y_{};
+  ImageChannels<uint8_t, V> indices_{};
+};
+
+// Base of the two that go from cell to cell of the input: its gradient dy in front of the pool.
+template <typename P, typename T, int V, typename Windows>
+class PoolCells : public PoolChannels<P, V> {
+ protected:
+  using A = accumulate_t<T>;
+  using Base = PoolChannels<P, V>;
+  using Base::p_;
+
+ public:
+  __device__ PoolCells(const P& p, int64_t first) : Base(p, first) {}
+  __device__ uint32_t rows() const { return Windows::cells(p_.shape.g); }
+  __device__ void image(int64_t n) {
+    const int64_t pooled = p_.shape.g.pooled_pixels();
+    x_ = this->channels(p_.x, n, p_.shape.g.pixels());
+    gradients_ = {this->channels(p_.grad, n, pooled), this->channels(p_.indices, n, pooled)};
+  }
+
+ protected:
+  // body(pixel, x of it, dy)
+  template <typename Body>
+  __device__ void each_pixel(uint32_t cell, const Body& body) const {
+    uint32_t pixels[Windows::kCellPixels];
+    Windows::find_pixels(p_.shape.g, cell, pixels);
+    Vector<T, V> x[Windows::kCellPixels];
+#pragma unroll
+    for (int r = 0; r < Windows::kCellPixels; ++r) x[r] = x_[pixels[r] == kNoPixel ? 0 : pixels[r]];
+    Windows::template gather<V, A>(p_.shape.g, gradients_, cell, [&](int r, const A(&dy)[V]) {
+      if (pixels[r] != kNoPixel) body(pixels[r], x[r], dy);
+    });
+  }
+
+ private:
+  ImageChannels<const T, V> x_{};
+  PooledGradients<T, V> gradients_{};
+};
+
+template <typename T, int V, typename Windows>
+class PoolSums : public PoolCells<NormPoolSumsParams<T>, T, V, Windows> {
+  using Base = PoolCells<NormPoolSumsParams<T>, T, V, Windows>;
+  using Base::p_;
+  using typename Base::A;
+
+ public:
+  using typename Base::Params;
+  using State = ColumnSums<A, V>;
+  __device__ PoolSums(const Params& p, int64_t first, int count) : Base(p, first), mean_(p.mean, first, count) {}
+
+  __device__ void row(uint32_t cell) {
+    this->each_pixel(cell, [&](uint32_t, const Vector<T, V>& x, const A(&dy)[V]) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        state_.first(i) += dy[i];
+        // Where there is no gradient, x need not be finite.
+        if (dy[i] != A(0)) state_.second(i) += dy[i] * (load(x.v[i]) - mean_[i]);
+      }
+    });
   }
   __device__ State& state() { return state_; }
   __device__ A* partial() const { return p_.partial; }
 
  private:
-  __device__ void pooled_row(int64_t row) {
-    const MaxPoolGeometry& g = p_.shape.g;
-    const int64_t c = p_.shape.channels, image = row / g.pooled_pixels(), origin = image * g.pixels() * c + first_;
-    const int64_t start = start_in_image(g, uint32_t(row - image * g.pooled_pixels()));
-    const Vector<T, V> grad = read<V>(p_.grad + row * c + first_, count_);
-    const Vector<uint8_t, V> indices = read<V>(p_.indices + row * c + first_, count_);
-#pragma unroll
-    for (int i = 0; i < V; ++i)
-      if (i < count_)
-        add_at_index(p_, grad.v[i], indices.v[i], origin + i, start, mean_[i], state_.first(i), state_.second(i));
-  }
-
   const ColumnValues<A, V> mean_;
   State state_;
 };
+
+template <typename T, int V, typename Windows>
+class PoolBackward : public PoolCells<NormPoolBackwardParams<T>, T, V, Windows> {
+  using Base = PoolCells<NormPoolBackwardParams<T>, T, V, Windows>;
+  using Base::p_;
+  using typename Base::A;
+
+ public:
+  using typename Base::Params;
+  using State = NoState;
+  __device__ PoolBackward(const Params& p, int64_t first, int count)
+      : Base(p, first), t1_(p.t1, first, count), t2_(p.t2, first, count) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) norm_[i] = i < count ? p.norm(first + i) : NormCoefficients<A>{};
+  }
+
+  __device__ void image(int64_t n) {
+    Base::image(n);
+    dx_ = this->channels(p_.dx, n, p_.shape.g.pixels());
+  }
+  __device__ void row(uint32_t cell) const {
+    this->each_pixel(cell, [&](uint32_t pixel, const Vector<T, V>& x, const A(&dy)[V]) {
+      Vector<T, V> dx;
+#pragma unroll
+      for (int i = 0; i < V; ++i)
+        dx.v[i] = store<T>(norm_input_gradient<A>(dy[i], load(x.v[i]), norm_[i], t1_[i], t2_[i], p_.inv_count));
+      dx_.write(pixel, dx);
+    });
+  }
+
+ private:
+  NormCoefficients<A> norm_[V];
+  const ColumnValues<A, V> t1_, t2_;
+  ImageChannels<T, V> dx_{};
+};
+
+// Blocks take columns of channels; their splits take the rows of an image in turns, and images in turns.
+template <template <typename, int, typename> class Pool, typename T, int V, typename Windows>
+__global__ void __launch_bounds__(kReduceThreads, kLeastReduceBlocks)
+    norm_pool_kernel(const __grid_constant__ typename Pool<T, V, Windows>::Params p, int64_t batch) {
+  using Work = Pool<T, V, Windows>;
+  const int64_t channels = p.shape.channels, first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  const int count = first < channels ? V : 0;  // channels are whole vectors
+  Work work(p, first, count);
+  if (count > 0) {
+    const int64_t rows = work.rows(), step = int64_t(gridDim.y) * blockDim.y;
+    for (int64_t image = blockIdx.z; image < batch; image += gridDim.z) {
+      work.image(image);
+      for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows; row += step)
+        work.row(uint32_t(row));
+    }
+  }
+  if constexpr (!std::is_same_v<typename Work::State, NoState>)
+    write_partial<accumulate_t<T>, V>(work.state(), work.partial(), int64_t(blockIdx.z) * gridDim.y + blockIdx.y,
+                                      channels, first, count);
+}
 
 // Blocks take a channel of planes each, threads its values in turns; a split of them as in a reduction.
 // body(plane, index in it)
@@ -156,16 +211,6 @@ __device__ void for_each_of_split(int64_t rows, int64_t pixels, int64_t channels
   }
 }
 
-template <typename A, typename State>
-__device__ void write_split(State& state, A* partial, int64_t channels) {
-  FASTDENSE_SHARED(shared);
-  join_lanes<A>(state, shared);
-  if (threadIdx.y > 0) return;
-  A* to = partial + 2 * int64_t(blockIdx.y) * channels + blockIdx.x;
-  to[0] = state.first(0);
-  to[channels] = state.second(0);
-}
-
 template <typename T>
 __global__ void plane_moments_kernel(const __grid_constant__ PlaneMomentsParams<T> p, int64_t rows, int64_t channels) {
   using A = accumulate_t<T>;
@@ -177,33 +222,8 @@ __global__ void plane_moments_kernel(const __grid_constant__ PlaneMomentsParams<
     const A value[1][1] = {{A(load(p.x[plane * p.pixels + i])) - pivot}};
     moments.add_rows(value);
   });
-  write_split<A>(moments, p.partial, channels);
+  write_partial<A, 1>(moments, p.partial, blockIdx.y, channels, blockIdx.x, 1);
 }
-
-template <typename T>
-__global__ void plane_sums_kernel(const __grid_constant__ NormPoolSumsParams<T> p, int64_t rows) {
-  using A = accumulate_t<T>;
-  const MaxPoolGeometry& g = p.shape.g;
-  const A mean = p.mean[blockIdx.x];
-  ColumnSums<A, 1> sums;
-  for_each_of_split(rows, g.pooled_pixels(), p.shape.channels, [&](int64_t plane, int64_t i) {
-    const int64_t at = plane * g.pooled_pixels() + i;
-    add_at_index(p, p.grad[at], p.indices[at], plane * g.pixels(), start_in_image(g, uint32_t(i)), mean, sums.first(0),
-                 sums.second(0));
-  });
-  write_split<A>(sums, p.partial, p.shape.channels);
-}
-
-// A block for a channel and a split.
-template <typename A, typename State>
-struct PlaneShape {
-  dim3 grid, block;
-  size_t shared_bytes;
-  PlaneShape(int64_t channels, int64_t splits)
-      : grid(unsigned(channels), unsigned(splits)),
-        block(1, kReduceThreads),
-        shared_bytes(State::kNumbers * sizeof(A) * kReduceThreads / 2) {}
-};
 
 }  // namespace
 
@@ -212,40 +232,87 @@ cudaError_t launch_plane_moments(const PlaneMomentsParams<T>& p, int64_t rows, i
                                  cudaStream_t stream) {
   using A = accumulate_t<T>;
   if (rows == 0 || channels == 0) return cudaSuccess;
-  const PlaneShape<A, ColumnMoments<A, 1>> shape(channels, splits);
-  FASTDENSE_LAUNCH(plane_moments_kernel, shape.grid, shape.block, shape.shared_bytes, stream, p, rows, channels);
+  const dim3 block(1, kReduceThreads);
+  FASTDENSE_LAUNCH(plane_moments_kernel, dim3(unsigned(channels), unsigned(splits)), block,
+                   (join_bytes<A, ColumnMoments<A, 1>>(block)), stream, p, rows, channels);
   return cudaGetLastError();
 }
 
-template <typename T>
-cudaError_t launch_norm_pool(const NormPoolForwardParams<T>& p, int64_t count, cudaStream_t stream) {
-  return for_each(count, PooledValue<T>{p}, stream);
+namespace {
+
+template <template <typename, int, typename> class Pool, typename T, int V, typename Windows>
+cudaError_t launch(const typename Pool<T, V, Windows>::Params& p, int64_t batch, const NormPoolSplits& splits,
+                   cudaStream_t stream) {
+  using State = typename Pool<T, V, Windows>::State;
+  const int64_t vectors = (p.shape.channels + V - 1) / V;
+  const unsigned lanes = p.shape.channels_last ? power_of_two_from(vectors, 32) : 1;
+  const dim3 block(lanes, kReduceThreads / lanes);
+  const dim3 grid(unsigned((vectors + lanes - 1) / lanes), unsigned(splits.pixels), unsigned(splits.images));
+  size_t shared = 0;
+  if constexpr (!std::is_same_v<State, NoState>) shared = join_bytes<accumulate_t<T>, State>(block);
+  FASTDENSE_LAUNCH((norm_pool_kernel<Pool, T, V, Windows>), grid, block, shared, stream, p, batch);
+  return cudaGetLastError();
 }
 
-template <typename T>
-cudaError_t launch_norm_pool_sums(const NormPoolSumsParams<T>& p, int64_t rows, int64_t splits, cudaStream_t stream) {
-  using A = accumulate_t<T>;
+template <template <typename, int, typename> class Pool, typename T, int V>
+cudaError_t launch_windows(const typename Pool<T, V, AnyWindows>::Params& p, int64_t batch,
+                           const NormPoolSplits& splits, cudaStream_t stream) {
+  using Stem = SquareWindows<3, 2, 1>;
+  using Quarters = SquareWindows<2, 2, 0>;
+  if (Stem::are(p.shape.g)) return launch<Pool, T, V, Stem>(p, batch, splits, stream);
+  if (Quarters::are(p.shape.g)) return launch<Pool, T, V, Quarters>(p, batch, splits, stream);
+  return launch<Pool, T, V, AnyWindows>(p, batch, splits, stream);
+}
+
+// `bits`: of the addresses of all tensors.  Windows are known to the widest accesses, and to planes.
+template <template <typename, int, typename> class Pool, typename T, int V = 16 / sizeof(T)>
+cudaError_t launch_pool(const typename Pool<T, V, AnyWindows>::Params& p, uintptr_t bits, int64_t batch,
+                        const NormPoolSplits& splits, cudaStream_t stream) {
   const int64_t channels = p.shape.channels;
-  if (rows == 0 || channels == 0) return cudaSuccess;
-  if (p.shape.channels_last) {
-    const uintptr_t bits = address_bits(p.grad, channels) | reinterpret_cast<uintptr_t>(p.indices) * sizeof(T);
-    return launch_column_reduce<RowSums, T>(p, bits, rows, channels, splits, stream);
+  if (batch == 0 || channels == 0) return cudaSuccess;
+  if (!p.shape.channels_last) return launch_windows<Pool, T, 1>(p, batch, splits, stream);
+  if constexpr (V > 1) {
+    if ((bits | uintptr_t(channels) * sizeof(T)) % (V * sizeof(T)) != 0)
+      return launch_pool<Pool, T, V / 2>(p, bits, batch, splits, stream);
   }
-  const PlaneShape<A, ColumnSums<A, 1>> shape(channels, splits);
-  FASTDENSE_LAUNCH(plane_sums_kernel, shape.grid, shape.block, shape.shared_bytes, stream, p, rows);
-  return cudaGetLastError();
+  if constexpr (V * sizeof(T) == 16) return launch_windows<Pool, T, V>(p, batch, splits, stream);
+  return launch<Pool, T, V, AnyWindows>(p, batch, splits, stream);
 }
 
 template <typename T>
-cudaError_t launch_norm_pool_backward(const NormPoolBackwardParams<T>& p, int64_t count, cudaStream_t stream) {
-  return for_each(count, InputGradient<T>{p}, stream);
+uintptr_t bits_of(const T* data, const uint8_t* bytes) {
+  return reinterpret_cast<uintptr_t>(data) | reinterpret_cast<uintptr_t>(bytes) * sizeof(T);
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t launch_norm_pool(const NormPoolForwardParams<T>& p, int64_t batch, const NormPoolSplits& splits,
+                             cudaStream_t stream) {
+  return launch_pool<PoolForward, T>(p, bits_of(p.x, p.indices) | bits_of(p.y, nullptr), batch, splits, stream);
+}
+
+template <typename T>
+cudaError_t launch_norm_pool_sums(const NormPoolSumsParams<T>& p, int64_t batch, const NormPoolSplits& splits,
+                                  cudaStream_t stream) {
+  return launch_pool<PoolSums, T>(p, bits_of(p.x, p.indices) | bits_of(p.grad, nullptr), batch, splits, stream);
+}
+
+template <typename T>
+cudaError_t launch_norm_pool_backward(const NormPoolBackwardParams<T>& p, int64_t batch, const NormPoolSplits& splits,
+                                      cudaStream_t stream) {
+  const uintptr_t bits = bits_of(p.x, p.indices) | bits_of(p.grad, nullptr) | bits_of(p.dx, nullptr);
+  return launch_pool<PoolBackward, T>(p, bits, batch, splits, stream);
 }
 
 #define FASTDENSE_NORM_POOL(T)                                                                                         \
   template cudaError_t launch_plane_moments<T>(const PlaneMomentsParams<T>&, int64_t, int64_t, int64_t, cudaStream_t); \
-  template cudaError_t launch_norm_pool<T>(const NormPoolForwardParams<T>&, int64_t, cudaStream_t);                    \
-  template cudaError_t launch_norm_pool_sums<T>(const NormPoolSumsParams<T>&, int64_t, int64_t, cudaStream_t);         \
-  template cudaError_t launch_norm_pool_backward<T>(const NormPoolBackwardParams<T>&, int64_t, cudaStream_t);
+  template cudaError_t launch_norm_pool<T>(const NormPoolForwardParams<T>&, int64_t, const NormPoolSplits&,            \
+                                           cudaStream_t);                                                              \
+  template cudaError_t launch_norm_pool_sums<T>(const NormPoolSumsParams<T>&, int64_t, const NormPoolSplits&,          \
+                                                cudaStream_t);                                                         \
+  template cudaError_t launch_norm_pool_backward<T>(const NormPoolBackwardParams<T>&, int64_t, const NormPoolSplits&,  \
+                                                    cudaStream_t);
 FASTDENSE_FOR_EACH_STORAGE(FASTDENSE_NORM_POOL)
 #undef FASTDENSE_NORM_POOL
 

@@ -28,6 +28,9 @@ struct MaxPoolGeometry {
   int64_t pooled[3];
 
   FASTDENSE_HD int64_t pixels() const { return size[0] * size[1] * size[2]; }
+  FASTDENSE_HD int64_t padded_pixels() const {
+    return (size[0] + 2 * padding[0]) * (size[1] + 2 * padding[1]) * (size[2] + 2 * padding[2]);
+  }
   FASTDENSE_HD int64_t pooled_pixels() const { return pooled[0] * pooled[1] * pooled[2]; }
   FASTDENSE_HD int64_t volume() const { return window[0] * window[1] * window[2]; }
 };
@@ -58,10 +61,12 @@ FASTDENSE_HD int64_t position_offset(const MaxPoolGeometry& g, int w) {
   return ((line / size1) * g.size[1] + line % size1) * g.size[2] + w % size2;
 }
 
-// Windows along axis d that contain index i.
+// Windows along axis d that contain index i.  Index holds a padded axis.
+template <typename Index = int64_t>
 FASTDENSE_HD IndexRange windows_of(const MaxPoolGeometry& g, int d, int64_t i) {
   const int64_t last = i + g.padding[d], before = last - g.window[d];
-  return {before < 0 ? 0 : before / g.stride[d] + 1, min_index(g.pooled[d], last / g.stride[d] + 1)};
+  const auto stride = Index(g.stride[d]);
+  return {before < 0 ? 0 : Index(before) / stride + 1, min_index(g.pooled[d], Index(last) / stride + 1)};
 }
 
 // Whether a value takes the lead from `best`, which starts at 0; the ReLU is in this comparison.

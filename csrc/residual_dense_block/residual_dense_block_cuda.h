@@ -87,7 +87,7 @@ class ResidualDenseBlockCuda : CudaBlockForward<T> {
   std::vector<Stripe> stripes(const ResidualLayerArgs& layer) const {
     const int64_t line = args_.width, area = std::max<int64_t>(1, args_.height * line),
                   reach = layer.geometry.kernel[0] / 2;
-    const int64_t most = std::max<int64_t>(1, cuda.workspace_bytes / (layer.channels * int64_t(sizeof(T))));
+    const int64_t most = whole_waves(cuda.workspace_bytes / (layer.channels * int64_t(sizeof(T))));
     std::vector<Stripe> all;
     if (area <= most) {
       const int64_t step = even_step(args_.batch, most / area);
@@ -102,6 +102,12 @@ class ResidualDenseBlockCuda : CudaBlockForward<T> {
         all.push_back({1, lines, image * area + at * line, lines * line, image * area, (image + 1) * area, reach});
       });
     return all;
+  }
+  // The most pixels up to `most` that the library's tiles, of 128 as a rule, share out evenly among multiprocessors.
+  int64_t whole_waves(int64_t most) const {
+    constexpr int64_t kTile = 128;
+    const int64_t wave = kTile * cuda.multiprocessors();
+    return std::max<int64_t>(1, most < wave ? most : most / wave * wave);
   }
   // The largest of even parts of `count` of which none is larger than `most`.
   static int64_t even_step(int64_t count, int64_t most) {

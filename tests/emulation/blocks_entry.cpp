@@ -107,4 +107,17 @@ void set_device(int64_t workspace_bytes, int64_t blocks, bool tf32) {
 }
 void set_kernels(const char* name) { fastdense::set_cuda_kernels(name); }
 int64_t launches() { return fastdense::emulation::launches; }
+// From now on launches do nothing, or what they should.
+void skip_launches(bool skip) {
+  fastdense::emulation::skips = skip;
+  fastdense::emulation::skipped.clear();
+}
+// Of those that did nothing a line each: how many, and the function that starts them.
+const char* skipped_launches() {
+  static std::string lines;
+  lines.clear();
+  for (const auto& [starter, count] : fastdense::emulation::skipped)
+    lines += std::to_string(count) + " " + starter + "\n";
+  return lines.c_str();
+}
 }

@@ -28,8 +28,16 @@ void set_schedule(bool backwards, bool early_copies) {
   const char* forward_##name(const T* x, int64_t ldx, const T* weight, int64_t ldw, T* z, const float* norm,          \
                              float eps, float* partial, int64_t rows, int64_t columns, int64_t width, int64_t tile) { \
     const NormParams<float> params{norm, norm + columns, norm + 2 * columns, norm + 3 * columns, eps};                \
-    return reason(launch_conv1x1<T>({{x, ldx}, {weight, ldw}, {z, width}, params, partial, {}}, rows, columns, width, \
-                                    tile, nullptr));                                                                  \
+    return reason(launch_conv1x1<T>({{x, ldx}, {weight, ldw}, {z, width}, params, {partial}, {}}, rows, columns,      \
+                                    width, tile, (rows + tile - 1) / tile, nullptr));                                 \
+  }                                                                                                                   \
+  const char* statistics_##name(const T* x, int64_t ldx, const T* weight, int64_t ldw, T* z, const float* norm,       \
+                                float eps, float* partial, int64_t* counts, unsigned* ticket, float* statistics,      \
+                                int64_t rows, int64_t columns, int64_t width, int64_t tile, int64_t blocks) {         \
+    const NormParams<float> params{norm, norm + columns, norm + 2 * columns, norm + 3 * columns, eps};                \
+    const BlockMoments moments{partial, counts, ticket, statistics, statistics + width, rows};                        \
+    return reason(launch_conv1x1<T>({{x, ldx}, {weight, ldw}, {z, width}, params, moments, {}}, rows, columns, width, \
+                                    tile, blocks, nullptr));                                                          \
   }                                                                                                                   \
   const char* backward_##name(const T* dz, const T* x, int64_t ldx, const T* weight, int64_t ldw, T* gradient,        \
                               const float* norm, float eps, float* partial, float* dweight, bool add, int64_t rows,   \
@@ -44,6 +52,6 @@ FASTDENSE_CONV1X1(float16, half)
 FASTDENSE_CONV1X1(float32, float)
 
 const char* sum_partials(const float* partial, int64_t splits, int64_t count, float* to) {
-  return reason(launch_sum_partials(partial, splits, count, to, nullptr));
+  return reason(launch_finalise_sums<float>({}, 0, {partial, splits, count, to, 1, count}, nullptr));
 }
 }

@@ -36,12 +36,11 @@ void set_schedule(bool backwards, bool early_copies) {
     std::vector<int64_t> counts(size_t(plan.splits), -1);                                                              \
     const int64_t pixels = s->batch * s->height * s->width;                                                            \
     const DropoutParams dropout{seed, 3, dropout_threshold(rate), 1 / (1 - rate)};                                     \
+    unsigned ticket = 0;                                                                                               \
+    const BlockMoments moments{partial.data(), counts.data(), &ticket, mean, var, pixels};                             \
     const cudaError_t error = launch_conv_forward<T>(                                                                  \
-        {z, norm_params(norm, s->b), weight, int(s->b), int(s->k), {x, ldx}, dropout, partial.data(), counts.data()},  \
-        plan, nullptr);                                                                                                \
-    if (error != cudaSuccess) return reason(error);                                                                    \
-    return reason(launch_finalise_moments<T>({partial.data(), nullptr, mean, var, pixels, counts.data()}, pixels,      \
-                                             s->k, plan.splits, nullptr));                                             \
+        {z, norm_params(norm, s->b), weight, int(s->b), int(s->k), {x, ldx}, dropout, moments}, plan, nullptr);        \
+    return error == cudaSuccess && ticket != 0 ? "the ticket is not 0 again" : reason(error);                          \
   }                                                                                                                    \
   const char* input_gradient_##name(const ConvShape* s, int64_t processors, int64_t shared, const T* d,                \
                                     const T* weight, int64_t ld, const T* z, const float* norm, T* dv, float* dweight, \
@@ -54,7 +53,7 @@ void set_schedule(bool backwards, bool early_copies) {
         {d, weight, ld, z, params, int(s->b), int(s->k), dv, partial.data()}, plan, nullptr);                          \
     if (error != cudaSuccess) return reason(error);                                                                    \
     return reason(launch_finalise_sums<float>(                                                                         \
-        {partial.data(), plan.splits, params, dweight, dbias, nullptr, nullptr, 0}, s->b, nullptr));                   \
+        {partial.data(), plan.splits, params, dweight, dbias, nullptr, nullptr, 0}, s->b, {}, nullptr));               \
   }                                                                                                                    \
   const char* weight_gradient_##name(const ConvShape* s, int64_t processors, int64_t shared, const T* d, const T* z,   \
                                      const float* norm, float* dweight) {                                              \

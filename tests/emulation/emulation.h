@@ -19,6 +19,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -45,6 +46,8 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 namespace fastdense::emulation {
 
 inline bool backwards = false, early_copies = false;
+inline bool skips = false;  // launches are counted only, by the function that starts them
+inline std::map<std::string, int64_t> skipped;
 inline int64_t launches = 0;
 inline std::string failure;   // of the launches since cudaGetLastError was last asked
 inline std::string reported;  // what it said last
@@ -286,9 +289,13 @@ void in_order(unsigned count, const Body& body) {
 }
 
 template <typename Kernel, typename... Arguments>
-void launch(const Kernel& kernel, dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t,
+void launch(const char* starter, const Kernel& kernel, dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t,
             const Arguments&... arguments) {
   ++launches;
+  if (skips) {
+    ++skipped[starter];
+    return;
+  }
   gridDim = grid;
   blockDim = threads;
   const std::function<void()> body = [&] { kernel(arguments...); };
@@ -369,6 +376,12 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : fastdense::emulation::reported.c_str();
 }
 
+// Blocks run one after the other.
+inline unsigned atomicAdd(unsigned* to, unsigned value) { return std::exchange(*to, *to + value); }
+#define __threadfence() \
+  do {                  \
+  } while (false)
+
 #define __syncthreads() ::fastdense::emulation::block.barrier(__LINE__)
 #define __shfl_xor_sync(mask, value, lanes) \
   ::fastdense::emulation::shuffle(value, ::fastdense::emulation::block.lane() ^ unsigned(lanes), __LINE__)
@@ -379,6 +392,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 #define FASTDENSE_CHECK_ALIGNED(address, bytes) ::fastdense::emulation::check_aligned(address, bytes)
 #define FASTDENSE_ALLOW_SHARED(kernel, bytes) \
   ((bytes) <= ::fastdense::emulation::kMostShared ? cudaSuccess : cudaErrorLaunchFailure)
-#define FASTDENSE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                    \
-  ::fastdense::emulation::launch([&](auto... arguments) { kernel(arguments...); }, dim3(grid), dim3(block), \
-                                 size_t(shared_bytes), cudaStream_t(stream), __VA_ARGS__)
+#define FASTDENSE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                              \
+  ::fastdense::emulation::launch(                                                                     \
+      __PRETTY_FUNCTION__, [&](auto... arguments) { kernel(arguments...); }, dim3(grid), dim3(block), \
+      size_t(shared_bytes), cudaStream_t(stream), __VA_ARGS__)

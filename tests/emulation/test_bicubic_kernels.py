@@ -196,7 +196,7 @@ def test_bytes(kernels, preset, dtype, size):
         ("if (element >= out_width) return;", "if (element + 1 >= out_width) return;"),
         ("p.columns.start[column] * p.inner + element % p.inner", "p.columns.start[column] * p.inner"),
         ("p.rows.rows ? begin + kStrip : p.rows.rows", "p.rows.rows ? begin + kStrip - 1 : p.rows.rows"),
-        ("plane * p.band.columns + p.band.start[row]", "plane * p.band.rows + p.band.start[row]"),
+        ("(plane) * p.band.columns + p.band.start[row]", "(plane) * p.band.rows + p.band.start[row]"),
         ("in[k * p.inner]", "in[k]"),
     ],
 )  # fmt: skip
@@ -205,3 +205,24 @@ def test_planted_mistakes_are_noticed(plant):
     with pytest.raises(AssertionError):
         check_image(broken)
         check_axis(broken)
+
+
+def test_image_with_more_rows_than_a_grid_has_blocks(kernels):
+    """A block makes 32 of them; the last rows read the second row of the input, all others the first."""
+    last = 50
+    rows = 65535 * 32 + last
+
+    def band(start: Tensor, columns: int) -> Band:
+        made, weight = Band.__new__(Band), torch.ones(len(start))
+        made.tensors = start, weight
+        ctypes.Structure.__init__(made, len(start), columns, 1, start.data_ptr(), weight.data_ptr())
+        return made
+
+    x = torch.tensor([[3.0, 4.0], [5.0, 6.0]])
+    out = torch.full((rows, 2), float(POISON))
+    high = band((torch.arange(rows) >= rows - last).int(), 2)
+    wide = band(torch.arange(2).int(), 2)
+    arguments = pointer(x), pointer(out), pointer(None), *numbers(1, 1), ctypes.byref(high), ctypes.byref(wide)
+    assert kernels.image_float32(*arguments, *limits()) == 0
+    assert (out[:-last] == x[0]).all()
+    assert (out[-last:] == x[1]).all()

@@ -20,7 +20,7 @@ UNTOUCHED = 77.0
 SCHEDULES = [(backwards, early) for backwards in (False, True) for early in (False, True)]
 
 SOURCES = [ROOT / "csrc/cuda/conv1x1/conv1x1_forward.cu", ROOT / "csrc/cuda/conv1x1/conv1x1_backward.cu"]
-SOURCES += [HERE / "conv1x1_entry.cpp"]
+SOURCES += [ROOT / "csrc/cuda/norm_relu/norm_relu_backward.cu", HERE / "conv1x1_entry.cpp"]
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def kernels() -> ctypes.CDLL:
     library = load(dict.fromkeys(SOURCES))
     for dtype in NAMES.values():
         getattr(library, f"forward_{dtype}").restype = getattr(library, f"backward_{dtype}").restype = ctypes.c_char_p
+        getattr(library, f"statistics_{dtype}").restype = ctypes.c_char_p
         getattr(library, f"tile_{dtype}").restype = getattr(library, f"splits_{dtype}").restype = ctypes.c_int64
     library.sum_partials.restype = ctypes.c_char_p
     return library
@@ -129,6 +130,27 @@ def check_forward(kernels: ctypes.CDLL, case: Case, schedule: tuple[bool, bool] 
     for i, rows in enumerate(z.double().split(case.tile)):
         assert torch.allclose(mean[i].double(), rows.mean(0), rtol=1e-6, atol=1e-6)
         assert torch.allclose(m2[i].double(), (rows - rows.mean(0)).square().sum(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
+@pytest.mark.parametrize(("width", "blocks"), [(48, 1), (128, 3), (160, 2), (192, 7)])
+def test_the_last_block_makes_statistics(kernels, dtype, width, blocks, schedule):
+    """Of the tiles that blocks take in turns, seven in all, the last one ragged."""
+    case = Case(dtype, width, rows=6 * 32 + 5, columns=40, ld=48, tile=32)
+    p = Problem(case)
+    p.weight += 2  # means that are large against the deviation
+    kernels.set_schedule(*map(ctypes.c_bool, schedule))
+    z = torch.full((case.rows, width), UNTOUCHED, dtype=dtype)
+    partial, statistics = torch.full((blocks, 2, width), torch.nan), torch.full((2, width), torch.nan)
+    counts, ticket = torch.full((blocks,), -1), torch.zeros(1, dtype=torch.int32)
+    call(kernels, "statistics", dtype, p.x, case.ld, p.weight, p.weight.shape[1], z, p.norm, NORM_EPS, partial, counts,
+         ticket, statistics, case.rows, case.columns, width, case.tile, blocks)  # fmt: skip
+    assert counts.sum() == case.rows
+    assert ticket == 0
+    mean, var = z.double().mean(0), z.double().var(0, correction=0)
+    assert torch.allclose(statistics[0].double(), mean, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(statistics[1].double(), var, rtol=1e-5, atol=1e-6)
 
 
 class Backward(NamedTuple):

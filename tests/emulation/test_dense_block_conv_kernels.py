@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdense.ops import dropout_mask
 from tests.emulation.build import HERE, ROOT, load
+from tests.emulation.conv_tiles import conv_tile
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-11}  # of storage, or of TF32's factors
@@ -22,8 +23,7 @@ LARGE, SMALL = 227 << 10, 99 << 10  # shared memory of a block: compute capabili
 
 STEMS = ("forward", "input_gradient", "weight_gradient")
 SOURCES = [ROOT / f"csrc/dense_block/dense_block_conv_{stem}_kernels.cu" for stem in STEMS]
-SOURCES += [ROOT / "csrc/cuda/norm_relu/norm_relu_forward.cu", ROOT / "csrc/cuda/norm_relu/norm_relu_backward.cu"]
-SOURCES += [HERE / "dense_block_conv_entry.cpp"]
+SOURCES += [ROOT / "csrc/cuda/norm_relu/norm_relu_backward.cu", HERE / "dense_block_conv_entry.cpp"]
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +219,21 @@ def test_plans(kernels):
     assert max(parts for _, _, parts, _ in plans) > 1
     assert all(0 < used <= case.shared for (_, _, _, used), case in zip(plans, CASES, strict=True))
     assert plan(Case(b=192, k=48, shared=SMALL))[3] == 0  # nothing fits
+
+
+@pytest.mark.parametrize(
+    ("side", "most"), [(56, 1.0), (28, 1.05), (14, 1.1), (7, 1.15), (32, 1.0), (16, 1.0), (8, 1.0)]
+)
+def test_pixels_that_are_read_at_once_lie_in_different_banks(side, most):
+    tile = conv_tile(64, side, side)
+    assert sorted(tile.order) == list(range(tile.pixels))
+    assert tile.wavefronts() <= most
+
+
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
+def test_no_plan_for_a_depth_that_is_no_multiple_of_a_product(kernels, dtype):
+    """Here of one pixel, where float32 once gave NaN."""
+    problem = Problem(Case(batch=1, height=1, width=1, b=24, k=4, dtype=dtype))
+    for run in (problem.forward, problem.input_gradient, problem.weight_gradient):
+        with pytest.raises(RuntimeError, match="no plan"):
+            run(kernels)

@@ -45,39 +45,51 @@ void conv1x1(const CudaBlockForward<T>& block, const Matrix<const T>& x, const N
              const NormParams<accumulate_t<T>>& behind = {}) {
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t count = z.size(0), width = z.size(1);
-    const int64_t tile = conv1x1_tile<T>(count, width, block.cuda.multiprocessors());
-    typename CudaBlockForward<T>::Partials partial;
-    if (statistics.mean) partial = {block.numbers({(count + tile - 1) / tile, 2, width}), tile, 1, 2 * width};
-    check_launch(launch_conv1x1<T>(
-        {x, block.const_matrix(packed), block.matrix(z), norm, statistics.mean ? partial.of_chunk(0) : nullptr, behind},
-        count, packed.size(1), width, tile, block.cuda.stream));
-    if (statistics.mean) block.finalise_moments(partial, nullptr, count, statistics);
+    const int64_t processors = block.cuda.multiprocessors(), tile = conv1x1_tile<T>(count, width, processors);
+    const int64_t blocks = conv1x1_blocks(count, tile, processors, statistics.mean);
+    const auto moments = block.fused_moments(blocks, width, count, statistics);
+    check_launch(launch_conv1x1<T>({x, block.const_matrix(packed), block.matrix(z), norm, moments.params, behind},
+                                   count, packed.size(1), width, tile, blocks, block.cuda.stream));
+    block.share_moments(statistics, width, count);
   }
 }
 
+// A weight's gradient that is still to be added up, where `partial` is defined.
+template <typename A>
+struct WeightSum {
+  at::Tensor to, partial;
+  SumPartialsParams<A> params;
+};
+
 // Partial sums of the norm's gradient [splits, 2, columns], and the gradient of the weight unless it is not wanted.
+template <typename A>
 struct Conv1x1Backward {
-  at::Tensor partial, dweight;
+  at::Tensor partial;
+  WeightSum<A> dweight;
 };
 
 // Backward of the same with the gradient dz of z; adds to `gradient`, or writes it.
 template <typename T>
-Conv1x1Backward conv1x1_backward(const CudaBlockForward<T>& block, const Matrix<const T>& x,
-                                 const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed,
-                                 const at::Tensor& dz, const Matrix<T>& gradient, bool add, bool needs_weight) {
-  Conv1x1Backward g;
+Conv1x1Backward<accumulate_t<T>> conv1x1_backward(const CudaBlockForward<T>& block, const Matrix<const T>& x,
+                                                  const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed,
+                                                  const at::Tensor& dz, const Matrix<T>& gradient, bool add,
+                                                  bool needs_weight) {
+  Conv1x1Backward<accumulate_t<T>> g;
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t count = dz.size(0), width = packed.size(0), columns = packed.size(1);
     const int64_t splits = conv1x1_backward_splits<T>(count, columns, block.cuda.multiprocessors());
     const auto numbers = [&](const at::Tensor& t) { return t.defined() ? block.sums(t) : nullptr; };
     g.partial = block.numbers({splits, 2, columns});
-    if (needs_weight) g.dweight = block.numbers({width, columns});
-    const at::Tensor parts = needs_weight && splits > 1 ? block.numbers({splits, width, columns}) : g.dweight;
-    check_launch(launch_conv1x1_backward<T>({block.const_matrix(dz), x, block.const_matrix(packed), gradient, norm,
-                                             numbers(g.partial), numbers(parts), add},
-                                            count, columns, width, splits, block.cuda.stream));
-    if (needs_weight && splits > 1)
-      check_launch(launch_sum_partials(numbers(parts), splits, width * columns, numbers(g.dweight), block.cuda.stream));
+    if (needs_weight) g.dweight.to = block.numbers({width, columns});
+    if (needs_weight && splits > 1) {
+      g.dweight.partial = block.numbers({splits, width, columns});
+      const int64_t weights = width * columns;
+      g.dweight.params = {numbers(g.dweight.partial), splits, weights, numbers(g.dweight.to), 1, weights};
+    }
+    check_launch(launch_conv1x1_backward<T>(
+        {block.const_matrix(dz), x, block.const_matrix(packed), gradient, norm, numbers(g.partial),
+         numbers(g.dweight.partial.defined() ? g.dweight.partial : g.dweight.to), add},
+        count, columns, width, splits, block.cuda.stream));
   }
   return g;
 }

@@ -249,24 +249,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kLeastBlocks)
   }
 }
 
-// Lanes of a column take the partial results in turns.
-struct PartialSum {
-  static constexpr int kNumbers = 1;
-  float numbers[kNumbers] = {};
-  __device__ void join(const float (&other)[kNumbers]) { numbers[0] += other[0]; }
-};
-
-__global__ void __launch_bounds__(FinaliseShape::kMostThreads)
-    sum_partials_kernel(const float* partial, int64_t splits, int64_t count, float* to) {
-  FASTDENSE_SHARED(shared);
-  const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  PartialSum sum;
-  for (int64_t s = threadIdx.y; s < splits && column < count; s += blockDim.y)
-    sum.numbers[0] += partial[s * count + column];
-  join_lanes<float>(sum, shared);
-  if (threadIdx.y == 0 && column < count) to[column] = sum.numbers[0];
-}
-
 }  // namespace
 
 template <typename T>
@@ -283,14 +265,6 @@ cudaError_t launch_conv1x1_backward(const Conv1x1BackwardParams<T>& p, int64_t r
                      rows, int(columns), access);
     return cudaGetLastError();
   });
-}
-
-cudaError_t launch_sum_partials(const float* partial, int64_t splits, int64_t count, float* to, cudaStream_t stream) {
-  if (count == 0) return cudaSuccess;
-  const FinaliseShape shape(count, splits);
-  FASTDENSE_LAUNCH(sum_partials_kernel, shape.grid, shape.block, shape.shared_bytes, stream, partial, splits, count,
-                   to);
-  return cudaGetLastError();
 }
 
 #define FASTDENSE_BACKWARD(T)                                                                                          \

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward kernel of cuda/conv1x1/conv1x1_launch.h.  A block owns a tile of rows and all columns of the result, and
-// walks along the prefix in steps of 128 bytes a row: copies fill one stage while products read another.
+// Forward kernel of cuda/conv1x1/conv1x1_launch.h.  A block takes tiles of rows in turns, with all columns of the
+// result, and walks along the prefix in steps of 128 bytes a row: copies fill one stage while products read another.
 #include <algorithm>
 
 #include "cuda/conv1x1/conv1x1_launch.h"
 #include "cuda/conv1x1/conv1x1_tiles.h"
+#include "cuda/norm_relu/block_moments.h"
 #include "cuda/smem_tile.h"
 
 namespace fastdense {
@@ -24,9 +25,11 @@ struct ForwardShape {
   static constexpr int kScalesBytes = 2 * kDepth * int(sizeof(ChannelScale));
   static constexpr int kStages = 3 * kStageBytes + kScalesBytes <= kMostSharedBytes ? 3 : 2;
   static constexpr int kSumsAt = Result::bytes(kRows);
-  static constexpr int kSharedBytes =
+  // Means and M2 of the block's tiles so far [2][kWidth] outlast a tile.
+  static constexpr int kMomentsAt =
       std::max(kStages * kStageBytes + kScalesBytes, kSumsAt + kRowWarps * kWidth * int(sizeof(float)));
-  static_assert(kSharedBytes <= kMostSharedBytes);
+  static constexpr int kSharedBytes = kMomentsAt + 2 * kWidth * int(sizeof(float));
+  static_assert(kSharedBytes <= kMostSharedBytes && finish_bytes(kThreads) <= kMomentsAt);
 
   static constexpr int kSums = kWarpRows * kWarpColumns / 32;  // that a thread holds
   static constexpr int kLeastBlocks = least_blocks(kThreads, kSharedBytes, kSums > (sizeof(T) == 4 ? 48 : 64));
@@ -42,13 +45,34 @@ class ForwardBlock {
   __device__ ForwardBlock(const Conv1x1Params<T>& p, int64_t rows, int columns, int access, unsigned char* shared)
       : p_(p),
         shared_(shared),
-        count_(rows - first_row() < Shape::kRows ? int(rows - first_row()) : Shape::kRows),
+        rows_(rows),
         columns_(columns),
-        x_{p.x.from_row(first_row()), count_, columns, access},
+        x_{p.x, 0, columns, access},
         weight_{p.weight, Shape::kWidth, columns, access} {}
 
   __device__ void run() {
+    for (int i = int(threadIdx.x); i < Shape::kWidth; i += Shape::kThreads) mean_of(i) = m2_of(i) = 0;
+    for (; first_row() < rows_; ++done_) {
+      count_ = rows_ - first_row() < Shape::kRows ? int(rows_ - first_row()) : Shape::kRows;
+      forget(warp_);  // else the tile's addresses fill the registers
+      forget(lane_);
+      run_tile();
+      if (p_.moments.partial) statistics();
+    }
+    if (p_.moments.partial) write_moments();
+  }
+
+ private:
+  __device__ void run_tile() {
     const int steps = (columns_ + Shape::kDepth - 1) / Shape::kDepth;
+    x_.matrix = p_.x.from_row(first_row());
+    x_.rows = count_;
+#pragma unroll
+    for (int i = 0; i < Shape::kWarpRows / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < 2 * kBlocks; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum_[i][j][e] = 0;
     store_scales(0, numbers_of(0));
 #pragma unroll
     for (int step = 0; step < Shape::kStages - 1; ++step) copy_step(step, steps);
@@ -64,11 +88,10 @@ class ForwardBlock {
     __syncthreads();  // the result takes the place of the stages
     if (p_.behind.mean) activate();
     store_result();
-    if (p_.partial) statistics();
+    __syncthreads();  // the next tile's copies go over it
   }
 
- private:
-  static __device__ int64_t first_row() { return int64_t(blockIdx.x) * Shape::kRows; }
+  __device__ int64_t first_row() const { return (int64_t(done_) * gridDim.x + blockIdx.x) * Shape::kRows; }
   // This warp's part of the tile.
   __device__ int row0() const { return warp_ % Shape::kRowWarps * Shape::kWarpRows; }
   __device__ int column0() const { return warp_ / Shape::kRowWarps * Shape::kWarpColumns; }
@@ -160,21 +183,41 @@ class ForwardBlock {
         z, TileMatrix<T>{p_.z.from_row(first_row()), count_, Shape::kWidth, kChunkBytes}, 0);
   }
 
-  // Mean and M2 of what was stored, around the tile's own mean.
+  // Mean and M2 of what was stored, around the tile's own mean, join those of the tiles before.
   __device__ void statistics() {
-    float* partial = p_.partial + 2 * int64_t(blockIdx.x) * Shape::kWidth;
     float mean[2 * kBlocks][2] = {};
     add_up([&](float v, int, int) { return v; });
 #pragma unroll
     for (int j = 0; j < 2 * kBlocks; ++j)
 #pragma unroll
       for (int n = 0; n < 2; ++n) mean[j][n] = total(column0() + 8 * j + lane_ % 4 * 2 + n) / float(count_);
-    for (int i = int(threadIdx.x); i < Shape::kWidth; i += Shape::kThreads) partial[i] = total(i) / float(count_);
+    for (int i = int(threadIdx.x); i < Shape::kWidth; i += Shape::kThreads) tile_mean(i) = total(i) / float(count_);
     __syncthreads();  // all have read before anybody writes anew
     add_up([&](float v, int j, int n) { return (v - mean[j][n]) * (v - mean[j][n]); });
-    for (int i = int(threadIdx.x); i < Shape::kWidth; i += Shape::kThreads) partial[Shape::kWidth + i] = total(i);
+    for (int i = int(threadIdx.x); i < Shape::kWidth; i += Shape::kThreads) {
+      const Moments<float> all = combine_moments<float>({float(done_ * Shape::kRows), mean_of(i), m2_of(i)},
+                                                        {float(count_), tile_mean(i), total(i)});
+      mean_of(i) = all.mean;
+      m2_of(i) = all.m2;
+    }
+    __syncthreads();  // the next tile's copies go over the sums
   }
 
+  __device__ void write_moments() const {
+    const BlockMoments& m = p_.moments;
+    float* partial = m.partial + 2 * int64_t(blockIdx.x) * Shape::kWidth;
+    for (int i = int(threadIdx.x); i < Shape::kWidth; i += Shape::kThreads) {
+      partial[i] = mean_of(i);
+      partial[Shape::kWidth + i] = m2_of(i);
+    }
+    if (threadIdx.x == 0 && m.counts) m.counts[blockIdx.x] = done_ > 0 ? int64_t(done_ - 1) * Shape::kRows + count_ : 0;
+    finish_moments<Shape::kThreads>(m, Shape::kWidth, shared_);
+  }
+
+  // A column's moments, always the same thread's; those of the tiles before, and of this one.
+  __device__ float& mean_of(int i) const { return reinterpret_cast<float*>(shared_ + Shape::kMomentsAt)[i]; }
+  __device__ float& m2_of(int i) const { return (&mean_of(i))[Shape::kWidth]; }
+  __device__ float& tile_mean(int i) const { return reinterpret_cast<float*>(shared_)[i]; }  // where z was
   __device__ float* sums() const { return reinterpret_cast<float*>(shared_ + Shape::kSumsAt); }
   // Sums of term(v, j, n) over the rows that exist, by warps.
   template <typename Term>
@@ -203,10 +246,14 @@ class ForwardBlock {
 
   const Conv1x1Params<T>& p_;
   unsigned char* const shared_;
-  const int count_, columns_;  // rows of this tile that exist; columns of x
-  const TileMatrix<const T> x_, weight_;
-  const int warp_ = int(threadIdx.x) / 32, lane_ = int(threadIdx.x) % 32;
-  float sum_[Shape::kWarpRows / 16][2 * kBlocks][4] = {};
+  const int64_t rows_;
+  int done_ = 0;       // tiles, whole ones
+  int count_ = 0;      // rows of this tile that exist
+  const int columns_;  // of x
+  TileMatrix<const T> x_;
+  const TileMatrix<const T> weight_;
+  int warp_ = int(threadIdx.x) / 32, lane_ = int(threadIdx.x) % 32;
+  float sum_[Shape::kWarpRows / 16][2 * kBlocks][4];
 };
 
 template <typename T, typename Shape>
@@ -219,13 +266,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kLeastBlocks)
 }
 
 template <typename T, int kWidth, int kRows>
-cudaError_t launch(const Conv1x1Params<T>& p, int64_t rows, int64_t columns, cudaStream_t stream) {
+cudaError_t launch(const Conv1x1Params<T>& p, int64_t rows, int64_t columns, int64_t blocks, cudaStream_t stream) {
   using Shape = ForwardShape<T, kRows, kWidth>;
   const cudaError_t error = FASTDENSE_ALLOW_SHARED((conv1x1_kernel<T, Shape>), Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
-  FASTDENSE_LAUNCH((conv1x1_kernel<T, Shape>), dim3(unsigned((rows + kRows - 1) / kRows)), dim3(Shape::kThreads),
-                   Shape::kSharedBytes, stream, p, rows, int(columns),
-                   std::min(access_bytes(p.x), access_bytes(p.weight)));
+  FASTDENSE_LAUNCH((conv1x1_kernel<T, Shape>), dim3(unsigned(blocks)), dim3(Shape::kThreads), Shape::kSharedBytes,
+                   stream, p, rows, int(columns), std::min(access_bytes(p.x), access_bytes(p.weight)));
   return cudaGetLastError();
 }
 
@@ -233,20 +279,21 @@ cudaError_t launch(const Conv1x1Params<T>& p, int64_t rows, int64_t columns, cud
 
 template <typename T>
 cudaError_t launch_conv1x1(const Conv1x1Params<T>& p, int64_t rows, int64_t columns, int64_t width, int64_t tile,
-                           cudaStream_t stream) {
+                           int64_t blocks, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   return with_width(width, [&](auto w) {
     constexpr int kWidth = w();
     if constexpr (sizeof(T) == 2 || kWidth <= 128) {
-      if (tile == 128) return launch<T, kWidth, 128>(p, rows, columns, stream);
+      if (tile == 128) return launch<T, kWidth, 128>(p, rows, columns, blocks, stream);
     }
-    return tile == 64 ? launch<T, kWidth, 64>(p, rows, columns, stream)
-                      : launch<T, kWidth, 32>(p, rows, columns, stream);
+    return tile == 64 ? launch<T, kWidth, 64>(p, rows, columns, blocks, stream)
+                      : launch<T, kWidth, 32>(p, rows, columns, blocks, stream);
   });
 }
 
-#define FASTDENSE_FORWARD(T) \
-  template cudaError_t launch_conv1x1<T>(const Conv1x1Params<T>&, int64_t, int64_t, int64_t, int64_t, cudaStream_t);
+#define FASTDENSE_FORWARD(T)                                                                                   \
+  template cudaError_t launch_conv1x1<T>(const Conv1x1Params<T>&, int64_t, int64_t, int64_t, int64_t, int64_t, \
+                                         cudaStream_t);
 FASTDENSE_FOR_EACH_TENSOR_CORE_TYPE(FASTDENSE_FORWARD)
 #undef FASTDENSE_FORWARD
 

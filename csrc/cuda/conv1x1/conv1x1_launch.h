@@ -28,21 +28,26 @@ int64_t conv1x1_tile(int64_t rows, int64_t width, int64_t multiprocessors) {
   return tile;
 }
 
-// z = relu(norm(x)) * weight^T, and unless `partial` is nullptr mean and M2 of the columns of each tile of the z that
-// is stored: as launch_finalise_moments() takes them for chunks of a tile, one split and no pivot.  With a norm behind
-// it (whose mean is not nullptr) what is stored is relu(behind(z)) of the z that would have been.
+// Blocks of launch_conv1x1(): a tile each, or where they take moments as many as fill the device, tiles in turns.
+inline int64_t conv1x1_blocks(int64_t rows, int64_t tile, int64_t multiprocessors, bool moments) {
+  const int64_t tiles = (rows + tile - 1) / tile;
+  return moments ? std::min(tiles, 2 * multiprocessors) : tiles;
+}
+
+// z = relu(norm(x)) * weight^T, and if wanted the moments of the z that is stored, with a split a block.  With a norm
+// behind it (whose mean is not nullptr) what is stored is relu(behind(z)) of the z that would have been.
 template <typename T>
 struct Conv1x1Params {
   Matrix<const T> x;       // [rows, columns]
   Matrix<const T> weight;  // [width, columns]
   Matrix<T> z;             // [rows, width]
   NormParams<float> norm;
-  float* partial;  // [tiles][2][width]
+  BlockMoments moments;
   NormParams<float> behind;
 };
 template <typename T>
 cudaError_t launch_conv1x1(const Conv1x1Params<T>&, int64_t rows, int64_t columns, int64_t width, int64_t tile,
-                           cudaStream_t);
+                           int64_t blocks, cudaStream_t);
 
 // Columns and rows of a tile of launch_conv1x1_backward().
 template <typename T>

@@ -105,20 +105,25 @@ struct ColumnMoments {
   }
 };
 
-// Joins the states of all lanes of a block, threads with the same x, in the lane with y = 0.  blockDim.y is a power of
-// two; shared memory holds kNumbers for half of the threads.
+// Which column a thread of a block works on, of how many, and as which of the `lanes` that share it.
+struct LanePlace {
+  unsigned column, columns, lane, lanes;
+};
+
+// Joins the states of all lanes of a column in lane 0.  Lanes are a power of two, threads that are none come along;
+// shared memory holds kNumbers for half of the lanes.
 template <typename A, typename State>
-__device__ void join_lanes(State& state, unsigned char* shared) {
+__device__ void join_lanes(State& state, unsigned char* shared, const LanePlace& at) {
   A* workspace = reinterpret_cast<A*>(shared);
-  const unsigned slots = blockDim.x * blockDim.y / 2;
-  for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
-    const unsigned slot = threadIdx.y % half * blockDim.x + threadIdx.x;
-    if (half <= threadIdx.y && threadIdx.y < 2 * half) {
+  const unsigned slots = at.columns * at.lanes / 2;
+  for (unsigned half = at.lanes / 2; half > 0; half /= 2) {
+    const unsigned slot = at.lane % half * at.columns + at.column;
+    if (half <= at.lane && at.lane < 2 * half) {
 #pragma unroll
       for (int i = 0; i < State::kNumbers; ++i) workspace[i * slots + slot] = state.numbers[i];
     }
     __syncthreads();
-    if (threadIdx.y < half) {
+    if (at.lane < half) {
       A other[State::kNumbers];
 #pragma unroll
       for (int i = 0; i < State::kNumbers; ++i) other[i] = workspace[i * slots + slot];
@@ -126,6 +131,34 @@ __device__ void join_lanes(State& state, unsigned char* shared) {
     }
     __syncthreads();  // all have read before anybody writes anew
   }
+}
+
+// Of a block whose threads with the same x are lanes.
+template <typename A, typename State>
+__device__ void join_lanes(State& state, unsigned char* shared) {
+  join_lanes<A>(state, shared, {threadIdx.x, blockDim.x, threadIdx.y, blockDim.y});
+}
+
+// Joins the states of a block's lanes and writes those of columns first, first + 1, ... as split `split` of the partial
+// sums [splits][2][columns].
+template <typename A, int V, typename State>
+__device__ void write_partial(State& state, A* partial, int64_t split, int64_t columns, int64_t first, int count) {
+  FASTDENSE_SHARED(shared);
+  join_lanes<A>(state, shared);
+  if (threadIdx.y > 0) return;
+  partial += 2 * split * columns + first;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    if (i >= count) break;
+    partial[i] = state.first(i);
+    partial[columns + i] = state.second(i);
+  }
+}
+
+// Bytes of shared memory that it takes.
+template <typename A, typename State>
+size_t join_bytes(dim3 block) {
+  return State::kNumbers * sizeof(A) * (block.x * block.y / 2);
 }
 
 constexpr int kReduceThreads = 256, kLeastReduceBlocks = 2;  // of a block; blocks an SM holds
@@ -147,19 +180,15 @@ __global__ void __launch_bounds__(kReduceThreads, kLeastReduceBlocks)
     for (; row < end; row += step) reduction.template tile<1>(row, step);
   }
   if constexpr (!std::is_same_v<typename ColumnReduce<T, V>::State, NoState>) {
-    if (A* partial = reduction.partial()) {
-      FASTDENSE_SHARED(shared);
-      join_lanes<A>(reduction.state(), shared);
-      if (threadIdx.y > 0) return;
-      partial += 2 * blockIdx.y * columns + first;
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        if (i >= count) break;
-        partial[i] = reduction.state().first(i);
-        partial[columns + i] = reduction.state().second(i);
-      }
-    }
+    if (A* partial = reduction.partial())
+      write_partial<A, V>(reduction.state(), partial, blockIdx.y, columns, first, count);
   }
+}
+
+__host__ __device__ constexpr unsigned power_of_two_up_to(unsigned n) {
+  unsigned power = 1;
+  while (2 * power <= n) power *= 2;
+  return power;
 }
 
 inline unsigned power_of_two_from(int64_t n, unsigned most) {
@@ -199,8 +228,7 @@ cudaError_t launch_column_reduce(const typename ColumnReduce<T, V>::Params& para
   using State = typename ColumnReduce<T, V>::State;
   const ColumnReduceShape shape(rows, columns, V, splits);
   size_t shared = 0;
-  if constexpr (!std::is_same_v<State, NoState>)
-    shared = State::kNumbers * sizeof(accumulate_t<T>) * (shape.block.x * shape.block.y / 2);
+  if constexpr (!std::is_same_v<State, NoState>) shared = join_bytes<accumulate_t<T>, State>(shape.block);
   FASTDENSE_LAUNCH((column_reduce_kernel<ColumnReduce, T, V>), shape.grid, shape.block, shared, stream, params, rows,
                    columns, shape.rows_per_block);
   return cudaGetLastError();

@@ -90,18 +90,6 @@ __device__ __forceinline__ void apply_dropout(const DropoutParams& p, int64_t in
   }
 }
 
-// Partial results are added up by blocks of 32 columns, whose lanes take the splits in turns.
-struct FinaliseShape {
-  static constexpr unsigned kColumns = 32, kMostLanes = 32, kMostThreads = kColumns * kMostLanes;
-  dim3 grid, block;
-  size_t shared_bytes;
-  FinaliseShape(int64_t columns, int64_t splits) {
-    block = dim3(kColumns, power_of_two_from(splits, kMostLanes));
-    grid = dim3(unsigned((columns + kColumns - 1) / kColumns));
-    shared_bytes = 2 * sizeof(double) * kColumns * std::max(1u, block.y / 2);
-  }
-};
-
 // The storage types; a build for tests may ask for fewer.
 #ifndef FASTDENSE_FOR_EACH_STORAGE
 #define FASTDENSE_FOR_EACH_STORAGE(X) X(float) X(double) X(bfloat16) X(half)

@@ -235,17 +235,35 @@ struct AccumulatePooled : AccumulateRows<T, V, PooledRow> {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(FinaliseShape::kMostThreads)
-    finalise_sums_kernel(FinaliseSumsParams<A> p, int64_t columns) {
-  FASTDENSE_SHARED(shared);
-  const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+struct OneSum {
+  static constexpr int kNumbers = 1;
+  A numbers[kNumbers] = {};
+  __device__ void join(const A (&other)[kNumbers]) { numbers[0] += other[0]; }
+};
+
+// Blocks add up a few columns of the norm's sums, or of the weight's, which are many more; lanes take the splits in
+// turns.
+constexpr unsigned kFinaliseThreads = 512, kNormColumns = 8, kWeightColumns = 32;
+
+// Where in the block this thread is, and its column in the grid.
+__device__ __forceinline__ LanePlace place_among(unsigned columns) {
+  return {threadIdx.x % columns, columns, threadIdx.x / columns, kFinaliseThreads / columns};
+}
+
+template <typename A>
+__device__ void finalise_norm(const FinaliseSumsParams<A>& p, int64_t columns, unsigned char* shared) {
+  const LanePlace at = place_among(kNormColumns);
+  const int64_t column = int64_t(blockIdx.x) * kNormColumns + at.column;
   ColumnSums<double, 1> sums;
-  for (int64_t s = threadIdx.y; s < p.splits && column < columns; s += blockDim.y) {
-    sums.first(0) += double(p.partial[2 * s * columns + column]);
-    sums.second(0) += double(p.partial[(2 * s + 1) * columns + column]);
+  if (column < columns) {
+#pragma unroll 4
+    for (int64_t s = at.lane; s < p.splits; s += at.lanes) {
+      sums.first(0) += double(p.partial[2 * s * columns + column]);
+      sums.second(0) += double(p.partial[(2 * s + 1) * columns + column]);
+    }
   }
-  join_lanes<double>(sums, shared);
-  if (threadIdx.y > 0 || column >= columns) return;
+  join_lanes<double>(sums, shared, at);
+  if (at.lane > 0 || column >= columns) return;
   const NormCoefficients<A> norm = p.norm(column);
   const double s1 = sums.first(0), s2 = sums.second(0) * double(norm.rstd);
   p.dbias[column] = A(s1);
@@ -254,6 +272,31 @@ __global__ void __launch_bounds__(FinaliseShape::kMostThreads)
   const double share = double(norm.scale) * p.inv_count;
   p.shift_sum[column] += share * s1;
   p.slope_sum[column] += share * s2 * double(norm.rstd);
+}
+
+template <typename A>
+__device__ void sum_weight(const SumPartialsParams<A>& p, unsigned block, unsigned char* shared) {
+  const LanePlace at = place_among(kWeightColumns);
+  const int64_t column = int64_t(block) * kWeightColumns + at.column;
+  OneSum<A> sum;
+  if (column < p.count) {
+#pragma unroll 4
+    for (int64_t s = at.lane; s < p.splits; s += at.lanes) sum.numbers[0] += p.partial[s * p.count + column];
+  }
+  join_lanes<A>(sum, shared, at);
+  if (at.lane > 0 || column >= p.count) return;
+  const auto inner = uint32_t(p.inner), taps = uint32_t(p.taps);
+  const uint32_t row = uint32_t(column) / inner, i = uint32_t(column) - row * inner, o = row / taps, t = row - o * taps;
+  p.to[o * p.outer_stride + t * p.tap_stride + i * p.inner_stride] = sum.numbers[0];
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kFinaliseThreads)
+    finalise_sums_kernel(FinaliseSumsParams<A> norm, int64_t columns, SumPartialsParams<A> weight,
+                         unsigned norm_blocks) {
+  FASTDENSE_SHARED(shared);
+  if (blockIdx.x < norm_blocks) return finalise_norm(norm, columns, shared);
+  sum_weight(weight, blockIdx.x - norm_blocks, shared);
 }
 
 }  // namespace
@@ -293,10 +336,14 @@ cudaError_t launch_accumulate_pooled(const AccumulateParams<T>& p, const PoolGeo
 }
 
 template <typename A>
-cudaError_t launch_finalise_sums(const FinaliseSumsParams<A>& p, int64_t columns, cudaStream_t stream) {
-  if (columns == 0) return cudaSuccess;
-  const FinaliseShape shape(columns, p.splits);
-  FASTDENSE_LAUNCH(finalise_sums_kernel, shape.grid, shape.block, shape.shared_bytes, stream, p, columns);
+cudaError_t launch_finalise_sums(const FinaliseSumsParams<A>& p, int64_t columns, const SumPartialsParams<A>& weight,
+                                 cudaStream_t stream) {
+  const auto blocks = [](int64_t count, unsigned each) { return unsigned((count + each - 1) / each); };
+  const unsigned norm_blocks = blocks(columns, kNormColumns), all = norm_blocks + blocks(weight.count, kWeightColumns);
+  if (all == 0) return cudaSuccess;
+  const size_t shared = 2 * sizeof(double) * kFinaliseThreads / 2;
+  FASTDENSE_LAUNCH(finalise_sums_kernel, dim3(all), dim3(kFinaliseThreads), shared, stream, p, columns, weight,
+                   norm_blocks);
   return cudaGetLastError();
 }
 
@@ -311,7 +358,9 @@ cudaError_t launch_finalise_sums(const FinaliseSumsParams<A>& p, int64_t columns
                                                    int64_t, cudaStream_t);
 FASTDENSE_FOR_EACH_STORAGE(FASTDENSE_BACKWARD)
 #undef FASTDENSE_BACKWARD
-template cudaError_t launch_finalise_sums<float>(const FinaliseSumsParams<float>&, int64_t, cudaStream_t);
-template cudaError_t launch_finalise_sums<double>(const FinaliseSumsParams<double>&, int64_t, cudaStream_t);
+template cudaError_t launch_finalise_sums<float>(const FinaliseSumsParams<float>&, int64_t,
+                                                 const SumPartialsParams<float>&, cudaStream_t);
+template cudaError_t launch_finalise_sums<double>(const FinaliseSumsParams<double>&, int64_t,
+                                                  const SumPartialsParams<double>&, cudaStream_t);
 
 }  // namespace fastdense

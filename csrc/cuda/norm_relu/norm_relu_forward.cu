@@ -2,6 +2,7 @@
 // Forward kernels of cuda/norm_relu/norm_relu_launch.h: activations, statistics, slices, packed weights.
 #include <type_traits>
 
+#include "cuda/norm_relu/block_moments.h"
 #include "cuda/norm_relu/column_reduce.h"
 #include "cuda/norm_relu/columns.h"
 #include "cuda/norm_relu/norm_relu_launch.h"
@@ -169,49 +170,58 @@ class SliceIn : public Columns<SliceInParams<T>, V> {
   ShiftedMoments<T, V> moments_;
 };
 
-// The mean of all splits first, then M2 around it.
+// How many rows a split has, of chunks that are each shared out evenly.
+struct RowShares {
+  int64_t chunk, last_chunk, each, last_each;  // rows of a chunk, and of a split of it
+  uint32_t splits, all_splits;
+  RowShares(int64_t rows, int64_t chunk, int64_t splits_of_chunk)
+      : chunk(chunk),
+        last_chunk((rows - 1) % chunk + 1),
+        each((chunk + splits_of_chunk - 1) / splits_of_chunk),
+        last_each((last_chunk + splits_of_chunk - 1) / splits_of_chunk),
+        splits(uint32_t(splits_of_chunk)),
+        all_splits(uint32_t((rows + chunk - 1) / chunk * splits_of_chunk)) {}
+  __device__ int64_t operator()(uint32_t s) const {
+    const bool last = s >= all_splits - splits;
+    const uint32_t in_chunk = splits == 1 ? 0 : s % splits;
+    const int64_t most = last ? last_each : each, left = (last ? last_chunk : chunk) - in_chunk * most;
+    return left < most ? (left > 0 ? left : 0) : most;
+  }
+};
+
+// Blocks of a few columns, whose lanes take the splits in turns.
+constexpr unsigned kMomentColumns = 8, kMostMomentLanes = 128;
+
 template <typename T>
-__global__ void __launch_bounds__(FinaliseShape::kMostThreads)
-    finalise_moments_kernel(FinaliseMomentsParams<T> p, int64_t rows, int64_t columns, int64_t splits) {
+__global__ void __launch_bounds__(kMomentColumns* kMostMomentLanes)
+    finalise_moments_kernel(FinaliseMomentsParams<T> p, int64_t rows, int64_t columns, RowShares shares) {
   using A = accumulate_t<T>;
   FASTDENSE_SHARED(shared);
   const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t all_splits = (rows + p.chunk - 1) / p.chunk * splits;
-  const auto each_split = [&](const auto& body) {
-    for (int64_t s = threadIdx.y; s < all_splits && column < columns; s += blockDim.y) {
-      const int64_t begin = s / splits * p.chunk, chunk = rows - begin < p.chunk ? rows - begin : p.chunk;
-      const int64_t rows_per_split = (chunk + splits - 1) / splits, left = chunk - s % splits * rows_per_split;
-      const int64_t even = left < rows_per_split ? (left > 0 ? left : 0) : rows_per_split;
-      const double count = double(p.counts ? p.counts[s] : even);
-      body(count, double(p.partial[2 * s * columns + column]), double(p.partial[(2 * s + 1) * columns + column]));
-    }
-  };
-  ColumnSums<double, 1> sums;
-  each_split([&](double count, double mean, double) { sums.first(0) += count * mean; });
-  join_lanes<double>(sums, shared);
-  double* total = reinterpret_cast<double*>(shared) + threadIdx.x;
-  if (threadIdx.y == 0) *total = sums.first(0) / double(rows);
-  __syncthreads();
-  const double centre = *total;
-  __syncthreads();
-  sums = {};
-  each_split([&](double count, double mean, double m2) {
-    if (count > 0) sums.second(0) += m2 + count * (mean - centre) * (mean - centre);
-  });
+  MomentSums<1> sums;
+  Vector<A, 1> first{};
+  if (column < columns) {
+    first = read<1>(p.partial + column, 1);
+#pragma unroll 4
+    for (uint32_t s = threadIdx.y; s < shares.all_splits; s += blockDim.y)
+      sums.add(p.partial, columns, column, s, double(shares(s)), first);
+  }
   join_lanes<double>(sums, shared);
   if (threadIdx.y > 0 || column >= columns) return;
-  p.mean[column] = A((p.pivot ? double(load(p.pivot[column])) : 0.0) + centre);
-  p.var[column] = A(sums.second(0) / double(rows));
+  const double pivot = p.pivot ? double(load(p.pivot[column])) : 0.0;
+  p.mean[column] = A(pivot + sums.mean(0, double(first.v[0]), double(rows)));
+  p.var[column] = A(sums.variance(0, double(rows)));
 }
 
 template <typename From, typename T>
 __global__ void pack_weights_kernel(const __grid_constant__ PackWeightsParams<From, T> p) {
   const PackedWeight<From, T>& w = p.weights[blockIdx.y];
+  const auto inner = uint32_t(w.inner), taps = uint32_t(w.taps);
   const int64_t count = w.outer * w.taps * w.inner, stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; n < count; n += stride) {
-    const int64_t i = n % w.inner, t = n / w.inner % w.taps, o = n / w.inner / w.taps;
+    const uint32_t row = uint32_t(n) / inner, i = uint32_t(n) - row * inner, o = row / taps, t = row - o * taps;
     const accumulate_t<T> value = load(w.from[o * w.outer_stride + i * w.inner_stride + t * w.tap_stride]);
-    w.to[(o * w.taps + t) * w.ld + i] = store<T>(value);
+    w.to[row * w.ld + i] = store<T>(value);
   }
 }
 
@@ -247,9 +257,11 @@ template <typename T>
 cudaError_t launch_finalise_moments(const FinaliseMomentsParams<T>& p, int64_t rows, int64_t columns, int64_t splits,
                                     cudaStream_t stream) {
   if (rows == 0 || columns == 0) return cudaSuccess;
-  const FinaliseShape shape(columns, (rows + p.chunk - 1) / p.chunk * splits);
-  FASTDENSE_LAUNCH(finalise_moments_kernel, shape.grid, shape.block, shape.shared_bytes, stream, p, rows, columns,
-                   splits);
+  const RowShares shares(rows, p.chunk, splits);
+  const dim3 block(kMomentColumns, power_of_two_from(shares.all_splits, kMostMomentLanes));
+  const dim3 grid(unsigned((columns + kMomentColumns - 1) / kMomentColumns));
+  FASTDENSE_LAUNCH(finalise_moments_kernel, grid, block, (join_bytes<double, MomentSums<1>>(block)), stream, p, rows,
+                   columns, shares);
   return cudaGetLastError();
 }
 

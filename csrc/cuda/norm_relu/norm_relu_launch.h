@@ -120,12 +120,21 @@ struct FinaliseMomentsParams {
   const accumulate_t<T>* partial;  // [chunks * splits][2][columns]
   const T* pivot;                  // what the moments are relative to, as x's first row; nullptr: zeros
   accumulate_t<T>*mean, *var;
-  int64_t chunk;                    // rows of a chunk
-  const int64_t* counts = nullptr;  // [splits] of a single chunk that is not shared out evenly: rows of each
+  int64_t chunk;  // rows of a chunk
 };
 template <typename T>
 cudaError_t launch_finalise_moments(const FinaliseMomentsParams<T>&, int64_t rows, int64_t columns, int64_t splits,
                                     cudaStream_t);
+
+// Moments of columns that the blocks of a fused kernel take of their rows.  The block that ends last makes mean and
+// variance of them.
+struct BlockMoments {
+  float* partial = nullptr;               // [splits][2][columns]: mean and M2; nullptr: not wanted
+  int64_t* counts = nullptr;              // [splits]: rows of each
+  unsigned* ticket = nullptr;             // 0, and so again at the end; nullptr: only the moments of blocks are wanted
+  float *mean = nullptr, *var = nullptr;  // [columns]
+  int64_t rows = 0;                       // of all
+};
 
 // d = dropout factor * gradient of channels whose consumers are done.
 template <typename T>
@@ -194,8 +203,21 @@ struct FinaliseSumsParams {
   double *shift_sum, *slope_sum;  // [columns] or nullptr
   double inv_count;               // 1 / M
 };
+// Adds up `splits` partial sums [splits][count] of a weight's gradient, in a fixed order: to[o][t][i], whose elements
+// are strides apart.
 template <typename A>
-cudaError_t launch_finalise_sums(const FinaliseSumsParams<A>&, int64_t columns, cudaStream_t);
+struct SumPartialsParams {
+  const A* partial = nullptr;
+  int64_t splits = 0, count = 0;
+  A* to = nullptr;
+  int64_t taps = 1, inner = 1;
+  int64_t outer_stride = 1, tap_stride = 1, inner_stride = 1;
+};
+
+// Both in one launch; either may be empty.
+template <typename A>
+cudaError_t launch_finalise_sums(const FinaliseSumsParams<A>&, int64_t columns, const SumPartialsParams<A>&,
+                                 cudaStream_t);
 
 // Convolution weights in the storage type, channels innermost: to[o][t][i] = from[o, i, t].
 template <typename From, typename T>

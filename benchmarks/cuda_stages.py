@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``benchmarks.cuda_run`` measures by itself: ``python -m benchmarks.cuda_stages NAME [--json FILE]``.
+
+* ``kernels``: device time of a training step of DenseNet-121 by kernel, at batch 64 in bfloat16, of the plain network
+  and of both paths of fastdense; beside it what ``benchmarks.cuda_model`` predicts
+* ``memory``: the allocator's peak in a training step, per image
+* ``super_resolution``: RRDBNet in float16, plain and fused: time and the allocator's peak
+* ``bicubic``: 1024 x 1024 to four times that, and the share of a copy's rate
+* ``tests``: the tests that need a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fastdense
+from benchmarks.cuda_model import milliseconds, network
+from fastdense import _C
+from fastdense._support import write_json
+from fastdense.bench.environment import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 2**20
+BATCH = 64
+# Kernels of the model by parts of the names of those that run; the rest has no prediction of its own.
+NAMES = {
+    "conv1x1_kernel": "1x1 forward",
+    "conv1x1_backward_kernel": "1x1 backward",
+    "conv_forward_kernel": "3x3 forward",
+    "conv_input_gradient_kernel": "3x3 gradient of z",
+    "conv_weight_gradient_kernel": "3x3 gradient of the weight",
+    "PoolForward": "stem pool",
+    "PoolSums": "stem pool sums",
+    "PoolBackward": "stem pool backward",
+    "SliceGradient": "slice gradient",
+}
+
+
+def densenet(fused: bool) -> nn.Module:
+    import torchvision
+
+    torch.manual_seed(0)
+    net = torchvision.models.densenet121(weights=None).cuda().to(memory_format=torch.channels_last)
+    return fastdense.convert(net) if fused else net
+
+
+def training_step(net: nn.Module, batch: int) -> Callable[[], None]:
+    images = torch.randn(batch, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (batch,), device="cuda")
+
+    def step() -> None:
+        net.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            logits = net(images)
+        functional.cross_entropy(logits.float(), labels).backward()
+
+    return step
+
+
+def profile(step: Callable[[], None]) -> list[dict[str, Any]]:
+    """Kernels, slowest first."""
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    found = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    return [{"kernel": e.key[:160], "launches": e.count, "ms": e.self_device_time_total / 1e3} for e in found]
+
+
+def kernels() -> dict[str, Any]:
+    variants: dict[str, Any] = {}
+    for name in ("plain", "fused", "library"):
+        if name != "plain":
+            _C.set_cuda_kernels(name)
+        rows = profile(training_step(densenet(name != "plain"), BATCH))
+        variants[name] = {"ms": sum(row["ms"] for row in rows), "launches": sum(row["launches"] for row in rows)}
+        print(f"{name}: {variants[name]}", flush=True)
+        variants[name]["kernels"] = rows
+        torch.cuda.empty_cache()
+    predicted = milliseconds(network("densenet121", BATCH, True))
+    table = []
+    print(f"{'kernel':30} {'predicted':>10} {'measured':>10}")
+    for part, name in NAMES.items():
+        measured = sum(row["ms"] for row in variants["fused"]["kernels"] if re.search(rf"\b{part}\b", row["kernel"]))
+        table.append({"kernel": name, "predicted": predicted[name], "measured": measured})
+        print(f"{name:30} {predicted[name]:10.2f} {measured:10.2f}")
+    print(f"{'all':30} {sum(predicted.values()):10.2f} {variants['fused']['ms']:10.2f}", flush=True)
+    return {"variants": variants, "predicted": predicted, "table": table}
+
+
+def memory() -> dict[str, float]:
+    """MiB an image, from the peaks at two batch sizes."""
+    found = {}
+    for name in ("plain", "balanced", "min"):
+        net = densenet(False)
+        if name != "plain":
+            net = fastdense.convert(net, memory=name)  # type: ignore[arg-type]
+        peaks = []
+        for batch in (16, 48):
+            step = training_step(net, batch)
+            step()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            peaks.append(torch.cuda.max_memory_allocated() / MIB)
+        found[name] = (peaks[1] - peaks[0]) / 32
+        print(f"{name}: {found[name]:.1f} MiB an image", flush=True)
+    return found
+
+
+def super_resolution() -> dict[str, Any]:
+    from benchmarks.super_resolution_targets import VARIANTS, infer, make, picture
+    from benchmarks.turns import row_of_times, row_of_values
+
+    nets = {variant: make("rrdbnet", 23, variant).cuda().half().eval() for variant in VARIANTS}
+    pictures = {variant: picture(net, variant, 1, 1024).cuda().half() for variant, net in nets.items()}
+
+    def run(variant: str) -> Tensor:
+        out = infer(nets[variant], pictures[variant], variant)
+        torch.cuda.synchronize()
+        return out
+
+    expected = run("plain").float()
+    peaks, differences = {}, {}
+    for variant in VARIANTS:
+        differences[variant] = float((run(variant).float() - expected).norm() / expected.norm())
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(variant)
+        peaks[variant] = (torch.cuda.max_memory_allocated() - before) / MIB
+    if max(differences.values()) > 1e-2:
+        raise ValueError(f"results differ: {differences}")
+    times = {variant: functools.partial(run, variant) for variant in VARIANTS}
+    rows = [row_of_times("ms", times, rounds=10, warm_up=2), row_of_values("MiB", peaks)]
+    return {"differences": differences, "rows": rows, "targets": {"ms": 0.7, "MiB": 0.25}}
+
+
+def milliseconds_of(run: Callable[[], Any], rounds: int = 50) -> float:
+    for _ in range(5):
+        run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(rounds):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / rounds
+
+
+def bicubic() -> dict[str, Any]:
+    """Against a copy that reads and writes as much."""
+    picture = torch.rand(1, 3, 1024, 1024, device="cuda")
+    ours = milliseconds_of(lambda: fastdense.ops.bicubic_resize(picture, scale_factor=4))
+    theirs = milliseconds_of(lambda: functional.interpolate(picture, scale_factor=4, mode="bicubic"))
+    moved = picture.numel() * (1 + 16) * 4
+    source = torch.empty(moved // 8, device="cuda")
+    copy = milliseconds_of(lambda: source.clone())
+    found = {"ms": ours, "torch": theirs, "copy": copy, "share": copy / ours}
+    print(found, flush=True)
+    return found
+
+
+def missing_modules(text: str) -> set[str]:
+    names = {name.partition(".")[0] for name in re.findall(r"^(?:import|from) ([\w.]+)", text, re.MULTILINE)}
+    return {name for name in names if name != "tests" and importlib.util.find_spec(name) is None}
+
+
+def tests() -> None:
+    """Files with tests for a GPU, whatever else of the tests' requirements is installed."""
+    import pytest
+
+    files = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"\bdevice\b|mark\.gpu", text) and not missing_modules(text):
+            files.append(str(path))
+    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=20", "--durations=20"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", "8"]
+    if importlib.util.find_spec("pytest_timeout"):
+        options += ["--timeout=60"]
+    sys.exit(pytest.main([*options, *files]))
+
+
+STAGES: dict[str, Callable[[], Any]] = {
+    "kernels": kernels,
+    "memory": memory,
+    "super_resolution": super_resolution,
+    "bicubic": bicubic,
+    "tests": tests,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    found = STAGES[options.stage]()
+    if options.json:
+        write_json(options.json, {"environment": describe(), **found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run on a GPU machine goes on where a stage fails or hangs; which GPUs a wheel is for; the model of times."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cuda_model
+from benchmarks.cuda_run import Report, Stage, go_through
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(name: str, code: str, seconds: int = 60) -> Stage:
+    return Stage(name, seconds, (sys.executable, "-c", code, "{json}"))
+
+
+def results(out: Path) -> dict[str, dict[str, object]]:
+    return json.loads((out / "results.json").read_text())["stages"]
+
+
+def test_a_stage_that_hangs_ends_with_what_it_started(tmp_path):
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; print(1); time.sleep(60)'])"
+    report = Report(tmp_path)
+    assert not report.run(python("hangs", child, seconds=3))
+    assert report.run(python("next", "print('said')"))
+    found = results(tmp_path)
+    assert found["hangs"]["reason"] == "ended after 3 seconds"
+    assert found["hangs"]["seconds"] < 30
+    assert found["next"]["ok"]
+    assert "said" in (tmp_path / "run.log").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "run.log"]
+
+
+def test_results_of_stages_are_kept(tmp_path):
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text({!r})"
+    report = Report(tmp_path)
+    assert report.run(python("good", write.format('{"ms": 1.5}')))
+    assert report.run(python("cut", write.format('{"ms": ')))
+    found = results(tmp_path)
+    assert found["good"]["result"] == {"ms": 1.5}
+    assert found["cut"]["reason"] == "the result is no JSON"
+
+
+def test_the_rest_runs_with_the_librarys_kernels_where_the_selftest_fails(tmp_path):
+    say = "import os, sys; print('chosen', os.environ.get('FASTDENSE_CUDA_KERNELS')); sys.exit({})"
+    report = Report(tmp_path)
+    report.environment.pop("FASTDENSE_CUDA_KERNELS", None)
+    stages = (python("build", "pass"), python("selftest", say.format(1)), python("kernels", say.format(0)))
+    assert not go_through(report, stages)
+    assert [(name, stage["ok"]) for name, stage in results(tmp_path).items()] == [
+        ("build", True),
+        ("selftest", False),
+        ("selftest-library", False),
+        ("kernels", True),
+    ]
+    assert (tmp_path / "run.log").read_text().count("chosen library") == 2
+
+
+def test_nothing_runs_where_the_build_fails(tmp_path):
+    assert not go_through(Report(tmp_path), (python("build", "raise SystemExit(1)"), python("kernels", "pass")))
+    assert list(results(tmp_path)) == ["build"]
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ("compute_75 compute_80 compute_86 compute_90 compute_100 compute_120", "7.5;8.0;8.6;9.0;10.0;12.0+PTX"),
+        ("compute_70\ncompute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\n", "7.5;8.0;8.6;9.0+PTX"),
+        ("", ""),
+    ],
+)
+def test_a_wheel_is_for_all_gpus_that_nvcc_knows(known, expected):
+    spec = importlib.util.spec_from_file_location("wheels", ROOT / "release" / "wheels.py")
+    wheels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wheels)
+    assert wheels.architectures(known) == expected
+
+
+def test_predicted_times_grow_with_the_work():
+    def total(name: str, batch: int, train: bool) -> float:
+        return sum(cuda_model.milliseconds(cuda_model.network(name, batch, train)).values())
+
+    assert 2 * total("densenet121", 64, True) < total("densenet121", 256, True) < 4 * total("densenet121", 64, True)
+    assert total("densenet121", 64, True) < total("densenet201", 64, True)
+    assert 2 * total("densenet121", 64, False) < total("densenet121", 64, True)
+
+
+def test_a_kernel_that_streams_takes_its_bytes():
+    """4.3 GB at 4.3 TB/s are a millisecond, at 80 % of that one and a quarter."""
+    assert cuda_model.stream(4.3e9) == pytest.approx(1.25e-3)

@@ -119,7 +119,7 @@ def test_monai_s_words_are_understood():
 
 @pytest.mark.parametrize("name", models.list())
 def test_arguments_of_a_model_s_function_are_those_of_its_class(name):
-    """Those written out, and those of ``**options``, by name and type."""
+    """Those written out, and those of ``**options``, by name and type; weights are loaded by the function."""
     function = getattr(models, name)
     known = typing.get_type_hints(function)
     made = known.pop("return")
@@ -128,7 +128,8 @@ def test_arguments_of_a_model_s_function_are_those_of_its_class(name):
     given = known | (typing.get_type_hints(options[0]) if options else {})
     assert not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()) or options
     theirs = typing.get_type_hints(made.__init__)
-    apart = {"image_channels", *models.densenet._MONAI} if options else {"depth", "growth_rate", "drop_rates", "width"}
+    of_function = {"weights", "progress", "image_channels", *models.densenet._MONAI}
+    apart = of_function if options else {"depth", "growth_rate", "drop_rates", "width"}
     for argument, kind in given.items():
         if argument not in apart:
             assert theirs[argument] == kind, argument

@@ -63,7 +63,8 @@ class TailWeights(NamedTuple):
 class FlatBlock(NamedTuple):
     """A block's weights and eps in the order in which the native operator reads them; None for what is absent.
 
-    ``activations`` and ``numbers`` are empty where all activations are ReLU.
+    ``activations`` and ``numbers`` are empty where all activations are ReLU, ``groups`` where norms take the statistics
+    of the batch.
     """
 
     weights: list[Tensor | None]
@@ -76,6 +77,7 @@ class FlatBlock(NamedTuple):
     conv_dtypes: list[torch.dtype]
     activations: str  # names, separated by commas
     numbers: list[float]  # two of each activation
+    groups: list[int]  # of each norm
 
 
 def dense_block(
@@ -93,9 +95,9 @@ def dense_block(
 
     Layer ``l`` reads the channels ``x_l = [x_0, y_0, ..., y_{l-1}]`` written so far and appends
     ``y_l = dropout(conv2(act2(norm2(conv1(act1(norm1(x_l)))))))``, or without a bottleneck
-    ``y_l = dropout(conv2(act1(norm1(x_l))))``. The activations are ReLU unless the layer has others. Batch statistics
-    are computed once per channel. A transition pools before its 1x1 convolution, which gives the same values with a
-    quarter of the work.
+    ``y_l = dropout(conv2(act1(norm1(x_l))))``. The activations are ReLU unless the layer has others. Statistics are
+    computed once per channel, or once per sample and channel where all norms that are not frozen have ``groups``. A
+    transition pools before its 1x1 convolution, which gives the same values with a quarter of the work.
 
     Args:
         input: ``[N, C0, spatial]`` with one to three spatial dimensions; float64, float32, bfloat16 or float16; any
@@ -114,12 +116,14 @@ def dense_block(
     Returns:
         The output, its channels innermost in memory, ``[N, C0 + L * k, spatial]`` without a tail or with a norm,
         ``[N, co, spatial // 2]`` with a transition; and the batch statistics ``[C0 + L * k + L * b]``: the buffer's
-        channels, then norm2's of every layer; zeros where no norm asks for any.
+        channels, then norm2's of every layer; zeros where no norm asks for any. With ``groups`` they are
+        ``[N, C0 + L * k + L * b]``.
 
     Raises:
-        ValueError: shapes that do not fit, mixed devices, one value per channel in training, unknown ``memory``.
+        ValueError: shapes that do not fit, mixed devices, one value per channel in training, unknown ``memory``;
+            ``groups`` that do not divide the channels, or beside norms that take the statistics of the batch.
         TypeError: a dtype that is not floating point, or weights of another dtype than the input's.
-        NotImplementedError: other activations than ReLU, or biases, on a CUDA device.
+        NotImplementedError: norms with ``groups``, other activations than ReLU, or biases, on a CUDA device.
 
     Note:
         Running statistics are not updated: see :func:`update_running_stats_`. Saved for backward: the buffer
@@ -168,6 +172,7 @@ def run_flat_block(
         contiguous,
         flat.activations,
         flat.numbers,
+        flat.groups,
     )
     return out, BatchStatistics(mean, var)
 
@@ -225,6 +230,7 @@ def flatten_block(layers: Sequence[LayerWeights], tail: TailWeights | None) -> F
         parameters.conv_dtypes,
         "" if relu_only else ",".join(act.name for act in acts),
         [] if relu_only else [number for act in acts for number in (act.first, act.second)],
+        parameters.groups if any(parameters.groups) else [],
     )
 
 
@@ -243,6 +249,7 @@ def _(
     contiguous: bool = False,
     activations: str = "",
     activation_parameters: Sequence[float] = (),
+    groups: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     stride = 10 if bottleneck else 5
     growth, width = 0, 0
@@ -254,7 +261,8 @@ def _(
     batch, in_channels, *spatial = input.shape
     channels = in_channels + num_layers * growth
     buffer = empty_channels_last(input, [batch, channels, *spatial])
-    mean = input.new_empty([channels + num_layers * width], dtype=statistics_dtype(input))
+    statistics = channels + num_layers * width
+    mean = input.new_empty([batch, statistics] if groups else [statistics], dtype=statistics_dtype(input))
     active = sum(1 for layer in range(num_layers) if weights[stride * layer + stride - 1].shape[1] != 0)
     kept = active if keep_bottleneck and bottleneck else 0
     z = input.new_empty([kept, count_pixels(input), width])
@@ -287,6 +295,7 @@ def _(
     process_group: str,
     activations: str = "",
     activation_parameters: Sequence[float] = (),
+    groups: Sequence[int] = (),
 ) -> list[Tensor]:
     return fake_gradients(buffer.narrow(1, 0, in_channels), weights, needs_grad)
 

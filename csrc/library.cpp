@@ -8,12 +8,14 @@ void define(torch::Library& m) {
   m.def(
       "dense_block(Tensor input, Tensor[] weights, float[] eps, int num_layers, bool bottleneck, str tail, "
       "float drop_rate, Tensor? seed, bool keep_bottleneck, str process_group, bool contiguous=False, "
-      "str activations=\"\", float[] activation_parameters=[], bool recompute=False) -> (Tensor, "
-      "Tensor, Tensor, Tensor, Tensor)");
+      "str activations=\"\", float[] activation_parameters=[], int[] groups=[], bool recompute=False) -> (Tensor, "
+      "Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "_dense_block_backward(Tensor grad_output, Tensor buffer, Tensor mean, Tensor var, Tensor z, Tensor[] weights, "
       "float[] eps, int num_layers, bool bottleneck, str tail, float drop_rate, Tensor? seed, SymInt in_channels, "
-      "bool[] needs_grad, str process_group, str activations=\"\", float[] activation_parameters=[]) -> Tensor[]");
+      "bool[] needs_grad, str process_group, str activations=\"\", float[] activation_parameters=[], int[] groups=[]) "
+      "-> Tensor[]");
   m.def(
       "dual_path_stage(Tensor input, Tensor[] weights, float[] eps, int num_blocks, bool projection, "
       "int residual_channels, int stride, str memory, str process_group, bool contiguous=False) -> (Tensor, Tensor, "

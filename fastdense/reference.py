@@ -25,6 +25,8 @@ def _conv(x: Tensor, weight: Tensor, stride: int = 1, bias: Tensor | None = None
 
 
 def _norm(x: Tensor, norm: NormWeights) -> Tensor:
+    if norm.groups > 0 and norm.running_mean is None:
+        return F.group_norm(x, norm.groups, norm.weight, norm.bias, norm.eps)
     batch_statistics = norm.running_mean is None
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, batch_statistics, 0.0, norm.eps)
 
@@ -50,6 +52,12 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``[C]`` of ``[N, C, spatial]``."""
     dims = [d for d in range(x.dim()) if d != 1]
     return x.mean(dims), x.var(dims, correction=0)
+
+
+def sample_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same ``[N, C]`` of every sample."""
+    rows = x.flatten(2)
+    return rows.mean(2), rows.var(2, correction=0)
 
 
 def dropout_factors(seed: Tensor, layer: int, drop_rate: float, like: Tensor) -> Tensor:
@@ -86,7 +94,7 @@ def dense_block(
     for index, layer in enumerate(layers):
         if active is not None and not active[index]:
             features.append(input.new_zeros(input.shape[0], layer.conv2.shape[0], *input.shape[2:]))
-            bottlenecks += [] if layer.conv1 is None else [input.new_zeros(2, layer.conv1.shape[0])]
+            bottlenecks += [] if layer.conv1 is None else [input.new_zeros(input.shape[0], layer.conv1.shape[0], 1)]
             continue
         new, z = dense_layer(torch.cat(features, 1), layer)
         if drop_rate > 0:
@@ -95,8 +103,12 @@ def dense_block(
         features.append(new)
         bottlenecks += [z] if z is not None else []
     out = torch.cat(features, 1)
-    means, variances = zip(*map(batch_statistics, [out, *bottlenecks]), strict=True)
-    statistics = BatchStatistics(torch.cat(means).detach(), torch.cat(variances).detach())
+    norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)] + ([tail.norm] if tail else [])
+    per_sample = any(norm is not None and norm.groups > 0 and norm.running_mean is None for norm in norms)
+    means, variances = zip(
+        *map(sample_statistics if per_sample else batch_statistics, [out, *bottlenecks]), strict=True
+    )
+    statistics = BatchStatistics(torch.cat(means, -1).detach(), torch.cat(variances, -1).detach())
     if tail is not None:
         out = _norm(out, tail.norm)
         out = activate(out, tail.act) if tail.kind != "norm" else out

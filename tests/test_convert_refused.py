@@ -129,10 +129,17 @@ PLAIN = {
     "a list of layers that needs lists": (of(NewLayer), "it fails when called with one tensor"),
     "softmax": (
         set_module(1, lambda _: nn.Softmax(1)),
-        "its layers have Softmax: expected only batch norms, activations",
+        "its layers have Softmax: expected only batch, instance and group norms, activations",
     ),
     "CELU of no use": (set_module(1, lambda _: nn.CELU(-1.0)), r"CELU\(alpha=-1.0\) has an alpha that is not above 0"),
-    "group norm": (set_module(3, lambda norm: nn.GroupNorm(2, norm.num_features)), "its layers have GroupNorm"),
+    "local norm": (
+        set_module(3, lambda _: nn.LocalResponseNorm(3)),
+        "0 is BatchNorm2d, Conv2d, Conv2d: expected norm, convolution",
+    ),
+    "one group norm": (
+        set_module(3, lambda norm: nn.GroupNorm(2, norm.num_features)),
+        "some of its norms take statistics of the batch, others of each sample",
+    ),
     "stride": (set_module(2, lambda c: nn.Conv2d(c.in_channels, 8, 1, stride=2)), "0.2 is Conv2d.*: expected stride 1"),
     "groups": (
         set_module(5, lambda c: nn.Conv2d(8, K, 3, padding=1, groups=2, bias=False)),
@@ -210,4 +217,4 @@ def test_rdnet_says_why_it_stays_plain():
         assert (row.kind, row.layers, row.runs) == ("block", 3, "plain")
         assert message == f"fastdense: {row.name} stays plain: {row.reason}"
         assert "LayerNorm2d" in row.reason
-        assert "expected only batch norms, activations, convolutions and dropout" in row.reason
+        assert "expected only batch, instance and group norms, activations, convolutions and dropout" in row.reason

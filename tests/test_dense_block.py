@@ -414,7 +414,9 @@ def test_kernels_for_cuda_refuse_other_activations_and_biases():
     """Which they do not have."""
     with on_device("emulated", EMULATED_SCRATCH) as device:
         for case in (Case(acts=(Activation("silu"),)), Case(bias=True), Case(tail="transition", bias=True)):
-            with pytest.raises(NotImplementedError, match="expected ReLU and convolutions without bias on CUDA"):
+            with pytest.raises(
+                NotImplementedError, match="expected batch norms, ReLU and convolutions without bias on CUDA"
+            ):
                 Block(replace(case, device=device)).run()
 
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scalar maths of batch norm and ReLU, shared by every op and device: relu(scale * x + shift), its backward with the
-// correction deferred until all consumers of a channel are done, and the running statistics.  Written once; loops
-// around it live with the ops.
+// Scalar maths of batch, instance and group norm and ReLU, shared by every op and device: relu(scale * x + shift), its
+// backward with the correction deferred until all consumers of a channel are done, and the running statistics.  Written
+// once; loops around it live with the ops.
 //
 // Deferred correction.  The gradient of batch norm is affine in x per channel.  The consumers l of a channel, which
 // share its batch statistics, add scale_l * dy_l to one gradient buffer and the two correction terms to two numbers

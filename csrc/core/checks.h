@@ -87,11 +87,11 @@ inline void check_shape(const char* op, const char* arg, const at::Tensor& tenso
 }
 
 // mean or var [n], as an op on tensors like `like` returns them.
-inline void check_statistics(const char* op, const char* arg, const at::Tensor& tensor, int64_t n, const char* like_arg,
-                             const at::Tensor& like) {
+inline void check_statistics(const char* op, const char* arg, const at::Tensor& tensor, at::IntArrayRef shape,
+                             const char* like_arg, const at::Tensor& like) {
   check_dtype(op, arg, tensor, statistics_dtype(like.scalar_type()));
   check_same_device(op, arg, tensor, like_arg, like);
-  check_shape(op, arg, tensor, {n});
+  check_shape(op, arg, tensor, shape);
 }
 
 // Of a list.

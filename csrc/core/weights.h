@@ -15,11 +15,12 @@
 
 namespace fastdense {
 
-// A batch norm.  Running statistics are given when it normalises with them (eval mode, frozen), else undefined.
+// A norm.  Running statistics are given when it normalises with them (eval mode, frozen), else undefined.
 struct NormArgs {
   at::Tensor weight, bias, running_mean, running_var;
   double eps = 0;
-  int64_t at = 0;  // position of `weight` in the list of weights
+  int64_t groups = 0;  // of channels that share the statistics of one sample; 0: each has those of the batch
+  int64_t at = 0;      // position of `weight` in the list of weights
   bool frozen() const { return running_mean.defined(); }
 };
 

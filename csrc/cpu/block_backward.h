@@ -14,29 +14,33 @@
 
 namespace fastdense {
 
-// Two numbers per channel that collect the norm corrections of all consumers (batch_norm_math.h).
+// Two numbers per channel, and set of rows, that collect the norm corrections of all consumers (batch_norm_math.h).
 class Corrections {
  public:
-  explicit Corrections(int64_t channels) : shift_sum_(size_t(channels)), slope_sum_(size_t(channels)) {}
+  explicit Corrections(int64_t channels, int64_t sets = 1)
+      : channels_(channels), sets_(sets), shift_sum_(size_t(channels * sets)), slope_sum_(size_t(channels * sets)) {}
 
-  void add(int64_t channel, double shift, double slope) {
-    shift_sum_[size_t(channel)] += shift;
-    slope_sum_[size_t(channel)] += slope;
+  void add(int64_t set, int64_t channel, double shift, double slope) {
+    shift_sum_[size_t(set * channels_ + channel)] += shift;
+    slope_sum_[size_t(set * channels_ + channel)] += slope;
   }
 
-  // [2, n] of the channels from `first` on, which start anew.
+  // [sets, 2, n] of the channels from `first` on, which start anew.
   template <typename A>
   at::Tensor take(int64_t first, int64_t n) {
-    at::Tensor t = BlockForward<A>::template temporary<A>({2, n});
+    at::Tensor t = BlockForward<A>::template temporary<A>({sets_, 2, n});
     A* out = t.mutable_data_ptr<A>();
-    for (int64_t j = 0; j < n; ++j) {
-      out[j] = A(std::exchange(shift_sum_[size_t(first + j)], 0));
-      out[n + j] = A(std::exchange(slope_sum_[size_t(first + j)], 0));
-    }
+    for (int64_t set = 0; set < sets_; ++set, out += 2 * n)
+      for (int64_t j = 0; j < n; ++j) {
+        const auto at = size_t(set * channels_ + first + j);
+        out[j] = A(std::exchange(shift_sum_[at], 0));
+        out[n + j] = A(std::exchange(slope_sum_[at], 0));
+      }
     return t;
   }
 
  private:
+  int64_t channels_, sets_;
   std::vector<double> shift_sum_, slope_sum_;
 };
 
@@ -47,17 +51,19 @@ class BlockBackward : public BlockForward<T> {
   using A = typename Base::A;
   using typename Base::Coefficients;
 
-  // needs: whether the gradients of the input and of each weight are wanted.
+  // needs: whether the gradients of the input and of each weight are wanted; sets: of rows with statistics of their
+  // own.
   BlockBackward(const std::vector<bool>& needs, at::TensorList weights, const at::TensorOptions& options,
-                int64_t widest_norm, const std::string& process_group = {})
+                int64_t widest_norm, const std::string& process_group = {}, int64_t sets = 1)
       : Base(process_group),
         widest_(widest_norm),
+        sets_(sets),
         needs_(needs),
         weights_(weights),
         options_(options),
         grads_(needs.size()) {
     for (at::Tensor& grad : grads_) grad = at::empty({0}, options);
-    sums_ = at::empty({this->workers, 2, widest_}, at::TensorOptions().dtype(at::kDouble));
+    sums_ = at::empty({this->workers, sets_, 2, widest_}, at::TensorOptions().dtype(at::kDouble));
   }
 
   bool needs(int64_t weight) const { return needs_[size_t(weight) + 1]; }
@@ -69,6 +75,8 @@ class BlockBackward : public BlockForward<T> {
   // Sums over rows of a gradient and of its products with x - mean.
   struct Sums {
     double *sum, *weighted;  // [channels]
+    int64_t next;            // numbers up to those of the next set of rows
+    Sums of(int64_t set) const { return {sum + set * next, weighted + set * next, next}; }
   };
 
   // What else a pass sums up: PReLU's gradient by channel, and a bias's.
@@ -103,8 +111,8 @@ class BlockBackward : public BlockForward<T> {
   }
 
   BackwardEpilogue<T> epilogue(int64_t worker, T* gradient, int64_t ld, bool accumulate, const A* mean,
-                               const at::Tensor& dweight) {
-    const Sums s = worker_sums(worker);
+                               const at::Tensor& dweight, int64_t set = 0) {
+    const Sums s = worker_sums(worker).of(set);
     return {gradient,
             ld,
             accumulate,
@@ -120,12 +128,15 @@ class BlockBackward : public BlockForward<T> {
   // s2 (dbeta, dgamma).
   Sums norm_sums(const Coefficients& c, int64_t first, int64_t n) {
     const Sums s = total_sums(n);
-    for (int64_t j = 0; j < n; ++j) s.weighted[j] *= double(c.rstd()[first + j]);
+    for (int64_t set = 0; set < sets_; ++set)
+      for (int64_t j = 0; j < n; ++j) s.of(set).weighted[j] *= double(c.rstd(set)[first + j]);
     return s;
   }
   Sums norm_gradients(const NormArgs& norm, const Coefficients& c) {
     const Sums s = norm_sums(c, 0, c.n);
-    set_norm(norm, vector(s.weighted, c.n), vector(s.sum, c.n));
+    const at::Tensor by_set = sums_.select(0, 0).narrow(2, 0, c.n);
+    const at::Tensor all = sets_ == 1 ? by_set.select(0, 0).clone() : by_set.sum(0);
+    set_norm(norm, all.select(0, 1), all.select(0, 0));
     return s;
   }
   void set_norm(const NormArgs& norm, const at::Tensor& weight, const at::Tensor& bias) {
@@ -133,17 +144,43 @@ class BlockBackward : public BlockForward<T> {
     if (norm.bias.defined()) set(norm.at + 1, bias);
   }
 
+  // What the input of channels [first, first + n) of a norm over `count` values of a channel owes for one set, by the
+  // sums of norm_gradients(): add(channel, shift, slope) for shift + (x - c.mean()) * slope.
+  template <typename Add>
+  static void for_each_term(const NormArgs& norm, const Coefficients& c, const Sums& s, int64_t first, int64_t n,
+                            int64_t count, int64_t set, const Add& add) {
+    const Sums sums = s.of(set);
+    Base::for_each_group(norm, n, [&](int64_t begin, int64_t size) {
+      double shift = 0, slope = 0;
+      for (int64_t j = begin; j < begin + size; ++j) {
+        const double share = double(c.scale(set)[first + j]) / double(count * size);
+        shift += share * sums.sum[j];
+        slope += share * sums.weighted[j] * double(c.rstd(set)[first + j]);
+      }
+      for (int64_t j = begin; j < begin + size; ++j) add(j, shift, slope);
+    });
+  }
+
   // Defers the correction of channels [first, first + n) of a norm over `count` values.
   static void defer(const NormArgs& norm, const Coefficients& c, const Sums& s, int64_t first, int64_t n, int64_t count,
                     Corrections& corrections, int64_t channel) {
     if (norm.frozen()) return;
-    for (int64_t j = 0; j < n; ++j) {
-      const double share = double(c.scale()[first + j]) / double(count);
-      corrections.add(channel + j, share * s.sum[j], share * s.weighted[j] * double(c.rstd()[first + j]));
-    }
+    for_each_term(norm, c, s, first, n, count, 0,
+                  [&](int64_t j, double shift, double slope) { corrections.add(0, channel + j, shift, slope); });
+  }
+  // The same for all channels of a norm and every set of `count` rows, as terms of x - mean with the means [sets, next]
+  // of single channels, which those of groups differ from.
+  void defer(const NormArgs& norm, const Coefficients& c, const Sums& s, int64_t count, Corrections& corrections,
+             const A* mean, int64_t next) const {
+    if (norm.frozen()) return;
+    for (int64_t set = 0; set < sets_; ++set)
+      for_each_term(norm, c, s, 0, c.n, count, set, [&](int64_t j, double shift, double slope) {
+        const double apart = double(mean[set * next + j]) - double(c.mean(set)[j]);
+        corrections.add(set, j, apart == 0 ? shift : shift + apart * slope, slope);
+      });
   }
 
-  // [2, n] of the channels from `first` on, which `count` values have; these corrections start anew.
+  // [sets, 2, n] of the channels from `first` on, which `count` values have; these corrections start anew.
   at::Tensor take(Corrections& corrections, int64_t first, int64_t n, int64_t count) const {
     const at::Tensor t = corrections.take<A>(first, n);
     this->sync.means(t, count);
@@ -154,8 +191,17 @@ class BlockBackward : public BlockForward<T> {
   // sums of norm_gradients(); `workspace` holds the terms that the result points to.
   NormBackward<T> norm_backward(const NormArgs& norm, const Coefficients& c, const Sums& s, const T* dv, const T* z,
                                 int64_t count, at::Tensor& workspace) const {
-    workspace = Base::template temporary<A>({2, c.n});
+    const bool has_terms = norm.groups > 0 && !norm.frozen();
+    workspace = Base::template temporary<A>({has_terms ? sets_ : 1, 2, c.n});
     A* t = workspace.mutable_data_ptr<A>();
+    if (has_terms) {
+      for (int64_t set = 0; set < sets_; ++set)
+        for_each_term(norm, c, s, 0, c.n, count, set, [&](int64_t j, double shift, double slope) {
+          t[2 * set * c.n + j] = A(shift);
+          t[(2 * set + 1) * c.n + j] = A(slope);
+        });
+      return {dv, z, c.n, c.scale(), c.mean(), c.rstd(), t, t + c.n, A(1), true};
+    }
     for (int64_t j = 0; j < c.n; ++j) {
       t[j] = A(s.sum[j]);
       t[c.n + j] = A(s.weighted[j]);
@@ -164,6 +210,18 @@ class BlockBackward : public BlockForward<T> {
     const A inv_count = norm.frozen() ? A(0) : A(1.0 / double(count));
     return {dv, z, c.n, c.scale(), c.mean(), c.rstd(), t, t + c.n, inv_count};
   }
+
+  // The terms of a set.
+  static NormBackward<T> of_set(NormBackward<T> norm, const Coefficients& c, int64_t set) {
+    if (!norm.has_terms) return norm;
+    norm.scale = c.scale(set);
+    norm.mean = c.mean(set);
+    norm.rstd = c.rstd(set);
+    norm.t1 += 2 * set * c.n;
+    norm.t2 += 2 * set * c.n;
+    return norm;
+  }
+  using Base::of_set;
 
   static at::Tensor vector(const double* v, int64_t n) {
     at::Tensor t = at::empty({n}, at::TensorOptions().dtype(at::kDouble));
@@ -176,29 +234,29 @@ class BlockBackward : public BlockForward<T> {
 
  private:
   Sums worker_sums(int64_t worker) {
-    double* s = sums_.mutable_data_ptr<double>() + worker * 2 * widest_;
-    return {s, s + widest_};
+    double* s = sums_.mutable_data_ptr<double>() + worker * sets_ * 2 * widest_;
+    return {s, s + widest_, 2 * widest_};
   }
   static double* row_of_worker(const at::Tensor& sums, int64_t worker) {
     return sums.defined() ? sums.mutable_data_ptr<double>() + worker * sums.size(1) : nullptr;
   }
   // Sums over all workers, in worker 0's place.
   Sums total_sums(int64_t n) {
-    const Sums total = worker_sums(0);
-    for (int64_t w = 1; w < this->workers; ++w) {
-      const Sums s = worker_sums(w);
-      for (int64_t j = 0; j < n; ++j) {
-        total.sum[j] += s.sum[j];
-        total.weighted[j] += s.weighted[j];
+    for (int64_t w = 1; w < this->workers; ++w)
+      for (int64_t set = 0; set < sets_; ++set) {
+        const Sums total = worker_sums(0).of(set), s = worker_sums(w).of(set);
+        for (int64_t j = 0; j < n; ++j) {
+          total.sum[j] += s.sum[j];
+          total.weighted[j] += s.weighted[j];
+        }
       }
-    }
-    return total;
+    return worker_sums(0);
   }
-  const int64_t widest_;
+  const int64_t widest_, sets_;
   const std::vector<bool>& needs_;
   const at::TensorList weights_;
   const at::TensorOptions options_;
-  at::Tensor sums_;                    // [workers, 2, widest]
+  at::Tensor sums_;                    // [workers, sets, 2, widest]
   at::Tensor slope_sums_, bias_sums_;  // [workers, numbers], undefined where there are none
   std::vector<at::Tensor> grads_;
 };

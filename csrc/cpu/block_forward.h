@@ -18,6 +18,13 @@
 
 namespace fastdense {
 
+// Runs of rows that share statistics: all of them, or those of one sample each.
+struct RowSets {
+  RowSets(int64_t rows) : rows(rows) {}  // NOLINT: all rows are one set
+  RowSets(int64_t count, int64_t rows) : count(count), rows(rows) {}
+  int64_t count = 1, rows;
+};
+
 template <typename T>
 class BlockForward {
  public:
@@ -53,14 +60,25 @@ class BlockForward {
     });
   }
 
-  int64_t num_chunks(int64_t rows, int64_t most) const {
-    const int64_t step = chunk_step(rows, most);
-    return (rows + step - 1) / step;
+  // body(worker, chunk, set, first row, rows): no chunk has rows of two sets.
+  template <typename Body>
+  void for_each_chunk(const RowSets& sets, int64_t most, const Body& body) const {
+    const int64_t step = chunk_step(sets, most), chunks = num_chunks(sets, most);
+    for_each_worker(sets.count * chunks, [&](int64_t worker, int64_t unit) {
+      const int64_t set = unit / chunks, row = unit % chunks * step;
+      body(worker, unit, set, set * sets.rows + row, std::min(step, sets.rows - row));
+    });
   }
 
-  int64_t chunk_count(int64_t rows, int64_t most, int64_t chunk) const {
-    const int64_t step = chunk_step(rows, most);
-    return std::min(step, rows - chunk * step);
+  // Of a set.
+  int64_t num_chunks(const RowSets& sets, int64_t most) const {
+    const int64_t step = chunk_step(sets, most);
+    return (sets.rows + step - 1) / step;
+  }
+
+  int64_t chunk_count(const RowSets& sets, int64_t most, int64_t chunk) const {
+    const int64_t step = chunk_step(sets, most);
+    return std::min(step, sets.rows - chunk * step);
   }
 
   // body(worker, unit) for all units; contiguous runs of units per worker.
@@ -118,35 +136,51 @@ class BlockForward {
   }
 
   struct Coefficients {
-    at::Tensor tensor;  // [4, n]: scale, shift, mean, rstd
+    at::Tensor tensor;  // [sets, 4, n]: scale, shift, mean, rstd
     int64_t n;
-    const A* row(int i) const { return tensor.const_data_ptr<A>() + i * n; }
-    const A* scale() const { return row(0); }
-    const A* shift() const { return row(1); }
-    const A* mean() const { return row(2); }
-    const A* rstd() const { return row(3); }
+    int64_t next = 0;  // numbers up to those of the next set; 0 where all sets have the same
+    const A* row(int i, int64_t set) const { return tensor.const_data_ptr<A>() + set * next + i * n; }
+    const A* scale(int64_t set = 0) const { return row(0, set); }
+    const A* shift(int64_t set = 0) const { return row(1, set); }
+    const A* mean(int64_t set = 0) const { return row(2, set); }
+    const A* rstd(int64_t set = 0) const { return row(3, set); }
   };
 
-  // From batch statistics, or from the running ones of a frozen norm.
-  Coefficients coefficients(const NormArgs& norm, const A* batch_mean, const A* batch_var, int64_t n) const {
-    Coefficients c{temporary<A>({4, n}), n};
-    A* out = c.tensor.template mutable_data_ptr<A>();
+  // From statistics of `sets` sets of rows, those of a set `next` numbers behind those of the one before it, or from
+  // the running ones of a frozen norm.
+  Coefficients coefficients(const NormArgs& norm, const A* set_mean, const A* set_var, int64_t n, int64_t sets = 1,
+                            int64_t next = 0) const {
+    const int64_t count = norm.frozen() ? 1 : sets;
+    Coefficients c{temporary<A>({count, 4, n}), n, count > 1 ? 4 * n : 0};
     const at::Tensor weight = norm.weight.defined() ? accumulate_type(norm.weight) : norm.weight;
     const at::Tensor bias = norm.bias.defined() ? accumulate_type(norm.bias) : norm.bias;
     const at::Tensor mean = norm.frozen() ? accumulate_type(norm.running_mean) : norm.running_mean;
     const at::Tensor var = norm.frozen() ? accumulate_type(norm.running_var) : norm.running_var;
-    const A* m = norm.frozen() ? mean.const_data_ptr<A>() : batch_mean;
-    const A* v = norm.frozen() ? var.const_data_ptr<A>() : batch_var;
     const A* w = weight.defined() ? weight.const_data_ptr<A>() : nullptr;
     const A* b = bias.defined() ? bias.const_data_ptr<A>() : nullptr;
-    for (int64_t j = 0; j < n; ++j) {
-      const auto k = norm_coefficients<A>(w ? w[j] : A(1), b ? b[j] : A(0), m[j], v[j], A(norm.eps));
-      out[j] = k.scale;
-      out[n + j] = k.shift;
-      out[2 * n + j] = k.mean;
-      out[3 * n + j] = k.rstd;
+    for (int64_t set = 0; set < count; ++set) {
+      const A* m = norm.frozen() ? mean.const_data_ptr<A>() : set_mean + set * next;
+      const A* v = norm.frozen() ? var.const_data_ptr<A>() : set_var + set * next;
+      A* out = c.tensor.template mutable_data_ptr<A>() + set * c.next;
+      for_each_group(norm, n, [&](int64_t begin, int64_t size) {
+        const BatchMoments<A> moments = size == 1 ? BatchMoments<A>{m[begin], v[begin]} : of_group(m, v, begin, size);
+        for (int64_t j = begin; j < begin + size; ++j) {
+          const auto k = norm_coefficients<A>(w ? w[j] : A(1), b ? b[j] : A(0), moments.mean, moments.var, A(norm.eps));
+          out[j] = k.scale;
+          out[n + j] = k.shift;
+          out[2 * n + j] = k.mean;
+          out[3 * n + j] = k.rstd;
+        }
+      });
     }
     return c;
+  }
+
+  // body(first, channels) for all groups of n channels that share statistics; a batch norm's are single channels.
+  template <typename Body>
+  static void for_each_group(const NormArgs& norm, int64_t n, const Body& body) {
+    const int64_t size = norm.groups > 0 && !norm.frozen() ? n / norm.groups : 1;
+    for (int64_t begin = 0; begin < n; begin += size) body(begin, size);
   }
 
   // `n` columns of x from channel `first` of the norm on.
@@ -154,6 +188,12 @@ class BlockForward {
     return {x, ld, n, c.scale() + first, c.shift() + first};
   }
   static Source<T> source(const T* x, int64_t ld, const Coefficients& c) { return source(x, ld, c, 0, c.n); }
+  // The same columns with the coefficients of a set.
+  static Source<T> of_set(Source<T> source, const Coefficients& c, int64_t set) {
+    source.scale += set * c.next;
+    source.shift += set * c.next;
+    return source;
+  }
 
   // Moments [units, 2, n] of units of count(unit) rows each, combined in order.
   void combine(const at::Tensor& partial, int64_t n, const std::function<int64_t(int64_t)>& count, A* mean,
@@ -171,15 +211,23 @@ class BlockForward {
     sync.moments(mean, var, n, rows, at::TensorOptions());
   }
 
-  // Batch statistics of n columns of x[rows, ld].
-  void statistics(const T* x, int64_t ld, int64_t rows, int64_t n, A* mean, A* var) const {
+  // The same for each of `sets` sets of as many units; `next`: see coefficients().
+  void combine(const at::Tensor& partial, int64_t n, const std::function<int64_t(int64_t)>& count, A* mean, A* var,
+               int64_t sets, int64_t next) const {
+    const int64_t units = sets > 0 ? partial.size(0) / sets : 0;
+    for (int64_t set = 0; set < sets; ++set)
+      combine(partial.narrow(0, set * units, units), n, count, mean + set * next, var + set * next);
+  }
+
+  // Statistics of n columns of x[rows, ld].
+  void statistics(const T* x, int64_t ld, const RowSets& sets, int64_t n, A* mean, A* var, int64_t next = 0) const {
     constexpr int64_t kRows = 1024;
-    at::Tensor partial = temporary<double>({num_chunks(rows, kRows), 2, n});
+    at::Tensor partial = temporary<double>({sets.count * num_chunks(sets, kRows), 2, n});
     double* p = partial.mutable_data_ptr<double>();
-    for_each_chunk(rows, kRows, [&](int64_t, int64_t chunk, int64_t row, int64_t count) {
+    for_each_chunk(sets, kRows, [&](int64_t, int64_t chunk, int64_t, int64_t row, int64_t count) {
       kernels.moments(x + row * ld, ld, count, n, p + 2 * chunk * n, p + (2 * chunk + 1) * n);
     });
-    combine(partial, n, [&](int64_t u) { return chunk_count(rows, kRows, u); }, mean, var);
+    combine(partial, n, [&](int64_t u) { return chunk_count(sets, kRows, u); }, mean, var, sets.count, next);
   }
 
   const Conv1x1Kernels<T>& kernels;
@@ -187,10 +235,23 @@ class BlockForward {
   const SyncBatchNorm sync;
 
  private:
+  template <typename V>
+  struct BatchMoments {
+    V mean, var;
+  };
+  // Of the values of `size` channels with as many values each.
+  static BatchMoments<A> of_group(const A* mean, const A* var, int64_t begin, int64_t size) {
+    Moments<double> total{0, 0, 0};
+    for (int64_t j = begin; j < begin + size; ++j)
+      total = combine_moments<double>(total, {1, double(mean[j]), double(var[j])});
+    return {A(total.mean), A(total.m2 / total.count)};
+  }
+
   // Enough chunks for all workers, equal in size, and rows a multiple of every tile where there are many.
-  int64_t chunk_step(int64_t rows, int64_t most) const {
+  int64_t chunk_step(const RowSets& sets, int64_t most) const {
+    const int64_t rows = sets.rows, shares = sets.count < workers ? workers : 1;
     const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
-    const int64_t balanced = (chunks + workers - 1) / workers * workers;
+    const int64_t balanced = (chunks + shares - 1) / shares * shares;
     const int64_t step = (rows + balanced - 1) / balanced;
     const int64_t multiple = std::max<int64_t>(kernels.align, 12), whole = (step + multiple - 1) / multiple * multiple;
     return std::max<int64_t>(1, step > 48 && whole <= most ? whole : step);

@@ -97,6 +97,42 @@ void read_tail(const char* op, WeightReader& reader, ActivationReader& activatio
   }
 }
 
+void check_groups(const char* op, const DenseBlockArgs& args, const NormArgs& norm, const std::string& name,
+                  int64_t channels, bool dropped) {
+  if (norm.frozen() || dropped) {
+    TORCH_CHECK_VALUE(norm.groups == 0, op, ": expected groups of ", name,
+                      " to be 0, as it is frozen or its layer is dropped, got ", norm.groups);
+    return;
+  }
+  TORCH_CHECK_VALUE(norm.groups > 0, op, ": expected groups of ", name,
+                    " to be at least 1 like those of other norms, not statistics of the batch, got ", norm.groups);
+  TORCH_CHECK_VALUE(channels % norm.groups == 0, op, ": expected groups of ", name, " to divide its ", channels,
+                    " channels, got ", norm.groups);
+  TORCH_CHECK_VALUE(args.batch * (channels / norm.groups) * args.conv.pixels() != 1, op,
+                    ": expected input to have more than 1 value per channel when training, got shape ",
+                    at::IntArrayRef(args.sizes(args.in_channels)));
+}
+
+// Of all norms, in order.
+void read_groups(const char* op, at::IntArrayRef groups, DenseBlockArgs& args) {
+  args.per_sample = !groups.empty();
+  if (!args.per_sample) return;
+  TORCH_CHECK_VALUE(args.process_group.empty(), op, ": expected process_group to be empty with norms of samples, got ",
+                    args.process_group);
+  const int64_t* next = groups.begin();
+  const auto read = [&](NormArgs& norm, const std::string& name, int64_t channels, bool dropped = false) {
+    norm.groups = *next++;
+    check_groups(op, args, norm, name, channels, dropped);
+  };
+  for (size_t l = 0; l < args.layers.size(); ++l) {
+    LayerArgs& layer = args.layers[l];
+    const std::string name = "layer " + std::to_string(l);
+    read(layer.norm1, name + ".norm1", layer.channels, layer.dropped);
+    if (args.bottleneck) read(layer.norm2, name + ".norm2", args.width, layer.dropped);
+  }
+  if (args.tail != Tail::kNone) read(args.tail_norm, "tail.norm", args.channels());
+}
+
 // What stands behind all norms and convolutions: PReLU's parameters, and biases.
 void read_extras(const char* op, WeightReader& reader, DenseBlockArgs& args) {
   const auto slope = [&](ActivationArgs& act, const std::string& name, int64_t channels) {
@@ -158,7 +194,7 @@ bool DenseBlockArgs::any_batch_statistics() const {
 }
 
 bool DenseBlockArgs::all_statistics() const {
-  if (pixels() == 0 || !any_batch_statistics()) return false;
+  if (pixels() == 0 || per_sample || !any_batch_statistics()) return false;
   return std::none_of(layers.begin(), layers.end(),
                       [&](const LayerArgs& layer) { return layer.dropped || (bottleneck && layer.norm2.frozen()); });
 }
@@ -171,11 +207,16 @@ int64_t DenseBlockArgs::lowest_layer(const std::vector<bool>& needs) const {
 }
 
 bool DenseBlockArgs::has_extras() const {
+  if (per_sample) return true;
   const auto other = [](const ActivationArgs& act) { return act.kind != Activation::kRelu; };
   for (const LayerArgs& layer : layers)
     if (other(layer.act1) || other(layer.act2) || layer.bias1.weight.defined() || layer.bias2.weight.defined())
       return true;
   return (tail != Tail::kNone && tail != Tail::kNorm && other(tail_act)) || tail_bias.weight.defined();
+}
+
+std::vector<int64_t> DenseBlockArgs::statistics_sizes() const {
+  return per_sample ? std::vector<int64_t>{batch, statistics()} : std::vector<int64_t>{statistics()};
 }
 
 std::vector<int64_t> DenseBlockArgs::sizes(int64_t channels, bool pooled) const {
@@ -190,7 +231,7 @@ std::vector<int64_t> DenseBlockArgs::out_sizes() const {
 
 DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at::TensorOptions& options,
                                  at::TensorList weights, const DenseBlockOptions& how) {
-  const auto& [eps, num_layers, bottleneck, tail, drop_rate, seed, process_group, names, numbers] = how;
+  const auto& [eps, num_layers, bottleneck, tail, drop_rate, seed, process_group, names, numbers, groups] = how;
   TORCH_CHECK_VALUE(3 <= sizes.size() && sizes.size() <= 5, op,
                     ": expected input to have 3 to 5 dimensions [N, C, spatial], got shape ", sizes);
   for (const int64_t size : sizes.slice(1)) check_at_least(op, "every size of input but the batch's", size, 1);
@@ -214,6 +255,7 @@ DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at
   const bool has_extras = int64_t(weights.size()) == expected + norms + convs && !weights.empty();
   if (!has_extras) check_entries(op, "weights", weights.size(), expected);
   check_entries(op, "eps", eps.size(), norms);
+  if (!groups.empty()) check_entries(op, "groups", groups.size(), norms);
   check_input(op, sizes, weights, num_layers, args.tail);
   args.batch = sizes[0];
   args.in_channels = sizes[1];
@@ -228,9 +270,10 @@ DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at
   read_tail(op, reader, activations, args);
   if (has_extras) read_extras(op, reader, args);
   check_prelus(op, args);
+  read_groups(op, groups, args);
   args.constants = reader.constants();
   args.readers = readers_of(args, weights.size());
-  TORCH_CHECK_VALUE(args.pixels() != 1 || !args.any_batch_statistics() || !process_group.empty(), op,
+  TORCH_CHECK_VALUE(args.pixels() != 1 || args.per_sample || !args.any_batch_statistics() || !process_group.empty(), op,
                     ": expected input to have more than 1 value per channel when training, got shape ", sizes);
   return args;
 }
@@ -238,8 +281,8 @@ DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at
 DenseBlockSaved check_dense_block_saved(const char* op, const DenseBlockArgs& args, const at::Tensor& grad_output,
                                         const DenseBlockSaved& given) {
   check_channels(op, "buffer", given.buffer, args.channels());
-  check_statistics(op, "mean", given.mean, args.statistics(), "buffer", given.buffer);
-  check_statistics(op, "var", given.var, args.statistics(), "buffer", given.buffer);
+  check_statistics(op, "mean", given.mean, args.statistics_sizes(), "buffer", given.buffer);
+  check_statistics(op, "var", given.var, args.statistics_sizes(), "buffer", given.buffer);
   const at::Tensor z =
       kept_rows(op, "z", given.z, {args.active_layers(), args.pixels(), args.width}, "buffer", given.buffer);
   check_like(op, "grad_output", grad_output, "buffer", given.buffer);
@@ -256,8 +299,8 @@ DenseBlockOutputs allocate_dense_block(const DenseBlockArgs& args, const at::Ten
   for (const LayerArgs& layer : args.layers)
     if (layer.dropped) o.buffer.narrow(1, layer.channels, args.growth).zero_();
   const auto allocate = [&] {
-    return args.all_statistics() ? at::empty({args.statistics()}, statistics)
-                                 : at::zeros({args.statistics()}, statistics);
+    return args.all_statistics() ? at::empty(args.statistics_sizes(), statistics)
+                                 : at::zeros(args.statistics_sizes(), statistics);
   };
   o.mean = allocate();
   o.var = allocate();

@@ -15,12 +15,16 @@
 // Stochastic depth drops layers: a dropped one writes zeros, which later layers read like any other values (mean and
 // variance 0), and neither pass computes or saves anything else for it.
 //
+// Instance and group norms have statistics of each sample: those of single channels are taken once per sample, when a
+// slice is written, and a norm's coefficients, a row of them for each sample, follow from them, whatever groups of
+// channels it has.  So do the corrections, of which there are two numbers per sample and channel.
+//
 // Each norm is followed by its activation, ReLU unless another is named.  Activations have no state: backward makes
 // what they read again from the buffer and takes their derivative there.
 //
-// Saved: the buffer, mean and variance [C + L*b], and in `keep_bottleneck` mode the 1x1 outputs z [layers that are not
-// dropped, pixels, b].
-// Recomputed: norm + ReLU of every prefix, norm2 + ReLU, dropout masks, and z when it was not saved.
+// Saved: the buffer, mean and variance [C + L*b], or [N, C + L*b] of each sample, and in `keep_bottleneck` mode the 1x1
+// outputs z [layers that are not dropped, pixels, b]. Recomputed: norm + ReLU of every prefix, norm2 + ReLU, dropout
+// masks, and z when it was not saved.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -63,6 +67,7 @@ struct DenseBlockArgs {
   PoolGeometry pool{};
   double drop_rate = 0;
   bool recompute = false;          // backward runs forward again: both runs make z, whatever their norms are
+  bool per_sample = false;         // norms that are not frozen have statistics of one sample, not of the batch
   std::string process_group;       // see SyncBatchNorm
   std::vector<int64_t> constants;  // positions of weights without a gradient
   std::vector<int64_t> readers;    // of each weight: the layer that reads it, or their number for the tail's
@@ -70,11 +75,14 @@ struct DenseBlockArgs {
   int64_t channels() const { return in_channels + int64_t(layers.size()) * growth; }
   int64_t pixels() const { return batch * conv.pixels(); }
   int64_t statistics() const { return channels() + int64_t(layers.size()) * width; }
+  std::vector<int64_t> statistics_sizes() const;
+  // Sets of rows with statistics of their own.
+  int64_t sets() const { return per_sample ? batch : 1; }
   // Where the statistics of layer l's norm2 start; those of prefixes start at 0.
   int64_t norm2_statistics(int64_t l) const { return channels() + l * width; }
   int64_t active_layers() const;
   bool any_batch_statistics() const;
-  bool has_extras() const;  // another activation than ReLU, or a bias
+  bool has_extras() const;  // another activation than ReLU, a bias, or norms that are no batch norms
   // Whether forward computes every statistic; what it does not compute is zero.
   bool all_statistics() const;
   // Backward leaves out the layers below the lowest one with a parameter or input that needs a gradient; `needs` is
@@ -95,6 +103,7 @@ struct DenseBlockOptions {
   std::string_view process_group;
   std::string_view activations;
   at::ArrayRef<double> activation_parameters;
+  at::IntArrayRef groups;  // of each norm
 };
 
 // Reads and checks the arguments.  `sizes` is the shape of the input; the lists are laid out as in ops/dense_block.py:
@@ -103,7 +112,9 @@ struct DenseBlockOptions {
 // [k, 0, kernel...], for a dropped layer's.  Behind these, if any is given: for each layer PReLU's parameter of act1,
 // the bias of conv1, PReLU's parameter of act2, the bias of conv2 (without a bottleneck the first and the last of
 // them), then the same of the tail.  `activations` has one name for each norm, or none where all are ReLU, and
-// `activation_parameters` two numbers for each, see ActivationReader.
+// `activation_parameters` two numbers for each, see ActivationReader.  `groups` has for each norm how many groups of
+// channels share statistics of one sample: as many as channels for an instance norm, 0 for frozen norms and those of
+// dropped layers; it is empty where norms take the statistics of the batch.
 DenseBlockArgs parse_dense_block(const char* op, at::IntArrayRef sizes, const at::TensorOptions& options,
                                  at::TensorList weights, const DenseBlockOptions& how);
 

@@ -23,18 +23,21 @@ class Backward : BlockBackward<T> {
  public:
   Backward(const DenseBlockArgs& args, const DenseBlockSaved& saved, uint64_t seed, const std::vector<bool>& needs,
            at::TensorList weights)
-      : Base(needs, weights, saved.buffer.options(), std::max(args.channels(), args.width), args.process_group),
+      : Base(needs, weights, saved.buffer.options(), std::max(args.channels(), args.width), args.process_group,
+             args.sets()),
         args_(args),
         conv_(args, *this),
         seed_(seed),
         pixels_(args.pixels()),
+        sets_(row_sets(args, pixels_)),
+        next_(args.statistics()),
         ld_(args.channels()),
         x_(static_cast<const T*>(saved.buffer.const_data_ptr())),
         mean_(saved.mean.const_data_ptr<A>()),
         var_(saved.var.const_data_ptr<A>()),
         z_(saved.z),
         lowest_layer_(args.lowest_layer(needs)),
-        corrections_(ld_) {}
+        corrections_(ld_, args.sets()) {}
 
   std::vector<at::Tensor> run(const at::Tensor& grad_output) {
     gradient_ = empty_channels_last(args_.sizes(ld_), this->options());
@@ -71,22 +74,34 @@ class Backward : BlockBackward<T> {
   // The consumer of a prefix is done: its parameter gradients, and the deferred correction of its channels.
   void consumed(const NormArgs& norm, const Coefficients& c) {
     const Sums s = this->norm_gradients(norm, c);
-    this->defer(norm, c, s, 0, c.n, pixels_, corrections_, 0);
+    this->defer(norm, c, s, sets_.rows, corrections_, mean_, next_);
+  }
+
+  // Coefficients of a norm of n channels whose statistics start at `at`.
+  Coefficients norm_of(const NormArgs& norm, int64_t at, int64_t n) const {
+    return this->coefficients(norm, mean_ + at, var_ + at, n, sets_.count, next_);
+  }
+
+  // Columns [first, first + n) of the gradient with their corrections, for a set.
+  Gradient<T> corrected(const at::Tensor& corrections, int64_t first, int64_t n, int64_t set) const {
+    const A* shift_sum = corrections.const_data_ptr<A>() + 2 * set * n;
+    return {g_ + first, ld_, n, x_ + first, ld_, mean_ + set * next_ + first, shift_sum, shift_sum + n};
   }
 
   void transition(const at::Tensor& grad) {
     const int64_t co = args_.tail_conv.weight.size(0);
-    const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
+    const Coefficients c = norm_of(args_.tail_norm, 0, ld_);
     const at::Tensor panels = this->pack_backward(args_.tail_conv.weight, 0, ld_);
     const at::Tensor dweight = this->worker_gradients(this->needs(args_.tail_conv.at), co, ld_);
     const Gradient<T> dy{static_cast<const T*>(grad.const_data_ptr()), co, co};
     const NormActivation<T> act(args_.tail_act, ld_);
     const Source<T> source = act.of(this->source(x_, ld_, c));
     start_sums(args_.tail_act, ld_, args_.tail_bias);
-    this->for_each_chunk(args_.batch * args_.pool.pixels(), kernels.backward_rows,
-                         [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-                           kernels.conv1x1_backward(source, &args_.pool, row, rows, {dy}, this->panels_of(panels),
-                                                    this->epilogue(worker, g_, ld_, true, c.mean(), dweight),
+    this->for_each_chunk(row_sets(args_, args_.batch * args_.pool.pixels()), kernels.backward_rows,
+                         [&](int64_t worker, int64_t, int64_t set, int64_t row, int64_t rows) {
+                           kernels.conv1x1_backward(this->of_set(source, c, set), &args_.pool, row, rows, {dy},
+                                                    this->panels_of(panels),
+                                                    this->epilogue(worker, g_, ld_, true, c.mean(set), dweight, set),
                                                     this->workspace(worker));
                          });
     if (this->needs(args_.tail_conv.at)) this->set(args_.tail_conv.at, this->total(dweight, co, ld_));
@@ -95,16 +110,17 @@ class Backward : BlockBackward<T> {
   }
 
   void norm(const at::Tensor& grad) {
-    const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
+    const Coefficients c = norm_of(args_.tail_norm, 0, ld_);
     const at::Tensor none = this->worker_gradients(false, 0, 0);
     const T* dy = static_cast<const T*>(grad.const_data_ptr());
     const NormActivation<T> act(args_.tail_act, ld_);
     const Source<T> source = act.of(this->source(x_, ld_, c));
     start_sums(args_.tail_act, ld_);
-    this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      kernels.norm_backward(source, args_.tail == Tail::kNormRelu, row, rows, dy,
-                            this->epilogue(worker, g_, ld_, true, c.mean(), none), this->workspace(worker));
-    });
+    this->for_each_chunk(
+        sets_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t set, int64_t row, int64_t rows) {
+          kernels.norm_backward(this->of_set(source, c, set), args_.tail == Tail::kNormRelu, row, rows, dy,
+                                this->epilogue(worker, g_, ld_, true, c.mean(set), none, set), this->workspace(worker));
+        });
     set_extras(args_.tail_act);
     consumed(args_.tail_norm, c);
   }
@@ -113,14 +129,13 @@ class Backward : BlockBackward<T> {
   at::Tensor slice_gradient(int64_t l) {
     const int64_t c = args_.layers[l].channels, k = args_.growth;
     const at::Tensor corrections = this->take(corrections_, c, k, pixels_);
-    const A* shift_sum = corrections.const_data_ptr<A>();
     if (!d_.defined()) d_ = this->bytes(pixels_ * k * kernels.operand_bytes);
-    const Gradient<T> gradient{g_ + c, ld_, k, x_ + c, ld_, mean_ + c, shift_sum, shift_sum + k};
     void* out = d_.mutable_data_ptr();
     const Dropout dropout = conv_.dropout(seed_, l);
-    this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
-      conv_.kernels.finalise(gradient, row, rows, dropout, out);
-    });
+    this->for_each_chunk(sets_, 4 * kernels.backward_rows,
+                         [&](int64_t, int64_t, int64_t set, int64_t row, int64_t rows) {
+                           conv_.kernels.finalise(corrected(corrections, c, k, set), row, rows, dropout, out);
+                         });
     return d_;
   }
 
@@ -134,75 +149,75 @@ class Backward : BlockBackward<T> {
   void input() {
     const int64_t n = args_.in_channels;
     const at::Tensor corrections = this->take(corrections_, 0, n, pixels_);
-    const A* shift_sum = corrections.const_data_ptr<A>();
-    const Gradient<T> gradient{g_, ld_, n, x_, ld_, mean_, shift_sum, shift_sum + n};
     this->grads()[0] = empty_channels_last(args_.sizes(n), this->options());
     T* dx = static_cast<T*>(this->grads()[0].mutable_data_ptr());
-    this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
-      kernels.finalise(gradient, row, rows, dx);
-    });
+    this->for_each_chunk(sets_, 4 * kernels.backward_rows,
+                         [&](int64_t, int64_t, int64_t set, int64_t row, int64_t rows) {
+                           kernels.finalise(corrected(corrections, 0, n, set), row, rows, dx);
+                         });
   }
 
   void layer(int64_t l) {
     const LayerArgs& layer = args_.layers[l];
-    const Coefficients c1 = this->coefficients(layer.norm1, mean_, var_, layer.channels);
+    const Coefficients c1 = norm_of(layer.norm1, 0, layer.channels);
     const NormActivation<T> act1(layer.act1, layer.channels), act2(layer.act2, args_.width);
     const Source<T> prefix = act1.of(this->source(x_, ld_, c1));
     const at::Tensor d = slice_gradient(l);
     if (layer.bias2.weight.defined() && this->needs(layer.bias2.at)) this->set(layer.bias2.at, sum_of_slice(d));
     if (!args_.bottleneck) {
       start_sums(layer.act1, layer.channels);
-      conv(layer, prefix, d, g_, ld_, true, c1.mean());
+      conv(layer, prefix, c1, d, g_, ld_, true);
       set_extras(layer.act1);
       return consumed(layer.norm1, c1);
     }
-    const at::Tensor z = bottleneck(l, prefix);
+    const at::Tensor z = bottleneck(l, prefix, c1);
     const T* zp = static_cast<const T*>(z.const_data_ptr());
     const int64_t at = args_.norm2_statistics(l), b = args_.width;
-    const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, b);
+    const Coefficients c2 = norm_of(layer.norm2, at, b);
     if (!dv_.defined()) dv_ = at::empty({pixels_, b}, this->options());
     T* dvp = static_cast<T*>(dv_.mutable_data_ptr());
     start_sums(layer.act2, b);
-    conv(layer, act2.of(this->source(zp, b, c2)), d, dvp, b, false, c2.mean());
+    conv(layer, act2.of(this->source(zp, b, c2)), c2, d, dvp, b, false);
     set_extras(layer.act2);
     const Sums t = this->norm_gradients(layer.norm2, c2);
     at::Tensor memory;
     start_sums(layer.act1, layer.channels, layer.bias1);
-    conv1x1(layer, prefix, c1, this->norm_backward(layer.norm2, c2, t, dvp, zp, pixels_, memory));
+    conv1x1(layer, prefix, c1, c2, this->norm_backward(layer.norm2, c2, t, dvp, zp, sets_.rows, memory));
     set_extras(layer.act1, layer.bias1);
     consumed(layer.norm1, c1);
   }
 
   // The saved output of the 1x1, or the same recomputed.
-  at::Tensor bottleneck(int64_t l, const Source<T>& prefix) {
+  at::Tensor bottleneck(int64_t l, const Source<T>& prefix, const Coefficients& c1) {
     if (z_.size(0) > 0) return z_[args_.layers[size_t(l)].z_index];
     if (!z_again_.defined()) z_again_ = at::empty({pixels_, args_.width}, this->options());
-    make_bottleneck(*this, args_.layers[l], pixels_, prefix, static_cast<T*>(z_again_.mutable_data_ptr()), nullptr);
+    make_bottleneck(*this, args_.layers[l], sets_, prefix, c1, static_cast<T*>(z_again_.mutable_data_ptr()), nullptr);
     return z_again_;
   }
 
-  void conv(const LayerArgs& layer, const Source<T>& source, const at::Tensor& d, T* gradient, int64_t ld,
-            bool accumulate, const A* mean) {
+  void conv(const LayerArgs& layer, const Source<T>& source, const Coefficients& c, const at::Tensor& d, T* gradient,
+            int64_t ld, bool accumulate) {
     if (conv_.kernels.uses_winograd_backward(args_.conv))
-      return conv_winograd(layer, source, d, gradient, ld, accumulate, mean);
+      return conv_winograd(layer, source, c, d, gradient, ld, accumulate);
     const int64_t k = args_.growth, depth = args_.conv.taps() * k, n = source.channels;
     const at::Tensor weight = BlockForward<T>::tap_rows(layer.conv2.weight);
     const at::Tensor panels = this->pack(weight.template const_data_ptr<A>(), depth, n, n, 1);
     const at::Tensor dweight = this->worker_gradients(this->needs(layer.conv2.at), depth, n);
     const SliceGradient slice{d.const_data_ptr(), k};
-    this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      conv_.kernels.conv_backward(source, args_.conv, row, rows, slice, this->panels_of(panels),
-                                  this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
-                                  this->workspace(worker));
-    });
+    this->for_each_chunk(
+        sets_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t set, int64_t row, int64_t rows) {
+          conv_.kernels.conv_backward(
+              this->of_set(source, c, set), args_.conv, row, rows, slice, this->panels_of(panels),
+              this->epilogue(worker, gradient, ld, accumulate, c.mean(set), dweight, set), this->workspace(worker));
+        });
     if (!this->needs(layer.conv2.at)) return;
     const at::Tensor by_tap = this->total(dweight, depth, n).reshape({args_.conv.taps(), k, n});
     this->set(layer.conv2.at, by_tap.permute({1, 2, 0}));
   }
 
   // The same by Winograd's products, in tiles of whole rows.
-  void conv_winograd(const LayerArgs& layer, const Source<T>& source, const at::Tensor& d, T* gradient, int64_t ld,
-                     bool accumulate, const A* mean) {
+  void conv_winograd(const LayerArgs& layer, const Source<T>& source, const Coefficients& c, const at::Tensor& d,
+                     T* gradient, int64_t ld, bool accumulate) {
     const auto& kernels = conv_.kernels;
     const int64_t k = args_.growth, height = args_.conv.size[0], rows = kernels.winograd_rows_backward(args_.conv, k);
     const int64_t tiles = (height + rows - 1) / rows;
@@ -212,30 +227,37 @@ class Backward : BlockBackward<T> {
     const SliceGradient slice{d.const_data_ptr(), k};
     this->for_each_worker(args_.batch * tiles, [&](int64_t worker, int64_t unit) {
       const int64_t row = unit % tiles * rows;
-      const Tile tile{unit / tiles, row, std::min(rows, height - row), 0, args_.conv.size[1]};
-      kernels.conv_winograd_backward(source, args_.conv, tile, slice, this->panels_of(panels),
-                                     this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
+      const int64_t image = unit / tiles, set = args_.per_sample ? image : 0;
+      const Tile tile{image, row, std::min(rows, height - row), 0, args_.conv.size[1]};
+      kernels.conv_winograd_backward(this->of_set(source, c, set), args_.conv, tile, slice, this->panels_of(panels),
+                                     this->epilogue(worker, gradient, ld, accumulate, c.mean(set), dweight, set),
                                      this->workspace(worker));
     });
     if (needed)
       this->set(layer.conv2.at, sum_conv2d_weight_gradient(*this, kernels, args_.conv, layer.conv2.weight, dweight));
   }
 
-  void conv1x1(const LayerArgs& layer, const Source<T>& prefix, const Coefficients& c1, const NormBackward<T>& norm2) {
+  void conv1x1(const LayerArgs& layer, const Source<T>& prefix, const Coefficients& c1, const Coefficients& c2,
+               const NormBackward<T>& norm2) {
     const int64_t b = args_.width, c = layer.channels;
     const at::Tensor panels = this->pack_backward(layer.conv1.weight, 0, c);
     const at::Tensor dweight = this->worker_gradients(this->needs(layer.conv1.at), b, c);
-    this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      kernels.conv1x1_norm_backward(prefix, row, rows, norm2, this->panels_of(panels),
-                                    this->epilogue(worker, g_, ld_, true, c1.mean(), dweight), this->workspace(worker));
-    });
+    this->for_each_chunk(
+        sets_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t set, int64_t row, int64_t rows) {
+          kernels.conv1x1_norm_backward(
+              this->of_set(prefix, c1, set), row, rows, this->of_set(norm2, c2, set), this->panels_of(panels),
+              this->epilogue(worker, g_, ld_, true, c1.mean(set), dweight, set), this->workspace(worker));
+        });
     if (this->needs(layer.conv1.at)) this->set(layer.conv1.at, this->total(dweight, b, c));
   }
 
   const DenseBlockArgs& args_;
   const DenseBlockConvolution<T> conv_;
   const uint64_t seed_;
-  const int64_t pixels_, ld_;
+  const int64_t pixels_;
+  const RowSets sets_;  // of pixels
+  const int64_t next_;  // numbers between the statistics of two sets
+  const int64_t ld_;
   const T* const x_;
   const A *const mean_, *const var_;
   const at::Tensor z_;

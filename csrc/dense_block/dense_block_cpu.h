@@ -8,6 +8,11 @@
 
 namespace fastdense {
 
+// A block's rows with statistics of their own: all, or those of each sample.
+inline RowSets row_sets(const DenseBlockArgs& args, int64_t rows) {
+  return args.per_sample ? RowSets(args.batch, rows / args.batch) : RowSets(rows);
+}
+
 template <typename T>
 class DenseBlockConvolution {
  public:
@@ -79,19 +84,21 @@ class NormActivation {
   at::Tensor slope_;
 };
 
-// z [pixels, b] = act(prefix) * conv1^T + bias; partial [chunks, 2, b]: mean and M2 of each chunk, or nullptr.
+// z [pixels, b] = act(prefix) * conv1^T + bias; partial [chunks, 2, b]: mean and M2 of each chunk, or nullptr.  A set
+// of pixels has its row of the coefficients.
 template <typename T>
-void make_bottleneck(const BlockForward<T>& block, const LayerArgs& layer, int64_t pixels, const Source<T>& prefix,
-                     T* z, double* partial) {
+void make_bottleneck(const BlockForward<T>& block, const LayerArgs& layer, const RowSets& pixels,
+                     const Source<T>& prefix, const typename BlockForward<T>::Coefficients& c, T* z, double* partial) {
   const int64_t b = layer.conv1.weight.size(0);
   const at::Tensor panels = block.pack_forward(layer.conv1.weight), bias = block.bias_of(layer.bias1);
-  block.for_each_chunk(
-      pixels, block.kernels.chunk_rows(layer.channels), [&](int64_t worker, int64_t chunk, int64_t row, int64_t count) {
-        double* moments = partial ? partial + 2 * chunk * b : nullptr;
-        block.kernels.conv1x1({prefix}, nullptr, row, count, block.panels_of(panels),
-                              {{z, b, b, moments, moments ? moments + b : nullptr, nullptr, 0, block.data_of(bias)}},
-                              block.workspace(worker));
-      });
+  block.for_each_chunk(pixels, block.kernels.chunk_rows(layer.channels),
+                       [&](int64_t worker, int64_t chunk, int64_t set, int64_t row, int64_t count) {
+                         double* moments = partial ? partial + 2 * chunk * b : nullptr;
+                         block.kernels.conv1x1(
+                             {block.of_set(prefix, c, set)}, nullptr, row, count, block.panels_of(panels),
+                             {{z, b, b, moments, moments ? moments + b : nullptr, nullptr, 0, block.data_of(bias)}},
+                             block.workspace(worker));
+                       });
 }
 
 }  // namespace fastdense

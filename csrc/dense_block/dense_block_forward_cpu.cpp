@@ -22,6 +22,8 @@ class Forward : BlockForward<T> {
         conv_(args, *this),
         seed_(seed),
         pixels_(args.pixels()),
+        sets_(row_sets(args, pixels_)),
+        next_(args.statistics()),
         ld_(args.channels()),
         x_(static_cast<T*>(o.buffer.mutable_data_ptr())),
         mean_(o.mean.mutable_data_ptr<A>()),
@@ -30,7 +32,7 @@ class Forward : BlockForward<T> {
 
   void run(const at::Tensor& input, const DenseBlockOutputs& o) {
     o.buffer.narrow(1, 0, args_.in_channels).copy_(input);
-    if (args_.any_batch_statistics()) this->statistics(x_, ld_, pixels_, args_.in_channels, mean_, var_);
+    if (args_.any_batch_statistics()) this->statistics(x_, ld_, sets_, args_.in_channels, mean_, var_, next_);
     if (args_.bottleneck && z_.size(0) == 0 && args_.active_layers() > 0)
       one_z_ = at::empty({pixels_, args_.width}, o.z.options());
     for (size_t l = 0; l < args_.layers.size(); ++l)
@@ -42,27 +44,34 @@ class Forward : BlockForward<T> {
  private:
   void layer(int64_t l) {
     const LayerArgs& layer = args_.layers[l];
-    const Coefficients c1 = this->coefficients(layer.norm1, mean_, var_, layer.channels);
+    const Coefficients c1 = norm_of(layer.norm1, 0, layer.channels);
     const NormActivation<T> act1(layer.act1, layer.channels);
     const Source<T> prefix = act1.of(this->source(x_, ld_, c1));
-    if (!args_.bottleneck) return conv(l, prefix);
+    if (!args_.bottleneck) return conv(l, prefix, c1);
     T* z = static_cast<T*>((one_z_.defined() ? one_z_ : z_[layer.z_index]).mutable_data_ptr());
     const int64_t at = args_.norm2_statistics(l);
-    bottleneck(layer, prefix, z, !layer.norm2.frozen(), at);
-    const Coefficients c2 = this->coefficients(layer.norm2, mean_ + at, var_ + at, args_.width);
+    bottleneck(layer, prefix, c1, z, !layer.norm2.frozen(), at);
+    const Coefficients c2 = norm_of(layer.norm2, at, args_.width);
     const NormActivation<T> act2(layer.act2, args_.width);
-    conv(l, act2.of(this->source(z, args_.width, c2)));
+    conv(l, act2.of(this->source(z, args_.width, c2)), c2);
   }
 
-  void bottleneck(const LayerArgs& layer, const Source<T>& prefix, T* z, bool statistics, int64_t first) {
+  // Coefficients of a norm of n channels whose statistics start at `at`.
+  Coefficients norm_of(const NormArgs& norm, int64_t at, int64_t n) const {
+    return this->coefficients(norm, mean_ + at, var_ + at, n, sets_.count, next_);
+  }
+
+  void bottleneck(const LayerArgs& layer, const Source<T>& prefix, const Coefficients& c1, T* z, bool statistics,
+                  int64_t first) {
     const int64_t b = args_.width, most = kernels.chunk_rows(layer.channels);
-    at::Tensor partial = this->template temporary<double>({statistics ? this->num_chunks(pixels_, most) : 0, 2, b});
-    make_bottleneck(*this, layer, pixels_, prefix, z, statistics ? partial.mutable_data_ptr<double>() : nullptr);
-    const auto count = [&](int64_t u) { return this->chunk_count(pixels_, most, u); };
-    if (statistics) this->combine(partial, b, count, mean_ + first, var_ + first);
+    const int64_t units = statistics ? sets_.count * this->num_chunks(sets_, most) : 0;
+    at::Tensor partial = this->template temporary<double>({units, 2, b});
+    make_bottleneck(*this, layer, sets_, prefix, c1, z, statistics ? partial.mutable_data_ptr<double>() : nullptr);
+    const auto count = [&](int64_t u) { return this->chunk_count(sets_, most, u); };
+    if (statistics) this->combine(partial, b, count, mean_ + first, var_ + first, sets_.count, next_);
   }
 
-  void conv(int64_t l, const Source<T>& in) {
+  void conv(int64_t l, const Source<T>& in, const Coefficients& c) {
     const LayerArgs& layer = args_.layers[l];
     const int64_t k = args_.growth, outer = args_.conv.size[0], planes = conv_.slab_planes();
     const int64_t slabs = conv_.slabs_per_image(), units = args_.batch * slabs;
@@ -79,7 +88,9 @@ class Forward : BlockForward<T> {
     this->for_each_worker(units, [&](int64_t worker, int64_t unit) {
       const int64_t begin = unit % slabs * planes;
       double* moments = statistics ? p + 2 * unit * k : nullptr;
-      run(in, args_.conv, {unit / slabs, begin, std::min(begin + planes, outer)}, w,
+      const int64_t image = unit / slabs;
+      run(this->of_set(in, c, args_.per_sample ? image : 0), args_.conv,
+          {image, begin, std::min(begin + planes, outer)}, w,
           {x_ + layer.channels, ld_, k, moments, moments ? moments + k : nullptr, nullptr, 0, this->data_of(bias)},
           dropout, this->workspace(worker));
     });
@@ -88,7 +99,7 @@ class Forward : BlockForward<T> {
       const int64_t begin = u % slabs * planes;
       return (std::min(begin + planes, outer) - begin) * args_.conv.plane();
     };
-    this->combine(partial, k, count, mean_ + layer.channels, var_ + layer.channels);
+    this->combine(partial, k, count, mean_ + layer.channels, var_ + layer.channels, sets_.count, next_);
   }
 
   at::Tensor taps(const LayerArgs& layer, int64_t channels) const {
@@ -98,30 +109,34 @@ class Forward : BlockForward<T> {
 
   void transition(T* out) {
     const int64_t co = args_.tail_conv.weight.size(0), most = kernels.chunk_rows(ld_);
-    const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
+    const Coefficients c = norm_of(args_.tail_norm, 0, ld_);
     const NormActivation<T> act(args_.tail_act, ld_);
     const Source<T> source = act.of(this->source(x_, ld_, c));
     const at::Tensor panels = this->pack_forward(args_.tail_conv.weight), bias = this->bias_of(args_.tail_bias);
     this->for_each_chunk(
-        args_.batch * args_.pool.pixels(), most, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-          kernels.conv1x1({source}, &args_.pool, row, rows, this->panels_of(panels),
+        row_sets(args_, args_.batch * args_.pool.pixels()), most,
+        [&](int64_t worker, int64_t, int64_t set, int64_t row, int64_t rows) {
+          kernels.conv1x1({this->of_set(source, c, set)}, &args_.pool, row, rows, this->panels_of(panels),
                           {{out, co, co, nullptr, nullptr, nullptr, 0, this->data_of(bias)}}, this->workspace(worker));
         });
   }
 
   void norm(T* out) {
-    const Coefficients c = this->coefficients(args_.tail_norm, mean_, var_, ld_);
+    const Coefficients c = norm_of(args_.tail_norm, 0, ld_);
     const NormActivation<T> act(args_.tail_act, ld_);
     const Source<T> source = act.of(this->source(x_, ld_, c));
-    this->for_each_chunk(pixels_, kernels.chunk_rows(ld_), [&](int64_t, int64_t, int64_t row, int64_t rows) {
-      kernels.norm(source, args_.tail == Tail::kNormRelu, row, rows, out);
+    this->for_each_chunk(sets_, kernels.chunk_rows(ld_), [&](int64_t, int64_t, int64_t set, int64_t row, int64_t rows) {
+      kernels.norm(this->of_set(source, c, set), args_.tail == Tail::kNormRelu, row, rows, out);
     });
   }
 
   const DenseBlockArgs& args_;
   const DenseBlockConvolution<T> conv_;
   const uint64_t seed_;
-  const int64_t pixels_, ld_;
+  const int64_t pixels_;
+  const RowSets sets_;  // of pixels
+  const int64_t next_;  // numbers between the statistics of two sets
+  const int64_t ld_;
   T* const x_;
   A *const mean_, *const var_;
   const at::Tensor z_;

@@ -4,8 +4,8 @@
 //                      const DenseBlockOutputs&)
 //   Engine::backward<T>(const DenseBlockArgs&, const DenseBlockSaved&, const at::Tensor& grad_output,
 //                       const std::optional<at::Tensor>& seed, const std::vector<bool>& needs, at::TensorList weights)
-// with our storage type T, and kHasExtras: whether it runs other activations than ReLU, and biases; they register
-// dense_block<Engine> and dense_block_backward<Engine>.
+// with our storage type T, and kHasExtras: whether it runs other norms than batch norms, other activations than ReLU,
+// and biases; they register dense_block<Engine> and dense_block_backward<Engine>.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -23,9 +23,10 @@ namespace fastdense {
 template <typename Engine>
 void check_engine(const char* op, const DenseBlockArgs& args) {
   if constexpr (!Engine::kHasExtras)
-    TORCH_CHECK_NOT_IMPLEMENTED(!args.has_extras(), op,
-                                ": expected ReLU and convolutions without bias on CUDA, got another activation or one "
-                                "with bias");
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !args.has_extras(), op,
+        ": expected batch norms, ReLU and convolutions without bias on CUDA, got another norm or "
+        "activation, or one with bias");
 }
 
 template <typename Engine>
@@ -33,13 +34,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_blo
     const at::Tensor& input,  // [N, C0, spatial]
     at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
     double drop_rate, const std::optional<at::Tensor>& seed, bool keep_bottleneck, std::string_view process_group,
-    bool contiguous, std::string_view activations, at::ArrayRef<double> activation_parameters, bool recompute) {
+    bool contiguous, std::string_view activations, at::ArrayRef<double> activation_parameters, at::IntArrayRef groups,
+    bool recompute) {
   constexpr const char* kOp = "dense_block";
   check_floating(kOp, "input", input);
   [[maybe_unused]] const typename Engine::Guard guard(input.device());
   DenseBlockArgs args = parse_dense_block(
       kOp, input.sizes(), input.options(), weights,
-      {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group, activations, activation_parameters});
+      {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group, activations, activation_parameters, groups});
   args.recompute = recompute;
   check_engine<Engine>(kOp, args);
   const DenseBlockOutputs o = allocate_dense_block(args, input.options(), keep_bottleneck);
@@ -75,7 +77,8 @@ std::vector<at::Tensor> dense_block_backward(const at::Tensor& grad_output,  // 
                                              bool bottleneck, std::string_view tail, double drop_rate,
                                              const std::optional<at::Tensor>& seed, int64_t in_channels,
                                              c10::List<bool> needs_grad, std::string_view process_group,
-                                             std::string_view activations, at::ArrayRef<double> activation_parameters) {
+                                             std::string_view activations, at::ArrayRef<double> activation_parameters,
+                                             at::IntArrayRef groups) {
   constexpr const char* kOp = "_dense_block_backward";
   check_floating(kOp, "buffer", buffer);
   [[maybe_unused]] const typename Engine::Guard guard(buffer.device());
@@ -85,7 +88,7 @@ std::vector<at::Tensor> dense_block_backward(const at::Tensor& grad_output,  // 
   sizes[1] = in_channels;
   const DenseBlockArgs args = parse_dense_block(
       kOp, sizes, buffer.options(), weights,
-      {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group, activations, activation_parameters});
+      {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group, activations, activation_parameters, groups});
   check_engine<Engine>(kOp, args);
   const DenseBlockSaved saved = check_dense_block_saved(kOp, args, grad_output, {buffer, mean, var, z});
   const std::vector<bool> needs = read_needs(kOp, needs_grad, weights, args.constants);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch statistics of fused norms: shared between processes, and the running statistics they move."""
+"""Statistics of fused norms: shared between processes, and the running statistics they move."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdense.fusion.checks import NotFusible
+from fastdense.fusion.checks import INSTANCE_NORMS, NotFusible
 from fastdense.ops import BatchStatistics, update_running_stats_
 
 
@@ -18,7 +18,7 @@ def process_group_of(norms: Iterable[Any]) -> Any:
     Raises:
         NotFusible: if they differ; a block takes the statistics of a channel once for all norms that read it.
     """
-    groups = {_group_of(norm) for norm in norms if norm.training or norm.running_mean is None}
+    groups = {_group_of(norm) for norm in norms if norm.training or getattr(norm, "running_mean", None) is None}
     if len(groups) > 1:
         raise NotFusible("its norms belong to different process groups")
     return groups.pop() if groups else None
@@ -62,28 +62,41 @@ class StatisticsUpdate(NamedTuple):
 
 def read_update(norms: Iterable[tuple[Any, int]]) -> StatisticsUpdate:
     """Of the norms in training, whose batch statistics start at the given offsets."""
-    moved = [
-        (norm, offset)
-        for norm, offset in norms
-        if norm.training and norm.track_running_stats and norm.running_mean is not None
-    ]
+    moved = [(norm, offset) for norm, offset in norms if _moves(norm)]
     return StatisticsUpdate(
         [norm.running_mean for norm, _ in moved],
         [norm.running_var for norm, _ in moved],
-        [norm.num_batches_tracked for norm, _ in moved],
+        [_counter(norm) for norm, _ in moved],
         [offset for _, offset in moved],
         [norm.momentum for norm, _ in moved],
     )
 
 
+def _moves(norm: Any) -> bool:
+    if not norm.training or getattr(norm, "running_mean", None) is None:
+        return False
+    # An instance norm without momentum has no average over batches: its statistics stay.
+    return norm.track_running_stats and not (isinstance(norm, INSTANCE_NORMS) and norm.momentum is None)
+
+
+def _counter(norm: Any) -> Tensor:
+    """``num_batches_tracked``; that of an instance norm stays 0, and another number is counted up."""
+    if isinstance(norm, INSTANCE_NORMS):
+        return torch.zeros((), dtype=torch.int64, device=norm.running_mean.device)  # type: ignore[union-attr]
+    return norm.num_batches_tracked
+
+
 def update_norms(update: StatisticsUpdate, statistics: BatchStatistics, count: int, group: Any) -> None:
-    """Moves running statistics.
+    """Moves running statistics: those of instance norms by the average over samples.
 
     Args:
-        count: values behind each mean in this process.
+        count: values behind each mean of the batch in this process.
         group: the processes that share the statistics, or None.
     """
     if update.running_mean:
+        if statistics.mean.dim() == 2:
+            count //= statistics.mean.shape[0]
+            statistics = BatchStatistics(statistics.mean.mean(0), statistics.var.mean(0))
         update_running_stats_(
             update.running_mean,
             update.running_var,

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Brings the weights of blocks that put new features in front into the order of the shared buffer, and results back."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastdense.fusion.checks import NotFusible
 from fastdense.ops import Activation, BatchStatistics, LayerWeights, NormWeights, TailWeights
+
+
+def check_groups(norms: Iterable[Any]) -> None:
+    """Raises NotFusible where channels of a group would not be together in the buffer of prepended features."""
+    for norm in norms:
+        if type(norm) is nn.GroupNorm and 1 < norm.num_groups < norm.num_channels:
+            raise NotFusible("it puts new features in front, where group norms would cut other channels")
 
 
 class PrependedFeatures(NamedTuple):
@@ -27,7 +36,7 @@ class PrependedFeatures(NamedTuple):
 
     def norm(self, norm: NormWeights) -> NormWeights:
         weight, bias, mean, var = (None if t is None else self.to_buffer(t, 0) for t in norm[:4])
-        return NormWeights(weight, bias, mean, var, norm.eps)
+        return NormWeights(weight, bias, mean, var, norm.eps, norm.groups)
 
     def activation(self, act: Activation) -> Activation:
         if act.weight is None or act.weight.numel() == 1:
@@ -47,6 +56,7 @@ class PrependedFeatures(NamedTuple):
     def statistics(self, statistics: BatchStatistics, channels: int) -> BatchStatistics:
         """Of a block of ``channels``: its own in the modules' order, those of the bottlenecks behind them as before."""
         mean, var = (
-            torch.cat([self.from_buffer(t[:channels], 0), t[channels:]]) for t in (statistics.mean, statistics.var)
+            torch.cat([self.from_buffer(t[..., :channels], -1), t[..., channels:]], -1)
+            for t in (statistics.mean, statistics.var)
         )
         return BatchStatistics(mean, var)

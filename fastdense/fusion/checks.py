@@ -15,6 +15,11 @@ from torch import nn
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+# Norms with statistics of each sample.
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+SAMPLE_NORMS = (*INSTANCE_NORMS, nn.GroupNorm)
+
+
 # timm's norms with an activation inside.
 _NORMS_WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct")
 
@@ -192,13 +197,24 @@ def check_norm(norm: Any, name: str, *, any_activation: bool = False) -> Any:
         type(norm) in NORMS or (fused_activation(norm) is not None if any_activation else has_fused_relu(norm))
     )
     if not known:
-        raise NotFusible(f"{name} is a {class_name(norm)}, not a BatchNorm" + ("" if any_activation else " with ReLU"))
+        wanted = "a BatchNorm, InstanceNorm or GroupNorm" if any_activation else "a BatchNorm with ReLU"
+        raise NotFusible(f"{name} is a {class_name(norm)}, not {wanted}")
     check_no_hooks(norm, name)
     for inner in norm.__dict__["_modules"].values():
         check_no_hooks(inner, f"{name}'s activation")
     counter = norm.num_batches_tracked
     if norm.running_mean is not None and (counter is None or counter.dtype is not torch.int64):
         raise NotFusible(f"{name} has running statistics without a num_batches_tracked of type int64")
+    return norm
+
+
+def check_dense_norm(norm: Any, name: str, *, any_activation: bool = True) -> Any:
+    """A norm of a dense block: a batch norm, perhaps with an activation inside, or an instance or group norm."""
+    if type(norm) not in SAMPLE_NORMS:
+        return check_norm(norm, name, any_activation=any_activation)
+    check_no_hooks(norm, name)
+    if type(norm) in INSTANCE_NORMS and norm.track_running_stats != (norm.running_mean is not None):
+        raise NotFusible(f"{name} has a track_running_stats that does not tell whether it has running statistics")
     return norm
 
 

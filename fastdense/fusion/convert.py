@@ -70,7 +70,7 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
         ValueError: if ``model`` contains no such block, or ``memory`` is not a mode of one that it contains.
 
     Note:
-        Modules that cannot be fused (another norm or activation, a convolution with bias, hooks on inner modules ...)
+        Modules that cannot be fused (a norm or activation that the operator lacks, hooks on inner modules ...)
         stay plain. One warning names the module and the reason. See :func:`restore`.
 
     Example:

@@ -19,12 +19,13 @@ from fastdense.fusion.batch_statistics import (
     synchronised,
     update_norms,
 )
-from fastdense.fusion.channel_order import PrependedFeatures
-from fastdense.fusion.checks import check_no_global_hooks
+from fastdense.fusion.channel_order import PrependedFeatures, check_groups
+from fastdense.fusion.checks import INSTANCE_NORMS, NotFusible, check_no_global_hooks
 from fastdense.fusion.dense_layers import (
     Layer,
     Tail,
     check_kernels,
+    check_one_kind,
     draw_factors,
     layer_weights,
     norms_of,
@@ -32,6 +33,7 @@ from fastdense.fusion.dense_layers import (
     read_last_norm,
     read_transition,
     tail_weights,
+    takes_statistics,
 )
 from fastdense.fusion.max_pool_transition import read_max_pool_transition, run_recomputed
 from fastdense.fusion.plan.state import state_of
@@ -54,7 +56,9 @@ class BlockPlan(NamedTuple):
     synchronised: list[Any]  # all norms, where any may share its statistics with other processes
     update: StatisticsUpdate
     flat: FlatBlock | None  # None where the weights are made anew for every call
-    has_extras: bool  # other activations than ReLU, or biases
+    has_extras: bool  # other norms than batch norms, other activations than ReLU, or biases
+    per_sample: bool  # whether norms take the statistics of each sample
+    has_instance_norms: bool  # that do so
 
 
 def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: bool = False) -> BlockPlan:
@@ -65,34 +69,53 @@ def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: boo
             the result as well. The buffer's order is the other one; weights and statistics are brought to it and back.
     """
     order, norms = None, []
+    per_sample = check_one_kind(norms_of(layers, tail))
     if layers:
         first = layers[0].conv2 if layers[0].conv1 is None else layers[0].conv1
         in_channels, growth = first.weight.shape[1], layers[0].conv2.weight.shape[0]
         channels = in_channels + len(layers) * growth
         order = PrependedFeatures(growth, in_channels) if prepends_features else None
         next_offset = channels
-        bottlenecks = {id(layer.norm2) for layer in layers if layer.norm2 is not None}
-        for norm in norms_of(layers, tail):
-            if id(norm) in bottlenecks:
-                norms.append((norm, next_offset))
-                next_offset += norm.num_features
-            else:
-                norms.append((norm, channels - norm.num_features if prepends_features else 0))
-    elif tail is not None:
-        norms = [(tail.norm, 0)]
+        for index, layer in enumerate(layers):
+            norms.append((layer.norm1, (len(layers) - index) * growth if prepends_features else 0))
+            if layer.norm2 is not None:
+                norms.append((layer.norm2, next_offset))
+                next_offset += layer.conv2.weight.shape[1]
+    if tail is not None:
+        norms.append((tail.norm, 0))
+        if order is not None:
+            check_groups([tail.norm])
+    norms = [(norm, offset) for norm, offset in norms if type(norm) is not nn.Identity]
     flat = None
     if order is None and all(layer.depth is None for layer in layers):
         weights = [layer_weights(layer) for layer in layers]
         flat = flatten_block(weights, None if tail is None else tail_weights(tail))
     drop_rate = layers[0].drop_rate if layers else 0.0
     has_extras = any(layer.has_extras for layer in layers) or (tail is not None and tail.has_extras)
-    return BlockPlan(layers, tail, order, drop_rate, norms, synchronised(norms), read_update(norms), flat, has_extras)
+    instance_norms = any(type(norm) in INSTANCE_NORMS and takes_statistics(norm) for norm, _ in norms)
+    return BlockPlan(
+        layers,
+        tail,
+        order,
+        drop_rate,
+        norms,
+        synchronised(norms),
+        read_update(norms),
+        flat,
+        has_extras,
+        per_sample,
+        instance_norms,
+    )
 
 
 def run_block(plan: BlockPlan, memory: MemoryMode, contiguous: bool, input: Tensor) -> Tensor:
     """The operator call, then the running statistics of all its norms."""
     check_runs_here("dense_block", input)
     check_kernels(plan.has_extras, input.device.type)
+    if plan.per_sample and input.shape[0] == 0:
+        raise NotFusible("empty batch: no statistics of samples")
+    if plan.has_instance_norms and input.shape[2:].numel() == 1:
+        raise NotFusible("an instance norm of one value")
     group = process_group_of(plan.synchronised)
     factors = draw_factors(layer.depth for layer in plan.layers) if plan.flat is None else []
     out, statistics = _call(plan, factors, memory, group, contiguous, input)

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from fastdense.fusion.checks import (
+    INSTANCE_NORMS,
+    SAMPLE_NORMS,
     NotFusible,
     NotFusibleInTraining,
     check_conv,
+    check_dense_norm,
     check_no_global_hooks,
     check_no_hooks,
-    check_norm,
     child,
     class_name,
     fused_activation,
@@ -135,9 +137,9 @@ def read_activation(module: nn.Module, name: str) -> Activation:
 class Layer(NamedTuple):
     """The modules of a dense layer; conv1 and norm2 are None without a bottleneck."""
 
-    norm1: nn.BatchNorm2d
+    norm1: Any
     conv1: nn.Conv2d | None
-    norm2: nn.BatchNorm2d | None
+    norm2: Any
     conv2: nn.Conv2d
     drop_rate: float
     depth: StochasticDepth | None = None
@@ -146,7 +148,9 @@ class Layer(NamedTuple):
 
     @property
     def has_extras(self) -> bool:
-        """Whether it has a bias, or another activation than ReLU."""
+        """Whether it has a bias, another activation than ReLU, or norms that take the statistics of each sample."""
+        if any(_takes_sample_statistics(norm) for norm in (self.norm1, self.norm2)):
+            return True
         biased = self.conv2.bias is not None or (self.conv1 is not None and self.conv1.bias is not None)
         return biased or self.act1.name != "relu" or self.act2.name != "relu"
 
@@ -154,14 +158,15 @@ class Layer(NamedTuple):
 class Tail(NamedTuple):
     """The modules that read a finished block: norm and 1x1 of a transition, or a last norm alone."""
 
-    norm: nn.BatchNorm2d
+    norm: Any
     conv: nn.Conv2d | None
     relu: bool
     act: Activation = Activation()
 
     @property
     def has_extras(self) -> bool:
-        return (self.conv is not None and self.conv.bias is not None) or self.act.name != "relu"
+        biased = self.conv is not None and self.conv.bias is not None
+        return biased or self.act.name != "relu" or _takes_sample_statistics(self.norm)
 
 
 def is_transition(module: nn.Module) -> bool:
@@ -197,8 +202,12 @@ def read_layer(module: Any, name: str) -> Layer:
 
 
 def _read_norm(module: nn.Module, norm: str, act: str, where: str) -> tuple[Any, Activation]:
-    """A batch norm followed by an activation: two modules, or one that does both."""
-    found = check_norm(child(module, norm), f"{where}{norm}", any_activation=True)
+    """A norm followed by an activation: two modules, or one that does both; an Identity stands for no norm."""
+    found = child(module, norm)
+    if type(found) is nn.Identity:
+        check_no_hooks(found, f"{where}{norm}")
+    else:
+        found = check_dense_norm(found, f"{where}{norm}")
     inner, behind = fused_activation(found), child(module, act)
     if (inner is None) == (behind is None):
         raise NotFusible(f"{where}{norm} is not followed by one activation")
@@ -252,6 +261,7 @@ def read_block(module: nn.Module) -> list[Layer]:
 def check_alike(layers: list[Layer]) -> list[Layer]:
     if len({_common(layer) for layer in layers}) > 1:
         raise NotFusible("its layers differ in growth rate, bottleneck, kernel or drop_rate")
+    check_one_kind(norms_of(layers, None))
     for layer in layers:
         check_kernels(layer.has_extras, layer.conv2.weight.device.type)
     return layers
@@ -260,7 +270,7 @@ def check_alike(layers: list[Layer]) -> list[Layer]:
 def check_kernels(has_extras: bool, device: str) -> None:
     """Raises NotFusible where only the kernels for the CPU run what a layer or a tail has."""
     if has_extras and device == "cuda":
-        raise NotFusible("the CUDA kernels run only ReLU, and convolutions without bias")
+        raise NotFusible("the CUDA kernels run only batch norms, ReLU, and convolutions without bias")
 
 
 def _common(layer: Layer) -> tuple[Any, ...]:
@@ -292,16 +302,16 @@ def read_transition(module: nn.Module) -> Tail:
 
 
 def read_last_norm(module: nn.Module) -> Tail:
-    """Reads a batch norm behind the last block, with or without an activation inside."""
+    """Reads a norm behind the last block, with or without an activation inside."""
     check_no_global_hooks()
-    norm = check_norm(module, "norm", any_activation=True)
+    norm = check_dense_norm(module, "norm")
     inner = fused_activation(norm)
     if inner is None:
         return Tail(norm, None, False)
     return Tail(norm, None, True, read_activation(inner, "norm.act"))
 
 
-def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.BatchNorm2d]:
+def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[Any]:
     """All norms in the order of the operator's arguments."""
     for layer in layers:
         yield layer.norm1
@@ -311,18 +321,45 @@ def norms_of(layers: list[Layer], tail: Tail | None) -> Iterator[nn.BatchNorm2d]
         yield tail.norm
 
 
-def norm_weights(norm: Any) -> NormWeights:
+def norm_weights(norm: Any, conv: torch.Tensor | None = None) -> NormWeights:
+    """``conv``: the weight of the convolution that reads it, which tells how many channels an Identity has."""
+    if type(norm) is nn.Identity and conv is not None:
+        return NormWeights(None, None, conv.new_zeros(conv.shape[1]), conv.new_ones(conv.shape[1]), 0.0)
     # As in nn.BatchNorm: the running statistics normalise in eval mode, where there are any.
-    uses_batch = norm.training or norm.running_mean is None
-    mean, var = (None, None) if uses_batch else (norm.running_mean, norm.running_var)
-    return NormWeights(norm.weight, norm.bias, mean, var, norm.eps)
+    mean, var = (None, None) if takes_statistics(norm) else (norm.running_mean, norm.running_var)
+    return NormWeights(norm.weight, norm.bias, mean, var, norm.eps, _groups(norm))
+
+
+def takes_statistics(norm: Any) -> bool:
+    """Whether a norm takes those of its input in its mode of now."""
+    if type(norm) is nn.Identity:
+        return False
+    return norm.training or getattr(norm, "running_mean", None) is None
+
+
+def _groups(norm: Any) -> int:
+    if type(norm) is nn.GroupNorm:
+        return norm.num_groups
+    return norm.num_features if type(norm) in INSTANCE_NORMS else 0
+
+
+def _takes_sample_statistics(norm: Any) -> bool:
+    return type(norm) in SAMPLE_NORMS and takes_statistics(norm)
+
+
+def check_one_kind(norms: Iterable[Any]) -> bool:
+    """Whether norms take the statistics of each sample; raises NotFusible where only some of them do."""
+    kinds = {type(norm) in SAMPLE_NORMS for norm in norms if takes_statistics(norm)}
+    if len(kinds) > 1:
+        raise NotFusible("some of its norms take statistics of the batch, others of each sample")
+    return True in kinds
 
 
 def layer_weights(layer: Layer, factor: float | torch.Tensor = 1.0) -> LayerWeights:
     return LayerWeights(
-        norm_weights(layer.norm1),
+        norm_weights(layer.norm1, (layer.conv1 or layer.conv2).weight),
         layer.conv1.weight if layer.conv1 is not None else None,
-        norm_weights(layer.norm2) if layer.norm2 is not None else None,
+        norm_weights(layer.norm2, layer.conv2.weight) if layer.norm2 is not None else None,
         scaled(layer.conv2.weight, factor),
         layer.act1,
         layer.act2,
@@ -333,4 +370,4 @@ def layer_weights(layer: Layer, factor: float | torch.Tensor = 1.0) -> LayerWeig
 
 def tail_weights(tail: Tail) -> TailWeights:
     conv, bias = (tail.conv.weight, tail.conv.bias) if tail.conv is not None else (None, None)
-    return TailWeights(norm_weights(tail.norm), conv, tail.relu, tail.act, bias)
+    return TailWeights(norm_weights(tail.norm, conv), conv, tail.relu, tail.act, bias)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdense.fusion.base import run_plain
-from fastdense.fusion.checks import CONVS, NORMS, NotFusible
+from fastdense.fusion.checks import CONVS, NORMS, SAMPLE_NORMS, NotFusible
 from fastdense.fusion.plan.code import Sources
 from fastdense.fusion.plan.kept import read_sources
 from fastdense.fusion.plan.state import STATE, state_of
@@ -49,7 +49,7 @@ def code_of(module: nn.Module) -> Code:
     """Norms and convolutions are left out: they are read at each call. So is the class of the module itself."""
     code = Code([], {})
     for at, inner in enumerate(module.modules()):
-        if isinstance(inner, CONVS + NORMS):
+        if isinstance(inner, CONVS + NORMS + SAMPLE_NORMS):
             continue
         if inner is not module:
             code.classes.append(type(inner))
@@ -125,7 +125,7 @@ def double_copy(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         inner: Any
         for inner in twin.modules():
-            is_norm = isinstance(inner, NORMS)
+            is_norm = isinstance(inner, NORMS + SAMPLE_NORMS)
             if type(inner) is nn.SyncBatchNorm:
                 inner.__class__ = NORMS[dims - 1]  # type: ignore[assignment]
             elif isinstance(inner, nn.SyncBatchNorm):
@@ -139,7 +139,7 @@ def double_copy(module: nn.Module) -> nn.Module:
                     p.div_((p.numel() / max(p.shape[:1].numel(), 1)) ** 0.5)
             if is_norm and inner.weight is not None:
                 inner.weight.abs_().add_(0.5)
-            if is_norm and inner.running_mean is not None:
+            if is_norm and getattr(inner, "running_mean", None) is not None:
                 inner.running_mean.uniform_(-1, 1, generator=numbers)
                 inner.running_var.uniform_(0.5, 1.5, generator=numbers)
     return twin

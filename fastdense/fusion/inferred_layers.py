@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdense.fusion.channel_order import check_groups
 from fastdense.fusion.checks import (
     CONVS,
     NORMS,
+    SAMPLE_NORMS,
     NotFusible,
     check_conv,
+    check_dense_norm,
     check_no_global_hooks,
     check_no_hooks,
-    check_norm,
     class_name,
 )
 from fastdense.fusion.dense_layers import Layer, check_alike, is_activation, read_activation
@@ -38,7 +40,7 @@ from fastdense.reference import activate
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
-_WITH_NUMBERS = NORMS + CONVS
+_WITH_NUMBERS = NORMS + SAMPLE_NORMS + CONVS
 
 
 _KNOWN = (*_WITH_NUMBERS, nn.Dropout, nn.Identity)
@@ -159,11 +161,13 @@ def _read(module: nn.Module, heads: int) -> InferredBlock:
     form = tried(module, lambda module: _try_out(_behind(module, heads)))
     rate = 0.0
     if form.drop_rate > 0:
-        modes = {inner.training for _, inner in _modules_behind(module, heads) if not isinstance(inner, CONVS + NORMS)}
+        modes = {inner.training for _, inner in _modules_behind(module, heads) if not isinstance(inner, _WITH_NUMBERS)}
         if len(modes) > 1:
             raise NotFusible("it has dropout, and only some of its modules are in training mode")
         rate = form.drop_rate if modes == {True} else 0.0
     layers = check_alike([layer._replace(drop_rate=rate) for layer in _with_function(layers, form.function)])
+    if form.prepends_features:
+        check_groups(layer.norm1 for layer in layers)
     return InferredBlock(layers, form.prepends_features, heads)
 
 
@@ -192,7 +196,8 @@ def _read_layers(module: nn.Module, heads: int = 0) -> list[Layer]:
     foreign = dict.fromkeys(class_name(inner) for _, inner in modules if _is_foreign(inner))
     if foreign:
         raise NotFusible(
-            f"its layers have {', '.join(foreign)}: expected only batch norms, activations, convolutions and dropout"
+            f"its layers have {', '.join(foreign)}: expected only batch, instance and group norms, activations, "
+            "convolutions and dropout"
         )
     parts: dict[str, list[tuple[str, nn.Module]]] = {name: [] for name, _ in _layer_modules(module, heads)}
     if not parts:
@@ -229,11 +234,11 @@ def _read_layer(found: list[tuple[str, nn.Module]], shared: list[tuple[str, nn.M
     if kinds not in ([False, True], [False, True, False, True]):
         given = ", ".join(class_name(part) for _, part in parts)
         raise NotFusible(f"{name} is {given}: expected norm, convolution, or norm, 1x1 convolution, norm, convolution")
-    norm1 = check_norm(parts[0][1], parts[0][0])
+    norm1 = check_dense_norm(parts[0][1], parts[0][0], any_activation=False)
     conv1 = norm2 = None
     if len(parts) > 2:
         conv1 = check_conv(parts[1][1], parts[1][0], 1, bias=True)
-        norm2 = check_norm(parts[2][1], parts[2][0])
+        norm2 = check_dense_norm(parts[2][1], parts[2][0], any_activation=False)
     conv2 = check_conv(parts[-1][1], parts[-1][0], None, bias=True)
     # In the order of the norms, or one for both; the equivalence check decides.
     own = [(where, part) for where, part in found if _activates(part)]
@@ -250,8 +255,7 @@ def _try_out(module: nn.Module) -> _Form:
     with isolated():
         twin = double_copy(module)
         layers = _read_layers(twin)
-        first = layers[0].norm1.num_features
-        x = random_input(layers[0].conv2, first)
+        x = random_input(layers[0].conv2, (layers[0].conv1 or layers[0].conv2).in_channels)
         forward = plain_forward(twin)
         made, rates, before = [], [], code_of(twin)
         for mode in (True, False):

@@ -27,9 +27,9 @@ from fastdense.models.weights import (
 )
 from fastdense.nn import DenseBlock, DenseFeatures, Transition, linear_decay
 from fastdense.plain.activation import ActivationName, make_activation
+from fastdense.plain.norm import NormName, make_norm
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _MAX_POOL = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _POOL = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
@@ -52,6 +52,7 @@ class DenseNet(nn.Module):
         num_classes: outputs of the classifier.
         spatial_dims: 1, 2 or 3, as the stem.
         memory: memory mode of the blocks, see :class:`fastdense.nn.DenseBlock`.
+        norm: the norms of the blocks, transitions and the last one, see :class:`fastdense.nn.DenseBlock`.
         act: activation of the blocks, transitions and the last norm, see :class:`fastdense.nn.DenseBlock`.
 
     Shape:
@@ -75,6 +76,7 @@ class DenseNet(nn.Module):
         num_classes: int = 1000,
         spatial_dims: int = 2,
         memory: MemoryMode = "balanced",
+        norm: NormName = "batch",
         act: ActivationName = "relu",
     ) -> None:
         super().__init__()
@@ -96,16 +98,17 @@ class DenseNet(nn.Module):
                 survival_scale=survival_scale,
                 memory=memory,
                 spatial_dims=spatial_dims,
+                norm=norm,
                 act=act,
             )
             modules.append((f"denseblock{index}", block))
             channels = block.out_channels
             if index < len(block_config):
                 compressed = int(channels * compression)
-                transition = Transition(channels, compressed, spatial_dims=spatial_dims, act=act)
+                transition = Transition(channels, compressed, spatial_dims=spatial_dims, norm=norm, act=act)
                 modules.append((f"transition{index}", transition))
                 channels = compressed
-        modules.append(("norm5", _NORM[spatial_dims - 1](channels)))
+        modules.append(("norm5", make_norm("DenseNet", norm, channels, spatial_dims)))
         self.features = DenseFeatures(OrderedDict(modules))
         if act != "relu":
             self.act = make_activation("DenseNet", act)
@@ -143,6 +146,8 @@ class DenseNetOptions(TypedDict, total=False):
     """Probability that a new feature is dropped in training; ``dropout_prob`` is MONAI's word for it."""
     memory: MemoryMode
     """What the blocks keep for the backward pass."""
+    norm: NormName
+    """The norms of the stem and everything behind it, as of :class:`fastdense.nn.DenseBlock`."""
     act: ActivationName
     """The activation of the stem and everything behind it, as of :class:`fastdense.nn.DenseBlock`."""
     bn_size: int
@@ -192,7 +197,7 @@ def _imagenet(
     dims = spatial_dims - 1
     stem: list[tuple[str, nn.Module]] = [
         ("conv0", _CONV[dims](image_channels, init_features, 7, stride=2, padding=3, bias=False)),
-        ("norm0", _NORM[dims](init_features)),
+        ("norm0", make_norm(op, arguments.get("norm", "batch"), init_features, spatial_dims)),
         ("relu0", make_activation(op, arguments.get("act", "relu"))),
         ("pool0", _MAX_POOL[dims](3, stride=2, padding=1)),
     ]
@@ -245,6 +250,7 @@ def densenet_cifar(
     survival_mode: SurvivalMode = "batch",
     survival_scale: SurvivalScale = "test",
     memory: MemoryMode = "balanced",
+    norm: NormName = "batch",
     act: ActivationName = "relu",
 ) -> DenseNet:
     """DenseNet for small images: three blocks, a 3x3 stem of stride 1, no pooling in front.
@@ -256,7 +262,7 @@ def densenet_cifar(
             ``compression=1``.
         compression: theta of the transitions.
         num_classes: outputs of the classifier.
-        bn_size, drop_rate, survival, survival_mode, survival_scale, memory, act: see :class:`DenseNet`.
+        bn_size, drop_rate, survival, survival_mode, survival_scale, memory, norm, act: see :class:`DenseNet`.
 
     Raises:
         ValueError: if ``depth`` does not give three equal blocks.
@@ -284,5 +290,6 @@ def densenet_cifar(
         survival_mode=survival_mode,
         survival_scale=survival_scale,
         memory=memory,
+        norm=norm,
         act=act,
     )

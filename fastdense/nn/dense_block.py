@@ -29,7 +29,10 @@ class DenseBlock(FusedDenseBlock, PlainDenseBlock):
             decay linearly towards it, see :func:`linear_decay`. A sequence has one probability for each layer.
         survival_mode: "batch" or "sample", see below.
         survival_scale: "test" or "train", where the factor is, see :class:`StochasticDepth`.
-        eps, momentum, affine, track_running_stats: of all norms.
+        eps, momentum, affine, track_running_stats: of all norms; instance and group norms have this eps alone.
+        norm: "batch", "instance" or "group", or such a name and arguments, as ``("group", {"num_groups": 8})`` or
+            ``("instance", {"affine": True})``. A group norm without has ``gcd(channels, 32)`` groups. On a GPU only
+            "batch" runs as one operator.
         act: the activation: "relu", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu", "silu", "gelu", "gelu_tanh",
             "hardswish", "mish", "softplus", "tanh", "sigmoid" or "identity"; or such a name and arguments, as
             ``("leaky_relu", {"negative_slope": 0.1})``. On a GPU only "relu" runs as one operator.
@@ -69,6 +72,7 @@ class Transition(FusedTransition, PlainTransition):
         out_channels: channels after the transition.
         spatial_dims: 1, 2 or 3.
         eps, momentum: of the norm.
+        norm: the norm, see :class:`DenseBlock`.
         act: the activation, see :class:`DenseBlock`.
 
     Shape:

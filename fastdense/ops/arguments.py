@@ -34,10 +34,13 @@ def missing_kernels(device: str) -> str:
 
 
 class NormWeights(NamedTuple):
-    """A batch norm over ``C`` channels.
+    """A norm over ``C`` channels.
 
     ``running_mean`` and ``running_var`` are given when the norm uses them to normalise (eval mode, frozen) and None
-    when it uses the statistics of the batch; ``weight`` and ``bias`` are None without an affine map. All are ``[C]``.
+    when it uses the statistics of its input; ``weight`` and ``bias`` are None without an affine map. All are ``[C]``.
+
+    ``groups`` is 0 for a batch norm. Else, each sample has statistics of its own, which so many groups of channels
+    share: as many as channels for an instance norm. Only the dense block has such norms.
     """
 
     weight: Tensor | None
@@ -45,10 +48,14 @@ class NormWeights(NamedTuple):
     running_mean: Tensor | None
     running_var: Tensor | None
     eps: float
+    groups: int = 0
 
 
 class BatchStatistics(NamedTuple):
-    """Mean and biased variance of the channels that an operator's norms read, in the operator's order."""
+    """Mean and biased variance of the channels that an operator's norms read, in the operator's order.
+
+    ``[S]``, or ``[N, S]`` of every sample where norms take those.
+    """
 
     mean: Tensor
     var: Tensor
@@ -58,12 +65,14 @@ class Parameters:
     """Flat lists in the order in which a native operator reads them (csrc/core/weights.h).
 
     ``weights`` has None for what a norm or a convolution does not have, see :func:`fill_absent`; ``running`` lists
-    the positions of running statistics, ``devices`` where all are, ``conv_dtypes`` what the convolutions are.
+    the positions of running statistics, ``devices`` where all are, ``conv_dtypes`` what the convolutions are;
+    ``groups`` has those of each norm, 0 for frozen ones.
     """
 
     def __init__(self) -> None:
         self.weights: list[Tensor | None] = []
         self.eps: list[float] = []
+        self.groups: list[int] = []
         self.running: list[int] = []
         self.devices: list[torch.device] = []
         self.conv_dtypes: list[torch.dtype] = []
@@ -74,6 +83,7 @@ class Parameters:
         for weight in norm[:4]:
             self.add(weight)
         self.eps.append(norm.eps)
+        self.groups.append(norm.groups if norm.running_mean is None else 0)
 
     def conv(self, weight: Tensor) -> None:
         if weight.dtype not in self.conv_dtypes:
@@ -135,6 +145,11 @@ def check_input(op: str, input: Tensor) -> None:
             f"{op}: expected input to be on one of {devices(op)}, got {input.device.type}: "
             f"{missing_kernels(input.device.type)}"
         )
+
+
+def check_batch_norms(op: str, groups: Sequence[int]) -> None:
+    if any(groups):
+        raise ValueError(f"{op}: expected batch norms, groups 0, got {next(filter(None, groups))}")
 
 
 def cast_input(op: str, input: Tensor, devices: Sequence[torch.device], conv_dtypes: Sequence[torch.dtype]) -> Tensor:

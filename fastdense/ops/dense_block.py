@@ -64,7 +64,8 @@ class TailWeights(NamedTuple):
 class FlatBlock(NamedTuple):
     """A block's weights and eps in the order in which the native operator reads them; None for what is absent.
 
-    ``activations`` and ``numbers`` are empty where all activations are ReLU.
+    ``activations`` and ``numbers`` are empty where all activations are ReLU, ``groups`` where norms take the statistics
+    of the batch.
     """
 
     weights: list[Tensor | None]
@@ -77,6 +78,7 @@ class FlatBlock(NamedTuple):
     conv_dtypes: list[torch.dtype]
     activations: str  # names, separated by commas
     numbers: list[float]  # two of each activation
+    groups: list[int]  # of each norm
 
 
 def dense_block(
@@ -94,9 +96,9 @@ def dense_block(
 
     Layer ``l`` reads the channels ``x_l = [x_0, y_0, ..., y_{l-1}]`` written so far and appends
     ``y_l = dropout(conv2(act2(norm2(conv1(act1(norm1(x_l)))))))``, or without a bottleneck
-    ``y_l = dropout(conv2(act1(norm1(x_l))))``. The activations are ReLU unless the layer has others. Batch statistics
-    are computed once per channel. A transition pools before its 1x1 convolution, which gives the same values with a
-    quarter of the work.
+    ``y_l = dropout(conv2(act1(norm1(x_l))))``. The activations are ReLU unless the layer has others. Statistics are
+    computed once per channel, or once per sample and channel where all norms that are not frozen have ``groups``. A
+    transition pools before its 1x1 convolution, which gives the same values with a quarter of the work.
 
     Args:
         input: ``[N, C0, spatial]`` with one to three spatial dimensions; float64, float32, bfloat16 or float16; any
@@ -116,12 +118,14 @@ def dense_block(
     Returns:
         The output, its channels innermost in memory, ``[N, C0 + L * k, spatial]`` without a tail or with a norm,
         ``[N, co, spatial // 2]`` with a transition; and the batch statistics ``[C0 + L * k + L * b]``: the buffer's
-        channels, then norm2's of every layer; zeros where no norm asks for any.
+        channels, then norm2's of every layer; zeros where no norm asks for any. With ``groups`` they are
+        ``[N, C0 + L * k + L * b]``.
 
     Raises:
-        ValueError: shapes that do not fit, mixed devices, one value per channel in training, unknown ``memory``.
+        ValueError: shapes that do not fit, mixed devices, one value per channel in training, unknown ``memory``;
+            ``groups`` that do not divide the channels, or beside norms that take the statistics of the batch.
         TypeError: a dtype that is not floating point, or weights of another dtype than the input's.
-        NotImplementedError: other activations than ReLU, or biases, on a CUDA device.
+        NotImplementedError: norms with ``groups``, other activations than ReLU, or biases, on a CUDA device.
 
     Note:
         Running statistics are not updated: see :func:`update_running_stats_`. Saved for backward: the buffer
@@ -173,6 +177,7 @@ def run_flat_block(
         contiguous,
         flat.activations,
         flat.numbers,
+        flat.groups,
         memory == "recompute" and records and flat.num_layers > 0 and not torch.compiler.is_compiling(),
     )
     return out, BatchStatistics(mean, var)
@@ -231,6 +236,7 @@ def flatten_block(layers: Sequence[LayerWeights], tail: TailWeights | None) -> F
         parameters.conv_dtypes,
         "" if relu_only else ",".join(act.name for act in acts),
         [] if relu_only else [number for act in acts for number in (act.first, act.second)],
+        parameters.groups if any(parameters.groups) else [],
     )
 
 
@@ -249,6 +255,7 @@ def _(
     contiguous: bool = False,
     activations: str = "",
     activation_parameters: Sequence[float] = (),
+    groups: Sequence[int] = (),
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     stride = 10 if bottleneck else 5
@@ -261,7 +268,8 @@ def _(
     batch, in_channels, *spatial = input.shape
     channels = in_channels + num_layers * growth
     buffer = empty_channels_last(input, [batch, channels, *spatial])
-    mean = input.new_empty([channels + num_layers * width], dtype=statistics_dtype(input))
+    statistics = channels + num_layers * width
+    mean = input.new_empty([batch, statistics] if groups else [statistics], dtype=statistics_dtype(input))
     active = sum(1 for layer in range(num_layers) if weights[stride * layer + stride - 1].shape[1] != 0)
     kept = active if keep_bottleneck and bottleneck else 0
     z = input.new_empty([kept, count_pixels(input), width])
@@ -294,6 +302,7 @@ def _(
     process_group: str,
     activations: str = "",
     activation_parameters: Sequence[float] = (),
+    groups: Sequence[int] = (),
 ) -> list[Tensor]:
     return fake_gradients(buffer.narrow(1, 0, in_channels), weights, needs_grad)
 
@@ -301,37 +310,41 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, _, process_group, *rest = inputs
     out, buffer, mean, var, z = output
+    # The dispatcher leaves out what is as by default at the end of the arguments.
+    _, *behind, ctx.recompute = (*rest, *(False, "", [], [], False)[len(rest) :])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, var)
-    ctx.recompute = any(rest[3:])  # the last argument; the dispatcher leaves out what is as by default
     # The buffer, or what has the same numbers and somebody else keeps as well.
     features = input if num_layers == 0 or ctx.recompute else out if tail == "none" else buffer
     save(ctx, features, mean, var, z, seed, *weights)
     ctx.arguments = (eps, num_layers, bottleneck, tail, drop_rate)
     ctx.in_channels = input.shape[1]
-    ctx.last_arguments = (process_group, *rest[1:3])  # without `contiguous`
+    ctx.last_arguments = (process_group, *behind)
 
 
 def _run_again(ctx: Any, input: Tensor, mean: Tensor, var: Tensor, seed: Tensor | None, given: list[Tensor]) -> Tensor:
-    """The buffer, from the block's input, by the batch statistics that its first run took."""
+    """The buffer, from the block's input, by the batch statistics that its first run took.
+
+    Statistics of single samples are taken again: they move nothing, and no other process shares them.
+    """
     eps, num_layers, bottleneck, tail, drop_rate = ctx.arguments
+    _, names, numbers, groups = ctx.last_arguments
     per_layer, conv2, norms = (10, 9, 2 * num_layers) if bottleneck else (5, 4, num_layers)
     weights, growth, begin = given[: num_layers * per_layer], given[conv2].shape[0], input.shape[1]
     second = begin + num_layers * growth  # of the statistics: those of the first layer's norm2
     width = weights[4].shape[0] if bottleneck else 0
     for layer in range(num_layers):
         at = layer * per_layer
-        if weights[at + conv2].shape[1] == 0:  # it is not active
+        if groups or weights[at + conv2].shape[1] == 0:  # it is not active
             continue
         fix_statistics(weights, at, mean, var, 0, begin + layer * growth)
         if bottleneck:
             fix_statistics(weights, at + 5, mean, var, second + layer * width, width)
     extras = num_layers * per_layer + {"none": 0, "transition": 5}.get(tail, 4)
     weights += given[extras : extras + 2 * norms]
-    _, names, numbers = (*ctx.last_arguments, "", [])[:3]
-    names = ",".join(names.split(",")[:norms])
-    how = (eps[:norms], num_layers, bottleneck, "none", drop_rate, seed, False, "", False, names, numbers[: 2 * norms])
-    return run_again(torch.ops.fastdense.dense_block, input, weights, *how, True)[0]
+    how = (eps[:norms], num_layers, bottleneck, "none", drop_rate, seed, False, "", False)
+    behind = (",".join(names.split(",")[:norms]), numbers[: 2 * norms], groups[:norms], True)
+    return run_again(torch.ops.fastdense.dense_block, input, weights, *how, *behind)[0]
 
 
 def _backward(ctx: Any, needs: Sequence[bool], grad_output: Tensor | None, *_: Tensor | None) -> list[Tensor | None]:

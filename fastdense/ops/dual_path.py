@@ -13,6 +13,7 @@ from fastdense.ops.arguments import (
     NormWeights,
     Parameters,
     cast_input,
+    check_batch_norms,
     check_input,
     check_memory,
     empty_channels_last,
@@ -173,6 +174,7 @@ def flatten_stage(
         ):
             parameters.norm(norm)
             parameters.conv(conv)
+    check_batch_norms("dual_path_stage", parameters.groups)
     return FlatStage(
         parameters.weights,
         parameters.eps,

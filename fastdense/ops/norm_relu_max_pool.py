@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdense.ops.arguments import (
     BatchStatistics,
     NormWeights,
+    check_batch_norms,
     check_input,
     empty_in_layout,
     fill_absent,
@@ -67,6 +68,7 @@ def norm_relu_max_pool(
         tensor([[[0., 3.]]])
     """
     check_input("norm_relu_max_pool", input)
+    check_batch_norms("norm_relu_max_pool", [norm.groups])
     weights = fill_absent(norm[:4], input)
     out, _, mean, var = torch.ops.fastdense.norm_relu_max_pool(
         input,

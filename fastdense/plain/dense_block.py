@@ -11,12 +11,10 @@ from fastdense._choices import MEMORY_MODES, MemoryMode, SurvivalMode, SurvivalS
 from fastdense.ops.arguments import check_memory
 from fastdense.plain.activation import ActivationName, make_activation
 from fastdense.plain.arguments import check_positive, check_spatial_dims
+from fastdense.plain.norm import NormName, make_norm
 from fastdense.plain.stochastic_depth import StochasticDepth, survivals
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 _AVG_POOL = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -34,6 +32,7 @@ class DenseLayer(nn.Module):
         spatial_dims: 1, 2 or 3.
         stochastic_depth: drops the layer at random. The new channels are ``b * H(x)``: zeros if it is dropped.
         eps, momentum, affine, track_running_stats: of the norms, as in :class:`torch.nn.BatchNorm2d`.
+        norm: what ``norm1`` and ``norm2`` are, see :class:`fastdense.nn.DenseBlock`.
         act: what ``relu1`` and ``relu2`` are, see :class:`fastdense.nn.DenseBlock`.
 
     Example:
@@ -55,6 +54,7 @@ class DenseLayer(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        norm: NormName = "batch",
         act: ActivationName = "relu",
     ) -> None:
         super().__init__()
@@ -62,14 +62,15 @@ class DenseLayer(nn.Module):
         check_spatial_dims("DenseLayer", spatial_dims)
         if not 0 <= drop_rate <= 1:
             raise ValueError(f"DenseLayer: expected drop_rate to be a probability in [0, 1], got {drop_rate!r}")
-        conv, norm = _CONV[spatial_dims - 1], _NORM[spatial_dims - 1]
+        conv = _CONV[spatial_dims - 1]
+        of_norms = {"eps": eps, "momentum": momentum, "affine": affine, "track_running_stats": track_running_stats}
         width = in_channels
-        self.norm1 = norm(in_channels, eps, momentum, affine, track_running_stats)
+        self.norm1 = make_norm("DenseLayer", norm, in_channels, spatial_dims, **of_norms)
         self.relu1 = make_activation("DenseLayer", act)
         if bottleneck:
             width = bn_size * growth_rate
             self.conv1 = conv(in_channels, width, 1, bias=False)
-            self.norm2 = norm(width, eps, momentum, affine, track_running_stats)
+            self.norm2 = make_norm("DenseLayer", norm, width, spatial_dims, **of_norms)
             self.relu2 = make_activation("DenseLayer", act)
         self.conv2 = conv(width, growth_rate, 3, padding=1, bias=False)
         self.drop_rate = float(drop_rate)
@@ -113,6 +114,7 @@ class PlainDenseBlock(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        norm: NormName = "batch",
         act: ActivationName = "relu",
     ) -> None:
         super().__init__()
@@ -130,6 +132,7 @@ class PlainDenseBlock(nn.Module):
                 momentum=momentum,
                 affine=affine,
                 track_running_stats=track_running_stats,
+                norm=norm,
                 act=act,
             )
             self.add_module(f"denselayer{index + 1}", layer)
@@ -154,13 +157,14 @@ class PlainTransition(nn.Sequential):
         spatial_dims: int = 2,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        norm: NormName = "batch",
         act: ActivationName = "relu",
     ) -> None:
         super().__init__()
         check_positive("Transition", in_channels=in_channels, out_channels=out_channels)
         check_spatial_dims("Transition", spatial_dims)
         dims = spatial_dims - 1
-        self.norm = _NORM[dims](in_channels, eps, momentum)
+        self.norm = make_norm("Transition", norm, in_channels, spatial_dims, eps=eps, momentum=momentum)
         self.relu = make_activation("Transition", act)
         self.conv = _CONV[dims](in_channels, out_channels, 1, bias=False)
         self.pool = _AVG_POOL[dims](2, 2)

@@ -35,6 +35,7 @@ class Case:
     acts: tuple[Activation, ...] = ()  # of the norms, in turn
     slopes: int = 0  # of PReLU: 1, or 0 for one a channel
     bias: bool = False
+    norm_groups: int = 0  # see RandomBlock
 
 
 class Block(RandomBlock):

@@ -32,20 +32,21 @@ def _given(t: Tensor) -> Tensor | None:
     return t if t.numel() > 0 else None
 
 
-def _norm(tensors: Sequence[Tensor], eps: float) -> NormWeights:
+def _norm(tensors: Sequence[Tensor], eps: float, groups: int = 0) -> NormWeights:
     weight, bias, mean, var = map(_given, tensors)  # the last two have no gradient
     # torch trains with no eps of 0
-    return NormWeights(weight, bias, *(None if t is None else t.detach() for t in (mean, var)), eps or 1e-300)
+    running = (None if t is None else t.detach() for t in (mean, var))
+    return NormWeights(weight, bias, *running, eps or 1e-300, groups)
 
 
 class _Reader:
     """Takes norms and convolutions from flat lists in order."""
 
-    def __init__(self, weights: Sequence[Tensor], eps: Sequence[float]) -> None:
-        self.weights, self.eps = iter(weights), iter(eps)
+    def __init__(self, weights: Sequence[Tensor], eps: Sequence[float], groups: Sequence[int] = ()) -> None:
+        self.weights, self.eps, self.groups = iter(weights), iter(eps), iter(groups)
 
     def norm(self) -> NormWeights:
-        return _norm([next(self.weights) for _ in range(4)], next(self.eps))
+        return _norm([next(self.weights) for _ in range(4)], next(self.eps), next(self.groups, 0))
 
     def conv(self) -> Tensor:
         return next(self.weights)
@@ -65,9 +66,10 @@ def _dense_block(
     contiguous=False,
     activations="",
     activation_parameters=(),
+    groups=(),
     recompute=False,
 ) -> Results:
-    reader = _Reader(weights, eps)
+    reader = _Reader(weights, eps, groups)
     layers = []
     for _ in range(num_layers):
         norm1, first = reader.norm(), reader.conv()

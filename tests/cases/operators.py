@@ -33,11 +33,21 @@ def dense_block_samples():
         Case(tail="norm", frozen=ALL, dtype=torch.float32),
         Case(tail="transition", bias=True, num_layers=2, acts=(Activation("prelu"), Activation("elu", 0.7))),
         Case(tail="norm_relu", width=0, num_layers=2, acts=(Activation("softplus", 1.5, 2.0), Activation("gelu"))),
+        Case(tail="transition", norm_groups=2, num_layers=2, frozen=("1.norm1",)),
+        Case(
+            tail="norm_relu", norm_groups=-1, num_layers=3, active=(True, False, True), acts=(Activation("elu", 0.7),)
+        ),
     ):
         block = Block(case)
         flat = flatten_block(without_dropped(block.layers, case.active), block.tail)
         options = (case.num_layers, case.width > 0, case.tail, case.drop_rate, block.seed)
-        yield block, fill_absent(flat.weights, block.input), flat.eps, options, (flat.activations, flat.numbers)
+        yield (
+            block,
+            fill_absent(flat.weights, block.input),
+            flat.eps,
+            options,
+            (flat.activations, flat.numbers, flat.groups),
+        )
 
 
 def dual_path_samples():

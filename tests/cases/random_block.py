@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random parameters of a block operator, and its comparison with the reference."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,9 @@ class RandomBlock:
     """Base of the operators' test blocks: named parameters, made from a case.
 
     A case has the fields ``dtype``, ``affine`` and ``frozen``, parts of the names of norms that use running statistics;
-    it may have a ``device``. Subclasses make ``input``, and run the operator and the reference by ``run`` and
-    ``expected``.
+    it may have a ``device``. Norms take the statistics of each sample where it has ``norm_groups``: -1 for as many
+    groups as channels, else as many as divide both. Subclasses make ``input``, and run the operator and the reference
+    by ``run`` and ``expected``.
     """
 
     input: Tensor
@@ -54,7 +56,9 @@ class RandomBlock:
             bias = self.add(f"{name}.bias", self.normal(channels) * 0.3)
         if any(part in name for part in self.case.frozen):
             mean, var = self.normal(channels) * 0.2, self.normal(channels).abs() + 0.5
-        return NormWeights(weight, bias, mean, var, eps)
+        groups = getattr(self.case, "norm_groups", 0)
+        groups = channels if groups < 0 else math.gcd(channels, groups) if groups > 0 else 0
+        return NormWeights(weight, bias, mean, var, eps, groups)
 
     def gradients(self, out: Tensor, grad: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         """By name; nothing for what takes no part."""

@@ -108,6 +108,7 @@ struct NormBackward {
   int64_t channels;
   const A *scale, *mean, *rstd, *t1, *t2;  // [channels]
   A inv_count;                             // 0 when frozen
+  bool has_terms = false;                  // t1 and t2 are what the input owes: dz = scale * dv - t1 - (z - mean) * t2
 };
 
 // Factors of products are held in a type and layout of the instruction set's own: `void*` below.

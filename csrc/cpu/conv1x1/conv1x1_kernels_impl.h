@@ -36,6 +36,12 @@ template <typename Out, typename T>
 inline void norm_gradient_row(const NormBackward<T>& norm, int64_t row, Out* dz) {
   using A = accumulate_t<T>;
   const int64_t at = row * norm.channels;
+  if (norm.has_terms) {
+    for (int64_t j = 0; j < norm.channels; ++j)
+      dz[j] = store<Out>(finalise_gradient<A>(norm.scale[j] * A(load(norm.dv[at + j])), load(norm.z[at + j]),
+                                              norm.mean[j], norm.t1[j], norm.t2[j]));
+    return;
+  }
   for (int64_t j = 0; j < norm.channels; ++j)
     dz[j] = store<Out>(norm_input_gradient<A>(load(norm.dv[at + j]), load(norm.z[at + j]),
                                               {norm.scale[j], A(0), norm.mean[j], norm.rstd[j]}, norm.t1[j], norm.t2[j],

@@ -258,10 +258,10 @@ _LOOKED_UP: list[tuple[Any, str, _Original]] = []
 
 
 def _read_originals() -> None:
-    per_axis = ("Conv", "BatchNorm", "AvgPool", "MaxPool", "Dropout")
+    per_axis = ("Conv", "BatchNorm", "InstanceNorm", "AvgPool", "MaxPool", "Dropout")
     kinds = [getattr(nn, f"{name}{dims}d") for name in per_axis for dims in (1, 2, 3)]
     kinds += [getattr(nn, name) for name in nn.modules.activation.__all__]
-    kinds += [nn.SyncBatchNorm, nn.Dropout, nn.Identity, nn.Sequential, nn.ModuleList]
+    kinds += [nn.SyncBatchNorm, nn.GroupNorm, nn.Dropout, nn.Identity, nn.Sequential, nn.ModuleList]
     walk = _Walk(kinds)
     for kind in kinds:
         for name in _BEGINNINGS:

@@ -311,7 +311,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     input, weights, eps, num_layers, bottleneck, tail, drop_rate, seed, _, process_group, *rest = inputs
     out, buffer, mean, var, z = output
     # The dispatcher leaves out what is as by default at the end of the arguments.
-    _, *behind, ctx.recompute = (*rest, *(False, "", [], [], False)[len(rest) :])
+    defaults: tuple[Any, ...] = (False, "", [], [], False)
+    _, *behind, ctx.recompute = (*rest, *defaults[len(rest) :])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, var)
     # The buffer, or what has the same numbers and somebody else keeps as well.

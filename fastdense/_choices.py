@@ -45,6 +45,7 @@ BENCH_VARIANTS = (
     "min-graph",
     "reversible",
     "recompute",
+    "budget",
 )
 COMPARED_VARIANTS = ("plain", "plain-channels-last", "memory-efficient", "balanced", "min")
 SWEEP_VARIANTS = ("plain", "memory-efficient", "balanced", "min")

@@ -80,6 +80,16 @@ def test_a_faulty_variant_gives_a_reason_and_no_time(fault, reason):
     assert reason in faulty.time_error
 
 
+def test_a_budget_is_a_variant():
+    config = dataclasses.replace(TINY, variants=("plain", "budget"), budget="1GiB")
+    measured = run_bench(config)
+    assert measured.ok
+    assert [row.variant for row in measured.rows] == ["plain", "budget"]
+    refused = run_bench(dataclasses.replace(config, budget="1kB"))
+    assert not refused.ok
+    assert "not even one image fits" in str(refused.rows[1].time_error)
+
+
 def test_sweep_measures_and_draws(tmp_path):
     result = run_sweep(SweepConfig(dataclasses.replace(TINY, variants=("plain", "min"), memory_steps=2), (10, 16)))
     assert result.ok

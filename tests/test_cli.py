@@ -276,3 +276,16 @@ def test_choices_are_those_of_the_library():
     assert set(_choices.PRESET_NAMES) == set(PRESETS)
     assert set(_choices.COMPARED_VARIANTS) | set(_choices.SWEEP_VARIANTS) <= set(nets.VARIANTS)
     assert {variant.memory for variant in nets.VARIANTS.values()} - {None} == set(_choices.DUAL_PATH_MEMORY_MODES)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--budget", "eight"], 'like "8GiB"'),
+        (["--variants", "budget"], "needs --budget SIZE"),
+        (["--budget", "1GiB", "--mode", "eval"], "and --mode train"),
+    ],
+)
+def test_bench_refuses_a_budget_that_is_none(arguments, message, capsys):
+    assert main(["bench", "--model", "densenet_cifar", "--depth", "10", *arguments]) == 2
+    assert message in capsys.readouterr().err

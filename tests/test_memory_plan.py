@@ -124,6 +124,14 @@ def test_autocast_and_a_loss_of_ones_own():
     assert x.shape[0] == plan.batch_size
 
 
+def test_reversible_is_chosen_by_wish_alone():
+    model, shape = made("DPN")
+    exact = plan_memory(model, shape, batch_size=2, budget="1GiB")
+    free = plan_memory(model, shape, batch_size=2, budget="1GiB", exact=False)
+    assert all("reversible" not in row.kept_by_mode for row in exact.rows)
+    assert all("reversible" in row.kept_by_mode for row in free.rows)
+
+
 def test_what_is_printed():
     model, shape = made("DenseNet-BC")
     plan = plan_memory(model, shape, batch_size=2, budget="1GiB")

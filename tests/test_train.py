@@ -430,3 +430,15 @@ def test_a_model_that_does_not_classify_is_refused(tmp_path: Path) -> None:
     config = TrainConfig(model="fc_densenet56", model_kwargs={}, data="digits", size=32, out=tmp_path / "out")
     with pytest.raises(InputError, match="train: expected a model that classifies images, got fc_densenet56"):
         train(config, progress=False)
+
+
+def test_a_budget_gives_the_weights_of_any_mode(tmp_path, capsys):
+    config = tiny(tmp_path / "free")
+    train(config, progress=False)
+    train(dataclasses.replace(config, out=tmp_path / "fit", budget="1GiB"), progress=False)
+    assert "peak" in capsys.readouterr().err
+    assert_same_weights(tmp_path / "fit", tmp_path / "free")
+    with pytest.raises(InputError, match=r"--budget 1kB: .*not even one image fits"):
+        train(dataclasses.replace(config, out=tmp_path / "small", budget="1kB"), progress=False)
+    with pytest.raises(InputError, match="budget to be None where memory is given"):
+        dataclasses.replace(config, memory="min", budget="1GiB")

@@ -25,6 +25,7 @@ class Job:
         seed: of weights, labels and dropout.
         lr: learning rate of SGD with momentum 0.9.
         settle_steps: steps that a CUDA memory peak leaves out (libraries choose algorithms).
+        budget: of tensor memory, for the variant of that name.
         fault: for tests only: ``"loss"``, ``"raise"``, ``"kill"`` or ``"hang"``.
     """
 
@@ -39,6 +40,7 @@ class Job:
     seed: int = 0
     lr: float = 0.01
     settle_steps: int = 1
+    budget: str = ""
     fault: str | None = None
 
     def to_json(self) -> str:

@@ -86,6 +86,7 @@ class Variant:
         compile: the mode of torch.compile, or None without it.
         memory: fastdense's memory mode, or None for plain PyTorch.
         timm: timm's model of the network in the place of torchvision's.
+        planned: the modes are those that fit into a budget, see :func:`fastdense.plan_memory`.
         graph: the whole step is captured in a CUDA graph once, and replayed.
     """
 
@@ -94,6 +95,7 @@ class Variant:
     compile: str | None = None
     memory: DualPathMemoryMode | None = None
     timm: bool = False
+    planned: bool = False
     graph: bool = False
 
 
@@ -112,6 +114,7 @@ VARIANTS = {
     "min-graph": Variant(channels_last=True, memory="min", graph=True),
     "reversible": Variant(channels_last=True, memory="reversible"),
     "recompute": Variant(channels_last=True, memory="recompute"),
+    "budget": Variant(channels_last=True, memory="balanced", planned=True),
 }
 
 # The two layouts of unchanged PyTorch; ratios refer to the better of them.

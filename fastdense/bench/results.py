@@ -42,6 +42,7 @@ class BenchConfig:
         warmup: untimed steps before, whose losses are compared; at least 1.
         memory_batches: batch sizes of the memory slope; empty leaves it out.
         memory_steps: steps before a peak is read; at least 2.
+        budget: of tensor memory, for the variant of that name.
         images: a folder of pictures; None takes scikit-image's.
         timeout: seconds that one step may take.
         faults: for tests only: a fault by variant.
@@ -62,6 +63,7 @@ class BenchConfig:
     lr: float = 0.01
     memory_batches: tuple[int, ...] = (4, 12)
     memory_steps: int = 3
+    budget: str = ""
     images: Path | None = None
     timeout: float = 900.0
     faults: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -103,6 +103,7 @@ def make_job(config: BenchConfig, variant: str, batch: int, images: str) -> Job:
         threads=config.threads,
         seed=config.seed,
         lr=config.lr,
+        budget=config.budget,
         fault=config.faults.get(variant),
     )
 

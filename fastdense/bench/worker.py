@@ -30,6 +30,7 @@ from fastdense._support import InputError
 from fastdense.bench.job import Job
 from fastdense.bench.memory import MIB, peak_resident_mib, resident_mib
 from fastdense.bench.nets import VARIANTS, build
+from fastdense.memory.plan import plan_memory
 
 
 class Steps:
@@ -50,11 +51,23 @@ class Steps:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=job.lr, momentum=0.9)
         self.scaler = torch.amp.GradScaler(job.device, init_scale=1024.0, enabled=job.dtype == "float16")
         self.images, self.labels = self._load_batch()
+        if self.variant.planned:
+            self._plan()
         self.steps_done = 0
         self.forward = torch.compile(self.model, mode=self.variant.compile) if self.variant.compile else self.model
         self.step = self._train_step if job.mode == "train" else self._eval_step
         if self.variant.graph:
             self.step = self._capture(self.step)
+
+    def _plan(self) -> None:
+        """Sets the memory modes that fit a step into the budget."""
+        dtype = None if self.job.dtype == "float32" else getattr(torch, self.job.dtype)
+        batch, *shape = self.images.shape
+        try:
+            plan = plan_memory(self.model, shape, batch_size=batch, budget=self.job.budget, dtype=dtype)
+        except ValueError as error:
+            raise InputError(f"bench: {error}") from error
+        plan.apply()
 
     def _load_batch(self) -> tuple[Tensor, Tensor]:
         """The first `batch` images of the file, and labels that are arbitrary but fixed."""

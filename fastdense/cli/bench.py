@@ -56,6 +56,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--memory", type=names(DUAL_PATH_MEMORY_MODES), help="fastdense's modes only, e.g. balanced,min"
     )
+    parser.add_argument("--budget", metavar="SIZE", help="add fastdense's modes that fit into so much tensor memory")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per repeat (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="fresh starts of all processes (default: %(default)s)")
     parser.add_argument(
@@ -78,6 +79,20 @@ def run(options: argparse.Namespace) -> int:
     return run_depth_sweep(options) if options.sweep else run_comparison(make_config(options), options)
 
 
+def check_budget(budget: str | None, device: str, mode: str) -> None:
+    """Refuses what no training step can be planned for."""
+    import torch
+
+    from fastdense.memory.sizes import read_budget
+
+    if budget is None or mode != "train":
+        raise InputError("bench: the variant budget needs --budget SIZE, and --mode train")
+    try:
+        read_budget(budget, torch.device(device))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"bench: {error}") from error
+
+
 def make_config(options: argparse.Namespace) -> BenchConfig:
     """Checks the options and fills in what depends on the model."""
     import torch
@@ -95,6 +110,10 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
             raise InputError(f"bench: expected --memory to include {unwanted[0]} of --variants, got {options.memory}")
         variants = tuple(v for v in variants if v not in DUAL_PATH_MEMORY_MODES)
         variants += tuple(v for v in options.memory if v not in variants)
+    if options.budget and "budget" not in variants:
+        variants = (*variants, "budget")
+    if "budget" in variants:
+        check_budget(options.budget, options.device, options.mode)
     config = BenchConfig(
         net=net,
         variants=variants,
@@ -109,6 +128,7 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
         seed=options.seed,
         memory_batches=options.memory_batches,
         images=options.images,
+        budget=options.budget or "",
     )
     for name in ("batch", "size", "steps", "repeats"):
         if getattr(config, name) < 1:

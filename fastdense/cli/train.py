@@ -71,6 +71,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--momentum", type=float, default=0.9, help="Nesterov momentum (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument("--memory", choices=TRAIN_MEMORY, default="balanced", help="default: balanced")
+    parser.add_argument("--budget", metavar="SIZE", help="of tensor memory, like 8GiB: finds the modes that fit")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/train, or runs/sr with sr")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
@@ -115,6 +116,7 @@ def _classify(options: argparse.Namespace) -> int:
         weight_decay=options.weight_decay,
         momentum=options.momentum,
         memory=options.memory,
+        budget=options.budget,
         device=options.device,
         dtype=options.dtype,
         seed=options.seed,

@@ -106,6 +106,7 @@ def plan_memory(
     loss: Loss | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    exact: bool = True,
 ) -> MemoryPlan:
     """Finds the memory modes that fit a training step into a budget in the least time.
 
@@ -125,6 +126,7 @@ def plan_memory(
         loss: the loss of the model's output; by default the mean of all of its numbers.
         device: where to run; by default the parameters' device.
         dtype: of autocast; None for none.
+        exact: whether to choose among the modes that give the same bits; False adds "reversible", of dual path blocks.
 
     Returns:
         The plan.
@@ -148,7 +150,7 @@ def plan_memory(
     check_module("plan_memory", model)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"plan_memory: expected batch_size to be at least 1, got {batch_size!r}")
-    return _Measured.of("plan_memory", model, input_shape, optimizer_state, loss, device, dtype).plan(
+    return _Measured.of("plan_memory", model, input_shape, optimizer_state, loss, device, dtype, exact).plan(
         batch_size, budget
     )
 
@@ -162,6 +164,7 @@ def largest_batch(
     loss: Loss | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    exact: bool = True,
 ) -> int:
     """The most images of a training step that fit into a budget, in whatever memory modes that takes.
 
@@ -172,7 +175,7 @@ def largest_batch(
         The number of images; 0 if one alone is too many.
     """
     check_module("largest_batch", model)
-    measured = _Measured.of("largest_batch", model, input_shape, optimizer_state, loss, device, dtype)
+    measured = _Measured.of("largest_batch", model, input_shape, optimizer_state, loss, device, dtype, exact)
     return measured.largest_batch(read_budget(budget, measured.device))
 
 
@@ -185,6 +188,7 @@ def memory_front(
     loss: Loss | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    exact: bool = True,
 ) -> list[tuple[int, float]]:
     """Peak in bytes and seconds of a training step, for every choice of modes that no other one beats in both.
 
@@ -195,7 +199,9 @@ def memory_front(
         From the largest peak to the smallest.
     """
     check_module("memory_front", model)
-    return _Measured.of("memory_front", model, input_shape, optimizer_state, loss, device, dtype).front(batch_size)
+    return _Measured.of("memory_front", model, input_shape, optimizer_state, loss, device, dtype, exact).front(
+        batch_size
+    )
 
 
 # What was measured of a model, as long as it lives; see _Measured.of.
@@ -216,6 +222,7 @@ class _Measured:
         loss: Loss,
         device: torch.device,
         dtype: torch.dtype | None,
+        exact: bool,
     ) -> None:
         self.model = weakref.ref(model)
         self.shape, self.loss, self.device, self.dtype = shape, loss, device, dtype
@@ -223,7 +230,8 @@ class _Measured:
         self.weight_bytes = sum(t.nbytes for t in (*parameters, *buffers))
         self.weight_bytes += int(optimizer_state * sum(p.nbytes for p in parameters if p.requires_grad))
         self.input_dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
-        self.blocks = fused_blocks(model)
+        blocks = fused_blocks(model)
+        self.blocks = [block._replace(modes=_exact(block.modes)) for block in blocks] if exact else blocks
         if not self.blocks:
             raise ValueError("expected model to have fused blocks, got none; call fastdense.convert(model)")
         self._steps: dict[tuple[Any, ...], Step] = {}
@@ -238,6 +246,7 @@ class _Measured:
         loss: Loss | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        exact: bool,
     ) -> "_Measured":
         """What is known of the model as it is now, or nothing yet."""
         shape = tuple(input_shape)
@@ -249,11 +258,11 @@ class _Measured:
         device = first.device if device is None else torch.device(device)
         state = tuple((p.data_ptr(), p.dtype, p.requires_grad) for p in model.parameters())
         modes = tuple(module.training for module in model.modules())
-        key = (shape, optimizer_state, loss, device, dtype, torch.get_num_threads(), state, modes)
+        key = (shape, optimizer_state, loss, device, dtype, exact, torch.get_num_threads(), state, modes)
         known = _KNOWN.setdefault(model, {})
         if key not in known:
             known.clear()
-            known[key] = cls(model, shape, optimizer_state, loss or _mean_of_all, device, dtype)
+            known[key] = cls(model, shape, optimizer_state, loss or _mean_of_all, device, dtype, exact)
         return known[key]
 
     def fixed_bytes(self, batch: int) -> int:
@@ -365,6 +374,10 @@ class _Measured:
             least,
             fits,
         )
+
+
+def _exact(modes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(mode for mode in modes if mode != "reversible")
 
 
 def _row(unit: tuple[str, ...], options: Sequence[Any], chosen: str) -> PlanRow:

@@ -16,7 +16,7 @@ from fastdense.train.samples import default_workers
 
 # What may change between the parts of a resumed run: where it runs and how it writes. Bits are kept only as far as
 # the machine gives the same sums, so with the same number of threads.
-_FREE_FIELDS = {"data", "size", "memory", "device", "threads", "workers"}
+_FREE_FIELDS = {"data", "size", "memory", "budget", "device", "threads", "workers"}
 _FREE_FIELDS |= {"out", "resume", "fresh", "checkpoint_seconds", "tensorboard"}
 # What a resumed run may be told anew; it goes on as before where it is not.
 CHANGEABLE: dict[str, Any] = {"epochs": 10, "lr": 0.1}
@@ -51,6 +51,7 @@ class TrainConfig:
         momentum: Nesterov momentum in [0, 1).
         memory: ``"balanced"``, ``"min"``, or ``"plain"`` for the same model in plain PyTorch; a model without dense
             blocks takes ``"balanced"`` only.
+        budget: of tensor memory, like ``"8GiB"``, in the place of `memory`: see :func:`fastdense.plan_memory`.
         device: a torch device, e.g. ``"cpu"`` or ``"cuda"``.
         dtype: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` for autocast.
         seed: of weights, order and augmentation.
@@ -81,6 +82,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     momentum: float = 0.9
     memory: str = "balanced"
+    budget: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -112,6 +114,7 @@ class TrainConfig:
             "weight_decay": (self.weight_decay >= 0 and math.isfinite(self.weight_decay), "0 or more"),
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
             "memory": (self.memory in TRAIN_MEMORY, f"one of {', '.join(TRAIN_MEMORY)}"),
+            "budget": (self.budget is None or self.memory == "balanced", "None where memory is given"),
             "dtype": (self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
             "seed": (0 <= self.seed < 2**63, "in [0, 2**63)"),
             "threads": (self.threads >= 0, "0 or more"),

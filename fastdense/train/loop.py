@@ -26,7 +26,7 @@ from fastdense.train.data import Dataset, load
 from fastdense.train.finite import NonFiniteLossError, find_non_finite
 from fastdense.train.interrupts import Interrupts, deferred
 from fastdense.train.lock import locked
-from fastdense.train.network import average, freeze, load_weights, make_model, set_training
+from fastdense.train.network import average, fit_into, freeze, load_weights, make_model, set_training
 from fastdense.train.results import describe, open_tensorboard, save_curves, save_log
 from fastdense.train.samples import Batches, Samples
 
@@ -168,6 +168,10 @@ class _Run:
         self.model = make_model(config, data, smallest).to(device)
         if config.freeze:
             freeze(self.model)
+        if config.budget is not None:
+            batch = -(-len(data.train) // self.batches.steps)
+            words = fit_into(self.model, config, data.size, -(-batch // processes.world))
+            print(f"fastdense: {words}", file=sys.stderr)
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else None
         self.network = processes.wrap(self.model)
         torch.manual_seed(config.seed + processes.rank)  # dropout differs, weights do not

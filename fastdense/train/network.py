@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from fastdense import models
 from fastdense._support import InputError
 from fastdense.fusion.convert import restore
+from fastdense.memory.plan import plan_memory
 from fastdense.models.weights import last_layer, load_state, read_weights
 from fastdense.train.config import TrainConfig
 from fastdense.train.data import Dataset
@@ -96,6 +98,34 @@ def set_training(model: nn.Module) -> None:
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
+
+
+def fit_into(model: nn.Module, config: TrainConfig, size: int, batch: int) -> str:
+    """Sets the memory modes of a model so that a step fits into the configured budget.
+
+    Args:
+        model: on its device.
+        config: of the run.
+        size: side of an image in pixels.
+        batch: the most images of a step in this process.
+
+    Returns:
+        A line that says what a step needs.
+
+    Raises:
+        InputError: nothing fits, or the model has no blocks that are trained.
+    """
+    assert config.budget is not None
+    set_training(model)
+    how: dict[str, Any] = {"optimizer_state": float(config.momentum > 0)}
+    if config.dtype != "float32":
+        how["dtype"] = getattr(torch, config.dtype)
+    try:
+        plan = plan_memory(model, (3, size, size), batch_size=batch, budget=config.budget, **how)
+    except ValueError as error:
+        raise InputError(f"train: --budget {config.budget}: {error}") from error
+    plan.apply()
+    return str(plan).rpartition("\n")[2]
 
 
 @torch.no_grad()

@@ -135,8 +135,8 @@ class BlockBackward : public BlockForward<T> {
   Sums norm_gradients(const NormArgs& norm, const Coefficients& c) {
     const Sums s = norm_sums(c, 0, c.n);
     const at::Tensor by_set = sums_.select(0, 0).narrow(2, 0, c.n);
-    const at::Tensor all = sets_ == 1 ? by_set.select(0, 0).clone() : by_set.sum(0);
-    set_norm(norm, all.select(0, 1), all.select(0, 0));
+    const at::Tensor all = sets_ == 1 ? by_set.select(0, 0) : by_set.sum(0);
+    set_norm(norm, all.select(0, 1).clone(), all.select(0, 0).clone());  // results do not share memory
     return s;
   }
   void set_norm(const NormArgs& norm, const at::Tensor& weight, const at::Tensor& bias) {

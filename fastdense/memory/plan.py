@@ -315,16 +315,12 @@ class _Measured:
         units = zip(problem.units, chosen, strict=True)
         return self.step({name: mode for unit, mode in units for name in unit}, batch)
 
-    def least(self, batch: int) -> tuple[int, tuple[str, ...]]:
-        """The smallest peak at a batch size, and the modes that have it."""
+    def fits(self, batch: int, budget: int) -> bool:
+        """Whether the modes with the least peak fit."""
         problem = self.problem(batch)
         chosen = cheapest(problem, least_peak(problem))
         assert chosen is not None
-        return self.fixed_bytes(batch) + self.step_of(problem, chosen, batch).peak, chosen
-
-    def fits(self, batch: int, budget: int) -> bool:
-        """Whether any modes fit."""
-        return self.least(batch)[0] <= budget
+        return self.fixed_bytes(batch) + self.step_of(problem, chosen, batch).peak <= budget
 
     def largest_batch(self, budget: int) -> int:
         """The most images that fit."""
@@ -347,10 +343,12 @@ class _Measured:
         while chosen is not None and fixed + self.step_of(problem, chosen, batch).peak > most:
             room -= fixed + self.step_of(problem, chosen, batch).peak - most
             chosen = cheapest(problem, room)
-        if chosen is None:
-            least, chosen = self.least(batch)
-            if least > most:
-                raise self._too_small(batch, least, most)
+        if chosen is None:  # what looks too large may fit where modes change
+            near = {modes: self.step_of(problem, modes, batch) for modes in pareto_front(problem)}
+            fitting = [modes for modes, step in near.items() if fixed + step.peak <= most]
+            if not fitting:
+                raise self._too_small(batch, fixed + min(step.peak for step in near.values()), most)
+            chosen = min(fitting, key=lambda modes: near[modes].seconds)
         step = self.step_of(problem, chosen, batch)
         rows = tuple(_row(*of_unit) for of_unit in zip(problem.units, problem.options, chosen, strict=True))
         return MemoryPlan(rows, batch, most, fixed + step.peak, fixed, step.seconds, self.model)

@@ -212,7 +212,8 @@ def densenet121(**options: Unpack[DenseNetOptions]) -> DenseNet:
 
     Example:
         >>> volumes = densenet121(spatial_dims=3, in_channels=1, out_channels=2)
-        >>> pretrained = densenet121(weights="IMAGENET1K_V1", num_classes=5)  # doctest: +SKIP
+
+    Published weights come with ``densenet121(weights="IMAGENET1K_V1", num_classes=5)``.
     """
     return _imagenet("densenet121", (6, 12, 24, 16), 32, 64, options, DenseNet121_Weights)
 

@@ -159,6 +159,23 @@ def test_a_chain_of_residual_blocks_saves_one_input_a_block(device):
     assert kept_bytes(net, x) > 0
 
 
+@pytest.mark.parametrize("memory", ["balanced", "recompute"])
+@pytest.mark.parametrize("norm", ["batch", "instance", ("instance", {"affine": True}), ("group", {"num_groups": 2})])
+@pytest.mark.parametrize("act", ["relu", "leakyrelu", "gelu", "prelu"])
+def test_stems_of_other_norms_and_activations_save_their_input(norm, act, memory):
+    torch.manual_seed(0)
+    net = monai_net(norm=norm, act=act)
+    fast = fastdense.convert(copy.deepcopy(net), memory=memory)
+    x = volume(3)
+    assert_same(step(fast, x), step(net, x))
+    front = torch.nn.Sequential(*list(net.features.children())[:4])
+    fused = type(fast.features)()
+    for name, module in list(fast.features.named_children())[:4]:
+        fused.add_module(name, module)
+    features = net.features.conv0(x).untyped_storage().nbytes()
+    assert kept_bytes(fused, x) <= x.nbytes + 1.3 * features < kept_bytes(front, x)
+
+
 # Modes by block.
 
 

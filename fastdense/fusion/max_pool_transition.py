@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdense.fusion.checks import (
+    SAMPLE_NORMS,
     NotFusible,
     check_conv,
     check_no_global_hooks,
@@ -75,7 +76,12 @@ def check_unobserved(modules: Sequence[Any]) -> None:
 
 def is_recomputable(norm: Any) -> bool:
     """Whether ``norm`` takes the statistics of its own process alone, so that it can be run again."""
-    return type(norm) in _NORMS or (has_fused_relu(norm) and isinstance(norm, _NORMS))
+    return type(norm) in _NORMS or _moves_nothing(norm) or (has_fused_relu(norm) and isinstance(norm, _NORMS))
+
+
+def _moves_nothing(norm: Any) -> bool:
+    """Whether a norm of single samples has no running statistics."""
+    return type(norm) in SAMPLE_NORMS and getattr(norm, "running_mean", None) is None
 
 
 def run_recomputed(modules: Sequence[Any], input: Tensor) -> Tensor:
@@ -92,6 +98,8 @@ def run_recomputed(modules: Sequence[Any], input: Tensor) -> Tensor:
 def _runner(modules: Sequence[Any]) -> tuple[Callable[[Tensor], Tensor], bool]:
     """Runs the modules in their mode of now; running statistics move in the forward pass only. And whether it draws."""
     norm, *others = modules
+    if _moves_nothing(norm):
+        return nn.Sequential(*modules), False
     mean, var = norm.running_mean, norm.running_var
     uses_batch = norm.training or mean is None
     if norm.training and not norm.track_running_stats:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdense.fusion.base import FusedModule, fall_back, find_wrapped, gives_contiguous, is_traced, run_plain
-from fastdense.fusion.checks import CONVS, NORMS, NotFusible, check_no_hooks
+from fastdense.fusion.checks import CONVS, NORMS, SAMPLE_NORMS, NotFusible, check_no_hooks
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, read_tail, run_block
-from fastdense.fusion.dense_layers import read_block
+from fastdense.fusion.dense_layers import is_activation, read_block
 from fastdense.fusion.dual_path import FusedDualPathBlock, plan_stages, run_stages
 from fastdense.fusion.inferred_block import FusedInferredBlock
 from fastdense.fusion.inferred_layers import read_inferred_block
@@ -76,8 +76,9 @@ def _check_own_code(sequence: nn.Module) -> None:
     check_function_modes()
     state = state_of(sequence)
     if state.kept is None or not state.kept.still_holds():
-        stems = (*CONVS, *NORMS, nn.ReLU, *POOLS)
-        own = [type(module) for module in sequence.children() if isinstance(module, stems)]
+        stems = (*CONVS, *NORMS, *SAMPLE_NORMS, *POOLS)
+        children = sequence.children()
+        own = [type(module) for module in children if isinstance(module, stems) or is_activation(module)]
         state.kept = find_sources(frozenset([plain_class(type(sequence)), *own]))
     check_sources(state.kept)
 
@@ -92,10 +93,10 @@ def _row(modules: list[nn.Module], at: int) -> tuple[nn.Module, ...]:
     elif forward in (FusedDualPathBlock.forward, FusedSRDenseBlock.forward):
         while end < len(modules) and type(modules[end]).forward is forward:
             end += 1
-    elif isinstance(first, NORMS):
-        while end < at + 3 and end < len(modules) and type(modules[end]) in (nn.ReLU, *POOLS):
+    elif isinstance(first, (*NORMS, *SAMPLE_NORMS)):
+        while end < at + 3 and end < len(modules) and (type(modules[end]) in POOLS or is_activation(modules[end])):
             end += 1
-    elif type(first) in CONVS and end < len(modules) and isinstance(modules[end], NORMS):
+    elif type(first) in CONVS and end < len(modules) and isinstance(modules[end], (*NORMS, *SAMPLE_NORMS)):
         end += len(_row(modules, end))
         if end == at + 1 or not _is_recomputed(modules[end:]):
             return ()

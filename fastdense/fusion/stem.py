@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastdense.fusion.base import check_no_transforms, check_runs_here
 from fastdense.fusion.batch_statistics import group_name, process_group_of, read_update, update_norms
-from fastdense.fusion.checks import CONVS, NotFusible, check_no_hooks, check_norm, has_fused_relu
-from fastdense.fusion.dense_layers import norm_weights
-from fastdense.fusion.max_pool_transition import POOLS, check_unobserved, run_recomputed
+from fastdense.fusion.checks import CONVS, SAMPLE_NORMS, NotFusible, check_no_hooks, check_norm, has_fused_relu
+from fastdense.fusion.dense_layers import is_activation, norm_weights
+from fastdense.fusion.max_pool_transition import POOLS, check_unobserved, is_recomputable, run_recomputed
 from fastdense.ops import norm_relu_max_pool
 from fastdense.ops.arguments import count_pixels
 from fastdense.ops.conv_norm_relu_max_pool import Convolution, conv_norm_relu_max_pool
@@ -28,7 +28,7 @@ class PoolSizes(NamedTuple):
 
 
 class Stem(NamedTuple):
-    """A norm, a ReLU unless the norm has it inside, and a max pool; its sizes where the operator can run it.
+    """A norm, its activation unless that is inside, and a max pool; its sizes where the operator can run all three.
 
     ``conv`` is the convolution in front where it runs with them, and again in backward.
     """
@@ -62,13 +62,18 @@ def read_stem(modules: Sequence[nn.Module]) -> Stem:
     found: list[Any] = []
     if has_fused_relu(modules[0]):
         found = list(modules[:2])
-    elif len(modules) > 1 and type(modules[1]) is nn.ReLU:
+    elif len(modules) > 1 and is_activation(modules[1]):
         found = list(modules[:3])
     if not found or type(found[-1]) not in POOLS:
-        raise NotFusible("it is not followed by a ReLU and a max pool")
-    check_norm(found[0], "norm")
+        raise NotFusible("it is not followed by an activation and a max pool")
     check_unobserved(found)
-    return Stem(found, _pool_sizes(found[-1]))
+    if type(found[0]) in SAMPLE_NORMS:
+        if not is_recomputable(found[0]):
+            raise NotFusible("its norm moves running statistics of samples")
+        return Stem(found, None)
+    check_norm(found[0], "norm")
+    has_relu = len(found) == 2 or type(found[1]) is nn.ReLU
+    return Stem(found, _pool_sizes(found[-1]) if has_relu else None)
 
 
 def run_stem(stem: Stem, contiguous: bool, input: Tensor) -> Tensor:
@@ -80,7 +85,7 @@ def run_stem(stem: Stem, contiguous: bool, input: Tensor) -> Tensor:
         conv = None
     try:
         check_runs_here("norm_relu_max_pool", input)
-        group = process_group_of([stem.norm])
+        group = None if stem.pool is None else process_group_of([stem.norm])
         # The norm reads what has the dimensions and, by the convolution and autocast, the type of what follows it.
         if stem.pool is None or not stem.takes(input if conv is None else _in_type_of(conv, input)):
             raise NotFusible("the fused operator does not support this pool or mix of dtypes")

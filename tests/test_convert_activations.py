@@ -153,7 +153,10 @@ def test_a_replaced_function_of_an_activation_is_called(monkeypatch):
     monkeypatch.setattr(F, "silu", lambda x, inplace=False: x * 2)
     with fastdense_warnings() as messages:
         made = step(fast, x)
-    assert all("silu has been replaced" in message for message in messages) and messages
+    # The sequence runs plain as well, its stem included, which the first block says.
+    known = ("silu has been replaced", "is called by itself, and so are the norm, ReLU and max pool")
+    assert any(known[0] in message for message in messages)
+    assert all(any(words in message for words in known) for message in messages)
     assert_same(made, step(plain, x))
 
 

@@ -67,8 +67,9 @@ def _note(attributes: dict[tuple[int, str], Any], at: int, name: str, value: Any
     elif isinstance(value, list | tuple) and all(isinstance(item, _VALUES) for item in value):
         attributes[at, name] = tuple(value)
     elif depth > 0:  # what a dict or an object holds, as configurations are
-        items = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-        if not isinstance(value, nn.Module) and type(value).__module__.partition(".")[0] != "torch":
+        is_dict = isinstance(value, dict)  # of which the compiler does not read the module
+        items = value if is_dict else getattr(value, "__dict__", {})
+        if is_dict or not (isinstance(value, nn.Module) or type(value).__module__.partition(".")[0] == "torch"):
             for key, item in items.items():
                 _note(attributes, at, f"{name}.{key}", item, depth - 1)
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastdense
-from benchmarks.turns import Row, check_equal, parser_of, report, row_of_times, row_of_values
+from benchmarks.turns import Row, check_equal, parser_of, report, row_of_times, row_of_values, training_step
 
 MODES = ("balanced", "min")
 
@@ -83,20 +83,10 @@ def times(case: str, rounds: int) -> Row:
     for variant in ("plain", "plain-channels-last", *MODES):
         layout = torch.contiguous_format if variant == "plain" else last
         net = make(case, None if variant.startswith("plain") else variant, layout)
-        runs[variant] = _step(net, x.contiguous(memory_format=layout))
+        runs[variant] = training_step(net, x.contiguous(memory_format=layout))
         losses[variant] = runs[variant]()
         check_equal(f"{case} {variant}", losses["plain"], losses[variant], 1e-3)
     return row_of_times(f"{case}, {len(x)} images, ms/step", runs, rounds)
-
-
-def _step(net: nn.Module, x: Tensor) -> Callable[[], float]:
-    def step() -> float:
-        net.zero_grad(set_to_none=True)
-        loss = net(x).logsumexp(1).mean()
-        loss.backward()
-        return loss.item()
-
-    return step
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastdense
-from benchmarks.turns import Row, check_equal, parser_of, report, row_of_times, row_of_values
+from benchmarks.turns import Row, check_equal, parser_of, report, row_of_times, row_of_values, training_step
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 VARIANTS = ("plain", "checkpoint", "min")
@@ -123,14 +123,7 @@ def times(name: str, batch: int, size: int, rounds: int) -> Row:
 
 def _step(net: nn.Module, batch: int, size: int, layout: torch.memory_format) -> Callable[[], float]:
     x = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
-
-    def step() -> float:
-        net.zero_grad(set_to_none=True)
-        loss = net(x).logsumexp(1).mean()
-        loss.backward()
-        return loss.item()
-
-    return step
+    return training_step(net, x)
 
 
 def main() -> None:

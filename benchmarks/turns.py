@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from fastdense._support import write_json
 from fastdense.bench.environment import describe
@@ -58,6 +59,18 @@ def row_of_times(what: str, runs: Mapping[str, Callable[[], Any]], rounds: int, 
         if variant not in PLAIN_LAYOUTS
     }
     return {"what": what, "values": medians, "ratios": ratios, "samples": samples}
+
+
+def training_step(net: nn.Module, x: Tensor) -> Callable[[], float]:
+    """A training step without the optimizer; returns its loss."""
+
+    def step() -> float:
+        net.zero_grad(set_to_none=True)
+        loss = net(x).logsumexp(1).mean()
+        loss.backward()
+        return loss.item()
+
+    return step
 
 
 def parser_of(doc: str, rounds: int) -> argparse.ArgumentParser:

@@ -143,6 +143,15 @@ def test_weights_that_change_before_backward_are_refused():
         out.backward()
 
 
+def test_an_input_that_changes_before_backward_is_refused():
+    block = fastdense.nn.DenseBlock(2, 8, 4, memory="recompute")
+    x = torch.randn(2, 8, 6, 6)
+    out = block(x).sum()
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="what a fused module gave, or read, was modified in place"):
+        out.backward()
+
+
 def test_a_chain_of_residual_blocks_saves_one_input_a_block(device):
     block = Block(Case(channels=8, growth=4, layers=4, size=(10, 10)), torch.float32, device)
     grads = {}

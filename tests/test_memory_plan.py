@@ -161,6 +161,16 @@ def test_bad_arguments(change, message):
         plan_memory(model, arguments.pop("input_shape"), **arguments)
 
 
+def test_plans_are_of_the_model_as_it_is():
+    model, shape = made("MONAI 3-D")
+    assert plan_memory(model, shape, batch_size=2, budget="1GiB").rows
+    fastdense.restore(model)
+    with pytest.raises(ValueError, match="fused blocks"):
+        plan_memory(model, shape, batch_size=2, budget="1GiB")
+    with pytest.raises(TypeError, match="expected options out of optimizer_state"):
+        largest_batch(model, shape, budget="1GiB", optimiser_state=2.0)
+
+
 def test_what_has_no_blocks_has_no_plan():
     with pytest.raises(ValueError, match="fused blocks"):
         plan_memory(nn.Linear(2, 2), (2,), batch_size=2, budget="1GiB")

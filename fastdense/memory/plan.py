@@ -3,7 +3,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,26 @@ from fastdense.memory.tape import Step, copied, extrapolate_step, names_of_block
 
 Loss = Callable[[Any], Tensor]
 _MOST_IMAGES = 2**20
+
+
+class StepOptions(TypedDict, total=False):
+    """What else there is to say of a training step.
+
+    Args:
+        optimizer_state: numbers that the optimizer keeps for each parameter: 1 (default) for SGD with momentum, 2 for
+            Adam.
+        loss: the loss of the model's output; by default the mean of all of its numbers.
+        device: where to run; by default the parameters' device.
+        dtype: of autocast; None (default) for none.
+        exact: whether to choose among the modes that give the same bits (default); False adds "reversible", of dual
+            path blocks.
+    """
+
+    optimizer_state: float
+    loss: Loss | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    exact: bool
 
 
 class InsufficientMemory(ValueError):
@@ -102,11 +122,7 @@ def plan_memory(
     *,
     batch_size: int,
     budget: int | float | str,
-    optimizer_state: float = 1.0,
-    loss: Loss | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    exact: bool = True,
+    **options: Unpack[StepOptions],
 ) -> MemoryPlan:
     """Finds the memory modes that fit a training step into a budget in the least time.
 
@@ -122,11 +138,7 @@ def plan_memory(
         batch_size: images of a step.
         budget: the most tensor memory, in bytes, or like ``"8GiB"``, or like ``"80%"`` of the device's memory. What
             libraries and the process need beside tensors is not in it.
-        optimizer_state: numbers that the optimizer keeps for each parameter: 1 for SGD with momentum, 2 for Adam.
-        loss: the loss of the model's output; by default the mean of all of its numbers.
-        device: where to run; by default the parameters' device.
-        dtype: of autocast; None for none.
-        exact: whether to choose among the modes that give the same bits; False adds "reversible", of dual path blocks.
+        options: see :class:`StepOptions`.
 
     Returns:
         The plan.
@@ -150,9 +162,7 @@ def plan_memory(
     check_module("plan_memory", model)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"plan_memory: expected batch_size to be at least 1, got {batch_size!r}")
-    return _Measured.of("plan_memory", model, input_shape, optimizer_state, loss, device, dtype, exact).plan(
-        batch_size, budget
-    )
+    return _Measured.of("plan_memory", model, input_shape, options).plan(batch_size, budget)
 
 
 def largest_batch(
@@ -160,11 +170,7 @@ def largest_batch(
     input_shape: Sequence[int],
     *,
     budget: int | float | str,
-    optimizer_state: float = 1.0,
-    loss: Loss | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    exact: bool = True,
+    **options: Unpack[StepOptions],
 ) -> int:
     """The most images of a training step that fit into a budget, in whatever memory modes that takes.
 
@@ -175,7 +181,7 @@ def largest_batch(
         The number of images; 0 if one alone is too many.
     """
     check_module("largest_batch", model)
-    measured = _Measured.of("largest_batch", model, input_shape, optimizer_state, loss, device, dtype, exact)
+    measured = _Measured.of("largest_batch", model, input_shape, options)
     return measured.largest_batch(read_budget(budget, measured.device))
 
 
@@ -184,11 +190,7 @@ def memory_front(
     input_shape: Sequence[int],
     *,
     batch_size: int,
-    optimizer_state: float = 1.0,
-    loss: Loss | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    exact: bool = True,
+    **options: Unpack[StepOptions],
 ) -> list[tuple[int, float]]:
     """Peak in bytes and seconds of a training step, for every choice of modes that no other one beats in both.
 
@@ -199,9 +201,7 @@ def memory_front(
         From the largest peak to the smallest.
     """
     check_module("memory_front", model)
-    return _Measured.of("memory_front", model, input_shape, optimizer_state, loss, device, dtype, exact).front(
-        batch_size
-    )
+    return _Measured.of("memory_front", model, input_shape, options).front(batch_size)
 
 
 # What was measured of a model, as long as it lives; see _Measured.of.
@@ -218,51 +218,45 @@ class _Measured:
         self,
         model: nn.Module,
         shape: tuple[int, ...],
-        optimizer_state: float,
-        loss: Loss,
         device: torch.device,
-        dtype: torch.dtype | None,
-        exact: bool,
+        options: StepOptions,
     ) -> None:
         self.model = weakref.ref(model)
-        self.shape, self.loss, self.device, self.dtype = shape, loss, device, dtype
+        self.shape, self.device = shape, device
+        self.loss, self.dtype = options.get("loss") or _mean_of_all, options.get("dtype")
         parameters, buffers = list(model.parameters()), list(model.buffers())
         self.weight_bytes = sum(t.nbytes for t in (*parameters, *buffers))
-        self.weight_bytes += int(optimizer_state * sum(p.nbytes for p in parameters if p.requires_grad))
+        self.weight_bytes += int(
+            options.get("optimizer_state", 1.0) * sum(p.nbytes for p in parameters if p.requires_grad)
+        )
         self.input_dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
         blocks = fused_blocks(model)
-        self.blocks = [block._replace(modes=_exact(block.modes)) for block in blocks] if exact else blocks
+        exact = options.get("exact", True)
+        self.blocks = [block._replace(modes=_exact(block.modes)) if exact else block for block in blocks]
         if not self.blocks:
             raise ValueError("expected model to have fused blocks, got none; call fastdense.convert(model)")
         self._steps: dict[tuple[Any, ...], Step] = {}
 
     @classmethod
-    def of(
-        cls,
-        op: str,
-        model: nn.Module,
-        input_shape: Sequence[int],
-        optimizer_state: float,
-        loss: Loss | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        exact: bool,
-    ) -> "_Measured":
+    def of(cls, op: str, model: nn.Module, input_shape: Sequence[int], options: StepOptions) -> "_Measured":
         """What is known of the model as it is now, or nothing yet."""
-        shape = tuple(input_shape)
+        shape, optimizer_state = tuple(input_shape), options.get("optimizer_state", 1.0)
         if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ValueError(f"{op}: expected input_shape to be [channels, spatial] of one image, got {input_shape!r}")
         if not 0 <= optimizer_state < float("inf"):
             raise ValueError(f"{op}: expected optimizer_state to be at least 0, got {optimizer_state!r}")
-        first = next(model.parameters(), torch.empty(0))
-        device = first.device if device is None else torch.device(device)
-        state = tuple((p.data_ptr(), p.dtype, p.requires_grad) for p in model.parameters())
-        modes = tuple(module.training for module in model.modules())
-        key = (shape, optimizer_state, loss, device, dtype, exact, torch.get_num_threads(), state, modes)
+        unknown = options.keys() - StepOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"{op}: expected options out of {', '.join(StepOptions.__annotations__)}, got {unknown}")
+        first, given = next(model.parameters(), torch.empty(0)), options.get("device")
+        device = first.device if given is None else torch.device(given)
+        parameters = tuple((p.data_ptr(), p.dtype, p.requires_grad) for p in model.parameters())
+        modules = tuple((type(module), module.training) for module in model.modules())
+        key = (shape, device, torch.get_num_threads(), parameters, modules, *sorted(options.items()))
         known = _KNOWN.setdefault(model, {})
         if key not in known:
             known.clear()
-            known[key] = cls(model, shape, optimizer_state, loss or _mean_of_all, device, dtype, exact)
+            known[key] = cls(model, shape, device, options)
         return known[key]
 
     def fixed_bytes(self, batch: int) -> int:

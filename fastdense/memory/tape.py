@@ -65,7 +65,7 @@ def run_step(model: nn.Module, input: Tensor, loss: Callable[[Any], Tensor], nam
     """One training step of a model, which is left with gradients and moved statistics.
 
     Args:
-        names: of the block that each parameter belongs to, by the parameter's id.
+        names: of the block that each parameter belongs to, by its address, see :func:`names_of_blocks`.
 
     Raises:
         ValueError: where units run twice, or not in the opposite order backward.

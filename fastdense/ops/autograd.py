@@ -86,8 +86,9 @@ def saved(ctx: Any) -> list[Any]:
         if _IN_PLACE not in str(error):
             raise
         raise RuntimeError(
-            "fastdense: the result of a fused module was modified in place, for example by nn.ReLU(inplace=True) after "
-            f"it, but its backward pass reads it: use an operation that is not in place, or clone the result ({error})"
+            "fastdense: what a fused module gave, or read, was modified in place before the backward pass read it, for "
+            "example by nn.ReLU(inplace=True) after it: use an operation that is not in place, or clone what it works "
+            f"on ({error})"
         ) from None
     return [ctx.empty.get(at, t) for at, t in enumerate(tensors)]
 

@@ -135,13 +135,22 @@ struct ActivationFunction<Activation::kRelu6> {
 // a u where u <= 0
 template <>
 struct ActivationFunction<Activation::kLeakyRelu> {
+  // `a` may differ by channel.
+  template <typename A>
+  FASTDENSE_HD static A value(A u, A a) {
+    return u > A(0) ? u : u * a;
+  }
+  template <typename A>
+  FASTDENSE_HD static A slope(A u, A a) {
+    return u > A(0) ? A(1) : a;
+  }
   template <typename A>
   FASTDENSE_HD static A value(A u, const ActivationParameters<A>& p) {
-    return u > A(0) ? u : u * p.a;
+    return value(u, p.a);
   }
   template <typename A>
   FASTDENSE_HD static A slope(A u, const ActivationParameters<A>& p) {
-    return u > A(0) ? A(1) : p.a;
+    return slope(u, p.a);
   }
 };
 

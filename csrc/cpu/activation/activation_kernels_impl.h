@@ -3,25 +3,30 @@
 
 namespace fastdense::FASTDENSE_TARGET {
 
-// The parameters, with the slope of a channel.
-template <Activation kind, typename A>
-inline ActivationParameters<A> parameters_at(ActivationParameters<A> p, const A* slope, int64_t i) {
-  if constexpr (kind == Activation::kLeakyRelu) p.a = slope[i];
-  return p;
-}
-
+// The slope of a channel goes to the function as a number: compilers do not vectorise a struct of its own for each
+// value.
 template <Activation kind, typename A>
 void activation_row(const ActivationParameters<A>& given, const A* __restrict slope, A* __restrict v, int64_t n) {
   const ActivationParameters<A> p = given;  // which no store of the loop can change
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) v[i] = ActivationFunction<kind>::value(v[i], parameters_at<kind>(p, slope, i));
+  for (int64_t i = 0; i < n; ++i) {
+    if constexpr (kind == Activation::kLeakyRelu)
+      v[i] = ActivationFunction<kind>::value(v[i], slope[i]);
+    else
+      v[i] = ActivationFunction<kind>::value(v[i], p);
+  }
 }
 
 template <Activation kind, typename A>
 void derivative_row(const ActivationParameters<A>& given, const A* __restrict slope, A* __restrict v, int64_t n) {
   const ActivationParameters<A> p = given;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) v[i] = ActivationFunction<kind>::slope(v[i], parameters_at<kind>(p, slope, i));
+  for (int64_t i = 0; i < n; ++i) {
+    if constexpr (kind == Activation::kLeakyRelu)
+      v[i] = ActivationFunction<kind>::slope(v[i], slope[i]);
+    else
+      v[i] = ActivationFunction<kind>::slope(v[i], p);
+  }
 }
 
 template <typename A>

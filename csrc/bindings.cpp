@@ -17,6 +17,7 @@
 #include "highway_gate/highway_gate_math.h"
 #include "python/allocation_tape.h"
 #include "python/fingerprint.h"
+#include "python/weight_versions.h"
 #include "residual_dense_block/residual_dense_block_math.h"
 
 #ifdef C10_API
@@ -156,6 +157,7 @@ void bind(py::module_& m) {
   bind_bicubic(m, scalar);
   bind_fingerprint(m);
   bind_allocation_tape(m);
+  bind_weight_versions(m);
 }
 
 }  // namespace

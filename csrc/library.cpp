@@ -17,6 +17,12 @@ void define(torch::Library& m) {
       "bool[] needs_grad, str process_group, str activations=\"\", float[] activation_parameters=[], int[] groups=[]) "
       "-> Tensor[]");
   m.def(
+      "pack_dense_block(Tensor[] weights, float[] eps, int in_channels, int num_layers, bool bottleneck, str tail) "
+      "-> Tensor[]");
+  m.def(
+      "dense_block_inference(Tensor input, Tensor[] weights, float[] eps, int num_layers, bool bottleneck, str tail, "
+      "Tensor[] packed, bool contiguous=False) -> Tensor");
+  m.def(
       "dual_path_stage(Tensor input, Tensor[] weights, float[] eps, int num_blocks, bool projection, "
       "int residual_channels, int stride, str memory, str process_group, bool contiguous=False) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor, Tensor)");

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any, Literal, TypedDict
 
+from torch import Tensor
+
 class BuildInfo(TypedDict):
     version: str
     torch: str
@@ -116,3 +118,7 @@ class AllocationTape:
     def bytes(self) -> list[int]: ...
     @property
     def position(self) -> int: ...
+
+class WeightVersions:
+    def __init__(self, weights: list[Tensor]) -> None: ...
+    def hold(self) -> bool: ...

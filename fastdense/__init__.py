@@ -16,6 +16,7 @@ __all__ = [
     "bicubic_resize",
     "build_info",
     "convert",
+    "freeze",
     "largest_batch",
     "models",
     "nn",
@@ -24,6 +25,7 @@ __all__ = [
     "report",
     "restore",
     "set_memory",
+    "thaw",
     "upscale",
 ]
 
@@ -45,11 +47,13 @@ if TYPE_CHECKING or not _is_command():
         MemoryPlan,
         bicubic_resize,
         convert,
+        freeze,
         largest_batch,
         plan_memory,
         report,
         restore,
         set_memory,
+        thaw,
         upscale,
     )
 else:

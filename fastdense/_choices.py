@@ -46,7 +46,12 @@ BENCH_VARIANTS = (
     "reversible",
     "recompute",
     "budget",
+    "frozen",
+    "onnxruntime",
+    "openvino",
 )
 COMPARED_VARIANTS = ("plain", "plain-channels-last", "memory-efficient", "balanced", "min")
+COMPARED_IN_EVAL = ("plain", "plain-channels-last", "balanced", "frozen")
+ENGINES = ("onnxruntime", "openvino", "compile")
 SWEEP_VARIANTS = ("plain", "memory-efficient", "balanced", "min")
 SWEEP_DEPTHS = (40, 70, 100, 130, 160, 190)

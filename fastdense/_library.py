@@ -8,6 +8,8 @@ from fastdense import ops as ops
 from fastdense.fusion.convert import convert as convert
 from fastdense.fusion.convert import restore as restore
 from fastdense.fusion.report import report as report
+from fastdense.inference import freeze as freeze
+from fastdense.inference import thaw as thaw
 from fastdense.memory.modes import set_memory as set_memory
 from fastdense.memory.plan import InsufficientMemory as InsufficientMemory
 from fastdense.memory.plan import MemoryPlan as MemoryPlan

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdense._choices import COMPARED_IN_EVAL
 from fastdense._support import InputError, write_json
 from fastdense.bench import BenchConfig, BenchResult, Net, Row, SweepConfig, run_bench, run_sweep
 from fastdense.bench.memory import mib_per_image
@@ -20,6 +21,8 @@ from fastdense.bench.roofline import Ceilings, tensor_core_kernels, training_roo
 from fastdense.bench.run import count_ticks
 from fastdense.bench.tables import bench_table
 from fastdense.bench.worker import restored
+from fastdense.cli.bench import make_config
+from fastdense.cli.commands import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,6 +81,25 @@ def test_a_faulty_variant_gives_a_reason_and_no_time(fault, reason):
     assert faulty.seconds == []
     assert faulty.time_error
     assert reason in faulty.time_error
+
+
+def test_other_engines_and_frozen_weights_in_eval_mode():
+    names = ("plain", "balanced", "frozen", "onnxruntime")
+    result = run_bench(dataclasses.replace(TINY, variants=names, mode="eval"))
+    assert [row.time_error for row in result.rows] == [None] * 4
+    assert all(row.loss_difference is not None and row.loss_difference < 1e-4 for row in result.rows)
+
+
+@pytest.mark.parametrize("name", ["frozen", "onnxruntime"])
+def test_what_only_infers_does_not_train(name):
+    options = ["bench", "--model=densenet_cifar", f"--variants=plain,{name}"]
+    with pytest.raises(InputError, match=f"expected --mode eval, --device cpu and --dtype float32 with {name}"):
+        make_config(make_parser().parse_args(options))
+
+
+def test_against_adds_engines_to_what_is_compared_in_eval_mode():
+    config = make_config(make_parser().parse_args(["bench", "--mode=eval", "--against=onnxruntime,compile"]))
+    assert config.variants == (*COMPARED_IN_EVAL, "onnxruntime", "compile")
 
 
 def test_a_budget_is_a_variant():
@@ -248,7 +270,8 @@ def test_every_operator_has_a_benchmark():
     """Results are compared where the benchmark makes its runs."""
     from benchmarks.bench_operators import CASES, make_runs
 
-    elsewhere = {"dense_block", "bicubic", "dual_path_split"}  # in files of their own; the merge's backward
+    elsewhere = {"dense_block", "dense_block_inference", "pack_dense_block", "bicubic"}  # in files of their own
+    elsewhere.add("dual_path_split")  # the merge's backward
     names = [name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastdense::")]
     assert {name.split()[0] for name in CASES} | elsewhere == {name for name in names if not name.startswith("_")}
     for name in CASES:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastdense import _C
-from fastdense.ops.cpu_build import HINT
+from fastdense.ops.cpu_build import CPU_ONLY, HINT
 from tests.cases.operators import operators, samples
 from tests.emulation.blocks import OPERATORS, emulated_kernels
 
@@ -34,7 +34,15 @@ def test_opcheck_with_the_cuda_code(name):
     assert checked >= 2
 
 
-@pytest.mark.parametrize("name", operators())
+@pytest.mark.parametrize("name", CPU_ONLY)
+def test_an_operator_of_the_cpu_says_so(name):
+    operator = getattr(torch.ops.fastdense, name).default
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(NotImplementedError, match=r"got CUDA tensors: use fastdense\.ops\.dense_block$"):
+        operator.redispatch(cuda, *next(iter(samples(name))))
+
+
+@pytest.mark.parametrize("name", [name for name in operators() if name not in CPU_ONLY])
 def test_a_cpu_build_says_how_to_get_cuda_kernels(name):
     """What stands in the place of the kernels, called as for CUDA tensors; in a build for CUDA they are there."""
     operator = getattr(torch.ops.fastdense, name).default
@@ -57,6 +65,7 @@ def test_the_library_is_what_is_documented():
         "bicubic",
         "bicubic_uint8",
         "dense_block",
+        "dense_block_inference",
         "dropout_mask",
         "dual_path_merge",
         "dual_path_split",
@@ -64,6 +73,7 @@ def test_the_library_is_what_is_documented():
         "highway_gate",
         "mean_join",
         "norm_relu_max_pool",
+        "pack_dense_block",
         "residual_dense_block",
         "update_running_stats_",
     ]

@@ -88,6 +88,8 @@ class Variant:
         timm: timm's model of the network in the place of torchvision's.
         planned: the modes are those that fit into a budget, see :func:`fastdense.plan_memory`.
         graph: the whole step is captured in a CUDA graph once, and replayed.
+        frozen: weights are packed once, see :func:`fastdense.freeze`; in eval mode only.
+        engine: what runs the network in the place of PyTorch; in eval mode only.
     """
 
     channels_last: bool
@@ -97,6 +99,13 @@ class Variant:
     timm: bool = False
     planned: bool = False
     graph: bool = False
+    frozen: bool = False
+    engine: str | None = None
+
+    @property
+    def is_for_eval(self) -> bool:
+        """Whether the variant has no training step."""
+        return self.frozen or self.engine is not None
 
 
 VARIANTS = {
@@ -115,6 +124,9 @@ VARIANTS = {
     "reversible": Variant(channels_last=True, memory="reversible"),
     "recompute": Variant(channels_last=True, memory="recompute"),
     "budget": Variant(channels_last=True, memory="balanced", planned=True),
+    "frozen": Variant(channels_last=True, memory="balanced", frozen=True),
+    "onnxruntime": Variant(channels_last=False, engine="onnxruntime"),
+    "openvino": Variant(channels_last=False, engine="openvino"),
 }
 
 # The two layouts of unchanged PyTorch; ratios refer to the better of them.

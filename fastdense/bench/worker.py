@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastdense._support import InputError
+from fastdense.bench.engines import engine
 from fastdense.bench.job import Job
 from fastdense.bench.memory import MIB, peak_resident_mib, resident_mib
 from fastdense.bench.nets import VARIANTS, build
+from fastdense.inference import freeze
 from fastdense.memory.plan import plan_memory
 
 
@@ -54,10 +56,18 @@ class Steps:
         if self.variant.planned:
             self._plan()
         self.steps_done = 0
-        self.forward = torch.compile(self.model, mode=self.variant.compile) if self.variant.compile else self.model
+        self.forward = self._forward()
         self.step = self._train_step if job.mode == "train" else self._eval_step
         if self.variant.graph:
             self.step = self._capture(self.step)
+
+    def _forward(self) -> Callable[[Tensor], Tensor]:
+        """What computes the logits: the model, or what the variant makes of it."""
+        if self.variant.engine is not None:
+            return engine(self.variant.engine, self.model, self.images, torch.get_num_threads())
+        if self.variant.frozen:
+            freeze(self.model)
+        return torch.compile(self.model, mode=self.variant.compile) if self.variant.compile else self.model
 
     def _plan(self) -> None:
         """Sets the memory modes that fit a step into the budget."""

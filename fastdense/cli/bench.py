@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from fastdense._choices import (
     BENCH_MODES,
     BENCH_VARIANTS,
+    COMPARED_IN_EVAL,
     COMPARED_VARIANTS,
     DUAL_PATH_MEMORY_MODES,
+    ENGINES,
     SWEEP_DEPTHS,
     SWEEP_VARIANTS,
 )
@@ -34,6 +36,7 @@ examples:
   fastdense bench --model densenet_cifar --depth 100 --batch 64
   fastdense bench --dtype bfloat16 --variants plain-channels-last,balanced
   fastdense bench --mode eval --json eval.json --plot eval.png
+  fastdense bench --mode eval --batch 1 --against onnxruntime,openvino
   fastdense bench --sweep depth --plot depth.png          memory against the number of layers
 
 Exit code 1 if a variant failed or its losses disagree. Ctrl-C shows and writes what was measured so far.
@@ -51,7 +54,14 @@ def add(commands: Commands) -> None:
         "--variants",
         type=names(BENCH_VARIANTS),
         metavar="A,B",
-        help=f"from {', '.join(BENCH_VARIANTS)} (default: {','.join(COMPARED_VARIANTS)})",
+        help=f"from {', '.join(BENCH_VARIANTS)} (default: {','.join(COMPARED_VARIANTS)}; "
+        f"with --mode eval: {','.join(COMPARED_IN_EVAL)})",
+    )
+    parser.add_argument(
+        "--against",
+        type=names(ENGINES),
+        metavar="A,B",
+        help=f"add other engines, from {', '.join(ENGINES)}; onnxruntime and openvino with --mode eval on the CPU",
     )
     parser.add_argument(
         "--memory", type=names(DUAL_PATH_MEMORY_MODES), help="fastdense's modes only, e.g. balanced,min"
@@ -93,6 +103,15 @@ def check_budget(budget: str | None, device: str, mode: str) -> None:
         raise InputError(f"bench: {error}") from error
 
 
+def check_eval(variants: tuple[str, ...], options: argparse.Namespace) -> None:
+    """Raises InputError where a variant that only infers is to do something else."""
+    from fastdense.bench.nets import VARIANTS
+
+    for name in variants:
+        if VARIANTS[name].is_for_eval and (options.mode, options.device, options.dtype) != ("eval", "cpu", "float32"):
+            raise InputError(f"bench: expected --mode eval, --device cpu and --dtype float32 with {name}")
+
+
 def make_config(options: argparse.Namespace) -> BenchConfig:
     """Checks the options and fills in what depends on the model."""
     import torch
@@ -103,7 +122,8 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
     if options.model not in known_nets():
         raise InputError(f"bench: expected --model to be one of {', '.join(known_nets())}, got {options.model!r}")
     net = Net(options.model, options.depth, options.growth_rate)
-    variants = options.variants or COMPARED_VARIANTS
+    variants = options.variants or (COMPARED_IN_EVAL if options.mode == "eval" else COMPARED_VARIANTS)
+    variants += tuple(name for name in options.against or () if name not in variants)
     if options.memory:
         unwanted = [v for v in options.variants or () if v in DUAL_PATH_MEMORY_MODES and v not in options.memory]
         if unwanted:
@@ -114,6 +134,7 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
         variants = (*variants, "budget")
     if "budget" in variants:
         check_budget(options.budget, options.device, options.mode)
+    check_eval(variants, options)
     config = BenchConfig(
         net=net,
         variants=variants,

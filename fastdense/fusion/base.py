@@ -3,8 +3,8 @@
 
 A fused class is ``class Fused(Mixin, Plain)``: it has the plain class's parameters, keys and attributes, so a plain
 module becomes a fused one by a change of its class, and back. Where the operator cannot stand in for the modules, the
-mixin calls the plain forward and warns once. A mixin has a ``forward``, and one attribute for all that it keeps
-(:mod:`fastdense.fusion.plan.state`): any other name belongs to the plain class.
+mixin calls the plain forward and warns once. A mixin has a ``forward``, a ``train`` that hands on the call, and one
+attribute for all that it keeps (:mod:`fastdense.fusion.plan.state`): any other name belongs to the plain class.
 """
 
 import copy
@@ -47,6 +47,12 @@ class FusedModule(nn.Module):
         if rest and isinstance(rest[0], dict) and STATE in rest[0]:
             rest[0] = {**rest[0], STATE: copy.copy(rest[0][STATE])}  # which copy.copy would share
         return make, arguments, *rest
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode as every module does; training thaws what :func:`fastdense.freeze` keeps."""
+        if mode and STATE in self.__dict__:
+            self.__dict__[STATE].freezer.kept = None
+        return super().train(mode)
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):

@@ -36,10 +36,12 @@ from fastdense.fusion.dense_layers import (
     takes_statistics,
 )
 from fastdense.fusion.max_pool_transition import read_max_pool_transition, run_recomputed
+from fastdense.fusion.plan.frozen import Freezer
 from fastdense.fusion.plan.state import state_of
 from fastdense.ops import BatchStatistics
-from fastdense.ops.arguments import copy_running, count_pixels
+from fastdense.ops.arguments import copy_running, count_pixels, records_gradient
 from fastdense.ops.dense_block import FlatBlock, flatten_block, run_flat_block, without_dropped
+from fastdense.ops.dense_block_inference import is_worth_packing, run_inference
 from fastdense.plain.stochastic_depth import statistics_move_if
 
 Factor = float | Tensor
@@ -59,16 +61,22 @@ class BlockPlan(NamedTuple):
     has_extras: bool  # other norms than batch norms, other activations than ReLU, or biases
     per_sample: bool  # whether norms take the statistics of each sample
     has_instance_norms: bool  # that do so
+    infers: bool  # whether it is one of frozen batch norms and ReLU, without dropout
+    in_channels: int
+    freezer: Freezer | None  # of the block's module
 
 
-def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: bool = False) -> BlockPlan:
+def plan_block(
+    layers: list[Layer], tail: Tail | None, *, prepends_features: bool = False, freezer: Freezer | None = None
+) -> BlockPlan:
     """Plans one operator call for a block and its tail.
 
     Args:
         prepends_features: the modules' channels are in the order last layer's, ... first layer's, input; those of
             the result as well. The buffer's order is the other one; weights and statistics are brought to it and back.
+        freezer: of the block's module.
     """
-    order, norms = None, []
+    order, norms, in_channels = None, [], 0
     per_sample = check_one_kind(norms_of(layers, tail))
     if layers:
         first = layers[0].conv2 if layers[0].conv1 is None else layers[0].conv1
@@ -93,6 +101,7 @@ def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: boo
     drop_rate = layers[0].drop_rate if layers else 0.0
     has_extras = any(layer.has_extras for layer in layers) or (tail is not None and tail.has_extras)
     instance_norms = any(type(norm) in INSTANCE_NORMS and takes_statistics(norm) for norm, _ in norms)
+    infers = bool(layers) and flat is not None and not has_extras and drop_rate == 0
     return BlockPlan(
         layers,
         tail,
@@ -105,6 +114,9 @@ def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: boo
         has_extras,
         per_sample,
         instance_norms,
+        infers and not any(takes_statistics(norm) for norm in norms_of(layers, tail)),
+        in_channels,
+        freezer,
     )
 
 
@@ -116,11 +128,28 @@ def run_block(plan: BlockPlan, memory: MemoryMode, contiguous: bool, input: Tens
         raise NotFusible("empty batch: no statistics of samples")
     if plan.has_instance_norms and input.shape[2:].numel() == 1:
         raise NotFusible("an instance norm of one value")
+    if (inferred := _infer(plan, contiguous, input)) is not None:
+        return inferred
     group = process_group_of(plan.synchronised)
     factors = draw_factors(layer.depth for layer in plan.layers) if plan.flat is None else []
     out, statistics = _call(plan, factors, memory, group, contiguous, input)
     _update(plan, factors, statistics, count_pixels(input), group)
     return out
+
+
+def _infer(plan: BlockPlan, contiguous: bool, input: Tensor) -> Tensor | None:
+    """The output by the operator for inference; None where it cannot run, or where packing would take too long."""
+    flat = plan.flat
+    if flat is None or not plan.infers or input.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if records_gradient(input, [weight for weight in flat.weights if weight is not None]):
+        return None
+    packed: list[Tensor] = []
+    if plan.freezer is not None and not torch.is_autocast_enabled("cpu"):
+        packed = plan.freezer.packed(flat, input.dtype)
+    if not packed and not is_worth_packing(input):
+        return None
+    return run_inference(input, flat, packed, contiguous=contiguous)
 
 
 def _call(
@@ -177,7 +206,7 @@ class FusedDenseBlock(FusedModule):
 
     def forward(self, init_features: Tensor) -> Tensor:
         say_that_stem_is_plain(self, init_features)
-        return run_fused(self, _plan, run_block, init_features)
+        return run_fused(self, plan, run_block, init_features)
 
 
 def say_that_stem_is_plain(block: nn.Module, input: Any) -> None:
@@ -192,8 +221,9 @@ def say_that_stem_is_plain(block: nn.Module, input: Any) -> None:
         )
 
 
-def _plan(block: nn.Module) -> BlockPlan:
-    return plan_block(read_block(block), None)
+def plan(block: nn.Module) -> BlockPlan:
+    """Plans the block alone."""
+    return plan_block(read_block(block), None, freezer=state_of(block).freezer)
 
 
 class FusedTransition(FusedModule):

@@ -10,7 +10,7 @@ from fastdense.fusion.base import FusedModule, check_runs_here, run_fused
 from fastdense.fusion.batch_statistics import process_group_of
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, run_block, say_that_stem_is_plain
 from fastdense.fusion.inferred_layers import read_inferred_block, read_inferred_layers
-from fastdense.fusion.plan.state import plain_class
+from fastdense.fusion.plan.state import plain_class, state_of
 
 
 class FusedInferredBlock(FusedDenseBlock):
@@ -21,12 +21,13 @@ class FusedInferredBlock(FusedDenseBlock):
         if named or len(inputs) != 1 or isinstance(inputs[0], list | tuple):
             return plain_class(type(self)).forward(self, *inputs, **named)
         say_that_stem_is_plain(self, inputs[0])
-        return run_fused(self, _plan, run_block, inputs[0])
+        return run_fused(self, plan, run_block, inputs[0])
 
 
-def _plan(module: nn.Module) -> BlockPlan:
+def plan(module: nn.Module) -> BlockPlan:
+    """Plans the block alone."""
     block = read_inferred_block(module)
-    return plan_block(block.layers, None, prepends_features=block.prepends_features)
+    return plan_block(block.layers, None, prepends_features=block.prepends_features, freezer=state_of(module).freezer)
 
 
 class LayersPlan(NamedTuple):
@@ -40,13 +41,14 @@ class FusedInferredLayers(FusedModule):
     """A sequence that ends with layers of a dense block, each of which hands on what it got beside what it made."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return run_fused(self, _plan_layers, _run_layers, input)
+        return run_fused(self, plan_layers, _run_layers, input)
 
 
-def _plan_layers(module: nn.Module) -> LayersPlan:
+def plan_layers(module: nn.Module) -> LayersPlan:
+    """Plans the layers that a sequence ends with."""
     block = read_inferred_layers(module)
-    plan = plan_block(block.layers, None, prepends_features=block.prepends_features)
-    return LayersPlan(list(module.children())[: block.heads], plan)
+    layers = plan_block(block.layers, None, prepends_features=block.prepends_features, freezer=state_of(module).freezer)
+    return LayersPlan(list(module.children())[: block.heads], layers)
 
 
 def _run_layers(plan: LayersPlan, memory: MemoryMode, contiguous: bool, input: Tensor) -> Tensor:

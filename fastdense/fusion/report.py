@@ -10,6 +10,7 @@ from fastdense.fusion.base import FusedModule
 from fastdense.fusion.checks import NotFusible, check_module
 from fastdense.fusion.convert import Pattern, find, forget_equivalence_checks, restore
 from fastdense.fusion.inferred_layers import count_layers
+from fastdense.fusion.plan.state import STATE, state_of
 from fastdense.fusion.saved_memory import saved_bytes_per_image
 from fastdense.fusion.shared_buffer.block import SharedBuffer
 
@@ -18,7 +19,7 @@ class ReportRow(NamedTuple):
     """A dense block, transition or dual path block.
 
     ``runs`` is "fused", "shared buffer" (see :class:`fastdense.nn.SharedBufferBlock`) or "plain", ``reason`` says why
-    it is plain, ``layers`` counts those of a dense block.
+    it is plain, ``layers`` counts those of a dense block, ``frozen_bytes`` what :func:`fastdense.freeze` keeps for it.
     """
 
     name: str
@@ -26,6 +27,7 @@ class ReportRow(NamedTuple):
     runs: str
     layers: int
     reason: str
+    frozen_bytes: int = 0
 
 
 class Report(NamedTuple):
@@ -46,8 +48,13 @@ class Report(NamedTuple):
         return self.kept_bytes / self.plain_bytes if self.plain_bytes and self.kept_bytes is not None else None
 
     def __str__(self) -> str:
-        heads = ("module", "kind", "layers", "runs", "reason")
-        cells = [heads] + [(r.name, r.kind, str(r.layers) if r.layers else "", r.runs, r.reason) for r in self.rows]
+        heads: tuple[str, ...] = ("module", "kind", "layers", "runs", "reason")
+        cells: list[tuple[str, ...]] = [heads]
+        cells += [(r.name, r.kind, str(r.layers) if r.layers else "", r.runs, r.reason) for r in self.rows]
+        if any(row.frozen_bytes for row in self.rows):
+            frozen = [f"{row.frozen_bytes / 2**20:.1f} MiB" if row.frozen_bytes else "" for row in self.rows]
+            cells = [(*row[:-1], more, row[-1]) for row, more in zip(cells, ("frozen", *frozen), strict=True)]
+            heads = cells[0]
         widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
@@ -111,4 +118,5 @@ def _row(name: str, module: nn.Module, kind: Pattern) -> ReportRow:
     if not reason and type(module).forward is not kind.mixin.forward:
         reason = "its class overrides forward"
     runs = "shared buffer" if isinstance(module, SharedBuffer) else "fused"
-    return ReportRow(name or type(module).__name__, kind.name, "plain" if reason else runs, layers, reason)
+    kept = state_of(module).freezer.nbytes if STATE in module.__dict__ and not module.training else 0
+    return ReportRow(name or type(module).__name__, kind.name, "plain" if reason else runs, layers, reason, kept)

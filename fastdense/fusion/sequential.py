@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mixin that runs modules of a sequence that belong together as one operator."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ class Run(NamedTuple):
 
     modules: int
     call: Callable[[bool, Tensor], Any]
+    block: BlockPlan | None = None  # where it is a dense block and what reads it
 
 
 class FusedSequential(FusedModule):
@@ -64,9 +65,31 @@ class FusedSequential(FusedModule):
                     pass  # one by one; they fall back, with their own warnings
             if isinstance(modules[at], FusedModule):
                 state_of(modules[at]).has_stem = False  # it has run here
+            elif _is_in_front_of_stem(modules, at, input):
+                if contiguous is None:
+                    contiguous = gives_contiguous(input)
+                input = input.contiguous(memory_format=torch.channels_last)
             input = modules[at](input)
             at += 1
         return input.contiguous() if contiguous and isinstance(input, Tensor) else input
+
+
+def block_plans(sequence: nn.Module) -> Iterator[BlockPlan]:
+    """Plans of the dense blocks that a sequence runs with what reads them."""
+    try:
+        _check_own_code(sequence)
+    except NotFusible:
+        return
+    modules = list(sequence.__dict__["_modules"].values())
+    for at, module in enumerate(modules):
+        row = _row(modules, at) if isinstance(module, FusedDenseBlock) else ()
+        if row:
+            try:
+                plan = _run_of(sequence, at, row).block
+            except NotFusible:
+                continue
+            if plan is not None:
+                yield plan
 
 
 def _check_own_code(sequence: nn.Module) -> None:
@@ -103,6 +126,27 @@ def _row(modules: list[nn.Module], at: int) -> tuple[nn.Module, ...]:
     return tuple(modules[at:end]) if at + 1 < end <= len(modules) else ()
 
 
+def _is_in_front_of_stem(modules: list[nn.Module], at: int, input: Any) -> bool:
+    """Whether a convolution that a fused stem reads is to have channels-last images.
+
+    Copying an image is cheap, and the pool is many times faster with channels innermost. With gradients the convolution
+    would keep the copy.
+    """
+    conv = modules[at]
+    if type(conv) is not nn.Conv2d or not isinstance(input, Tensor) or torch.is_grad_enabled():
+        return False
+    if input.dim() != 4 or input.device.type != "cpu" or not input.is_contiguous() or torch.compiler.is_compiling():
+        return False
+    behind = modules[at + 1 : at + 2]
+    if not behind or not isinstance(behind[0], NORMS) or behind[0].training or not _row(modules, at + 1):
+        return False
+    try:
+        check_no_hooks(conv, "it")
+    except NotFusible:
+        return False
+    return True
+
+
 def _is_recomputed(behind: list[nn.Module]) -> bool:
     """Whether a stem is to be run again: it goes with the dense block behind it."""
     return bool(behind) and isinstance(behind[0], FusedDenseBlock) and memory_of(behind[0]) == "recompute"
@@ -125,7 +169,8 @@ def _read(row: Sequence[nn.Module]) -> Run:
     first = row[0]
     memory = memory_of(first)
     if isinstance(first, FusedDenseBlock):
-        return Run(2, partial(run_block, _plan_pair(first, row[1]), memory))
+        pair = _plan_pair(first, row[1])
+        return Run(2, partial(run_block, pair, memory), pair)
     if isinstance(first, FusedDualPathBlock):
         stages = plan_stages(row)
         return Run(sum(len(stage.blocks) for stage in stages.stages), partial(run_stages, stages, memory))
@@ -143,5 +188,7 @@ def _plan_pair(block: nn.Module, behind: nn.Module) -> BlockPlan:
     tail = read_tail(behind)
     if isinstance(block, FusedInferredBlock):
         found = read_inferred_block(block)
-        return plan_block(found.layers, tail, prepends_features=found.prepends_features)
-    return plan_block(read_block(block), tail)
+        return plan_block(
+            found.layers, tail, prepends_features=found.prepends_features, freezer=state_of(block).freezer
+        )
+    return plan_block(read_block(block), tail, freezer=state_of(block).freezer)

@@ -6,6 +6,7 @@ from fastdense.ops.arguments import BatchStatistics, NormWeights
 from fastdense.ops.batching import register_batching_rules
 from fastdense.ops.bicubic import bicubic_resize
 from fastdense.ops.dense_block import LayerWeights, TailWeights, dense_block
+from fastdense.ops.dense_block_inference import run_inference as run_inference
 from fastdense.ops.dropout_mask import dropout_mask
 from fastdense.ops.dual_path import DualPathWeights, ProjectionWeights, dual_path_stage
 from fastdense.ops.dual_path_merge import dual_path_merge, dual_path_split

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-# Operators without a rule: one writes to its arguments, the other is not differentiable and draws one mask a seed.
-WITHOUT = ("update_running_stats_", "dropout_mask")
+# Operators without a rule: one writes to its arguments, one draws one mask a seed, and two never run under a vmap.
+WITHOUT = ("update_running_stats_", "dropout_mask", "dense_block_inference", "pack_dense_block")
 
 _LIBRARY = torch.library.Library("fastdense", "FRAGMENT")
 

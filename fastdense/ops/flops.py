@@ -127,6 +127,7 @@ def _register(counter: ModuleType) -> None:
     formulas = {
         "dense_block": dense_block,
         "_dense_block_backward": dense_block_backward,
+        "dense_block_inference": dense_block,
         "dual_path_stage": dual_path_stage,
         "_dual_path_stage_backward": dual_path_stage_backward,
         "residual_dense_block": residual_dense_block,
@@ -151,6 +152,7 @@ _WITHOUT_PRODUCTS = (
     "highway_gate",
     "mean_join",
     "norm_relu_max_pool",
+    "pack_dense_block",
     "update_running_stats_",
 )
 

@@ -103,6 +103,33 @@ def _dense_block(
     return [out, None, None, None, None]
 
 
+def _dense_block_inference(input, weights, eps, num_layers, bottleneck, tail, packed, contiguous=False) -> Results:
+    return _dense_block(input, weights, eps, num_layers, bottleneck, tail, 0.0, None, False, "")[:1]
+
+
+def _pack_dense_block(weights, eps, in_channels, num_layers, bottleneck, tail) -> Results:
+    """Panels are as the processor wants them; scale and shift of norm1, and the shift of norm2, are numbers."""
+    reader, results = _Reader(weights, eps), [None]
+    sizes = []
+
+    def coefficients(channels: int) -> Tensor:
+        norm = reader.norm()
+        ones = torch.ones(channels, dtype=torch.float64)
+        scale = (ones if norm.weight is None else norm.weight) / (norm.running_var + norm.eps).sqrt()
+        shift = (0 * ones if norm.bias is None else norm.bias) - norm.running_mean * scale
+        return torch.stack([scale, shift])
+
+    for _ in range(num_layers):
+        channels = in_channels + sum(sizes)
+        scale_and_shift, first = coefficients(channels), reader.conv()
+        bias = coefficients(first.shape[0])[1] if bottleneck else torch.empty(0, dtype=torch.float64)
+        sizes.append((reader.conv() if bottleneck else first).shape[0])
+        results += [scale_and_shift, None, bias, None]
+    if tail != "none":
+        results.append(coefficients(in_channels + sum(sizes)))
+    return results + [None] * (tail == "transition")
+
+
 def _dual_path_stage(
     input, weights, eps, num_blocks, projection, residual_channels, stride, memory, process_group, contiguous=False
 ) -> Results:
@@ -244,6 +271,8 @@ def _highway_gate_backward(grad_output, input, projection, activation) -> Result
 _ORACLES: dict[str, Callable[..., Results]] = {
     "dense_block": _dense_block,
     "_dense_block_backward": _dense_block_backward,
+    "dense_block_inference": _dense_block_inference,
+    "pack_dense_block": _pack_dense_block,
     "dual_path_stage": _dual_path_stage,
     "_dual_path_stage_backward": _dual_path_stage_backward,
     "residual_dense_block": _residual_dense_block,

@@ -50,6 +50,26 @@ def dense_block_samples():
         )
 
 
+def inference_samples(name: str):
+    from fastdense.ops.arguments import fill_absent
+    from fastdense.ops.dense_block import flatten_block
+
+    for case in (
+        Case(tail="transition", frozen=ALL),
+        Case(tail="none", size=(6,), frozen=ALL),
+        Case(tail="norm", frozen=ALL, dtype=torch.float32),
+        Case(tail="norm_relu", width=0, size=(4, 3, 2), frozen=ALL),
+    ):
+        block = Block(case)
+        flat = flatten_block(block.layers, block.tail)
+        weights = [w.detach() for w in fill_absent(flat.weights, block.input)]
+        how = (flat.eps, case.num_layers, case.width > 0, case.tail)
+        if name == "pack_dense_block":
+            yield weights, flat.eps, block.input.shape[1], *how[1:]
+        else:
+            yield block.input.detach(), weights, *how, [], case.width > 0
+
+
 def dual_path_samples():
     from fastdense.ops.arguments import fill_absent
     from fastdense.ops.dual_path import flatten_stage
@@ -129,6 +149,8 @@ def samples(name: str):
                 needs = [True] + [w.requires_grad for w in weights]
                 parameters = [w.detach() for w in weights]
                 yield grad, buffer, *saved, parameters, eps, *options, block.input.shape[1], needs, "", *activations
+    elif name in ("dense_block_inference", "pack_dense_block"):
+        yield from inference_samples(name)
     elif name == "dual_path_stage":
         for stage, weights, eps, options in dual_path_samples():
             yield stage.input, weights, eps, *options, stage.case.memory, "", stage.case.projection

@@ -18,16 +18,16 @@ constexpr int64_t kWinogradStep = 2, kWinogradPatch = 4, kWinogradProducts = kWi
 template <int In, int Out, typename A, typename Apply>
 inline void winograd_both(const A (&in)[In][In], A (&out)[Out][Out], const Apply& apply) {
   A half[Out][In];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int c = 0; c < In; ++c) {
     A column[In], made[Out];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < In; ++r) column[r] = in[r][c];
     apply(column, made);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < Out; ++r) half[r][c] = made[r];
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int r = 0; r < Out; ++r) apply(half[r], out[r]);
 }
 
@@ -82,14 +82,14 @@ inline void winograd_transform(const A* __restrict in, int64_t in_row, int64_t i
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
     A from[In][In], to[Out][Out];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < In; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int c = 0; c < In; ++c) from[r][c] = in[r * in_row + c * in_column + j];
     winograd_both<In, Out>(from, to, apply);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < Out; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int c = 0; c < Out; ++c) out[(Out * r + c) * out_plane + j] = to[r][c];
   }
 }

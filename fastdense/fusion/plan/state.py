@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from fastdense.fusion.plan.frozen import Freezer
+
 # The attribute; csrc/python/fingerprint.cpp knows its name.
 STATE = "_fastdense"
 
@@ -14,7 +16,8 @@ STATE = "_fastdense"
 class State:
     """How a fused module runs, and what it has found out.
 
-    Plans stay behind where a module is copied or pickled: they belong to the parameters of one module. The outcome of
+    Plans and frozen weights stay behind where a module is copied or pickled: they belong to the parameters of one
+    module. The outcome of
     an equivalence check goes with a copy, but not into a file: other code may be behind the same names there. A block
     has a stem until it has run, or has said that the stem in front of it runs as plain modules.
     """
@@ -28,6 +31,7 @@ class State:
         self.has_stem = False
         self.kept: Any = None
         self.steps: dict[int, Any] = {}
+        self.freezer = Freezer()
 
     def __copy__(self) -> State:
         copied = State(self.memory, self.name, self.reason, self.outcome)

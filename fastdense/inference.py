@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the weights of dense blocks packed, for inference."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fastdense._C import WeightVersions
+from fastdense.fusion import dense_block, inferred_block
+from fastdense.fusion.base import plan_of
+from fastdense.fusion.checks import NORMS, NotFusible, check_module
+from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock
+from fastdense.fusion.inferred_block import FusedInferredBlock, FusedInferredLayers
+from fastdense.fusion.plan.frozen import FrozenWeights
+from fastdense.fusion.plan.state import state_of
+from fastdense.fusion.sequential import FusedSequential, block_plans
+from fastdense.ops.dense_block_inference import pack_block
+
+Model = TypeVar("Model", bound=nn.Module)
+_BLOCKS = (FusedDenseBlock, FusedInferredLayers)
+
+
+def freeze(model: Model) -> Model:
+    """Folds and packs the weights of a converted model's dense blocks once, for faster inference, in place.
+
+    Without it every call packs all weights anew. A frozen block keeps a copy of its weights, in the layout that the
+    processor's instructions want: about as many bytes as its 1x1 convolutions have, and four times those of its 3x3
+    convolutions; :func:`report` shows them. Outputs are the same to rounding. They are used by calls that want no
+    gradient, as under :class:`torch.inference_mode` or :class:`torch.no_grad`, on the CPU, in the type of the weights.
+
+    What torch sees of a change thaws a block at its next call, which then runs as before ``freeze``: ``model.train()``,
+    ``load_state_dict``, a step of an optimizer, moving or casting, hooks. Writes through ``.data``, ``.numpy()`` or to
+    parameters made under :class:`torch.inference_mode` leave no trace: call :func:`thaw` first, or ``freeze`` again.
+    Copies, pickles and ``state_dict`` do not have the packed weights. Threads share them.
+
+    Args:
+        model: one that :func:`convert` returned, or a model of this library, in eval mode.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        ValueError: no converted dense blocks; a block in training mode; or no block that can be frozen, with the
+            reason: those with batch norm and ReLU, without dropout in eval mode, on the CPU can.
+
+    Example:
+        >>> import torch, torchvision, fastdense
+        >>> model = fastdense.freeze(fastdense.convert(torchvision.models.densenet121()).eval())
+        >>> with torch.inference_mode():
+        ...     _ = model(torch.randn(1, 3, 64, 64))
+    """
+    check_module("freeze", model)
+    blocks = {name: block for name, block in model.named_modules() if isinstance(block, _BLOCKS)}
+    if not blocks:
+        raise ValueError(
+            "freeze: expected model to have converted dense blocks, got none; call fastdense.convert(model)"
+        )
+    for name, block in blocks.items():
+        if block.training or any(inner.training for inner in block.modules() if isinstance(inner, NORMS)):
+            raise ValueError(
+                f"freeze: expected model to be in eval mode, got {name or 'it'} in training mode; call model.eval()"
+            )
+    made = []
+    reason = ""
+    for plan in _plans(model):
+        try:
+            made.append((plan.freezer, _frozen(plan)))
+        except NotFusible as error:
+            reason = reason or str(error)
+    if not made:
+        raise ValueError(f"freeze: no block of the model can be frozen: {reason or 'its blocks run as plain modules'}")
+    thaw(model)
+    for freezer, frozen in made:
+        if freezer is not None:
+            freezer.kept = frozen
+    return model
+
+
+def thaw(model: Model) -> Model:
+    """Drops the packed weights that :func:`freeze` made, in place.
+
+    Args:
+        model: any module.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+    """
+    check_module("thaw", model)
+    for module in model.modules():
+        if isinstance(module, _BLOCKS):
+            state_of(module).freezer.kept = None
+    return model
+
+
+def _plans(model: nn.Module) -> Iterator[BlockPlan]:
+    """The plans of all blocks, of each as the model runs it: with what reads it, where that is known."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, FusedSequential):
+            for plan in block_plans(module):
+                found.add(id(plan.freezer))
+                yield plan
+    for module in model.modules():
+        if isinstance(module, _BLOCKS) and id(state_of(module).freezer) not in found:
+            with contextlib.suppress(NotFusible):
+                yield _plan_alone(module)
+
+
+def _plan_alone(block: nn.Module) -> BlockPlan:
+    if isinstance(block, FusedInferredLayers):
+        return plan_of(block, inferred_block.plan_layers).block
+    return plan_of(block, inferred_block.plan if isinstance(block, FusedInferredBlock) else dense_block.plan)
+
+
+def _frozen(plan: BlockPlan) -> FrozenWeights:
+    flat = plan.flat
+    if not plan.infers or flat is None:
+        raise NotFusible("only blocks of batch norms with running statistics and ReLU, without dropout, are packed")
+    dtypes = set(flat.conv_dtypes)
+    if [device.type for device in flat.devices] != ["cpu"] or len(dtypes) != 1:
+        raise NotFusible("only blocks on the CPU, whose convolutions have one type, are packed")
+    weights = [weight for weight in flat.weights if weight is not None]
+    versions = WeightVersions(weights)  # before reading them
+    with torch.no_grad():
+        packed = pack_block(flat, plan.in_channels)
+    return FrozenWeights(flat, packed, dtypes.pop(), versions)

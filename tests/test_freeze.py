@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen models: the same numbers, no stale weights, nothing that a copy or a file carries."""
+
+import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import fastdense
+from tests.cases.converted import pair, randomise, timm_net, torchvision_net
+from tests.cases.families import Layer
+from tests.cases.monai import VOLUMES, monai_net
+
+
+def hand_written() -> nn.Module:
+    layers = nn.Sequential(*(Layer(10 + 6 * i, 6) for i in range(3)))
+    return randomise(nn.Sequential(nn.Conv2d(3, 10, 3), layers, nn.BatchNorm2d(28)).double())
+
+
+def cifar() -> nn.Module:
+    return randomise(fastdense.restore(fastdense.models.densenet_cifar(10)).double())
+
+
+NETS = {
+    "torchvision": (torchvision_net, (2, 3, 64, 48)),
+    "timm": (timm_net, (3, 3, 64, 48)),
+    "MONAI 1-D": (partial(monai_net, 1), VOLUMES[1]),
+    "MONAI 3-D": (monai_net, VOLUMES[3]),
+    "without bottleneck": (cifar, (2, 3, 32, 32)),
+    "hand-written": (hand_written, (2, 3, 11, 12)),
+}
+
+
+def made(name: str = "torchvision"):
+    """A plain net in eval mode, the same converted and frozen, and images."""
+    make, shape = NETS[name]
+    plain, fast = pair(make)
+    plain.eval(), fast.eval()
+    return plain, fastdense.freeze(fast), torch.randn(shape, dtype=torch.float64)
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    return sum(row.frozen_bytes for row in fastdense.report(model).rows)
+
+
+def relative(a, b) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@torch.no_grad()
+def same(plain, fast, x) -> None:
+    assert relative(fast(x), plain(x)) <= 1e-10
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_numbers_are_the_same(name):
+    plain, fast, x = made(name)
+    assert frozen_bytes(fast) > 0
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        same(plain, fast, x)
+        same(plain, fast, x[:1])
+        torch.set_num_threads(before)
+    with torch.inference_mode():
+        assert relative(fast(x), plain(x)) <= 1e-10
+    assert frozen_bytes(fast) > 0
+
+
+def test_gradients_are_those_of_the_weights():
+    plain, fast, x = made()
+    for net in (plain, fast):
+        net(x).square().sum().backward()
+    for a, b in zip(fast.parameters(), plain.parameters(), strict=True):
+        assert relative(a.grad, b.grad) <= 1e-9
+    assert frozen_bytes(fast) > 0
+
+
+def _step(net: nn.Module) -> None:
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(net.parameters(), 0.1).step()
+
+
+def _train_and_write(net: nn.Module) -> None:
+    """Writes that leave no trace, where training announced them."""
+    net.train()
+    for parameter in net.parameters():
+        parameter.data.mul_(1.5)
+    net.eval()
+
+
+def _load(net: nn.Module, assign: bool = False) -> None:
+    net.load_state_dict(
+        {k: v + 0.25 if v.is_floating_point() else v for k, v in net.state_dict().items()}, assign=assign
+    )
+
+
+def _replace_a_layer(net: nn.Module) -> None:
+    torch.manual_seed(5)
+    layer = net.features.denseblock1.denselayer2
+    layer.conv2 = nn.Conv2d(layer.conv2.in_channels, 6, 3, padding=1, bias=False).double()
+
+
+def _swap_data(net: nn.Module) -> None:
+    for parameter in net.parameters():
+        parameter.data = parameter.data * 1.25
+
+
+@torch.no_grad()
+def _write_a_statistic(net: nn.Module) -> None:
+    net.features.denseblock2.denselayer1.norm2.running_var.mul_(3)
+
+
+@torch.no_grad()
+def _write_a_weight(net: nn.Module) -> None:
+    net.features.transition1.conv.weight.add_(0.5)
+
+
+THAWS = {
+    "a step": _step,
+    "training, and hidden writes in it": _train_and_write,
+    "load_state_dict": _load,
+    "load_state_dict(assign=True)": partial(_load, assign=True),
+    "a running statistic": _write_a_statistic,
+    "a weight of the transition": _write_a_weight,
+    "another layer": _replace_a_layer,
+    "other memory": _swap_data,
+}
+
+
+@pytest.mark.parametrize("change", THAWS)
+def test_a_change_is_seen_at_the_next_call(change):
+    plain, fast, x = made()
+    before = frozen_bytes(fast)
+    same(plain, fast, x)
+    for net in (plain, fast):
+        THAWS[change](net)
+    same(plain, fast, x)
+    assert frozen_bytes(fast) < before
+    fastdense.freeze(fast)
+    assert frozen_bytes(fast) == before
+    same(plain, fast, x)
+
+
+def test_other_types():
+    plain, fast, x = made()
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        plain.to(dtype), fast.to(dtype)
+        with torch.no_grad():
+            assert relative(fast(x.to(dtype)), plain(x.to(dtype))) <= bound
+        assert frozen_bytes(fast) == 0
+        fastdense.freeze(fast)
+        with torch.no_grad():
+            assert relative(fast(x.to(dtype)), plain(x.to(dtype))) <= bound
+        assert frozen_bytes(fast) > 0
+
+
+def test_autocast_computes_in_its_type():
+    plain, fast, x = made()
+    plain.float(), fastdense.freeze(fast.float())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert relative(fast(x.float()).float(), plain(x.float()).float()) <= 0.05
+
+
+def test_hooks_are_called():
+    plain, fast, x = made()
+    seen = []
+    fast.features.denseblock1.denselayer1.conv2.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(UserWarning, match="hook"):
+        same(plain, fast, x)
+    assert seen == [1]
+
+
+def test_training_as_if_it_had_not_been_frozen():
+    plain, fast, x = made()
+    for net in (plain, fast):
+        net.train()
+        net(x).square().sum().backward()
+    for a, b in zip(fast.parameters(), plain.parameters(), strict=True):
+        assert relative(a.grad, b.grad) <= 1e-9
+    for a, b in zip(fast.buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9)
+
+
+def test_copies_and_files_have_no_packed_weights():
+    plain, fast, x = made()
+    keys, size = set(plain.state_dict()), len(pickle.dumps(plain))
+    assert set(fast.state_dict()) == keys
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    copies = [
+        copy.deepcopy(fast),
+        copy.copy(fast),
+        pickle.loads(pickle.dumps(fast)),
+        torch.load(file, weights_only=False),
+    ]
+    assert len(pickle.dumps(fast)) < 1.2 * size
+    assert frozen_bytes(copies[0]) == frozen_bytes(copies[2]) == frozen_bytes(copies[3]) == 0
+    for other in copies:
+        same(plain, other, x)
+    assert frozen_bytes(fast) > 0
+
+
+def test_thaw_and_restore():
+    plain, fast, x = made()
+    assert fastdense.thaw(fast) is fast
+    assert frozen_bytes(fast) == 0
+    same(plain, fast, x)
+    fastdense.freeze(fast)
+    same(plain, fastdense.restore(fast), x)
+
+
+def test_threads_share_the_weights():
+    _, fast, x = made()
+    with torch.no_grad():
+        expected = fast(x)
+
+    def call(_):
+        with torch.no_grad():
+            return fast(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(out, expected) for out in pool.map(call, range(16)))
+    assert frozen_bytes(fast) > 0
+
+
+def test_compiled_and_exported():
+    plain, fast, x = made()
+    with torch.no_grad():
+        assert relative(torch.compile(fast, backend="eager")(x), plain(x)) <= 1e-10
+        assert relative(torch.export.export(fast, (x,)).module()(x), plain(x)) <= 1e-10
+
+
+def test_the_report_has_a_column():
+    _, fast, _ = made()
+    rows = {row.name: row.frozen_bytes for row in fastdense.report(fast).rows}
+    assert rows["features.denseblock1"] > 0 and rows["features.denseblock2"] > 0
+    assert "frozen" in str(fastdense.report(fast)).splitlines()[0]
+    assert "frozen" not in str(fastdense.report(fastdense.thaw(fast)))
+
+
+def test_what_cannot_be_frozen_is_refused():
+    with pytest.raises(TypeError, match=r"freeze: expected model to be a torch\.nn\.Module, got int"):
+        fastdense.freeze(3)
+    with pytest.raises(ValueError, match=r"got none; call fastdense\.convert\(model\)"):
+        fastdense.freeze(torchvision_net().eval())
+    with pytest.raises(ValueError, match=r"in training mode; call model\.eval\(\)"):
+        fastdense.freeze(fastdense.convert(torchvision_net()).train())
+    group = fastdense.models.densenet_cifar(10, norm="group").eval()
+    with pytest.raises(ValueError, match="no block of the model can be frozen: only blocks of batch norms"):
+        fastdense.freeze(group)
+
+
+def test_only_what_can_be_frozen_is():
+    torch.manual_seed(0)
+    both = nn.ModuleList([fastdense.models.densenet_cifar(10), fastdense.models.densenet_cifar(10, act="gelu")]).eval()
+    fastdense.freeze(both)
+    kept = {row.name: row.frozen_bytes for row in fastdense.report(both).rows}
+    assert all((size > 0) == (name.startswith("0.") and "block" in name) for name, size in kept.items())
+    x = torch.randn(2, 3, 32, 32)
+    for net in both:
+        with torch.no_grad():
+            assert relative(net(x), fastdense.restore(copy.deepcopy(net))(x)) <= 1e-4

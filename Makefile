@@ -10,6 +10,8 @@ BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 2)
 export MAX_JOBS ?= $(CORES)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Hundreds of processes import torch and torchvision: without bytecode each would parse their sources again.
+unexport PYTHONDONTWRITEBYTECODE
 
 NATIVE := $(shell find csrc -type f)
 FORMATTED := $(filter %.h %.cpp %.cu,$(NATIVE))

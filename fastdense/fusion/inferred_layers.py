@@ -121,9 +121,10 @@ def count_heads(module: nn.Module) -> int:
 
 
 def looks_like_dense_block(module: nn.Module) -> bool:
-    """Whether the children are two layers or more, with norms, that read ``C0, C0 + k, C0 + 2 k ...`` channels.
+    """Whether the children are two layers or more, with norms, that read ``C0, C0 + k_1, C0 + k_1 + k_2 ...`` channels.
 
-    Each layer's last convolution makes ``k``. Modules that run one behind the other never look like this.
+    The last convolution of layer ``l`` makes ``k_l``; three layers or more where these differ. Modules that run one
+    behind the other never look like this.
     """
     if type(module).forward is nn.Module.forward:  # a list
         return False
@@ -131,18 +132,16 @@ def looks_like_dense_block(module: nn.Module) -> bool:
 
 
 def _grow(layers: Iterable[nn.Module]) -> bool:
-    channels = growth = count = 0
-    for count, layer in enumerate(layers, 1):
+    channels, growths = 0, []
+    for layer in layers:
         convs = [inner for inner in layer.modules() if isinstance(inner, CONVS)]
         if not convs or layer is convs[0]:
             return False
-        if count == 1:
-            channels, growth = convs[0].in_channels, convs[-1].out_channels
-        if (convs[0].in_channels, convs[-1].out_channels) != (channels + (count - 1) * growth, growth):
+        channels = channels + growths[-1] if growths else convs[0].in_channels
+        if convs[0].in_channels != channels or not any("Norm" in type(inner).__name__ for inner in layer.modules()):
             return False
-        if not any("Norm" in type(inner).__name__ for inner in layer.modules()):
-            return False
-    return count > 1
+        growths.append(convs[-1].out_channels)
+    return len(growths) > (1 if len(set(growths)) == 1 else 2)
 
 
 def read_inferred_block(module: nn.Module) -> InferredBlock:

@@ -22,7 +22,7 @@ SHARED = {
     "no 1x1, dilation": "dilation=\\(3, 3\\)",
     "act, norm": "its results differ from those of a dense block",
     "post-activation": "is Conv2d, BatchNorm2d, Conv2d, BatchNorm2d: expected norm, convolution",
-    "post-activation, no 1x1": "is Conv2d, GroupNorm: expected norm, convolution",
+    "post-activation, no 1x1": "is Conv2d, InstanceNorm2d: expected norm, convolution",
     "both norms": "some of its norms take statistics of the batch, others of each sample",
     "reentrant, post-activation": "is Conv2d, BatchNorm2d, Conv2d, BatchNorm2d: expected",
     "non-reentrant, post-activation": "is Conv2d, BatchNorm2d, Conv2d, BatchNorm2d: expected",

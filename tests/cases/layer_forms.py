@@ -44,7 +44,7 @@ def post_activation(channels: int, growth: int = K) -> nn.Module:
 
 
 def post_activation_no_bottleneck(channels: int, growth: int = K) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(channels, growth, 3, padding=1), nn.GroupNorm(2, growth), nn.SiLU())
+    return nn.Sequential(nn.Conv2d(channels, growth, 3, padding=1), nn.InstanceNorm2d(growth, affine=True), nn.SiLU())
 
 
 def both_norms(channels: int, growth: int = K) -> nn.Module:
@@ -71,11 +71,8 @@ class Checkpointed(nn.Module):
 class Block(nn.Module):
     """Concatenates a list of features in front of every layer."""
 
-    def __init__(
-        self, make: Callable[..., nn.Module] = norm_act, layers: int = 3, growths: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, make: Callable[..., nn.Module] = norm_act, growths: tuple[int, ...] = (K, K, K)) -> None:
         super().__init__()
-        growths = growths or (K,) * layers
         self.units = nn.ModuleList(make(C0 + sum(growths[:at]), k) for at, k in enumerate(growths))
 
     def forward(self, x: Tensor) -> Tensor:

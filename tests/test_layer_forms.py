@@ -11,7 +11,18 @@ from torch import nn
 import fastdense
 from fastdense.fusion.saved_memory import saved_bytes_per_image
 from tests.cases.converted import assert_same, fastdense_warnings, one_warning, randomise, step
-from tests.cases.layer_forms import C0, FORMS, Block, Checkpointed, K, norm_act, post_activation
+from tests.cases.layer_forms import (
+    C0,
+    FORMS,
+    Block,
+    BlockAttention,
+    Checkpointed,
+    K,
+    SqueezeExcite,
+    attentive_net,
+    norm_act,
+    post_activation,
+)
 
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]
 
@@ -24,6 +35,8 @@ SHARED = {
     "post-activation": "is Conv2d, BatchNorm2d, Conv2d, BatchNorm2d: expected norm, convolution",
     "post-activation, no 1x1": "is Conv2d, InstanceNorm2d: expected norm, convolution",
     "both norms": "some of its norms take statistics of the batch, others of each sample",
+    "squeeze and excite": "its layers have Linear: expected only",
+    "attention": "expected norm, convolution, or norm, 1x1 convolution, norm, convolution",
     "reentrant, post-activation": "is Conv2d, BatchNorm2d, Conv2d, BatchNorm2d: expected",
     "non-reentrant, post-activation": "is Conv2d, BatchNorm2d, Conv2d, BatchNorm2d: expected",
 }
@@ -101,16 +114,19 @@ def test_growth_rates_of_each_layer(make):
     assert_same_steps(fast, plain)
 
 
-def test_two_modules_that_fit_by_chance_are_no_block():
-    """As in a decoder: 8 channels to 16, then 24 to 8."""
+@pytest.mark.parametrize("widths", [[(8, 16), (24, 8)], [(8, 8), (16, 16), (32, 32)]])
+def test_modules_that_fit_by_chance_are_no_block(widths):
+    """As in a decoder, or in stages that double their channels."""
     chance = nn.Module()
-    chance.a, chance.b = post_activation(8, 16), post_activation(24, 8)
+    chance.units = nn.ModuleList(post_activation(*width) for width in widths)
     with pytest.raises(ValueError, match="with none"):
         fastdense.convert(nn.Sequential(chance))
 
 
-@pytest.mark.parametrize("growths", [(K, K), (K - 1, K + 1)])
-@pytest.mark.parametrize("form", SHARED)
+@pytest.mark.parametrize(
+    ("form", "growths"),
+    [*((form, (K, K)) for form in SHARED), *((form, (K - 1, K + 1)) for form in SHARED if form != "attention")],
+)
 def test_what_a_shared_buffer_keeps_is_linear_in_depth(form, growths):
     """A layer more keeps what it adds. The plain modules keep what it reads as well, so the square."""
     blocks = [of_form(form, growths * pairs) for pairs in (2, 4, 6)]
@@ -119,6 +135,16 @@ def test_what_a_shared_buffer_keeps_is_linear_in_depth(form, growths):
     if "reentrant" not in form:
         plainly = [kept_bytes(block) for block in blocks]
         assert plainly[2] - plainly[1] > plainly[1] - plainly[0] > 2 * (kept[1] - kept[0])
+
+
+@pytest.mark.parametrize("attention", [SqueezeExcite, BlockAttention])
+def test_networks_with_attention_keep_a_third(attention):
+    torch.manual_seed(0)
+    plain = randomise(attentive_net(attention).double())
+    fast, messages = converted(plain, "min")
+    assert (runs(fast), messages) == (["shared buffer", "shared buffer"], [])
+    assert fastdense.report(fast, (3, 32, 32)).kept_ratio <= 0.35
+    assert_same_steps(fast, plain)
 
 
 def kept_bytes(model: nn.Module) -> int:

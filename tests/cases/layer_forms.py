@@ -55,6 +55,46 @@ def both_norms(channels: int, growth: int = K) -> nn.Module:
     )  # fmt: skip
 
 
+class SqueezeExcite(nn.Module):
+    """A factor for each channel, of its mean."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 4, 2)
+        self.fc = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc(x.mean((2, 3))))[:, :, None, None]
+
+
+class BlockAttention(nn.Module):
+    """CBAM: a factor for each channel, of its mean and maximum, then one for each pixel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 4, 2)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False), nn.ReLU(), nn.Conv2d(hidden, channels, 1, bias=False)
+        )
+        self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.mlp(x.mean((2, 3), keepdim=True)) + self.mlp(x.amax((2, 3), keepdim=True))
+        x = x * torch.sigmoid(pooled)
+        return x * torch.sigmoid(self.spatial(torch.cat([x.mean(1, True), x.amax(1, True)], 1)))
+
+
+def with_attention(
+    channels: int, growth: int = K, *, attention: Callable[[int], nn.Module], width: int = WIDTH
+) -> nn.Module:
+    """A layer with attention to its new features."""
+    return nn.Sequential(
+        nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, width, 1, bias=False),
+        nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Conv2d(width, growth, 3, padding=1, bias=False),
+        attention(growth),
+    )  # fmt: skip
+
+
 class Checkpointed(nn.Module):
     """A layer that runs again in the backward pass."""
 
@@ -71,9 +111,11 @@ class Checkpointed(nn.Module):
 class Block(nn.Module):
     """Concatenates a list of features in front of every layer."""
 
-    def __init__(self, make: Callable[..., nn.Module] = norm_act, growths: tuple[int, ...] = (K, K, K)) -> None:
+    def __init__(
+        self, make: Callable[..., nn.Module] = norm_act, growths: tuple[int, ...] = (K, K, K), channels: int = C0
+    ) -> None:
         super().__init__()
-        self.units = nn.ModuleList(make(C0 + sum(growths[:at]), k) for at, k in enumerate(growths))
+        self.units = nn.ModuleList(make(channels + sum(growths[:at]), k) for at, k in enumerate(growths))
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
@@ -93,8 +135,28 @@ FORMS: dict[str, Callable[[int], nn.Module]] = {
     "post-activation": post_activation,
     "post-activation, no 1x1": post_activation_no_bottleneck,
     "both norms": both_norms,
+    "squeeze and excite": partial(with_attention, attention=SqueezeExcite),
+    "attention": partial(with_attention, attention=BlockAttention),
     "reentrant": partial(Checkpointed, use_reentrant=True),
     "non-reentrant": partial(Checkpointed, use_reentrant=False),
     "reentrant, post-activation": partial(Checkpointed, make=post_activation, use_reentrant=True),
     "non-reentrant, post-activation": partial(Checkpointed, make=post_activation, use_reentrant=False),
 }
+
+
+def attentive_net(attention: Callable[[int], nn.Module], growth: int = 12) -> nn.Module:
+    """A DenseNet of two blocks, with attention in its layers and behind its transition."""
+    layer = partial(with_attention, attention=attention, width=4 * growth)
+    channels = [2 * growth + growth * at for at in range(17)]
+    blocks = [Block(layer, (growth,) * layers, first) for layers, first in ((8, channels[0]), (12, channels[4]))]
+    return nn.Sequential(
+        nn.Conv2d(3, channels[0], 3, padding=1),
+        blocks[0],
+        nn.Sequential(
+            nn.BatchNorm2d(channels[8]), nn.ReLU(), nn.Conv2d(channels[8], channels[4], 1), attention(channels[4]),
+            nn.AvgPool2d(2),
+        ),
+        blocks[1],
+        nn.BatchNorm2d(channels[16]), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(channels[16], 5),
+    )  # fmt: skip

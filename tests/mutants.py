@@ -34,7 +34,7 @@ MUTANTS = [
     ("core/geometry.h", "i1 * g.stride[1]", "i1"),
     ("core/activation_math.h", "return n.share + u * n.density;", "return n.share;"),
     ("core/activation_math.h", "return s.t * (A(1) + u * s.c);", "return s.t * (A(1) + s.c);"),
-    ("core/activation_math.h", "return v > p.b ? A(1) : sigmoid_of(v).t;", "return sigmoid_of(v).t;"),
+    ("core/activation_math.h", "return v > p.b ? A(1) : times_sigmoid(A(1), v);", "return times_sigmoid(A(1), v);"),
     ("core/exp_math.h", "A(-0.5) * ((t - high) * (t + high))", "A(0)"),
     ("cpu/conv1x1/norm_activation.h", "v[i] > A(0) ? 0.0", "v[i] < A(0) ? 0.0"),
     ("cpu/conv1x1/norm_activation.h", "activation.slope + begin", "activation.slope"),

@@ -17,6 +17,7 @@ from tests.cases.converted import (
     BLOCK,
     FUSED,
     MEMORY,
+    TRANSITION,
     assert_same,
     fastdense_warnings,
     first_layer,
@@ -141,6 +142,19 @@ def test_norms_of_both_kinds_stay_plain():
         plain, fast = pair(change=lambda net: setattr(first_layer(net), "norm2", group_norm(24).double()), when="after")
         x = images()
         assert_same(step(fast, x), step(plain, x))
+
+
+@pytest.mark.parametrize("memory", ["min", "recompute"])
+def test_norms_of_both_kinds_run_on_a_shared_buffer(memory):
+    def change(net):
+        first_layer(net).norm2 = randomise(group_norm(24).double())
+
+    plain, fast = pair(memory=memory, change=change)
+    kinds = {row.name: row.runs for row in fastdense.report(fast).rows}
+    assert kinds == {BLOCK: "shared buffer", TRANSITION: "fused", "features.denseblock2": "fused"}
+    x = images()
+    for mode in ("train", "eval"):
+        assert_same(step(getattr(fast, mode)(), x), step(getattr(plain, mode)(), x))
 
 
 def test_frozen_batch_norms_beside_group_norms_are_fused():

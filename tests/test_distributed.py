@@ -206,16 +206,23 @@ def check_layout(rank, memory_format):
         assert parameter.grad.stride() == parameter.stride(), name
 
 
-def check_shared_buffer(rank, options):
+def check_shared_buffer(rank, options, accumulate=1):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, C0, 3, stride=4), Block()).double()
     fast = fastdense.convert(copy.deepcopy(plain), memory="min")
     assert isinstance(fast[1], SharedBuffer)
     nets = [DistributedDataParallel(net, **options) for net in (plain, fast)]
-    wanted, got = (train(net, rank) for net in nets)
+    if accumulate > 1:  # a static graph is learnt from a step that is synchronised, also of plain modules
+        assert_bit_equal(train(nets[1], rank, steps=1), train(nets[0], rank, steps=1))
+    wanted, got = (train(net, rank, accumulate=accumulate) for net in nets)
     assert_bit_equal(got, wanted)
 
 
 @pytest.mark.parametrize("options", DDP.values(), ids=DDP)
 def test_ddp_of_layers_on_a_shared_buffer(processes, options):
     processes.run(check_shared_buffer, options)
+
+
+@pytest.mark.parametrize("options", [DDP["default"], DDP["static graph"]], ids=["default", "static graph"])
+def test_ddp_of_layers_on_a_shared_buffer_with_no_sync(processes, options):
+    processes.run(check_shared_buffer, options, 2)

@@ -15,6 +15,7 @@ import fastdense
 from fastdense import models
 from fastdense.fusion.dual_path import FusedDualPathBlock
 from fastdense.fusion.plan.state import memory_of
+from fastdense.models import DPN
 from fastdense.models.catalogue import CATALOGUE, count_model
 from fastdense.nn import DualPathBlock, DualPathStage
 from tests.cases.random_block import relative
@@ -212,6 +213,37 @@ def test_stages_of_any_dimension(dims, split_last):
     assert not any(isinstance(m, FusedDualPathBlock) for m in plain.modules())
     x = torch.randn(3, 10, *[6, 5, 4][:dims], dtype=torch.float64)
     assert_same(run(stage, x), run(plain, x))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"norm": ("group", {"num_groups": 2})}, "bn is a GroupNorm, not a BatchNorm with ReLU"),
+        ({"act": "gelu"}, "relu is a GELU, not a ReLU"),
+    ],
+)
+def test_other_norms_and_activations_run_plainly_and_say_so(options, reason):
+    model = DPN(
+        stem_channels=4, width=4, groups=2, blocks=(2, 1), growth_rates=(2, 2), residual_channels=4, num_classes=3,
+        memory="min", **options,
+    ).double()  # fmt: skip
+    kinds = {type(m) for m in model.modules()}
+    assert ({nn.GroupNorm, nn.ReLU} if "norm" in options else {nn.GELU, nn.BatchNorm2d}) <= kinds
+    assert not {nn.BatchNorm2d, nn.ReLU} <= kinds
+    plain = fastdense.restore(copy.deepcopy(model))
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=f"DualPathBlock runs as plain modules: .*{reason}"):
+        for training in (True, False):
+            assert_same(run(model.train(training), x), run(plain.train(training), x))
+
+
+def test_activations_of_stem_and_head():
+    kinds = [
+        type(models.dpn48b(act="elu").get_submodule(f"features.{name}"))
+        for name in ("conv1_1.act", "conv5_bn_ac.relu", "conv3_1.c1x1_a.relu")
+    ]
+    assert kinds == [nn.SiLU, nn.SiLU, nn.ELU]
+    assert type(models.dpn68(act="elu").features.conv1_1.act) is nn.ELU
 
 
 def test_blocks_alone_and_in_a_row_are_the_same():

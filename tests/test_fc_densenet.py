@@ -41,6 +41,21 @@ def test_same_numbers_as_plain_modules(size, mode):
     assert fused_calls(plain, x) == []
 
 
+@pytest.mark.parametrize(
+    ("norm", "act"), [("instance", "relu"), (("group", {"num_groups": 2}), ("leaky_relu", {"negative_slope": 0.1}))]
+)
+@pytest.mark.parametrize("memory", ["balanced", "min"])
+def test_other_norms_and_activations_are_fused(norm, act, memory):
+    fast = small(norm=norm, act=act, memory=memory)
+    plain = fastdense.restore(copy.deepcopy(fast))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    for mode in (True, False):
+        assert_same(step(fast.train(mode), x), step(plain.train(mode), x))
+    assert len(fused_calls(fast, x)) == 5
+    assert {row.runs for row in fastdense.report(fast).rows} == {"fused"}
+
+
 def test_only_new_features_are_enlarged():
     net = small()
     assert [conv.in_channels for conv in net.transitions_up] == [2 * 4, 3 * 4]
@@ -64,6 +79,10 @@ def test_blocks_keep_little():
 
 
 def test_errors():
+    with pytest.raises(ValueError, match="norm to be one of batch, instance, group, got 'layer'"):
+        small(norm="layer")
+    with pytest.raises(ValueError, match="act to be one of relu"):
+        small(act="step")
     with pytest.raises(ValueError, match="up_layers to have 2 entries like down_layers"):
         FCDenseNet(4, (2, 2), 2, (2,))
     with pytest.raises(ValueError, match="input to be at least 4 pixels wide and high"):

@@ -16,9 +16,9 @@ from tests.cases.converted import assert_bit_equal, one_warning, randomise, step
 pytestmark = pytest.mark.filterwarnings("error:fastdense")
 
 
-def transition(channels: int = 5, drop_rate: float = 0.0) -> nn.Module:
+def transition(channels: int = 5, drop_rate: float = 0.0, **options) -> nn.Module:
     torch.manual_seed(0)
-    return randomise(TransitionDown(channels, drop_rate).double())
+    return randomise(TransitionDown(channels, drop_rate, **options).double())
 
 
 def pair(**options) -> tuple[nn.Module, nn.Module]:
@@ -61,6 +61,33 @@ def test_same_bits_as_plain_modules(mode, drop_rate):
         made.append([step(net, pictures()) for _ in range(2)])
     for fast, plain in zip(*made, strict=True):
         assert_bit_equal(fast, plain)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
+@pytest.mark.parametrize("norm", ["batch", "instance", ("group", {"num_groups": 5})], ids=str)
+@pytest.mark.parametrize("act", ["gelu", "prelu"])
+def test_other_norms_and_activations(norm, act, drop_rate, mode):
+    made = []
+    for net in pair(drop_rate=drop_rate, norm=norm, act=act):
+        torch.manual_seed(2)
+        made.append(step(getattr(net, mode)(), pictures()))
+    assert_bit_equal(*made)
+    assert kept_bytes(net, pictures()) > 3 * pictures().nbytes
+    assert kept_bytes(pair(drop_rate=drop_rate, norm=norm, act=act)[0], pictures()) < 600
+
+
+def test_modes_of_other_norms_are_those_of_the_forward_pass():
+    """Dropout is what a mode changes there."""
+    made = []
+    for net in pair(drop_rate=0.3, norm="group"):
+        torch.manual_seed(2)
+        x = pictures().requires_grad_()
+        out = net(x)
+        net.eval()
+        out.sum().backward()
+        made.append({"grad input": x.grad, "grad weight": net.norm.weight.grad})
+    assert_bit_equal(*made)
 
 
 def test_is_plain_after_restore_and_converted_again():
@@ -154,12 +181,22 @@ def sync(net: nn.Module) -> None:
     net.norm = nn.SyncBatchNorm.convert_sync_batchnorm(net.norm).eval()
 
 
+def tracked(net: nn.Module) -> None:
+    net.norm = nn.InstanceNorm2d(5, track_running_stats=True).double()
+
+
 def more(net: nn.Module) -> None:
     net.add_module("more", nn.Tanh())
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [(hook, "has hooks"), (sync, "SyncBatchNorm"), (more, "its modules are not norm, ReLU")]
+    ("change", "reason"),
+    [
+        (hook, "has hooks"),
+        (sync, "SyncBatchNorm"),
+        (tracked, "norm is a InstanceNorm2d: expected a BatchNorm"),
+        (more, "its modules are not norm, activation"),
+    ],
 )
 def test_falls_back(change, reason):
     fast, plain = pair()

@@ -11,12 +11,18 @@ import torch
 from torch import nn
 
 import fastdense
+from fastdense.fusion.saved_memory import saved_bytes_per_image
 from fastdense.models import load_super_resolution
 from fastdense.nn import ResidualDenseBlock
+from tests.cases.converted import assert_same, step
 
 
 def module(**options) -> ResidualDenseBlock:
     return ResidualDenseBlock(6, 4, 3, **options).double()
+
+
+def saved_bytes(block: nn.Module) -> int:
+    return saved_bytes_per_image(block.to("meta"), (8, 10, 10))
 
 
 def plain(block: nn.Module) -> nn.Module:
@@ -32,6 +38,40 @@ def test_the_module_is_its_plain_class(options):
     torch.testing.assert_close(block(x), expected(x))
     torch.testing.assert_close(block(x, outer), expected(x, outer))
     assert type(fastdense.convert(nn.Sequential(expected))[0]) is ResidualDenseBlock
+
+
+def test_leaky_relu_and_relu_by_name_run_on_the_operator():
+    for act, slope in (("relu", 0.0), (("leaky_relu", {"negative_slope": 0.3}), 0.3), ("leaky_relu", 0.01)):
+        block = module(act=act)
+        assert block.negative_slope == slope and list(block.state_dict()) == list(module().state_dict())
+
+
+@pytest.mark.parametrize(
+    "options", [{"act": "gelu"}, {"norm": "batch"}, {"norm": ("group", {"num_groups": 2}), "act": "prelu"}], ids=str
+)
+def test_other_norms_and_activations_run_on_a_shared_buffer(options):
+    torch.manual_seed(0)
+    fast = nn.Sequential(nn.Conv2d(3, 6, 1).double(), module(**options))
+    expected = plain(fast)
+    assert [(row.name, row.runs) for row in fastdense.report(fast).rows] == [("1.dense", "shared buffer")]
+    assert type(expected[1].dense).__name__ == "PlainSharedBufferBlock"
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    for mode in (True, False):
+        assert_same(step(fast.train(mode), x), step(expected.train(mode), x))
+    outer = torch.randn(2, 6, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(fast[1](outer, outer), expected[1](outer, outer))
+    again = fastdense.convert(expected)
+    assert [row.runs for row in fastdense.report(again).rows] == ["shared buffer"]
+    assert [type(m) for m in again[1].dense.modules()] == [type(m) for m in fast[1].dense.modules()]
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "instance", "act": "silu"}])
+def test_what_other_norms_keep_is_linear_in_depth(options):
+    """A layer more keeps what it adds, and the plain modules the concatenation that it reads as well."""
+    kept = [saved_bytes(ResidualDenseBlock(8, 8, layers, **options)) for layers in (4, 8, 12)]
+    assert kept[2] - kept[1] == kept[1] - kept[0] == 4 * 8 * 100 * 4
+    plainly = [saved_bytes(plain(ResidualDenseBlock(8, 8, layers, **options))) for layers in (4, 8, 12)]
+    assert plainly[2] - plainly[1] > plainly[1] - plainly[0] > 4 * (kept[1] - kept[0])
 
 
 def test_hooks_inside_run_plainly_with_one_warning(recwarn):
@@ -58,7 +98,7 @@ def test_autocast():
     assert all(p.grad.dtype == torch.float32 for p in block.parameters())
 
 
-@pytest.mark.parametrize("bad", [{"fusion_kernel": 2}, {"negative_slope": -1.0}])
+@pytest.mark.parametrize("bad", [{"fusion_kernel": 2}, {"negative_slope": -1.0}, {"norm": "layer"}, {"act": "step"}])
 def test_bad_arguments(bad):
     with pytest.raises(ValueError, match=rf"ResidualDenseBlock: expected {next(iter(bad))} to be .*, got"):
         module(**bad)

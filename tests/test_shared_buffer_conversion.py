@@ -2,15 +2,18 @@
 """Which dense blocks of any layers go on a shared buffer, and which stay plain; layers under a checkpoint."""
 
 import copy
+import queue
 import random
+import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastdense
-from tests.cases.any_layers import C0, Block, K, Layer
+from tests.cases.any_layers import C0, Block, DropPathLayer, K, Layer
 from tests.cases.converted import assert_bit_equal, assert_same, fastdense_warnings, one_warning, randomise, step
 from tests.cases.shared_buffer import SCALE, images, is_shared, pair, seeded_step
 
@@ -87,6 +90,75 @@ def test_what_cannot_run_twice_stays_plain(name):
         fastdense.convert(plain, memory="min")
     assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == python_state
     assert [(type(m), sorted(vars(m))) for m in plain.modules()] == classes
+
+
+DRAWN: queue.SimpleQueue[float] = queue.SimpleQueue()
+
+
+class DrawingElsewhere(DropPathLayer):
+    """While it runs, another thread draws from torch's generator."""
+
+    def forward(self, x):
+        worker = threading.Thread(target=lambda: DRAWN.put(torch.rand(()).item()))
+        worker.start(), worker.join()
+        return super().forward(x)
+
+
+def test_the_trial_leaves_the_generator_to_other_threads():
+    """They neither draw a number twice nor miss one, and disturb no trial."""
+    net = nn.Sequential(nn.Conv2d(3, C0, 1), Block(DrawingElsewhere))
+    torch.manual_seed(3)
+    assert is_shared(fastdense.convert(net, memory="min"))
+    after = torch.get_rng_state()
+    drawn = [DRAWN.get() for _ in range(DRAWN.qsize())]
+    torch.manual_seed(3)
+    assert len(drawn) > 10 and drawn == [torch.rand(()).item() for _ in drawn]
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+class Drawing(Layer):
+    """Draws by functions, of which not all take a generator."""
+
+    how = staticmethod(torch.rand_like)
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out * self.how(out)
+
+
+def drawing(how) -> type[Layer]:
+    return type("DrawingSo", (Drawing,), {"how": staticmethod(how)})
+
+
+DRAWS = {
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "rand": lambda x: torch.rand(x.shape, dtype=x.dtype),
+    "randn": lambda x: torch.randn(x.shape, dtype=x.dtype),
+    "randint": lambda x: torch.randint(1, 5, x.shape),
+    "randperm": lambda x: torch.randperm(x.shape[-1]),
+    "dropout": lambda x: F.dropout(torch.ones_like(x)),
+    "alpha_dropout": lambda x: F.alpha_dropout(torch.ones_like(x), training=True),
+    "rrelu": lambda x: F.rrelu(x, training=True),
+    "normal": lambda x: torch.normal(x.detach(), 1.0),
+    "bernoulli": lambda x: torch.bernoulli(torch.full_like(x, 0.5)),
+    "multinomial": lambda x: torch.multinomial(torch.ones(5), x.shape[-1], replacement=True),
+    "gumbel": lambda x: F.gumbel_softmax(x),
+}
+
+
+@pytest.mark.parametrize("how", DRAWS)
+def test_layers_that_draw_in_any_way(how):
+    plain, fast = pair(layer=drawing(DRAWS[how]))
+    x = images()
+    assert_same(seeded_step(fast, x), seeded_step(plain, x))
+
+
+def test_operators_without_a_generator_stay_plain():
+    how = lambda x: torch.native_dropout(torch.ones_like(x), 0.5, True)[0]  # noqa: E731
+    net = nn.Sequential(nn.Conv2d(3, C0, 1), Block(drawing(how)))
+    with one_warning("1 stays plain", "draws random numbers by aten.native_dropout.default, which takes no generator"):
+        fastdense.convert(net, memory="min")
 
 
 def test_balanced_stays_plain_and_says_what_min_does():

@@ -18,6 +18,7 @@ from fastdense.cli import main
 from fastdense.models.weights import last_layer
 from fastdense.train import NonFiniteLossError, TrainConfig, train
 from fastdense.train.network import average, freeze, load_weights, set_training
+from fastdense.train.prediction import load_classifier
 from tests.cases.training import command, fastdense_lines, old_names, red_and_blue, tiny
 
 
@@ -220,6 +221,28 @@ def test_frozen_layers_stay(model: str, pictures: Path, tmp_path: Path) -> None:
         assert torch.equal(value, old["model"][key]) != key.startswith("classifier."), key
     assert len(new["optimizer"]["state"]) == 2
     assert result.history[0]["accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [("norm=group", nn.GroupNorm), ('norm=("group", {"num_groups": 1})', nn.GroupNorm), ("act=gelu", nn.GELU)],
+)
+def test_norms_and_activations_from_the_command_line(
+    given: str, kind: type[nn.Module], pictures: Path, tmp_path: Path
+) -> None:
+    config = tiny(tmp_path / "out", data=str(pictures))
+    assert main(command(config, "--set", given, "--epochs=1", "--memory=min")) == 0
+    assert main(command(config, "--set", given, "--epochs=2", "--resume")) == 0
+    net = load_classifier("test", str(config.out / "checkpoint.pt")).model
+    found = {type(module) for module in net.modules()}
+    assert kind in found and not {nn.BatchNorm2d, nn.ReLU} <= found
+
+
+def test_unknown_norms_are_named(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny(tmp_path / "out", data=str(pictures))
+    assert main(command(config, "--set", "norm=layer")) == 2
+    (line,) = fastdense_lines(capsys)
+    assert "expected norm to be one of batch, instance, group, got 'layer'" in line
 
 
 def test_frozen_modules_drop_nothing() -> None:

@@ -174,7 +174,7 @@ template <>
 struct ActivationFunction<Activation::kSilu> {
   template <typename A>
   FASTDENSE_HD static A value(A u, const ActivationParameters<A>&) {
-    return u * sigmoid_of(u).t;
+    return times_sigmoid(u, u);
   }
   template <typename A>
   FASTDENSE_HD static A slope(A u, const ActivationParameters<A>&) {
@@ -202,7 +202,7 @@ template <>
 struct ActivationFunction<Activation::kGeluTanh> {
   template <typename A>
   FASTDENSE_HD static A value(A u, const ActivationParameters<A>&) {
-    return u * sigmoid_of(doubled(u)).t;
+    return times_sigmoid(u, doubled(u));
   }
   template <typename A>
   FASTDENSE_HD static A slope(A u, const ActivationParameters<A>&) {
@@ -273,7 +273,7 @@ struct ActivationFunction<Activation::kSoftplus> {
   template <typename A>
   FASTDENSE_HD static A slope(A u, const ActivationParameters<A>& p) {
     const A v = p.a * u;
-    return v > p.b ? A(1) : sigmoid_of(v).t;
+    return v > p.b ? A(1) : times_sigmoid(A(1), v);
   }
 };
 
@@ -295,7 +295,7 @@ template <>
 struct ActivationFunction<Activation::kSigmoid> {
   template <typename A>
   FASTDENSE_HD static A value(A u, const ActivationParameters<A>&) {
-    return sigmoid_of(u).t;
+    return times_sigmoid(A(1), u);
   }
   template <typename A>
   FASTDENSE_HD static A slope(A u, const ActivationParameters<A>&) {

@@ -29,9 +29,9 @@ struct ExpTraits<double> {
   static constexpr Bits kLowHalf = 0x7ffffff;
 };
 
-// exp(v) = power * (1 + rest) for v <= 0, where power is 1 near 0: then rest is exp(v) - 1 without cancellation.
-// exp(v) = 2^n exp(r) with n = round(v / ln 2); exp(r) = 1 + r (1 + r/2 (1 + r/3 (...))). NaN stays NaN; v counts as
-// kLeast where it is less. `low`, which is small, is added to v without rounding the sum.
+// exp(v) = power * (1 + rest) for v <= -kLeast, where power is 1 near 0: then rest is exp(v) - 1 without cancellation.
+// exp(v) = 2^n exp(r) with n = round(v / ln 2); exp(r) - 1 = r + r^2 / 2 (1 + r/3 (1 + r/4 (...))). NaN stays NaN; v
+// counts as kLeast where it is less. `low`, which is small, is added to v without rounding the sum.
 template <typename A>
 struct ExpParts {
   A power, rest;
@@ -49,9 +49,9 @@ FASTDENSE_HD ExpParts<A> exp_parts(A v, A low = A(0)) {
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int k = Traits::kTerms; k > 1; --k) series = mul_add(series * r, A(1) / A(k), A(1));
+  for (int k = Traits::kTerms; k > 2; --k) series = mul_add(series * r, A(1) / A(k), A(1));
   const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<Bits>(Traits::kShift) + Traits::kBias;
-  return {bit_cast<A>(exponent << Traits::kMantissa), series * r};
+  return {bit_cast<A>(exponent << Traits::kMantissa), mul_add(r * (A(0.5) * r), series, r)};
 }
 
 // exp(v) for v <= 0, and 0 where the result would be subnormal.
@@ -72,9 +72,18 @@ FASTDENSE_HD A exp_of_half_square(A t) {
 template <typename A>
 FASTDENSE_HD A tanh_of(A v) {
   const ExpParts<A> parts = exp_parts(v < A(0) ? v + v : -(v + v));
-  const A m = (A(1) - parts.power) - parts.power * parts.rest;
-  const A magnitude = m / (A(2) - m);
+  const A product = parts.power * parts.rest;
+  const A magnitude = ((A(1) - parts.power) - product) / ((A(1) + parts.power) + product);
   return v < A(0) ? -magnitude : magnitude;
+}
+
+// factor * sigmoid(v) = factor / (1 + exp(-v)), and factor * 0 where exp(v) would be subnormal.
+template <typename A>
+FASTDENSE_HD A times_sigmoid(A factor, A v) {
+  const bool is_far = v < ExpTraits<A>::kLeast;
+  const ExpParts<A> parts = exp_parts(is_far ? -ExpTraits<A>::kLeast : -v);
+  const A product = factor / ((A(1) + parts.power) + parts.power * parts.rest);
+  return is_far ? factor * A(0) : product;
 }
 
 // t = sigmoid(v) and c = 1 - t

@@ -54,7 +54,7 @@ struct HighwayTanh {
 
 template <typename Activation, typename A>
 FASTDENSE_HD A highway_output(A x, A first, A second) {
-  return mul_add(sigmoid_of(second).t, Activation::value(first) - x, x);
+  return mul_add(times_sigmoid(A(1), second), Activation::value(first) - x, x);
 }
 
 template <typename A>

@@ -32,6 +32,7 @@ from fastdense.fusion.residual_layers import (
     looks_like_residual_block,
     read_growing_block,
     read_residual_block,
+    runs_layers_apart,
 )
 from fastdense.fusion.sequential import FusedSequential
 from fastdense.fusion.shared_buffer.block import SharedBuffer, SharedBufferLayers, read_own_layers
@@ -215,6 +216,8 @@ def _is_max_pool_transition(module: nn.Module) -> bool:
 
 
 def _is_residual_dense_block(module: nn.Module) -> bool:
+    if runs_layers_apart(module):
+        return False
     return isinstance(module, FusedResidualDenseBlock) or looks_like_residual_block(module)
 
 
@@ -290,7 +293,10 @@ def forget_equivalence_checks(model: nn.Module) -> None:
 
 def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: DualPathMemoryMode) -> None:
     """Fuses a module, or warns why it stays plain."""
-    if not isinstance(module, FusedModule):
+    if isinstance(module, FusedModule):
+        if memory in SHARED_BUFFER_MODES and _goes_on_shared_buffer(module, kind):
+            module.__class__ = fused_class(SharedBuffer, plain_class(type(module)))
+    else:
         try:
             kind.read(module)
         except NotFusibleInTraining:
@@ -307,6 +313,17 @@ def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: DualPathMemor
         module.__class__ = fused_class(kind.mixin, type(module))
     state_of(module).name = name
     set_mode(module, memory)
+
+
+def _goes_on_shared_buffer(module: nn.Module, kind: Pattern) -> bool:
+    """Whether a fused dense block has been edited so that only its plain modules can run."""
+    try:
+        kind.read(module)
+    except NotFusibleInTraining:
+        return False
+    except NotFusible:
+        return kind.has_layers and _why_not(module, _SHARED) is None
+    return False
 
 
 def set_mode(module: nn.Module, memory: DualPathMemoryMode) -> None:

@@ -238,7 +238,7 @@ def _plan_transition(transition: nn.Module) -> BlockPlan:
 
 
 class RecomputedTransition(FusedModule):
-    """A transition with a max pool: norm, ReLU, 1x1 convolution, perhaps dropout, pool."""
+    """A transition with a max pool: norm, activation, 1x1 convolution, perhaps dropout, pool."""
 
     def forward(self, input: Tensor) -> Tensor:
         return run_fused(self, read_max_pool_transition, _run_recomputed, input)

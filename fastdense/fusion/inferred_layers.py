@@ -121,9 +121,11 @@ def count_heads(module: nn.Module) -> int:
 
 
 def looks_like_dense_block(module: nn.Module) -> bool:
-    """Whether the children are two layers or more, with norms, that read ``C0, C0 + k, C0 + 2 k ...`` channels.
+    """Whether the children are two layers or more, with norms, that read ``C0, C0 + k_1, C0 + k_1 + k_2 ...`` channels.
 
-    Each layer's last convolution makes ``k``. Modules that run one behind the other never look like this.
+    The last convolution of layer ``l`` makes ``k_l``, or where all are equal any of its convolutions. There are three
+    layers or more but where the last one of each makes the same ``k``. Modules that run one behind the other never look
+    like this.
     """
     if type(module).forward is nn.Module.forward:  # a list
         return False
@@ -131,18 +133,21 @@ def looks_like_dense_block(module: nn.Module) -> bool:
 
 
 def _grow(layers: Iterable[nn.Module]) -> bool:
-    channels = growth = count = 0
-    for count, layer in enumerate(layers, 1):
-        convs = [inner for inner in layer.modules() if isinstance(inner, CONVS)]
-        if not convs or layer is convs[0]:
+    starts, convs = [], []
+    for layer in layers:
+        found = [inner for inner in layer.modules() if isinstance(inner, CONVS)]
+        if not found or layer is found[0] or not any("Norm" in type(inner).__name__ for inner in layer.modules()):
             return False
-        if count == 1:
-            channels, growth = convs[0].in_channels, convs[-1].out_channels
-        if (convs[0].in_channels, convs[-1].out_channels) != (channels + (count - 1) * growth, growth):
-            return False
-        if not any("Norm" in type(inner).__name__ for inner in layer.modules()):
-            return False
-    return count > 1
+        starts.append(found[0].in_channels)
+        convs.append([conv.out_channels for conv in found])
+    steps = [behind - before for before, behind in itertools.pairwise(starts)]
+    made = [channels[-1] for channels in convs]
+    if steps == made[:-1] and len(set(made)) == 1:
+        return len(made) > 1
+    if steps == made[:-1]:  # stages of other networks double their channels
+        return len(made) > 2 and steps != starts[:-1]
+    # The last convolution may be one of an attention to the new features.
+    return len(steps) > 1 and len(set(steps)) == 1 and all(steps[0] in channels for channels in convs)
 
 
 def read_inferred_block(module: nn.Module) -> InferredBlock:

@@ -24,6 +24,7 @@ from fastdense.fusion.checks import (
     class_name,
     has_fused_relu,
 )
+from fastdense.fusion.dense_layers import is_activation
 from fastdense.ops.flops import uncounted
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -44,25 +45,28 @@ _DROPOUTS: dict[type, Callable[..., Tensor]] = {
 
 
 def looks_like_max_pool_transition(modules: Sequence[nn.Module]) -> bool:
-    """Whether these are a norm, ReLU, 1x1 convolution, perhaps dropout, and max pool."""
-    kinds: list[Any] = [nn.modules.batchnorm._BatchNorm, nn.ReLU, _CONVS, tuple(_DROPOUTS), POOLS]
-    if len(modules) == 4:
-        del kinds[3]
-    if len(modules) != len(kinds) or not all(isinstance(m, k) for m, k in zip(modules, kinds, strict=True)):
+    """Whether these are a norm, an activation, 1x1 convolution, perhaps dropout, and max pool."""
+    if len(modules) not in (4, 5) or not isinstance(modules[0], (nn.modules.batchnorm._BatchNorm, *SAMPLE_NORMS)):
+        return False
+    kinds = [_CONVS, *[tuple(_DROPOUTS)] * (len(modules) - 4), POOLS]
+    if not (isinstance(modules[1], nn.ReLU) or is_activation(modules[1])):
         return False
     conv: Any = modules[2]
-    return set(conv.kernel_size) == {1}
+    return all(isinstance(m, k) for m, k in zip(modules[2:], kinds, strict=True)) and set(conv.kernel_size) == {1}
 
 
 def read_max_pool_transition(module: nn.Module) -> list[Any]:
     """The modules, if nobody watches them."""
     modules = list(module.children())
     if not looks_like_max_pool_transition(modules):
-        raise NotFusible("its modules are not norm, ReLU, 1x1 convolution, optional dropout, max pool")
+        raise NotFusible("its modules are not norm, activation, 1x1 convolution, optional dropout, max pool")
     check_conv(modules[2], "conv", 1, bias=True)
     check_unobserved(modules)
     if not is_recomputable(modules[0]):
-        raise NotFusible(f"norm is a {class_name(modules[0])}, expected a BatchNorm that is not shared by processes")
+        raise NotFusible(
+            f"norm is a {class_name(modules[0])}: expected a BatchNorm that is not shared by processes, or a norm of "
+            "single samples without running statistics"
+        )
     return modules
 
 
@@ -98,22 +102,14 @@ def run_recomputed(modules: Sequence[Any], input: Tensor) -> Tensor:
 def _runner(modules: Sequence[Any]) -> tuple[Callable[[Tensor], Tensor], bool]:
     """Runs the modules in their mode of now; running statistics move in the forward pass only. And whether it draws."""
     norm, *others = modules
-    if _moves_nothing(norm):
-        return nn.Sequential(*modules), False
-    mean, var = norm.running_mean, norm.running_var
-    uses_batch = norm.training or mean is None
-    if norm.training and not norm.track_running_stats:
-        mean = var = None
-    if mean is not None:  # in training, their numbers do not matter
-        mean, var = mean.clone(), var.clone()
     drop_rates = [other.p if type(other) in _DROPOUTS and other.training else 0.0 for other in others]
+    again = _norm_of_backward(norm)
 
     def run(input: Tensor) -> Tensor:
         if torch._C._current_graph_task_id() == -1:
             return behind(norm(input))
         with uncounted():
-            x = F.batch_norm(input, mean, var, norm.weight, norm.bias, uses_batch, 0.0, norm.eps)
-            return behind(F.relu(x, inplace=True) if has_fused_relu(norm) else x)
+            return behind(again(input))
 
     def behind(x: Tensor) -> Tensor:
         for other, drop_rate in zip(others, drop_rates, strict=True):
@@ -124,3 +120,21 @@ def _runner(modules: Sequence[Any]) -> tuple[Callable[[Tensor], Tensor], bool]:
         return x
 
     return run, any(drop_rates)
+
+
+def _norm_of_backward(norm: Any) -> Callable[[Tensor], Tensor]:
+    """The norm in its mode of now, without moving its running statistics."""
+    if _moves_nothing(norm):
+        return norm
+    mean, var = norm.running_mean, norm.running_var
+    uses_batch = norm.training or mean is None
+    if norm.training and not norm.track_running_stats:
+        mean = var = None
+    if mean is not None:  # in training, their numbers do not matter
+        mean, var = mean.clone(), var.clone()
+
+    def again(input: Tensor) -> Tensor:
+        x = F.batch_norm(input, mean, var, norm.weight, norm.bias, uses_batch, 0.0, norm.eps)
+        return F.relu(x, inplace=True) if has_fused_relu(norm) else x
+
+    return again

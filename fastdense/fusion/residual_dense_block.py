@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastdense._choices import MemoryMode
-from fastdense.fusion.base import FusedModule, check_runs_here, run_fused
+from fastdense.fusion.base import FusedModule, check_runs_here, run_fused, run_plain
 from fastdense.fusion.checks import NotFusible, has_no_hooks
-from fastdense.fusion.residual_layers import GrowingLayers, read_growing_block, read_residual_block
+from fastdense.fusion.residual_layers import GrowingLayers, read_growing_block, read_residual_block, runs_layers_apart
 from fastdense.ops.residual_dense_block import FlatResidualBlock, flatten_residual_block, run_flat_residual_block
 
 
@@ -30,6 +30,8 @@ class FusedResidualDenseBlock(FusedModule):
 
     def forward(self, input: Tensor, outer: Tensor | None = None) -> Tensor:
         others = () if outer is None else (outer,)  # other libraries' blocks take one argument
+        if runs_layers_apart(self):
+            return run_plain(self, input, *others)
         return run_fused(self, _plan, _run, input, *others)
 
 

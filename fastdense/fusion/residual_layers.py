@@ -61,7 +61,7 @@ def looks_like_residual_block(module: nn.Module) -> bool:
     All but the last read ``C0, C0 + k, C0 + 2 k ...`` channels and make ``k``; the last makes ``C0`` of all.
     """
     convs = _only_convolutions(module)
-    if not convs:
+    if not convs or runs_layers_apart(module):
         return False
     channels, growth = convs[0].in_channels, convs[0].out_channels
     chain = all(
@@ -70,6 +70,11 @@ def looks_like_residual_block(module: nn.Module) -> bool:
     fusion = convs[-1]
     ends = fusion.in_channels == channels + (len(convs) - 1) * growth and fusion.out_channels == channels
     return chain and ends
+
+
+def runs_layers_apart(module: nn.Module) -> bool:
+    """Whether a block of this library has norms or activations that no operator runs: its layers are another block."""
+    return isinstance(module, PlainResidualDenseBlock) and "dense" in module._modules
 
 
 def looks_like_growing_block(module: nn.Module) -> bool:

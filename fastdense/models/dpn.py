@@ -18,7 +18,9 @@ from fastdense._choices import DualPathMemoryMode, SurvivalMode, SurvivalScale
 from fastdense.models.recipe import keep_recipe
 from fastdense.models.weights import WeightsLike, find_weights
 from fastdense.nn import DenseFeatures, DualPathBlock, StochasticDepth, linear_decay
+from fastdense.plain.activation import ActivationName, make_activation
 from fastdense.plain.dual_path import NormRelu
+from fastdense.plain.norm import NormName, make_norm
 
 _EPS = 1e-3  # of every norm, as in the authors' framework
 _POOL = 7  # side of the last map at 224, and of test-time pooling's windows
@@ -27,22 +29,22 @@ _POOL = 7  # side of the last map at 224, and of test-time pooling's windows
 class _Stem(nn.Module):
     """Strided convolution, norm, activation."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, activation: type[nn.Module]) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: NormName, act: nn.Module) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, 2, kernel_size // 2, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels, eps=_EPS)
-        self.act = activation(inplace=True)
+        self.bn = make_norm("DPN", norm, out_channels, 2, eps=_EPS)
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
 
 
-class _NormAct(NormRelu):
-    """Norm and activation behind the last stage."""
-
-    def __init__(self, channels: int, activation: type[nn.Module]) -> None:
-        super().__init__(channels, eps=_EPS)
-        self.relu = activation()  # not in place: what it reads is the last stage's output
+def _make_activation(act: ActivationName, kind: type[nn.Module] | None, inplace: bool) -> nn.Module:
+    """By name, or of a class if there is one; in place, or not, where it can be."""
+    made: Any = make_activation("DPN", act) if kind is None else kind()
+    if hasattr(made, "inplace"):
+        made.inplace = inplace
+    return made
 
 
 class DPN(nn.Module):
@@ -57,7 +59,7 @@ class DPN(nn.Module):
         growth_rates: channels that each block of a stage appends to the dense path.
         residual_channels: channels of the residual path in the first stage; they double with every stage.
         split_last: whether the last 1x1 convolution of a block is two, one a path.
-        activation: of the stem and in front of the pooling.
+        activation: class of the activation of the stem and in front of the pooling; None for ``act``.
         image_channels: channels of the input.
         num_classes: outputs of the classifier.
         drop_rate: probability in [0, 1] that a feature in front of the classifier is dropped in training.
@@ -67,6 +69,8 @@ class DPN(nn.Module):
         test_time_pooling: in eval mode, classify every 7x7 window of the last map and take the mean of their average
             and their maximum, for pictures larger than those of training.
         memory: memory mode of the stages, see :func:`fastdense.ops.dual_path_stage`.
+        norm: the norms, see :class:`fastdense.nn.DualPathBlock`.
+        act: the activation, see :class:`fastdense.nn.DualPathBlock`.
 
     Shape:
         ``[N, image_channels, H, W]`` to ``[N, num_classes]``.
@@ -83,7 +87,7 @@ class DPN(nn.Module):
         growth_rates: Sequence[int] = (16, 32, 24, 128),
         residual_channels: int = 256,
         split_last: bool = False,
-        activation: type[nn.Module] = nn.ReLU,
+        activation: type[nn.Module] | None = None,
         image_channels: int = 3,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
@@ -92,6 +96,8 @@ class DPN(nn.Module):
         survival_scale: SurvivalScale = "test",
         test_time_pooling: bool = False,
         memory: DualPathMemoryMode = "balanced",
+        norm: NormName = "batch",
+        act: ActivationName = "relu",
     ) -> None:
         super().__init__()
         if len(blocks) != len(growth_rates):
@@ -101,7 +107,9 @@ class DPN(nn.Module):
         if not 0 <= drop_rate <= 1:
             raise ValueError(f"DPN: expected drop_rate to be a probability in [0, 1], got {drop_rate!r}")
         features: OrderedDict[str, nn.Module] = OrderedDict()
-        features["conv1_1"] = _Stem(image_channels, stem_channels, stem_kernel, activation)
+        features["conv1_1"] = _Stem(
+            image_channels, stem_channels, stem_kernel, norm, _make_activation(act, activation, inplace=True)
+        )
         features["conv1_pool"] = nn.MaxPool2d(3, stride=2, padding=1)
         self._ends = [1]  # of the stem's convolution and the stages in `features`
         channels = stem_channels
@@ -120,11 +128,15 @@ class DPN(nn.Module):
                     stochastic_depth=StochasticDepth(p, survival_mode, survival_scale) if p < 1 else None,
                     eps=_EPS,
                     memory=memory,
+                    norm=norm,
+                    act=act,
                 )
                 features[f"conv{stage + 2}_{index + 1}"] = block
                 channels = block.out_channels
             self._ends.append(len(features))
-        features["conv5_bn_ac"] = _NormAct(channels, activation)
+        last = NormRelu(channels, eps=_EPS, norm=norm)
+        last.relu = _make_activation(act, activation, inplace=False)  # its input may be the last stage's output
+        features["conv5_bn_ac"] = last
         self.features = DenseFeatures(features)
         self.num_features = channels
         self.classifier = nn.Conv2d(channels, num_classes, 1)
@@ -172,7 +184,7 @@ class _Variant(NamedTuple):
     growth_rates: tuple[int, ...]
     small: bool = False  # a 3x3 stem and a quarter of the residual channels
     split_last: bool = False
-    activation: type[nn.Module] = nn.ReLU
+    activation: type[nn.Module] | None = None
 
 
 _VARIANTS = {
@@ -203,6 +215,10 @@ class DPNOptions(TypedDict, total=False):
     """In eval mode, classify every 7x7 window of the last map, for larger pictures; as of :class:`DPN`."""
     memory: DualPathMemoryMode
     """What the stages keep for the backward pass."""
+    norm: NormName
+    """The norms, as of :class:`fastdense.nn.DualPathBlock`."""
+    act: ActivationName
+    """The activation, as of :class:`fastdense.nn.DualPathBlock`; DPN-48b has SiLU in stem and head in any case."""
     survival: float
     """Stochastic depth, as of :class:`DPN`."""
     survival_mode: SurvivalMode

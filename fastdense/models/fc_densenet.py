@@ -16,20 +16,25 @@ from torch import Tensor, nn
 from fastdense._choices import MemoryMode, SurvivalMode, SurvivalScale
 from fastdense.fusion.dense_block import RecomputedTransition
 from fastdense.nn import DenseBlock, linear_decay
+from fastdense.plain.activation import ActivationName, make_activation
+from fastdense.plain.norm import NormName, make_norm
 
 
 class PlainTransitionDown(nn.Sequential):
-    """Norm, ReLU, 1x1 convolution, dropout, max pool: half the size, as many channels.
+    """Norm, activation, 1x1 convolution, dropout, max pool: half the size, as many channels.
 
     Args:
         channels: in and out.
         drop_rate: probability in [0, 1] that a value is dropped in training.
+        norm, act: see :class:`fastdense.nn.DenseBlock`.
     """
 
-    def __init__(self, channels: int, drop_rate: float) -> None:
+    def __init__(
+        self, channels: int, drop_rate: float, *, norm: NormName = "batch", act: ActivationName = "relu"
+    ) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.norm = make_norm("TransitionDown", norm, channels, 2)
+        self.relu = make_activation("TransitionDown", act)
         self.conv = nn.Conv2d(channels, channels, 1, bias=False)
         self.drop = nn.Dropout(drop_rate)
         self.pool = nn.MaxPool2d(2)
@@ -58,12 +63,13 @@ class FCDenseNet(nn.Module):
             it decays linearly over the layers of all blocks. See :class:`fastdense.nn.DenseBlock`.
         survival_mode, survival_scale: see :class:`fastdense.nn.StochasticDepth`.
         memory: memory mode of the blocks, see :class:`fastdense.nn.DenseBlock`.
+        norm, act: of the blocks and the transitions down, see :class:`fastdense.nn.DenseBlock`.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes, H, W]``; H and W at least ``2 ** len(down_layers)``.
 
     Raises:
-        ValueError: numbers of blocks that differ, or an image that is too small.
+        ValueError: numbers of blocks that differ, unknown norms or activations, or an image that is too small.
 
     Example:
         >>> FCDenseNet(4, (2, 2), 2, (2, 2), num_classes=3)(torch.zeros(2, 3, 10, 9)).shape
@@ -85,6 +91,8 @@ class FCDenseNet(nn.Module):
         survival_mode: SurvivalMode = "batch",
         survival_scale: SurvivalScale = "test",
         memory: MemoryMode = "balanced",
+        norm: NormName = "batch",
+        act: ActivationName = "relu",
     ) -> None:
         super().__init__()
         if len(down_layers) != len(up_layers):
@@ -105,6 +113,8 @@ class FCDenseNet(nn.Module):
                 survival_mode=survival_mode,
                 survival_scale=survival_scale,
                 memory=memory,
+                norm=norm,
+                act=act,
             )
 
         self.conv0 = nn.Conv2d(in_channels, init_features, 3, padding=1, bias=False)
@@ -114,7 +124,7 @@ class FCDenseNet(nn.Module):
             self.down_blocks.append(block(num_layers, channels))
             channels += num_layers * growth_rate
             skips.append(channels)
-            self.transitions_down.append(TransitionDown(channels, drop_rate))
+            self.transitions_down.append(TransitionDown(channels, drop_rate, norm=norm, act=act))
         self.bottleneck = block(bottleneck_layers, channels)
         self.up_blocks, self.transitions_up = nn.ModuleList(), nn.ModuleList()
         new = bottleneck_layers * growth_rate
@@ -162,6 +172,10 @@ class FCDenseNetOptions(TypedDict, total=False):
     """Probability that a new feature is dropped in training, 0.2 by default."""
     memory: MemoryMode
     """What the blocks keep for the backward pass."""
+    norm: NormName
+    """The norms, as of :class:`fastdense.nn.DenseBlock`."""
+    act: ActivationName
+    """The activation, as of :class:`fastdense.nn.DenseBlock`."""
     init_features: int
     """Channels of the first convolution."""
     survival: float

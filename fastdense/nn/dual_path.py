@@ -9,9 +9,11 @@ from torch import nn
 from fastdense._choices import DualPathMemoryMode, SurvivalMode, SurvivalScale
 from fastdense.fusion.dual_path import FusedDualPathBlock
 from fastdense.fusion.sequential import FusedSequential
+from fastdense.plain.activation import ActivationName
 from fastdense.plain.dual_path import NormRelu as NormRelu
 from fastdense.plain.dual_path import NormReluConv as NormReluConv
 from fastdense.plain.dual_path import PlainDualPathBlock
+from fastdense.plain.norm import NormName
 from fastdense.plain.stochastic_depth import StochasticDepth, survivals
 
 
@@ -35,6 +37,8 @@ class DualPathBlock(FusedDualPathBlock, PlainDualPathBlock):
             dropped. A projection always runs.
         eps: of all norms.
         memory: what is saved for backward, see :func:`fastdense.ops.dual_path_stage`.
+        norm, act: the norms and the activation, as of :class:`DenseBlock`. Only "batch" with "relu" runs as one
+            operator; with others the block runs as plain modules and warns once.
 
     Shape:
         ``[N, in_channels, spatial]`` to ``[N, out_channels, spatial / stride]``.
@@ -59,8 +63,8 @@ class DualPathStage(FusedSequential, nn.Sequential):
     Args:
         num_blocks: number of blocks ``n``.
         in_channels: channels of the input.
-        width, residual_channels, growth_rate, groups, split_last, spatial_dims, eps, memory: of every block, see
-            :class:`DualPathBlock`.
+        width, residual_channels, growth_rate, groups, split_last, spatial_dims, eps, memory, norm, act: of every
+            block, see :class:`DualPathBlock`.
         projection, stride: of the first block.
         survival, survival_mode, survival_scale: stochastic depth as in :class:`fastdense.nn.DenseBlock`, for blocks
             instead of layers.
@@ -97,6 +101,8 @@ class DualPathStage(FusedSequential, nn.Sequential):
         survival_scale: SurvivalScale = "test",
         eps: float = 1e-3,
         memory: DualPathMemoryMode = "balanced",
+        norm: NormName = "batch",
+        act: ActivationName = "relu",
     ) -> None:
         if not isinstance(num_blocks, int) or num_blocks < 1:
             raise ValueError(f"DualPathStage: expected num_blocks to be a positive integer, got {num_blocks!r}")
@@ -116,6 +122,8 @@ class DualPathStage(FusedSequential, nn.Sequential):
                 stochastic_depth=StochasticDepth(p, survival_mode, survival_scale) if p < 1 else None,
                 eps=eps,
                 memory=memory,
+                norm=norm,
+                act=act,
             )
             blocks[f"block{index + 1}"] = block
             channels = block.out_channels

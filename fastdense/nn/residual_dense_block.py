@@ -2,6 +2,7 @@
 """The dense block of super-resolution networks: no norm, local fusion, residual sums."""
 
 from fastdense.fusion.residual_dense_block import FusedResidualDenseBlock
+from fastdense.nn.shared_buffer_block import SharedBufferBlock
 from fastdense.plain.residual_dense_block import PlainResidualDenseBlock
 
 
@@ -19,12 +20,18 @@ class ResidualDenseBlock(FusedResidualDenseBlock, PlainResidualDenseBlock):
         fusion_kernel: 3 as in ESRGAN or 1 as in RDN.
         scale: factor of the fusion.
         outer_scale: factor of the block where ``outer`` is given.
+        norm: between a layer's convolution and its activation; None for no norm, else see :class:`DenseBlock`.
+        act: the activation, see :class:`DenseBlock`; None for LeakyReLU with ``negative_slope``.
 
     Shape:
         ``[N, C0, H, W]``, and ``outer`` the same, to ``[N, C0, H, W]``.
 
     Note:
-        Saved for backward: ``C0 + L * k`` numbers per pixel.
+        Saved for backward: ``C0 + L * k`` numbers per pixel. One operator runs LeakyReLU and ReLU without a norm. With
+        others, the layers are a :class:`SharedBufferBlock` called ``dense``.
+
+    Raises:
+        ValueError: numbers out of their ranges, unknown norms and activations.
 
     Reference:
         Y. Zhang et al. Residual Dense Network. CVPR 2018, arXiv:1802.08797, equations 4 to 7; X. Wang et al. ESRGAN.
@@ -34,3 +41,5 @@ class ResidualDenseBlock(FusedResidualDenseBlock, PlainResidualDenseBlock):
         >>> ResidualDenseBlock(8, 4, 3)(torch.zeros(1, 8, 6, 6)).shape
         torch.Size([1, 8, 6, 6])
     """
+
+    block_of_layers = SharedBufferBlock

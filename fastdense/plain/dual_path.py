@@ -1,39 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dual path blocks in plain PyTorch, with timm's parameter names."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastdense._choices import DUAL_PATH_MEMORY_MODES, DualPathMemoryMode
 from fastdense.ops.arguments import check_memory
+from fastdense.plain.activation import ActivationName, make_activation
+from fastdense.plain.norm import NormName, make_norm
 from fastdense.plain.stochastic_depth import StochasticDepth
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
 class NormRelu(nn.Module):
-    """Batch norm and ReLU.
+    """Norm and activation.
 
     Args:
         in_channels: channels of the input.
         spatial_dims: 1, 2 or 3.
         eps: of the norm; DPNs have 1e-3.
+        norm, act: see :class:`fastdense.nn.DualPathBlock`.
     """
 
-    def __init__(self, in_channels: int, *, spatial_dims: int = 2, eps: float = 1e-3) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        spatial_dims: int = 2,
+        eps: float = 1e-3,
+        norm: NormName = "batch",
+        act: ActivationName = "relu",
+    ) -> None:
         super().__init__()
-        self.bn = _NORM[spatial_dims - 1](in_channels, eps=eps)
-        self.relu: nn.Module = nn.ReLU(inplace=True)
+        self.bn = make_norm("DualPathBlock", norm, in_channels, spatial_dims, eps=eps)
+        self.relu = make_activation("DualPathBlock", act)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.bn(x))
 
 
 class NormReluConv(NormRelu):
-    """Batch norm, ReLU, convolution without bias, padded by half its kernel."""
+    """Norm, activation, convolution without bias, padded by half its kernel."""
 
     def __init__(
         self,
@@ -45,8 +55,10 @@ class NormReluConv(NormRelu):
         groups: int = 1,
         spatial_dims: int = 2,
         eps: float = 1e-3,
+        norm: NormName = "batch",
+        act: ActivationName = "relu",
     ) -> None:
-        super().__init__(in_channels, spatial_dims=spatial_dims, eps=eps)
+        super().__init__(in_channels, spatial_dims=spatial_dims, eps=eps, norm=norm, act=act)
         self.conv = _CONV[spatial_dims - 1](
             in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
         )
@@ -73,6 +85,8 @@ class PlainDualPathBlock(nn.Module):
         stochastic_depth: StochasticDepth | None = None,
         eps: float = 1e-3,
         memory: DualPathMemoryMode = "balanced",
+        norm: NormName = "batch",
+        act: ActivationName = "relu",
     ) -> None:
         super().__init__()
         if stride not in (1, 2) or (stride == 2 and not projection):
@@ -90,8 +104,10 @@ class PlainDualPathBlock(nn.Module):
         if width % groups:
             raise ValueError(f"DualPathBlock: expected width to be a multiple of groups = {groups}, got {width!r}")
 
+        of_norms: Any = {"spatial_dims": spatial_dims, "eps": eps, "norm": norm, "act": act}
+
         def conv(channels: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> NormReluConv:
-            return NormReluConv(channels, out, kernel, stride=stride, groups=groups, spatial_dims=spatial_dims, eps=eps)
+            return NormReluConv(channels, out, kernel, stride=stride, groups=groups, **of_norms)
 
         self.num_1x1_c = residual_channels
         self.growth_rate = growth_rate
@@ -102,7 +118,7 @@ class PlainDualPathBlock(nn.Module):
         self.c3x3_b = conv(width, width, 3, stride, groups)
         if split_last:
             last = _CONV[spatial_dims - 1]
-            self.c1x1_c = NormRelu(width, spatial_dims=spatial_dims, eps=eps)
+            self.c1x1_c = NormRelu(width, **of_norms)
             self.c1x1_c1 = last(width, residual_channels, 1, bias=False)
             self.c1x1_c2 = last(width, growth_rate, 1, bias=False)
         else:

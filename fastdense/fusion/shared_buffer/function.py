@@ -28,13 +28,16 @@ _CHANGED = (
 )
 
 
-def run_layers(block: Block, input: Tensor, fingerprint: Fingerprint | None, owner: nn.Module | None) -> Tensor:
+def run_layers(
+    block: Block, input: Tensor, fingerprint: Fingerprint | None, owner: nn.Module | None, *, redraws: bool = True
+) -> Tensor:
     """The output of a block, to which gradients flow through one autograd function.
 
     Args:
         fingerprint: of ``owner``, whose modules are to be in the backward pass what they are now.
+        redraws: whether random numbers are drawn again in the backward pass, from torch's generators as they were.
     """
-    return _SharedBuffer.apply(_Run(block, fingerprint, owner), input, *block.parameters)
+    return _SharedBuffer.apply(_Run(block, fingerprint, owner, redraws), input, *block.parameters)
 
 
 def needs_gradient(block: Block, input: Tensor) -> bool:
@@ -73,8 +76,9 @@ class _Call(NamedTuple):
 class _Run:
     """One forward pass, and all that its backward pass needs besides the buffer."""
 
-    def __init__(self, block: Block, fingerprint: Fingerprint | None, owner: nn.Module | None) -> None:
+    def __init__(self, block: Block, fingerprint: Fingerprint | None, owner: nn.Module | None, redraws: bool) -> None:
         self.block, self.fingerprint, self.owner = block, fingerprint, owner
+        self.redraws = redraws and not runs_without_numbers()
         modules = [module for layer in block.layers for module in layer.inner] if owner is None else owner.modules()
         self.training = [(module, module.training) for module in modules]
         self.versions = [p._version for p in block.parameters]
@@ -89,7 +93,7 @@ class _Run:
         self.autocast = _autocast_of(input.device)
         features, versions = [input], [input._version]
         dtype, channels = input.dtype, input.shape[1]
-        random = _random_states(input.device)
+        random = self._random_states(input.device)
         is_cast = any(enabled for _, enabled, _ in self.autocast)
         with _autocast_as(self.autocast):
             for layer in self.block.layers:
@@ -97,7 +101,7 @@ class _Run:
                 arguments = form.arguments(features)
                 innermost = form.takes == "tensor" and _has_innermost_channels(arguments[0])
                 out = layer.module(*arguments)
-                after = _random_states(input.device)
+                after = self._random_states(input.device)
                 drawn = random if _differ(random, after) else []
                 self.calls.append(_Call(channels, dtype, innermost, is_cast, buffers, drawn))
                 random = after
@@ -108,6 +112,9 @@ class _Run:
                 channels = out.shape[1] if form.joins else channels + out.shape[1]
                 dtype = torch.promote_types(dtype, out.dtype)
             return form.joined(features)
+
+    def _random_states(self, device: torch.device) -> list[tuple[torch.device, Tensor]]:
+        return _random_states(device) if self.redraws else []
 
     def backward(self, out: Tensor, grad: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """Gradients of the input and of all parameters, where ``needs`` says so."""
@@ -282,8 +289,6 @@ def _autocast_as(states: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
 
 
 def _random_states(device: torch.device) -> list[tuple[torch.device, Tensor]]:
-    if runs_without_numbers():
-        return []
     states = [(torch.device("cpu"), torch.get_rng_state())]
     if device.type == "cuda":
         states.append((device, torch.cuda.get_rng_state(device)))

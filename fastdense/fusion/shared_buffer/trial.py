@@ -47,7 +47,7 @@ class _Seen(NamedTuple):
 
 def _try_out(module: nn.Module) -> Form:
     """Compares output, gradients and statistics of the module with those of its layers on one buffer."""
-    with isolated(), torch.random.fork_rng(devices=()):
+    with isolated():
         twin = double_copy(module)
         named = list(layer_modules(twin, 0))
         if not named:
@@ -78,7 +78,7 @@ def _try_out(module: nn.Module) -> Form:
 
 
 def _shared(named: list[tuple[str, nn.Module]], form: Form) -> Callable[[Tensor], Tensor]:
-    return lambda x: run_layers(read_layers(named, form), x, None, None)
+    return lambda x: run_layers(read_layers(named, form), x, None, None, redraws=False)
 
 
 def _observe(layers: list[nn.Module], forward: Callable[[Tensor], Any], x: Tensor) -> Form:
@@ -87,7 +87,7 @@ def _observe(layers: list[nn.Module], forward: Callable[[Tensor], Any], x: Tenso
     try:
         for layer in layers:
             layer.forward = _watched(layer, layer.forward, calls)
-        with torch.no_grad(), GlobalGeneratorOnly():
+        with torch.no_grad(), OwnNumbers():
             out = forward(x)
     finally:
         for layer in layers:
@@ -124,16 +124,39 @@ def _common(first: Form, second: Form) -> Form:
 
 
 def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> Step:
-    """One pass, always with the same random numbers."""
-    torch.default_generator.manual_seed(0)
-    return one_step(module, forward, x, GlobalGeneratorOnly())
+    return one_step(module, forward, x, OwnNumbers())
 
 
-class GlobalGeneratorOnly(TorchDispatchMode):
-    """Refuses operators that draw from another generator than torch's own: only that can be set back."""
+class OwnNumbers(TorchDispatchMode):
+    """Gives operators that draw random numbers a generator of its own: torch's belongs to the caller.
+
+    It begins anew for each of them. So a second run draws the same numbers, whoever makes it. It sees the operators of
+    its own thread alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = (kwargs or {}).get("generator")
+        kwargs = kwargs or {}
+        given = kwargs.get("generator")
         if given is not None and given is not torch.default_generator:
             raise NotFusible("its forward draws from a generator of its own")
-        return func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        return _with_generator(func)(*args, **kwargs, generator=self.generator.manual_seed(0))
+
+
+def _with_generator(func: Any) -> Any:
+    """The overload of an operator that takes a generator as well."""
+    wanted = {**_arguments(func), "generator": "Optional[Generator]"}
+    for name in func.overloadpacket.overloads():
+        overload = getattr(func.overloadpacket, name)
+        if _arguments(overload) == wanted:
+            return overload
+    raise NotFusible(f"its forward draws random numbers by {func}, which takes no generator")
+
+
+def _arguments(func: Any) -> dict[str, str]:
+    return {argument.name: str(argument.type) for argument in func._schema.arguments}

@@ -24,7 +24,6 @@ from fastdense.fusion.checks import INSTANCE_NORMS, NotFusible, check_no_global_
 from fastdense.fusion.dense_layers import (
     Layer,
     Tail,
-    check_kernels,
     check_one_kind,
     draw_factors,
     layer_weights,
@@ -56,7 +55,6 @@ class BlockPlan(NamedTuple):
     synchronised: list[Any]  # all norms, where any may share its statistics with other processes
     update: StatisticsUpdate
     flat: FlatBlock | None  # None where the weights are made anew for every call
-    has_extras: bool  # other norms than batch norms, other activations than ReLU, or biases
     per_sample: bool  # whether norms take the statistics of each sample
     has_instance_norms: bool  # that do so
 
@@ -91,7 +89,6 @@ def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: boo
         weights = [layer_weights(layer) for layer in layers]
         flat = flatten_block(weights, None if tail is None else tail_weights(tail))
     drop_rate = layers[0].drop_rate if layers else 0.0
-    has_extras = any(layer.has_extras for layer in layers) or (tail is not None and tail.has_extras)
     instance_norms = any(type(norm) in INSTANCE_NORMS and takes_statistics(norm) for norm, _ in norms)
     return BlockPlan(
         layers,
@@ -102,7 +99,6 @@ def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: boo
         synchronised(norms),
         read_update(norms),
         flat,
-        has_extras,
         per_sample,
         instance_norms,
     )
@@ -111,7 +107,6 @@ def plan_block(layers: list[Layer], tail: Tail | None, *, prepends_features: boo
 def run_block(plan: BlockPlan, memory: MemoryMode, contiguous: bool, input: Tensor) -> Tensor:
     """The operator call, then the running statistics of all its norms."""
     check_runs_here("dense_block", input)
-    check_kernels(plan.has_extras, input.device.type)
     if plan.per_sample and input.shape[0] == 0:
         raise NotFusible("empty batch: no statistics of samples")
     if plan.has_instance_norms and input.shape[2:].numel() == 1:

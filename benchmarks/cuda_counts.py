@@ -91,7 +91,7 @@ def launches_that_do_nothing() -> Iterator[ctypes.CDLL]:
 
 def starter(text: str) -> str:
     """What a function that starts kernels starts, from its full name."""
-    for argument in ("ColumnReduce", "Functor", "Pool"):
+    for argument in ("ColumnReduce", "Reduce", "Functor", "Pool"):
         if found := re.search(rf"\b{argument} = (?:\w+::|\{{anonymous\}}::)*(\w+)", text):
             return found[1]
     if found := re.search(r"const (Conv\w+)Params<\w+(?:::\w+)?>&\), ", text) or re.search(r"(Conv\w+)Params<", text):

@@ -40,7 +40,8 @@ def kernel_name(mangled: str) -> str:
     """The kernel's name, and for a column reduction what it reduces."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
     name = re.sub(r"\(anonymous namespace\)::|fastdense::|void ", "", name)
-    return name.partition("(")[0].partition(",")[0].replace("column_reduce_kernel<", "").partition("<")[0].strip()
+    name = name.partition("(")[0].partition(",")[0]
+    return re.sub("(column|set)_reduce_kernel<", "", name).partition("<")[0].strip()
 
 
 def main() -> int:

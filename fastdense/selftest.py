@@ -82,11 +82,12 @@ class _Numbers:
         return name
 
 
-def _norm(t: dict[str, Tensor], name: str) -> ops.NormWeights:
-    return ops.NormWeights(t[f"{name}.weight"], t[f"{name}.bias"], None, None, 1e-5)
+def _norm(t: dict[str, Tensor], name: str, groups: int = 0) -> ops.NormWeights:
+    return ops.NormWeights(t[f"{name}.weight"], t[f"{name}.bias"], None, None, 1e-5, groups)
 
 
-def _dense_block(size: tuple[int, ...], memory: MemoryMode) -> _Case:
+def _dense_block(size: tuple[int, ...], memory: MemoryMode, groups: int = 0, act: str = "relu") -> _Case:
+    """``groups`` of channels share the statistics of each sample; then the 3x3 convolutions have a bias."""
     n, dims = _Numbers(1), len(size)
     channels, growth, width, layers = 24, 16, 64, 3
     n.normal("input", 2, channels, *size, shift=0.5)
@@ -95,15 +96,28 @@ def _dense_block(size: tuple[int, ...], memory: MemoryMode) -> _Case:
         n.weight(f"{at}.conv1", width, channels + at * growth, *[1] * dims)
         n.norm(f"{at}.norm2", width)
         n.weight(f"{at}.conv2", growth, width, *[3] * dims)
+        if groups > 0:
+            n.normal(f"{at}.bias", growth)
     n.norm("tail", channels + layers * growth)
     n.weight("tail.conv", 16, channels + layers * growth, *[1] * dims)
+    if act == "prelu":
+        n.normal("slope", 1, shift=0.2, scale=0.1)
 
     def arguments(t: dict[str, Tensor]) -> tuple[Tensor, list[ops.LayerWeights], ops.TailWeights]:
+        activation = ops.Activation(act, weight=t.get("slope"))
         made = [
-            ops.LayerWeights(_norm(t, f"{at}.norm1"), t[f"{at}.conv1"], _norm(t, f"{at}.norm2"), t[f"{at}.conv2"])
+            ops.LayerWeights(
+                _norm(t, f"{at}.norm1", groups),
+                t[f"{at}.conv1"],
+                _norm(t, f"{at}.norm2", groups),
+                t[f"{at}.conv2"],
+                activation,
+                activation,
+                bias2=t.get(f"{at}.bias"),
+            )
             for at in range(layers)
         ]
-        return t["input"], made, ops.TailWeights(_norm(t, "tail"), t["tail.conv"])
+        return t["input"], made, ops.TailWeights(_norm(t, "tail", groups), t["tail.conv"], act=activation)
 
     def fast(t: dict[str, Tensor]) -> Tensor:
         x, made, tail = arguments(t)
@@ -239,6 +253,8 @@ OPERATORS: dict[str, Callable[[], _Case]] = {
     "dense_block": lambda: _dense_block((9, 7), "balanced"),
     "dense_block, memory=min": lambda: _dense_block((9, 7), "min"),
     "dense_block, 3-D": lambda: _dense_block((5, 4, 6), "balanced"),
+    "dense_block, batch norm, SiLU": lambda: _dense_block((9, 7), "balanced", act="silu"),
+    "dense_block, group norm, PReLU": lambda: _dense_block((9, 7), "min", groups=4, act="prelu"),
     "dual_path_stage": lambda: _dual_path_stage("balanced"),
     "dual_path_stage, reversible": lambda: _dual_path_stage("reversible"),
     "residual_dense_block": _residual_dense_block,

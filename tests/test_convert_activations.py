@@ -8,12 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdense
-from fastdense.fusion.checks import NotFusible
-from fastdense.fusion.dense_block import plan_block
-from fastdense.fusion.dense_layers import check_kernels, read_block, read_transition
 from fastdense.models import densenet121, densenet_cifar
 from fastdense.nn import DenseBlock, DenseFeatures, Transition
 from fastdense.plain.activation import make_activation
@@ -247,19 +243,6 @@ def test_activations_by_name():
         DenseBlock(2, 6, 4, act="rulu")
     with pytest.raises(ValueError, match=r"Transition: expected act to have arguments of gelu, got \{'slope': 1\}"):
         Transition(6, 4, act=("gelu", {"slope": 1}))
-
-
-@pytest.mark.parametrize("options", [{"act": "gelu"}, {"act": "prelu", "bottleneck": False}], ids=str)
-def test_there_are_no_kernels_for_cuda(options):
-    """A block on a GPU says so, and may run on a shared buffer."""
-    with FakeTensorMode(), torch.device("cuda"):
-        read_block(DenseBlock(2, 6, 4, bottleneck=False))
-        with pytest.raises(NotFusible, match="the CUDA kernels run only"):
-            read_block(DenseBlock(2, 6, 4, **options))
-        transition = Transition(6, 4, act="gelu")
-        plan = plan_block([], read_transition(transition))
-        with pytest.raises(NotFusible, match="the CUDA kernels run only"):
-            check_kernels(plan.has_extras, "cuda")
 
 
 def test_compiled_nets_run_fused():

@@ -340,16 +340,6 @@ def test_errors_of_activations_and_biases(message, arguments):
         dense_block(*arguments(Block(Case())))
 
 
-def test_kernels_for_cuda_refuse_other_activations_and_biases():
-    """Which they do not have."""
-    with on_device("emulated", EMULATED_SCRATCH) as device:
-        for case in (Case(acts=(Activation("silu"),)), Case(bias=True), Case(tail="transition", bias=True)):
-            with pytest.raises(
-                NotImplementedError, match="expected batch norms, ReLU and convolutions without bias on CUDA"
-            ):
-                Block(replace(case, device=device)).run()
-
-
 def running(device: str, *sizes: int):
     means, variances = [torch.zeros(n, device=device) for n in sizes], [torch.ones(n, device=device) for n in sizes]
     return means, variances, [torch.tensor(0, device=device) for _ in sizes]

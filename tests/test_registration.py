@@ -21,17 +21,10 @@ def test_opcheck(name):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck_with_the_cuda_code(name):
     operator = getattr(torch.ops.fastdense, name).default
-    arguments, checked = list(samples(name)), 0
+    arguments = list(samples(name))
     with emulated_kernels(False, workspace_bytes=12 << 10, blocks=8):
         for sample in arguments:
-            try:
-                operator(*sample)
-            except NotImplementedError as error:  # what the CPU alone has kernels for
-                assert "on CUDA" in str(error)
-            else:
-                torch.library.opcheck(operator, sample)
-                checked += 1
-    assert checked >= 2
+            torch.library.opcheck(operator, sample)
 
 
 @pytest.mark.parametrize("name", CPU_ONLY)

@@ -18,7 +18,7 @@ from fastdense.ops import (
     dual_path_stage,
     norm_relu_max_pool,
 )
-from tests.cases.dense_block import ALL, EMULATED_SCRATCH, Block, Case
+from tests.cases.dense_block import ALL, Block, Case
 from tests.cases.dual_path import Stage, StageCase
 from tests.cases.random_block import (
     check,
@@ -29,7 +29,6 @@ from tests.cases.random_block import (
     relative,
 )
 from tests.cases.simd import LEVELS, available_levels, simd_level
-from tests.emulation.blocks import on_device
 
 KINDS = {"instance": -1, "two groups": 2, "one group": 1, "groups that cut others": 4}
 
@@ -214,13 +213,6 @@ def test_other_operators_refuse_groups():
     blocks = [block._replace(norm_a=block.norm_a._replace(groups=1)) for block in stage.blocks]
     with pytest.raises(ValueError, match="dual_path_stage: expected batch norms, groups 0, got 1"):
         dual_path_stage(stage.input, blocks, residual_channels=stage.case.residual_channels)
-
-
-def test_kernels_for_cuda_refuse_groups():
-    """Which they do not have."""
-    refused = pytest.raises(NotImplementedError, match="expected batch norms, ReLU and convolutions without bias")
-    with on_device("emulated", EMULATED_SCRATCH) as device, refused:
-        Block(Case(norm_groups=2, device=device)).run()
 
 
 def test_the_reference_is_torch_itself():

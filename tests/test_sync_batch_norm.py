@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fastdense
+from fastdense.ops import Activation
 from tests.cases.converted import (
     FUSED,
     assert_same,
@@ -40,6 +41,8 @@ DENSE = [
     (Case(batch=4, frozen=("norm2",), affine=False), "balanced", (3, 1)),
     (Case(batch=4, frozen=("0.norm1", "tail"), tail="transition"), "min", (3, 1)),
     (Case(batch=2, size=(1, 1)), "balanced", (1, 1)),
+    (Case(batch=4, tail="transition", acts=(Activation("silu"), Activation("prelu"))), "min", (3, 1)),
+    (Case(batch=4, tail="none", width=0, acts=(Activation("gelu"),), bias=True), "balanced", (1, 3)),
 ]
 STAGES = [
     (StageCase(batch=4), "balanced", (2, 2)),
@@ -99,6 +102,7 @@ def test_operator_shares_statistics(processes, make, cases, device):
     [
         (Block, Case(batch=4, tail="transition")),
         (Block, Case(batch=4, tail="norm_relu", width=0)),
+        (Block, Case(batch=4, tail="transition", acts=(Activation("silu"), Activation("prelu")))),
         (Stage, StageCase(batch=4)),
         (PooledStem, StemCase(batch=4)),
         (PooledStem, StemCase(batch=4, channels_last=True)),

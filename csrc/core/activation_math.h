@@ -40,39 +40,46 @@ struct NormalDistribution {
   A share, density;
 };
 
+// Terms stand in functions: device code does not see constants of structures.
 template <typename A>
 struct MillsRatio;
 template <>
 struct MillsRatio<float> {
   static constexpr float kFarthest = 14;
-  static constexpr float kPolynomial[] = {0.4720532065f,    -0.09670346799f,  0.01399962355f,   0.02860002623f,
-                                          -0.03219762573f,  0.01793962901f,   -0.005003000057f, -0.0003011153126f,
-                                          0.0006917958321f, -6.448406998e-5f, -7.341340565e-5f};
+  static constexpr int kTerms = 11;
+  FASTDENSE_HD static float term(int k) {
+    static constexpr float kPolynomial[] = {0.4720532065f,    -0.09670346799f,  0.01399962355f,   0.02860002623f,
+                                            -0.03219762573f,  0.01793962901f,   -0.005003000057f, -0.0003011153126f,
+                                            0.0006917958321f, -6.448406998e-5f, -7.341340565e-5f};
+    return kPolynomial[k];
+  }
 };
 template <>
 struct MillsRatio<double> {
   static constexpr double kFarthest = 40;
-  static constexpr double kPolynomial[] = {
-      0.4720532065098446666,     -0.09670347732652537852,    0.01399963472443007881,     0.02860036405350589264,
-      -0.03219783742834326119,   0.01793609748103932384,     -0.005002378585404055077,   -0.0002856231167159992294,
-      0.0006948970401931862198,  -0.00009443011548018516773, -0.00008785274947955091298, 0.00002124945522796939981,
-      0.00001362502519397404663, -3.430698277166074367e-6,   -2.607839079804581324e-6,   4.024274810143224075e-7,
-      5.430039920605985295e-7,   2.351336257799606204e-9,    -1.010464456953636086e-7,   -1.853854208356331306e-8,
-      1.140086786578558242e-8,   4.23785422278937983e-9,     1.551343890591842326e-10};
+  static constexpr int kTerms = 23;
+  FASTDENSE_HD static double term(int k) {
+    static constexpr double kPolynomial[] = {
+        0.4720532065098446666,     -0.09670347732652537852,    0.01399963472443007881,     0.02860036405350589264,
+        -0.03219783742834326119,   0.01793609748103932384,     -0.005002378585404055077,   -0.0002856231167159992294,
+        0.0006948970401931862198,  -0.00009443011548018516773, -0.00008785274947955091298, 0.00002124945522796939981,
+        0.00001362502519397404663, -3.430698277166074367e-6,   -2.607839079804581324e-6,   4.024274810143224075e-7,
+        5.430039920605985295e-7,   2.351336257799606204e-9,    -1.010464456953636086e-7,   -1.853854208356331306e-8,
+        1.140086786578558242e-8,   4.23785422278937983e-9,     1.551343890591842326e-10};
+    return kPolynomial[k];
+  }
 };
 
 template <typename A>
 FASTDENSE_HD NormalDistribution<A> normal_distribution(A u) {
-  constexpr auto& kPolynomial = MillsRatio<A>::kPolynomial;
-  constexpr int kTerms = sizeof(kPolynomial) / sizeof(A);
   const A magnitude = u < A(0) ? -u : u;
   const A t = magnitude > MillsRatio<A>::kFarthest ? MillsRatio<A>::kFarthest : magnitude;
   const A y = (t - A(4)) / (t + A(4)), e = exp_of_half_square(t);
-  A sum = kPolynomial[kTerms - 1];
+  A sum = MillsRatio<A>::term(MillsRatio<A>::kTerms - 1);
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int k = kTerms - 2; k >= 0; --k) sum = mul_add(sum, y, kPolynomial[k]);
+  for (int k = MillsRatio<A>::kTerms - 2; k >= 0; --k) sum = mul_add(sum, y, MillsRatio<A>::term(k));
   const A tail = e * (sum / (A(1) + t));
   return {u < A(0) ? tail : A(1) - tail, e * A(0.398942280401432678)};
 }

@@ -270,7 +270,6 @@ class Backward : BlockBackward<T> {
 
 struct BackwardEngine {
   using Guard = c10::Device;  // nothing to guard
-  static constexpr bool kHasExtras = true;
   template <typename T>
   static std::vector<at::Tensor> backward(const DenseBlockArgs& args, const DenseBlockSaved& saved,
                                           const at::Tensor& grad_output, const std::optional<at::Tensor>& seed,

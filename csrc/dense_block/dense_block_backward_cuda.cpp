@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the dense block on a CUDA device.  Layers in reverse; `gradient_` collects scale * dy of all consumers,
-// and shift_sum_, slope_sum_ the norm corrections, until a slice is finalised.
-#include <ATen/ops/convolution_backward.h>
+// Backward of the dense block of batch norms with ReLU and without bias on a CUDA device; others are passed on.  Layers
+// in reverse; `gradient_` collects scale * dy of all consumers, and shift_sum_, slope_sum_ the norm corrections, until
+// a slice is finalised.
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include "cuda/block_backward.h"
 #include "dense_block/dense_block_cuda.h"
+#include "dense_block/dense_block_general_cuda.h"
 
 namespace fastdense {
 namespace {
@@ -143,11 +144,9 @@ class Backward : CudaBlock<T> {
   // Gradient of the input u of conv2, packed; that of its weight goes to its place.
   at::Tensor convolution(int64_t l, const at::Tensor& d, const at::Tensor& u) {
     const ConvArgs& conv2 = args.layers[size_t(l)].conv2;
-    const std::vector<int64_t> padding = this->half_kernel(), ones(padding.size(), 1), zeros(padding.size(), 0);
-    const auto [du, dweight, none] = at::convolution_backward(d, u, this->conv2(l), c10::nullopt, ones, padding, ones,
-                                                              false, zeros, 1, {true, grads_.needs(conv2.at), false});
+    const auto [du, dweight] = this->convolution_gradients(l, d, u, grads_.needs(conv2.at));
     if (grads_.needs(conv2.at)) grads_.set(conv2.at, dweight);
-    return to_channels_last(du);
+    return du;
   }
 
   const std::vector<bool>& needs_;
@@ -167,6 +166,7 @@ std::vector<at::Tensor> dense_block_backward_cuda(const DenseBlockArgs& args, co
                                                   const at::Tensor& grad_output, const std::optional<at::Tensor>& seed,
                                                   const std::vector<bool>& needs, at::TensorList weights,
                                                   const CudaContext& cuda) {
+  if (args.has_extras()) return GeneralBackward<T>(args, saved, seed, needs, weights, cuda).run(grad_output);
   return Backward<T>(args, saved, seed, needs, weights, cuda).run(grad_output);
 }
 

@@ -32,9 +32,9 @@ struct ConvPlans {
     if constexpr (!std::is_same_v<T, double>) {
       const ConvGeometry& g = args.conv;
       constexpr int64_t kLongest = std::numeric_limits<int32_t>::max() / 2;  // side of an image
-      const bool possible = cuda.tensor_cores && (sizeof(T) == 2 || cuda.tf32_convolutions) && args.bottleneck &&
-                            args.spatial.size() == 2 && g.kernel[0] == 3 && g.kernel[1] == 3 && args.pixels() > 0 &&
-                            args.width % 16 == 0 && args.growth * sizeof(T) % 4 == 0 &&
+      const bool possible = !args.has_extras() && cuda.tensor_cores && (sizeof(T) == 2 || cuda.tf32_convolutions) &&
+                            args.bottleneck && args.spatial.size() == 2 && g.kernel[0] == 3 && g.kernel[1] == 3 &&
+                            args.pixels() > 0 && args.width % 16 == 0 && args.growth * sizeof(T) % 4 == 0 &&
                             std::max(g.size[0], g.size[1]) < kLongest;
       if (!possible) return;
       const ConvShape shape{args.batch, g.size[0], g.size[1], args.width, args.growth};

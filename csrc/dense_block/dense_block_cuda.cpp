@@ -10,7 +10,6 @@ namespace {
 
 struct CudaEngine {
   using Guard = c10::DeviceGuard;
-  static constexpr bool kHasExtras = false;
   template <typename T>
   static void forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
                       const DenseBlockOutputs& o) {

@@ -4,8 +4,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+
+#include <utility>
 
 #include "cuda/conv1x1/conv1x1.h"
 #include "dense_block/dense_block_conv_cuda.h"
@@ -100,11 +104,18 @@ class CudaBlock : public CudaBlockForward<T> {
     return y;
   }
 
-  // Padding of the convolution.
-  std::vector<int64_t> half_kernel() const {
-    std::vector<int64_t> padding = with_spatial({}, args.conv.kernel);
-    for (int64_t& size : padding) size /= 2;
-    return padding;
+  // conv2(u) of layer l as a packed image.
+  at::Tensor convolved(int64_t l, const at::Tensor& u) const {
+    const std::vector<int64_t> padding = half_kernel(), ones(padding.size(), 1), zeros(padding.size(), 0);
+    return to_channels_last(at::convolution(u, conv2(l), {}, ones, padding, ones, false, zeros, 1));
+  }
+  // Gradients of u as a packed image, and of the weight where it is wanted, from that of conv2(u).
+  std::pair<at::Tensor, at::Tensor> convolution_gradients(int64_t l, const at::Tensor& d, const at::Tensor& u,
+                                                          bool needs_weight) const {
+    const std::vector<int64_t> padding = half_kernel(), ones(padding.size(), 1), zeros(padding.size(), 0);
+    const auto [du, dweight, none] = at::convolution_backward(d, u, conv2(l), c10::nullopt, ones, padding, ones, false,
+                                                              zeros, 1, {true, needs_weight, false});
+    return {to_channels_last(du), dweight};
   }
 
   const DenseBlockArgs& args;
@@ -112,6 +123,12 @@ class CudaBlock : public CudaBlockForward<T> {
   const ConvPlans<T> plans;  // of fused convolutions
 
  private:
+  // Padding of the convolution.
+  std::vector<int64_t> half_kernel() const {
+    std::vector<int64_t> padding = with_spatial({}, args.conv.kernel);
+    for (int64_t& size : padding) size /= 2;
+    return padding;
+  }
   std::vector<int64_t> with_spatial(std::vector<int64_t> sizes, const int64_t (&spatial)[3]) const {
     return CudaBlockForward<T>::with_spatial(std::move(sizes), spatial, args.spatial.size());
   }

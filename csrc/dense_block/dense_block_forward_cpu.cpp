@@ -145,7 +145,6 @@ class Forward : BlockForward<T> {
 
 struct ForwardEngine {
   using Guard = c10::Device;  // nothing to guard
-  static constexpr bool kHasExtras = true;
   template <typename T>
   static void forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
                       const DenseBlockOutputs& o) {

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward of the dense block on a CUDA device.
-#include <ATen/ops/convolution.h>
-
+// Forward of the dense block of batch norms with ReLU and without bias on a CUDA device; others are passed on.
 #include "dense_block/dense_block_cuda.h"
+#include "dense_block/dense_block_general_cuda.h"
 
 namespace fastdense {
 namespace {
@@ -63,9 +62,7 @@ class Forward : CudaBlock<T> {
 
   // The slice of layer l = dropout(conv2(u)), with its statistics.
   void convolution(int64_t l, const at::Tensor& u) {
-    const std::vector<int64_t> padding = this->half_kernel(), ones(padding.size(), 1), zeros(padding.size(), 0);
-    const at::Tensor features =
-        to_channels_last(at::convolution(u, this->conv2(l), {}, ones, padding, ones, false, zeros, 1));
+    const at::Tensor features = this->convolved(l, u);
     const int64_t c = args.layers[size_t(l)].channels, k = args.growth;
     const bool wanted = args.any_batch_statistics();
     const typename Base::Partials partial = this->partials(pixels, k);
@@ -111,6 +108,7 @@ template <typename T>
 void dense_block_forward_cuda(const DenseBlockArgs& args, const at::Tensor& input,
                               const std::optional<at::Tensor>& seed, const DenseBlockOutputs& o,
                               const CudaContext& cuda) {
+  if (args.has_extras()) return GeneralForward<T>(args, input, seed, o, cuda).run(input, o);
   Forward<T>(args, input, seed, o, cuda).run(input, o);
 }
 

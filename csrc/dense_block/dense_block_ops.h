@@ -4,8 +4,7 @@
 //                      const DenseBlockOutputs&)
 //   Engine::backward<T>(const DenseBlockArgs&, const DenseBlockSaved&, const at::Tensor& grad_output,
 //                       const std::optional<at::Tensor>& seed, const std::vector<bool>& needs, at::TensorList weights)
-// with our storage type T, and kHasExtras: whether it runs other norms than batch norms, other activations than ReLU,
-// and biases; they register dense_block<Engine> and dense_block_backward<Engine>.
+// with our storage type T, and registers dense_block<Engine> and dense_block_backward<Engine>.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -21,15 +20,6 @@
 namespace fastdense {
 
 template <typename Engine>
-void check_engine(const char* op, const DenseBlockArgs& args) {
-  if constexpr (!Engine::kHasExtras)
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        !args.has_extras(), op,
-        ": expected batch norms, ReLU and convolutions without bias on CUDA, got another norm or "
-        "activation, or one with bias");
-}
-
-template <typename Engine>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_block(
     const at::Tensor& input,  // [N, C0, spatial]
     at::TensorList weights, at::ArrayRef<double> eps, int64_t num_layers, bool bottleneck, std::string_view tail,
@@ -43,7 +33,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dense_blo
       kOp, input.sizes(), input.options(), weights,
       {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group, activations, activation_parameters, groups});
   args.recompute = recompute;
-  check_engine<Engine>(kOp, args);
   const DenseBlockOutputs o = allocate_dense_block(args, input.options(), keep_bottleneck);
   if (!input.is_meta() && (args.pixels() > 0 || !process_group.empty()))  // the other processes wait for this one
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
@@ -89,7 +78,6 @@ std::vector<at::Tensor> dense_block_backward(const at::Tensor& grad_output,  // 
   const DenseBlockArgs args = parse_dense_block(
       kOp, sizes, buffer.options(), weights,
       {eps, num_layers, bottleneck, tail, drop_rate, seed, process_group, activations, activation_parameters, groups});
-  check_engine<Engine>(kOp, args);
   const DenseBlockSaved saved = check_dense_block_saved(kOp, args, grad_output, {buffer, mean, var, z});
   const std::vector<bool> needs = read_needs(kOp, needs_grad, weights, args.constants);
   if (buffer.is_meta() || (args.pixels() == 0 && process_group.empty()))

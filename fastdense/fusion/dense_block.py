@@ -24,7 +24,6 @@ from fastdense.fusion.checks import INSTANCE_NORMS, NotFusible, check_no_global_
 from fastdense.fusion.dense_layers import (
     Layer,
     Tail,
-    check_kernels,
     check_one_kind,
     draw_factors,
     layer_weights,
@@ -58,7 +57,6 @@ class BlockPlan(NamedTuple):
     synchronised: list[Any]  # all norms, where any may share its statistics with other processes
     update: StatisticsUpdate
     flat: FlatBlock | None  # None where the weights are made anew for every call
-    has_extras: bool  # other norms than batch norms, other activations than ReLU, or biases
     per_sample: bool  # whether norms take the statistics of each sample
     has_instance_norms: bool  # that do so
     infers: bool  # whether it is one of frozen batch norms and ReLU, without dropout
@@ -99,7 +97,6 @@ def plan_block(
         weights = [layer_weights(layer) for layer in layers]
         flat = flatten_block(weights, None if tail is None else tail_weights(tail))
     drop_rate = layers[0].drop_rate if layers else 0.0
-    has_extras = any(layer.has_extras for layer in layers) or (tail is not None and tail.has_extras)
     instance_norms = any(type(norm) in INSTANCE_NORMS and takes_statistics(norm) for norm, _ in norms)
     infers = bool(layers) and flat is not None and not has_extras and drop_rate == 0
     return BlockPlan(
@@ -111,7 +108,6 @@ def plan_block(
         synchronised(norms),
         read_update(norms),
         flat,
-        has_extras,
         per_sample,
         instance_norms,
         infers and not any(takes_statistics(norm) for norm in norms_of(layers, tail)),
@@ -123,7 +119,6 @@ def plan_block(
 def run_block(plan: BlockPlan, memory: MemoryMode, contiguous: bool, input: Tensor) -> Tensor:
     """The operator call, then the running statistics of all its norms."""
     check_runs_here("dense_block", input)
-    check_kernels(plan.has_extras, input.device.type)
     if plan.per_sample and input.shape[0] == 0:
         raise NotFusible("empty batch: no statistics of samples")
     if plan.has_instance_norms and input.shape[2:].numel() == 1:

@@ -146,14 +146,6 @@ class Layer(NamedTuple):
     act1: Activation = Activation()
     act2: Activation = Activation()
 
-    @property
-    def has_extras(self) -> bool:
-        """Whether it has a bias, another activation than ReLU, or norms that take the statistics of each sample."""
-        if any(_takes_sample_statistics(norm) for norm in (self.norm1, self.norm2)):
-            return True
-        biased = self.conv2.bias is not None or (self.conv1 is not None and self.conv1.bias is not None)
-        return biased or self.act1.name != "relu" or self.act2.name != "relu"
-
 
 class Tail(NamedTuple):
     """The modules that read a finished block: norm and 1x1 of a transition, or a last norm alone."""
@@ -162,11 +154,6 @@ class Tail(NamedTuple):
     conv: nn.Conv2d | None
     relu: bool
     act: Activation = Activation()
-
-    @property
-    def has_extras(self) -> bool:
-        biased = self.conv is not None and self.conv.bias is not None
-        return biased or self.act.name != "relu" or _takes_sample_statistics(self.norm)
 
 
 def is_transition(module: nn.Module) -> bool:
@@ -262,15 +249,7 @@ def check_alike(layers: list[Layer]) -> list[Layer]:
     if len({_common(layer) for layer in layers}) > 1:
         raise NotFusible("its layers differ in growth rate, bottleneck, kernel or drop_rate")
     check_one_kind(norms_of(layers, None))
-    for layer in layers:
-        check_kernels(layer.has_extras, layer.conv2.weight.device.type)
     return layers
-
-
-def check_kernels(has_extras: bool, device: str) -> None:
-    """Raises NotFusible where only the kernels for the CPU run what a layer or a tail has."""
-    if has_extras and device == "cuda":
-        raise NotFusible("the CUDA kernels run only batch norms, ReLU, and convolutions without bias")
 
 
 def _common(layer: Layer) -> tuple[Any, ...]:
@@ -341,10 +320,6 @@ def _groups(norm: Any) -> int:
     if type(norm) is nn.GroupNorm:
         return norm.num_groups
     return norm.num_features if type(norm) in INSTANCE_NORMS else 0
-
-
-def _takes_sample_statistics(norm: Any) -> bool:
-    return type(norm) in SAMPLE_NORMS and takes_statistics(norm)
 
 
 def check_one_kind(norms: Iterable[Any]) -> bool:

@@ -125,7 +125,6 @@ def dense_block(
         ValueError: shapes that do not fit, mixed devices, one value per channel in training, unknown ``memory``;
             ``groups`` that do not divide the channels, or beside norms that take the statistics of the batch.
         TypeError: a dtype that is not floating point, or weights of another dtype than the input's.
-        NotImplementedError: norms with ``groups``, other activations than ReLU, or biases, on a CUDA device.
 
     Note:
         Running statistics are not updated: see :func:`update_running_stats_`. Saved for backward: the buffer

@@ -21,7 +21,9 @@ SOURCES = [
     for op in ("dense_block", "dual_path")
     for part in (".cpp", "_forward_cuda.cpp", "_backward_cuda.cpp")
 ]
-SOURCES += [f"csrc/cuda/{op}/{op}_{step}.cu" for op in ("norm_relu", "conv1x1") for step in ("forward", "backward")]
+SOURCES += [
+    f"csrc/cuda/{op}/{op}_{step}.cu" for op in ("norm_relu", "norm_act", "conv1x1") for step in ("forward", "backward")
+]
 SOURCES += [
     f"csrc/dense_block/dense_block_conv_{stem}_kernels.cu" for stem in ("forward", "input_gradient", "weight_gradient")
 ]

@@ -16,7 +16,6 @@ CudaContext context{nullptr, 0, 0, true, false, false, emulation::kMostShared};
 
 struct EmulatedDenseBlock {
   using Guard = c10::Device;  // nothing to guard
-  static constexpr bool kHasExtras = false;
   template <typename T>
   static void forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
                       const DenseBlockOutputs& o) {

@@ -251,12 +251,6 @@ def test_checkpoints_of_this_library(model, tmp_path):
     assert torch.equal(loaded(x), model.eval()(x))
 
 
-def test_weights_that_do_not_tell_their_scale(tmp_path):
-    torch.save(models.SRCNN(3).state_dict(), tmp_path / "net.pth")
-    with pytest.raises(ValueError, match=r"hold a whole srcnn, got a problem with its scale, which"):
-        load_super_resolution(tmp_path / "net.pth")
-
-
 def checkpoint(tmp_path, change=lambda state: None):
     state = dict(models.RRDBNet(**RRDB).state_dict())
     change(state)

@@ -234,14 +234,23 @@ def vdsr_of_others(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ("net", "names"),
     [(models.SRCNN(3), dict), (models.VDSR(3, 4, 5), vdsr_of_others), (models.VDSR(3, 12, 2), vdsr_of_others)],
 )
-def test_weights_that_do_not_tell_their_scale(net, names):
+def test_weights_that_do_not_tell_their_scale(net, names, capsys):
     torch.save(names(net.state_dict()), "net.pt")
-    with pytest.raises(ValueError, match=r"its scale, which these weights do not contain; give scale="):
-        load_super_resolution("net.pt")
-    assert_same(load_super_resolution("net.pt", scale=3), net)
-    Image.fromarray(numpy.zeros((8, 9, 3), numpy.uint8)).save("in.png")
-    assert main(["upscale", "in.png", "out.png", "--model", "net.pt", "--scale", "3"]) == 0
-    assert Image.open("out.png").size == (27, 24)
+    told, usual = load_super_resolution("net.pt", scale=3), load_super_resolution("net.pt")
+    assert_same(told, net)
+    assert told.notes == () and (usual.scale, usual.notes) == (2, ("the weights do not tell scale; took 2",))
+    large = torch.rand(1, 1, 14, 18)
+    torch.testing.assert_close(usual.refine(large), net.refine(large))
+    Image.fromarray(numpy.zeros((40, 50, 3), numpy.uint8)).save("in.png")
+    for scale in (None, 3):
+        options = ["--model", "net.pt", *(["--scale", str(scale)] if scale else [])]
+        assert main(["upscale", "in.png", "out.png", *options]) == 0
+        assert ("net.pt: the weights do not tell scale; took 2 (--scale)" in capsys.readouterr().out) == (scale is None)
+        with Image.open("out.png") as picture:
+            assert picture.size == (50 * (scale or 2), 40 * (scale or 2))
+        assert main(["evaluate", "--data", ".", *options]) == 0
+        assert f"picture, x{scale or 2}" in capsys.readouterr().out
+        Path("out.png").unlink()
 
 
 @pytest.mark.parametrize(

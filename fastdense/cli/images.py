@@ -191,9 +191,9 @@ def load_net(
             f"{command}: expected a network from 1 or 3 channels to as many, got {model} "
             f"from {net.colours} to {net.out_colours}"
         )
-    options = {"rgb_range": "--rgb-range", "residual_scale": "--res-scale"}
+    options = {"scale": "--scale", "rgb_range": "--rgb-range", "residual_scale": "--res-scale"}
     for note in net.notes:
-        print(f"note: {model}: {note}" + "".join(f" ({flag})" for name, flag in options.items() if name in note))
+        print(f"note: {model}: {note}" + "".join(f" ({flag})" for name, flag in options.items() if f" {name};" in note))
     return net.to(device, getattr(torch, dtype))
 
 

@@ -34,6 +34,9 @@ _NETWORKS: dict[str, type[SuperResolutionNet]] = {
 }
 
 
+# Of networks on enlarged pictures: the scale that most of them are published and tried with.
+_USUAL_SCALE = 2
+
 _Rules = tuple[tuple[str, str], ...]
 _Made = tuple[SuperResolutionNet, State] | None
 
@@ -82,18 +85,12 @@ class Choices:
         self.settings = settings
         self.notes: list[str] = []
 
-    def choose(self, name: str, usual: float | None = None) -> Any:
-        """What the weights do not tell.
-
-        Raises:
-            ValueError: nobody says it, and nothing is usual.
-        """
+    def choose(self, name: str, usual: float) -> Any:
+        """What the weights do not tell."""
         if name in self.settings:
             return self.settings[name]
         if name in self.given:
             return self.given[name]
-        if usual is None:
-            raise ValueError(f"its {name}, which these weights do not contain; give {name}=...")
         if not self.settings:
             self.notes.append(f"the weights do not tell {name}; took {usual:g}")
         return usual
@@ -128,7 +125,7 @@ def load_super_resolution(
 
     Args:
         path: of the file, of ``torch.save`` or ``.safetensors``. Nothing in it is executed (``weights_only``).
-        scale: of SRCNN, VDSR and DRCN, whose weights do not tell it.
+        scale: of SRCNN, VDSR and DRCN, whose weights do not tell it; taken for 2.
         rgb_range: what stands for white inside EDSR and RDN, 1 or 255. EDSR's weights mostly tell it; RDN by the names
             of EDSR-PyTorch is taken for 255, by other names for 1.
         residual_scale: factor of EDSR's residuals; taken for 0.1 from 256 channels on, for 1 below.
@@ -357,7 +354,7 @@ def _make_srcnn(state: State, choices: Choices) -> _Made:
     if set(state) != {f"conv{at}.{kind}" for at in (1, 2, 3) for kind in ("weight", "bias")}:
         return None
     first, second, third = (state[f"conv{at}.weight"].shape for at in (1, 2, 3))
-    return SRCNN(choices.choose("scale"), (first[2], second[2], third[2]), (first[0], second[0])), state
+    return SRCNN(choices.choose("scale", _USUAL_SCALE), (first[2], second[2], third[2]), (first[0], second[0])), state
 
 
 def _make_vdsr(state: State, choices: Choices) -> _Made:
@@ -369,13 +366,13 @@ def _make_vdsr(state: State, choices: Choices) -> _Made:
     )
     if "convs.0.weight" not in state:
         return None
-    return VDSR(choices.choose("scale"), _count(state, r"convs\.(\d+)\."), state["convs.0.weight"].shape[0]), state
+    return VDSR(choices.choose("scale", _USUAL_SCALE), _count(state, r"convs\.(\d+)\."), state["convs.0.weight"].shape[0]), state
 
 
 def _make_drcn(state: State, choices: Choices) -> _Made:
     if "recursive.weight" not in state:
         return None
-    return DRCN(choices.choose("scale"), state["weights"].shape[0], state["recursive.weight"].shape[0]), state
+    return DRCN(choices.choose("scale", _USUAL_SCALE), state["weights"].shape[0], state["recursive.weight"].shape[0]), state
 
 
 _MAKERS = (_make_rrdbnet, _make_rdn, _make_edsr, _make_srdensenet, _make_srcnn, _make_vdsr, _make_drcn)

@@ -22,7 +22,7 @@ from fastdense.sr.images.metadata import (
     fitting_profile,
     resized_exif,
 )
-from fastdense.sr.images.picture import CorruptImageError, Metadata, Picture, channels_of, upright
+from fastdense.sr.images.picture import CorruptImageError, Metadata, Picture, channels_of, check_alike, upright
 
 _STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MINISWHITE, _MINISBLACK, _RGB, _SEPARATED = 0, 1, 2, 5
@@ -173,6 +173,9 @@ def open_tiff(path: Path) -> Iterator[Tiff]:
 
 def read_tiff(tiff: Tiff, chosen: list[int]) -> Picture:
     metadata, orientation = tiff.metadata()
+    pages = [tiff.pages[0 if tiff.stacked else at] for at in chosen]
+    shapes = [(page.imagelength, page.imagewidth, page.samplesperpixel) for page in pages]
+    check_alike(tiff.path, shapes, [page.dtype for page in pages])
     return Picture(tuple(upright(frame, orientation) for frame in tiff.read(chosen)), metadata)
 
 

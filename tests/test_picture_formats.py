@@ -259,6 +259,26 @@ def test_a_profile_that_a_format_has_no_room_for_is_named(capsys):
     assert "note: in.png: its colour profile is left out, since BMP holds none" in capsys.readouterr().out
 
 
+def test_a_damaged_profile_is_named(capsys):
+    Image.fromarray(RGB).save("in.png", icc_profile=b"nothing")
+    assert resize("in.png", "out.png") == 0
+    assert "note: in.png: its colour profile is left out, since it is damaged" in capsys.readouterr().out
+    assert "icc_profile" not in info("out.png")
+
+
+def test_what_is_too_long_for_a_jpeg_is_named(capsys):
+    """A marker segment has at most 65535 bytes."""
+    Image.fromarray(GREY).save("in.gif", comment=b"c" * 65534)
+    Image.fromarray(RGB).save("in.webp", xmp=b"x" * 65503)
+    assert resize("in.gif", "gif.jpg") == resize("in.webp", "webp.jpg") == 0
+    text = capsys.readouterr().out
+    assert "its comment is left out, since JPEG holds 65533 bytes of it and it has 65534" in text
+    assert "its xmp is left out, since JPEG holds 65502 bytes of it and it has 65503" in text
+    assert "comment" not in info("gif.jpg") and "xmp" not in info("webp.jpg")
+    Image.fromarray(GREY).save("in.gif", comment=b"c" * 65533)
+    assert resize("in.gif", "gif.jpg") == 0 and info("gif.jpg")["comment"] == b"c" * 65533
+
+
 # Frames ---------------------------------------------------------------------------------------------------------------
 
 

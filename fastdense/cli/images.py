@@ -123,7 +123,7 @@ def _change_image(command: str, options: argparse.Namespace, read: Path, write: 
     if options.flatten:
         frames = tuple(flatten(samples, options.flatten) for samples in frames)
     first, bits = frames[0], options.depth
-    peak = bounded_peak_of(first) if bits else 0.0
+    peak = max(bounded_peak_of(samples) for samples in frames) if bits else 0.0
     height, width = size = change.size(first)
     channels = first.shape[2] if first.ndim == 3 else 1
     check_format(command, write, Kind(f"uint{bits}" if bits else str(first.dtype), channels, size, len(frames)))

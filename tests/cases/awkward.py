@@ -214,6 +214,11 @@ CASES = [
         "rgb10.ppm", pnm(RGB.astype(numpy.uint16) * 4, 1023), [(RGB * (4 * 65535 / 1023) + 0.5).astype(numpy.uint16)]
     ),
     Awkward(
+        "in_words16.ppm",
+        lambda path: path.write_text(f"P3 {WIDTH} {HEIGHT} 65535 {' '.join(map(str, DEEP_RGB.ravel()))}"),
+        [DEEP_RGB],
+    ),
+    Awkward(
         "much_said.ppm",
         lambda path: path.write_bytes(
             b"P6\n#" + 5000 * b"c" + b"\n%d %d\n65535\n" % (WIDTH, HEIGHT) + DEEP_RGB.astype(">u2").tobytes()

@@ -366,13 +366,17 @@ def _make_vdsr(state: State, choices: Choices) -> _Made:
     )
     if "convs.0.weight" not in state:
         return None
-    return VDSR(choices.choose("scale", _USUAL_SCALE), _count(state, r"convs\.(\d+)\."), state["convs.0.weight"].shape[0]), state
+    return VDSR(
+        choices.choose("scale", _USUAL_SCALE), _count(state, r"convs\.(\d+)\."), state["convs.0.weight"].shape[0]
+    ), state
 
 
 def _make_drcn(state: State, choices: Choices) -> _Made:
     if "recursive.weight" not in state:
         return None
-    return DRCN(choices.choose("scale", _USUAL_SCALE), state["weights"].shape[0], state["recursive.weight"].shape[0]), state
+    return DRCN(
+        choices.choose("scale", _USUAL_SCALE), state["weights"].shape[0], state["recursive.weight"].shape[0]
+    ), state
 
 
 _MAKERS = (_make_rrdbnet, _make_rdn, _make_edsr, _make_srdensenet, _make_srcnn, _make_vdsr, _make_drcn)

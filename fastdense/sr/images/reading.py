@@ -21,7 +21,7 @@ from fastdense.sr.images.limits import DEFLATE, check_fits
 from fastdense.sr.images.metadata import png_colour_chunks, read_metadata
 from fastdense.sr.images.picture import CorruptImageError, Picture, channels_of, check_alike, upright
 from fastdense.sr.images.png import Header, chunks, read_header
-from fastdense.sr.images.tiff import is_tiff, open_tiff, read_tiff
+from fastdense.sr.images.tiff import is_tiff, open_tiff, quiet_opencv, read_tiff
 from fastdense.sr.samples import alpha_peak, bounded_peak_of, has_alpha, is_opaque, to_depth, without_alpha
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def _decoded(path: Path, picture: Image.Image, png: Header | None) -> numpy.ndar
             samples = _keyed(samples, picture.info["transparency"])
         return samples
     if picture.format == "PPM" and picture.mode == "RGB" and (most := _ppm_most(path)) > 255:
-        samples = _by_opencv(path, path.read_bytes())
+        samples = _by_opencv(path, path.read_bytes() + b"\n")  # it wants the last line of numbers to end
         return samples if most == 65535 else numpy.floor(samples * (65535 / most) + 0.5).astype(numpy.uint16)
     picture.load()
     return _samples(path, picture, png)
@@ -250,7 +250,8 @@ def _by_opencv(path: Path, content: bytes) -> numpy.ndarray:
             import cv2
     except MissingExtraError as error:
         raise CorruptImageError(f"{path}: 16 bits and colours: {error}") from error
-    samples = cv2.imdecode(numpy.frombuffer(content, numpy.uint8), cv2.IMREAD_UNCHANGED)
+    with quiet_opencv():
+        samples = cv2.imdecode(numpy.frombuffer(content, numpy.uint8), cv2.IMREAD_UNCHANGED)
     if samples is None or samples.dtype != numpy.uint16:
         raise CorruptImageError(f"{path}: OpenCV cannot decode it")
     return samples[..., [2, 1, 0, 3][: samples.shape[2]]] if samples.ndim == 3 else samples

@@ -36,6 +36,19 @@ def is_tiff(start: bytes) -> bool:
     return start.startswith(_STARTS)
 
 
+@contextlib.contextmanager
+def quiet_opencv() -> Iterator[None]:
+    """Without what OpenCV prints of damaged files; errors say it."""
+    from cv2.utils import logging
+
+    before = logging.getLogLevel()
+    logging.setLogLevel(logging.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        logging.setLogLevel(before)
+
+
 class Tiff:
     """The pictures of a file: their pages but for thumbnails and masks."""
 
@@ -102,7 +115,8 @@ class Tiff:
         with contextlib.suppress(ImportError):
             import cv2
 
-            samples = cv2.imread(str(self.path), cv2.IMREAD_UNCHANGED) if page.index == 0 else None
+            with quiet_opencv():
+                samples = cv2.imread(str(self.path), cv2.IMREAD_UNCHANGED) if page.index == 0 else None
             if samples is not None and page.photometric in (_MINISBLACK, _RGB):
                 samples = samples[..., [2, 1, 0, 3][: samples.shape[2]]] if samples.ndim == 3 else samples
                 if samples.dtype == page.dtype and samples.size == page.size and page.axes in ("YX", "YXS"):

@@ -130,6 +130,7 @@ def test_a_new_srcnn_is_nearly_bicubic():
             ["--size", "999"],
             "five pictures or more that can be used, got 1; .* expected 1998 pixels or more to cut",
         ),
+        (["--set", "scale=3"], "train: expected --scale 3, got --set scale"),
         (["--epochs", "3"], "train: expected no --epochs with --task sr"),
         (["--weights", "net.pt"], "train: expected no --weights with --task sr"),
         (["--label-smoothing", "0.1"], "train: expected no --label-smoothing with --task sr"),

@@ -2,6 +2,7 @@
 """Weights of other programs: what they are wrapped in, what they do not tell, and files that claim what is not true."""
 
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -270,6 +271,22 @@ def test_arguments_that_do_not_fit(net, arguments, message, capsys):
     options = [word for name, value in arguments.items() for word in (flags[name], str(value))]
     assert main(["upscale", "in.png", "out.png", "--model", "net.pt", *options]) == 2
     assert f"fastdense: upscale: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["srcnn", "vdsr", "drcn"])
+@pytest.mark.parametrize(("option", "message"), [("5", "one of 2, 3, 4, got 5"), ("2.5", "got 2.5"), ("nan", "finite")])
+def test_scales_that_no_network_has(name, option, message, capsys):
+    small = {"srcnn": models.SRCNN(2), "vdsr": models.VDSR(2, 3, 4), "drcn": models.DRCN(2, 2, 3)}
+    torch.save(small[name].state_dict(), "net.pt")
+    assert main(["upscale", "in.png", "out.png", "--model", "net.pt", "--scale", option]) == 2
+    assert re.search(f"^fastdense: upscale: expected scale to be .*{message}", capsys.readouterr().err, re.M)
+
+
+def test_ranges_that_no_network_has():
+    torch.save(edsr_pytorch(models.EDSR(2, 1, 4), 1, shifts=False), "net.pt")
+    for arguments in ({"rgb_range": 100}, {"residual_scale": float("nan")}):
+        with pytest.raises(ValueError, match=rf"^load_super_resolution: expected {next(iter(arguments))} to be"):
+            load_super_resolution("net.pt", **arguments)
 
 
 def test_choices_are_printed(capsys):

@@ -176,7 +176,7 @@ def load_net(
     try:
         net = load_super_resolution(
             _packaged(command, model) if model in _PACKAGED else Path(model),
-            scale=int(scale) if scale is not None and scale == int(scale) else scale,  # type: ignore[arg-type]
+            scale=int(scale) if scale is not None and float(scale).is_integer() else scale,  # type: ignore[arg-type]
             rgb_range=rgb_range,
             residual_scale=residual_scale,
         )

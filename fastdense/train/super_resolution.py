@@ -240,6 +240,8 @@ def _make(config: SuperResolutionConfig) -> SuperResolutionNet:
     known = [name for name in models.list() if models.is_super_resolution(name)]
     if config.model not in known:
         raise InputError(f"train: expected --model of --task sr to be one of {', '.join(known)}, got {config.model!r}")
+    if "scale" in config.model_kwargs:
+        raise InputError(f"train: expected --scale {config.model_kwargs['scale']}, got --set scale")
     try:
         net = models.create(config.model, **{"scale": config.scale, **config.model_kwargs})
     except TypeError as error:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads checkpoints of super-resolution networks from other projects. No code in a file is executed."""
 
+import contextlib
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from fastdense._support import MissingExtraError, extra, write_atomically
 from fastdense.models.key_mapping import load_exactly
-from fastdense.models.sr.base import SuperResolutionNet
+from fastdense.models.sr.base import SuperResolutionNet, check_rgb_range, check_scale
 from fastdense.models.sr.drcn import DRCN
 from fastdense.models.sr.edsr import EDSR
 from fastdense.models.sr.ncnn import read_ncnn
@@ -71,6 +73,14 @@ class SettingError(ValueError):
     """An argument that does not fit the weights."""
 
 
+@contextlib.contextmanager
+def _telling_settings() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
+
 class Choices:
     """What weights do not tell of a network: the user's word, or the file's, or what is usual.
 
@@ -82,6 +92,11 @@ class Choices:
 
     def __init__(self, given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         self.given = {name: value for name, value in given.items() if value is not None}
+        for name, value in self.given.items():
+            if not math.isfinite(value):
+                raise SettingError(f"{_OP}: expected {name} to be finite, got {value!r}")
+        with _telling_settings():
+            check_rgb_range(_OP, self.given.get("rgb_range", 1))
         self.settings = settings
         self.notes: list[str] = []
 
@@ -94,6 +109,11 @@ class Choices:
         if not self.settings:
             self.notes.append(f"the weights do not tell {name}; took {usual:g}")
         return usual
+
+    def scale(self) -> int:
+        """Of a network on enlarged pictures."""
+        with _telling_settings():
+            return int(check_scale(_OP, self.choose("scale", _USUAL_SCALE)))
 
     def check(self, net: SuperResolutionNet) -> None:
         """Raises:
@@ -354,7 +374,7 @@ def _make_srcnn(state: State, choices: Choices) -> _Made:
     if set(state) != {f"conv{at}.{kind}" for at in (1, 2, 3) for kind in ("weight", "bias")}:
         return None
     first, second, third = (state[f"conv{at}.weight"].shape for at in (1, 2, 3))
-    return SRCNN(choices.choose("scale", _USUAL_SCALE), (first[2], second[2], third[2]), (first[0], second[0])), state
+    return SRCNN(choices.scale(), (first[2], second[2], third[2]), (first[0], second[0])), state
 
 
 def _make_vdsr(state: State, choices: Choices) -> _Made:
@@ -366,17 +386,13 @@ def _make_vdsr(state: State, choices: Choices) -> _Made:
     )
     if "convs.0.weight" not in state:
         return None
-    return VDSR(
-        choices.choose("scale", _USUAL_SCALE), _count(state, r"convs\.(\d+)\."), state["convs.0.weight"].shape[0]
-    ), state
+    return VDSR(choices.scale(), _count(state, r"convs\.(\d+)\."), state["convs.0.weight"].shape[0]), state
 
 
 def _make_drcn(state: State, choices: Choices) -> _Made:
     if "recursive.weight" not in state:
         return None
-    return DRCN(
-        choices.choose("scale", _USUAL_SCALE), state["weights"].shape[0], state["recursive.weight"].shape[0]
-    ), state
+    return DRCN(choices.scale(), state["weights"].shape[0], state["recursive.weight"].shape[0]), state
 
 
 _MAKERS = (_make_rrdbnet, _make_rdn, _make_edsr, _make_srdensenet, _make_srcnn, _make_vdsr, _make_drcn)

@@ -2,6 +2,7 @@
 """Reads the entries of weight files. No code in a file is executed, and what a file claims is checked first."""
 
 import argparse
+import pickle
 import re
 import warnings
 import zipfile
@@ -60,7 +61,9 @@ def read_entries(op: str, path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes ...
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{op}: expected {path} to be a whole checkpoint of tensors, got: {reason}") from error
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words are about an argument of torch.load
+            reason = "another file, or one with more than tensors in it; save the state_dict() of the network"
+        raise ValueError(f"{op}: expected {path} to be a whole checkpoint of tensors, got {reason}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{op}: expected {path} to hold entries by name, got a {type(content).__name__}")
     return dict(content)

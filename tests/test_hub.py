@@ -116,6 +116,31 @@ def test_the_hub(hub: Path) -> None:
         models.from_pretrained("me/small", revision="v1")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.densenet_cifar(10, growth_rate=4, num_classes=3),
+        lambda: models.densenet_cifar(10, 4, memory="min"),
+        lambda: models.resnet_cifar(8, num_classes=3),
+        lambda: models.fc_densenet56(num_classes=3, drop_rate=0.1),
+        lambda: models.highway_mlp(num_classes=3),
+    ],
+)
+def test_what_the_functions_make_is_saved(make: Any, tmp_path: Path) -> None:
+    """As what create makes; with arguments by position, by name, and handed on."""
+    net = make()
+    again = models.from_pretrained(models.save_pretrained(net, tmp_path / "out"))
+    assert type(again) is type(net) and str(again) == str(net.eval())
+    for key, value in net.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=r"got the file .*net\.pth, which load_weights reads$"):
+        models.from_pretrained(tmp_path / "net.pth")
+
+
 def test_a_model_card_says_how_to_load_it(tmp_path: Path, hub: Path) -> None:
     """Its code runs as it stands. What somebody wrote stays."""
     net = small()

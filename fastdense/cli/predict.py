@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"predict: expected --{name} to be at least 1, got {getattr(options, name)}")
     if options.out:
         check_output("predict: expected --out", options.out, (".csv", ".json"))
-    device = find_device(options.device)
+    device = find_device(options.device, "predict")
     pictures, problems, left_out = find_pictures(options.input)
     classifier = make_classifier(options)
     usual = default_workers() if len(pictures) > options.batch else 0

@@ -123,7 +123,7 @@ def _classify(options: argparse.Namespace) -> int:
         weights=options.weights,
         freeze=options.freeze,
         epochs=options.epochs,
-        batch=options.batch or 64,
+        batch=64 if options.batch is None else options.batch,
         lr=options.lr,
         schedule=options.schedule,
         warmup=options.warmup,

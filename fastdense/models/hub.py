@@ -56,6 +56,8 @@ def load_pretrained(
 ) -> Pretrained:
     """As :func:`from_pretrained`, with what is known of the data; messages begin with ``op``."""
     folder = Path(source)
+    if folder.is_file():
+        raise InputError(f"{op}: expected a folder or a repository, got the file {folder}, which load_weights reads")
     is_folder = folder.is_dir()
     config_file = folder / CONFIG if is_folder else _fetch(op, source, CONFIG, revision)
     config = _read_config(op, config_file)
@@ -205,7 +207,7 @@ from fastdense.models import from_pretrained
 model = from_pretrained("{title}")  # a folder, or a repository of the hub
 ```
 
-It needs `pip install 'fastdense[hub]'`. `fastdense predict pictures/ --weights {title}` classifies a folder of pictures.
+It needs `pip install 'fastdense[hub]'`. On the command line: `fastdense predict pictures/ --weights {title}`.
 
 ## Pictures
 

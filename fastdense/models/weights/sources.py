@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdense._support import InputError, extra
 from fastdense.models.key_mapping import torchvision_keys
-from fastdense.models.sr.weight_files import read_entries
+from fastdense.models.sr.weight_files import check_plain, read_entries
 from fastdense.models.weights.loading import load_state
 from fastdense.models.weights.published import PublishedWeights
 
@@ -131,6 +131,11 @@ def read_weights(op: str, path: Path) -> dict[str, Tensor]:
     state = {str(key): value for key, value in content.items()}
     while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state)), ""):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
+    try:
+        for key, value in state.items():
+            check_plain(op, path, key, value)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     try:
         return torchvision_keys(state)
     except ValueError as error:

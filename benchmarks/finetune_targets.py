@@ -51,7 +51,6 @@ from fastdense.train.samples import Batches, Samples
 
 VARIANTS = ("plain", "plain-channels-last", "fastdense")
 PHOTOGRAPHS = ("chelsea.png", "coffee.png")
-_MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,12 +172,13 @@ def step_times(file: Path, sizes: Sizes, rounds: int) -> Row:
 
 def _pss() -> float:
     """MiB of this process and its children; what several share is divided among them."""
-    total = 0
+    kibibytes = 0
     here = psutil.Process()
     for process in [here, *here.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            total += process.memory_full_info().pss
-    return total / _MIB
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+            kibibytes += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return kibibytes / 1024
 
 
 @contextlib.contextmanager
@@ -187,7 +187,7 @@ def sampled(seen: list[float]) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.02):
+        while not done.wait(0.1):
             seen.append(_pss())
 
     watcher = threading.Thread(target=watch)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdense._support import InputError, extra
 from fastdense.models.key_mapping import torchvision_keys
 from fastdense.models.sr.weight_files import check_plain, read_entries
-from fastdense.models.weights.loading import load_state
+from fastdense.models.weights.loading import THRESHOLDS, load_state
 from fastdense.models.weights.published import PublishedWeights
 
 # A published set, its name, a name of timm with "timm/" in front, or a file.
@@ -133,7 +133,8 @@ def read_weights(op: str, path: Path) -> dict[str, Tensor]:
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     try:
         for key, value in state.items():
-            check_plain(op, path, key, value)
+            if key != THRESHOLDS:  # NaN where there is none
+                check_plain(op, path, key, value)
     except ValueError as error:
         raise InputError(str(error)) from error
     try:

@@ -73,7 +73,10 @@ QUICK = Sizes(2, 2, 64, 64, 4, 12, 400, 3)
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of a function in a fresh process, which may start workers, and returns freed memory."""
     os.environ.update(RETURN_FREED_MEMORY)
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    # Its own workers begin as those of any script: a spawned process would spawn them, too.
+    begin = {"initializer": multiprocessing.set_start_method, "initargs": ("fork", True)}
+    with concurrent.futures.ProcessPoolExecutor(1, context, **begin) as pool:
         return pool.submit(function, *arguments).result()
 
 

@@ -10,7 +10,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +57,12 @@ def extra(name: str) -> Iterator[None]:
         raise MissingExtraError(
             f"fastdense: {package} is not installed; run: pip install 'fastdense[{name}]'"
         ) from error
+
+
+def first_of(lines: Sequence[str], most: int = 3) -> str:
+    """The end of a message that names what was left out: ``"; a; b; c; and 7 more"``."""
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"; {line}" for line in [*lines[:most], *more])
 
 
 def check_output(what: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:

@@ -2,7 +2,8 @@
 """Plants the mistakes of tests/mutants.py in the native code, one at a time, and checks that the tests notice each.
 
 Run ``make mutants`` (a quarter of an hour): every mistake is built in a copy of the tree and must make
-a test of ``FILES`` fail; those in CUDA code with the emulated kernels.
+a test of ``FILES`` fail; those in CUDA code with the emulated kernels. Mistakes in code for AVX-512 and AMX are noticed
+on a processor that has them.
 Arguments choose mistakes by a part of the file's name.
 """
 
@@ -21,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ["tests/emulation/test_conv1x1_kernels.py", "tests/emulation/test_dense_block_conv_kernels.py"]
 FILES += ["tests/test_mean_join.py", "tests/test_residual_dense_block.py", "tests/test_norm_relu_max_pool.py"]
 FILES += ["tests/test_dual_path.py", "tests/test_dense_block.py", "tests/test_sync_batch_norm.py"]
-FILES += ["tests/test_fused_blocks.py", "tests/test_general_blocks.py"]
+FILES += ["tests/test_fused_blocks.py", "tests/test_general_blocks.py", "tests/test_presets_bytes.py"]
+FILES += ["tests/test_dense_block_inference.py", "tests/test_freeze.py"]
 
 
 def build(folder: Path) -> None:

@@ -43,9 +43,9 @@ def test_info(capsys):
     [
         (["bench", "--model", "nope"], "expected --model to be one of"),
         (["bench", "--batch", "0"], "expected --batch to be at least 1"),
-        (["bench", "--threads", "-1"], "expected --threads"),
         (["bench", "--sweep", "depth", "--depths", "41"], "6 n \\+ 4"),
         (["train", "--model", "nope"], "expected --model to be one of"),
+        (["train", "--batch", "0"], "train: expected batch to be at least 1, got 0"),
         (["train", "--data", "no-such-folder"], "no-such-folder"),
         (
             ["train", "--model", "rrdbnet"],

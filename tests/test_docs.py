@@ -15,7 +15,8 @@ import pytest
 from fastdense.cli.commands import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("fastdense", *(f"fastdense.{name}" for name in ("nn", "ops", "models", "train", "bench", "sr.quality")))
+_NAMES = ("nn", "ops", "models", "train", "timm", "bench", "sr.quality")
+PACKAGES = ("fastdense", *(f"fastdense.{name}" for name in _NAMES))
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
 PROSE = [*(page for page in PAGES if page not in ("CHANGELOG.md", "THIRD_PARTY.md")), "examples/README.md"]
 MOST_WORDS_IN_README = 900

@@ -52,7 +52,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
             assert private and exist_ok
-            (folder / repo_id).mkdir(parents=True)
+            (folder / repo_id).mkdir(parents=True, exist_ok=True)
+
+        def file_exists(self, repo_id: str, filename: str) -> bool:
+            return (folder / repo_id / filename).exists()
 
         def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
             shutil.copytree(folder_path, folder / repo_id, dirs_exist_ok=True)
@@ -66,7 +69,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_folder_gives_the_model_again(tmp_path: Path) -> None:
     net = small(memory="min")
     assert models.save_pretrained(net, tmp_path / "out", data=DATA) == tmp_path / "out"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["README.md", "config.json", "model.safetensors"]
     again = models.from_pretrained(tmp_path / "out")
     assert not again.training and again.features.denseblock1.memory == "min"
     assert_same(again, net)
@@ -110,6 +114,57 @@ def test_the_hub(hub: Path) -> None:
     assert_same(models.from_pretrained("me/small"), net)
     with pytest.raises(ValueError, match=r"hub with config.json, got 'me/small': no config.json in me/small$"):
         models.from_pretrained("me/small", revision="v1")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.densenet_cifar(10, growth_rate=4, num_classes=3),
+        lambda: models.densenet_cifar(10, 4, memory="min"),
+        lambda: models.resnet_cifar(8, num_classes=3),
+        lambda: models.fc_densenet56(num_classes=3, drop_rate=0.1),
+        lambda: models.highway_mlp(num_classes=3),
+    ],
+)
+def test_what_the_functions_make_is_saved(make: Any, tmp_path: Path) -> None:
+    """As what create makes; with arguments by position, by name, and handed on."""
+    net = make()
+    again = models.from_pretrained(models.save_pretrained(net, tmp_path / "out"))
+    assert type(again) is type(net) and str(again) == str(net.eval())
+    for key, value in net.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=r"got the file .*net\.pth, which load_weights reads$"):
+        models.from_pretrained(tmp_path / "net.pth")
+
+
+def test_a_model_card_says_how_to_load_it(tmp_path: Path, hub: Path) -> None:
+    """Its code runs as it stands. What somebody wrote stays."""
+    net = small()
+    folder = models.save_pretrained(net, tmp_path / "flowers", data=DATA)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: fastdense\npipeline_tag: image-classification\n")
+    for line in ("# flowers", "A densenet_cifar with 3 classes.", "* side in pixels: 32", "* classes: a, b, c"):
+        assert line in card.splitlines()
+    assert "choose a licence" in card
+    code = card.partition("```python\n")[2].partition("```")[0].replace('"flowers"', repr(str(folder)))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert_same(names["model"], net)
+    (folder / "README.md").write_text("mine")
+    models.save_pretrained(net, folder)
+    assert (folder / "README.md").read_text() == "mine"
+    for _ in range(2):
+        models.push_to_hub(net, "me/flowers", private=True, token="secret")
+        uploaded = hub / "me/flowers/README.md"
+        assert 'from_pretrained("me/flowers")' in uploaded.read_text() or uploaded.read_text() == "mine"
+        uploaded.write_text("mine")
+    many = models.create("densenet_cifar", **{**SMALL, "num_classes": 103})
+    models.save_pretrained(many, tmp_path / "many", data={"classes": [str(at) for at in range(103)]})
+    assert ", 98, 99 and 3 more\n" in (tmp_path / "many/README.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:fastdense. densenet121. classifier is a new layer")

@@ -183,6 +183,19 @@ def test_a_link_at_the_result_is_written_through(folder):
     assert size_of("real/there.png") == (3 * WIDTH, 3 * HEIGHT)
 
 
+def test_a_link_in_a_circle_is_no_place_for_a_result(folder, capsys):
+    (folder / "link.png").symlink_to("link.png")
+    assert main(["resize", "in.png", "link.png", "--scale", "2"]) == 1
+    assert "Too many levels of symbolic links: 'link.png'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["-1", "two", "1.5"])
+def test_numbers_of_threads_are_counts(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["upscale", "in.png", "out.png", "--scale", "2", "--threads", text])
+    assert f"argument --threads: expected a whole number from 0 on, got '{text}'" in capsys.readouterr().err
+
+
 def test_links_in_a_folder(folder, capsys):
     """To the folder itself, to nothing, to themselves; and one to a picture, which is read."""
     save("in/a.png")

@@ -259,11 +259,31 @@ def test_a_profile_that_a_format_has_no_room_for_is_named(capsys):
     assert "note: in.png: its colour profile is left out, since BMP holds none" in capsys.readouterr().out
 
 
+def test_a_damaged_profile_is_named(capsys):
+    Image.fromarray(RGB).save("in.png", icc_profile=b"nothing")
+    assert resize("in.png", "out.png") == 0
+    assert "note: in.png: its colour profile is left out, since it is damaged" in capsys.readouterr().out
+    assert "icc_profile" not in info("out.png")
+
+
+def test_what_is_too_long_for_a_jpeg_is_named(capsys):
+    """A marker segment has at most 65535 bytes."""
+    Image.fromarray(GREY).save("in.gif", comment=b"c" * 65534)
+    Image.fromarray(RGB).save("in.webp", xmp=b"x" * 65503)
+    assert resize("in.gif", "gif.jpg") == resize("in.webp", "webp.jpg") == 0
+    text = capsys.readouterr().out
+    assert "its comment is left out, since JPEG holds 65533 bytes of it and it has 65534" in text
+    assert "its xmp is left out, since JPEG holds 65502 bytes of it and it has 65503" in text
+    assert "comment" not in info("gif.jpg") and "xmp" not in info("webp.jpg")
+    Image.fromarray(GREY).save("in.gif", comment=b"c" * 65533)
+    assert resize("in.gif", "gif.jpg") == 0 and info("gif.jpg")["comment"] == b"c" * 65533
+
+
 # Frames ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["gif", "png", "webp"])
-@pytest.mark.parametrize("target", ["gif", "png", "webp"])
+@pytest.mark.parametrize("source", ["gif", "png", "webp", "avif"])
+@pytest.mark.parametrize("target", ["gif", "png", "webp", "avif"])
 def test_frames_keep_their_durations(source, target, folder):
     lossless = {"lossless": True} if source == "webp" else {}
     frames(3, duration=[100, 250, 400], loop=2, **lossless)(folder / f"in.{source}")
@@ -303,6 +323,37 @@ def test_frames_are_never_dropped_in_silence(write, options, message, folder, ca
     frames(3, duration=100)(folder / "in.gif")
     assert resize("in.gif", write, *options) == 2
     assert message in capsys.readouterr().err and not (folder / write).exists()
+
+
+@pytest.mark.parametrize(("first", "second"), [(DEEP, DEEP[:20]), (DEEP, UNIT), (RGB, GREY[:20]), (GREY, UNIT)])
+def test_frames_that_are_not_alike_are_named(first, second, capsys):
+    """White of one would be black of the other."""
+    for at, samples in enumerate((first, second)):
+        tifffile.imwrite("in.tif", samples, append=at > 0)
+    assert resize("in.tif", "out.tif") == 2
+    text = capsys.readouterr().err
+    assert "in.tif: expected frames of one size and type, got 2 of 48 x 36 " in text
+    assert "; give --frame N (1 to 2)" in text
+    assert resize("in.tif", "out.tif", "--frame", "2") == 0
+    assert numpy.array_equal(tifffile.imread("out.tif"), second)
+
+
+def test_a_picture_beside_the_animation_is_no_frame_of_it(capsys):
+    """What programs show that know no APNG."""
+    still, *moving = [Image.fromarray(RGB[..., at]) for at in range(3)]
+    still.save("in.png", save_all=True, append_images=moving, default_image=True, duration=[100, 250])
+    assert resize("in.png", "out.png") == 0
+    assert (
+        "note: in.png: the picture that is shown where it does not move (APNG) is left out" in capsys.readouterr().out
+    )
+    with Image.open("out.png") as made:
+        assert made.n_frames == 2 and not made.default_image
+        for at in range(2):
+            made.seek(at)
+            assert made.info["duration"] == [100, 250][at]
+            assert numpy.array_equal(numpy.asarray(made.convert("L")), RGB[..., 1 + at])
+    assert resize("in.png", "still.png", "--frame", "1") == 0
+    assert numpy.array_equal(numpy.asarray(Image.open("still.png").convert("L")), RGB[..., 0])
 
 
 # Loss -----------------------------------------------------------------------------------------------------------------

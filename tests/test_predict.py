@@ -72,6 +72,9 @@ def test_a_checkpoint_knows_everything(
     for row in found:
         assert float(row[2]) > 0.5 and float(row[2]) + float(row[4]) == pytest.approx(1, abs=2e-6)
     assert "skipped" in err and "torn.png" in err and "left out 1 other files (1 .txt)" in err
+    assert main(["predict", str(tmp_path / "in"), "--weights", checkpoint, "--top=9", "--batch=2", "--workers=2"]) == 1
+    again, said = capsys.readouterr()
+    assert again == out and "torn.png" in said
     one = str(tmp_path / "in/1.png")
     assert main(["predict", one, "--weights", checkpoint, "--out", str(tmp_path / "made.json")]) == 0
     (entry,) = json.loads((tmp_path / "made.json").read_text())

@@ -287,3 +287,19 @@ def test_names_of_timm_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("timm.models._hub.hf_hub_download", fail)
     with pytest.raises(ValueError, match=r"^dpn92: cannot load timm/dpn92.mx_in1k: no network; timm fetches it"):
         models.dpn92(weights="timm/dpn92.mx_in1k")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
+    state = models.densenet_cifar(10, growth_rate=4).state_dict()
+    state["features.conv0.weight"][0, 0, 0, 0] = value
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"expected features.conv0.weight of .*net.pth to be finite, got NaN or inf"):
+        models.create("densenet_cifar", weights=tmp_path / "net.pth", depth=10, growth_rate=4)
+
+
+@pytest.mark.parametrize("content", [b"hi", b"", b"<html>"])
+def test_other_files_are_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "net.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"of tensors, got another file, or one with more than tensors"):
+        models.densenet121(weights=tmp_path / "net.pth")

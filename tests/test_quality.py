@@ -95,8 +95,12 @@ def test_a_network_is_compared_by_its_8_bit_input_and_output(colours, name):
 def test_errors_of_evaluation():
     with pytest.raises(ValueError, match="evaluate: expected scale to be 2 like the network's, got 3"):
         evaluate_image(photograph("camera"), 3, Nearest(1))
-    with pytest.raises(ValueError, match="evaluate: expected a picture of 15 pixels or more, got 14 x 50"):
+    with pytest.raises(ValueError, match="evaluate: expected a picture of 16 pixels or more, got 15 x 50"):
         evaluate_image(photograph("camera")[:50, :15], 2)
+    for scale, least in ((2, 16), (3, 18), (4, 20), (8, 32)):  # 11 and twice the scale, to a multiple of it
+        assert evaluate_image(photograph("camera")[:least, :least], scale)[0].bicubic_psnr > 0
+        with pytest.raises(ValueError, match=f"of {least} pixels or more, got {least} x {least - 1}"):
+            evaluate_image(photograph("camera")[: least - 1, :least], scale)
 
 
 # Samples of all kinds -------------------------------------------------------------------------------------------------
@@ -247,7 +251,7 @@ def test_evaluate_writes_table_numbers_and_picture(folder, capsys):
     ("options", "message"),
     [
         (["--data", "missing"], "evaluate: expected --data to be 'photographs' or a folder, got missing"),
-        (["--data", "."], "evaluate: expected --data to hold pictures that can be used, got in.png"),
+        (["--data", "."], "evaluate: expected --data to hold pictures that can be used, got none; in.png"),
         (["--model", "net.pt", "--scale", "2"], "evaluate: expected scale to be 4 like the network's, got 2"),
         (["--json", "out.txt"], "evaluate: expected --json to end in .json"),
         (["--picture", "out.txt"], "evaluate: expected OUT to end in"),

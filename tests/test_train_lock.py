@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two runs never write to one folder."""
 
+import concurrent.futures
 import os
 import re
 import signal
@@ -59,11 +60,9 @@ def test_many_runs_that_begin_at_once_come_one_at_a_time(tmp_path):
             except InputError:
                 time.sleep(0.0002)
 
-    threads = [threading.Thread(target=enter) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for entered in [threads.submit(enter) for _ in range(4)]:
+            entered.result()
     assert most == 1 and done > 0 and os.listdir(tmp_path) == []
 
 

@@ -126,7 +126,15 @@ def test_a_new_srcnn_is_nearly_bicubic():
         (["--data", "missing"], "train: expected --data to be 'photographs' or a folder, got missing"),
         (["--steps", "0"], "train: expected steps, batch and patch to be positive"),
         (["--device", "cuda"], "train: device 'cuda' is not available: torch finds no CUDA GPU"),
-        (["--size", "999"], "train: expected at least one picture of 1998 x 1998 pixels or more, got none"),
+        (
+            ["--size", "999"],
+            "five pictures or more that can be used, got 1; .* expected 1998 pixels or more to cut",
+        ),
+        (["--set", "scale=3"], "train: expected --scale 3, got --set scale"),
+        (["--epochs", "3"], "train: expected no --epochs with --task sr"),
+        (["--weights", "net.pt"], "train: expected no --weights with --task sr"),
+        (["--label-smoothing", "0.1"], "train: expected no --label-smoothing with --task sr"),
+        (["--task", "classify"], "train: expected no --steps with --task classify"),
     ],
 )
 def test_errors(options, message, pictures, capsys, monkeypatch):
@@ -134,6 +142,25 @@ def test_errors(options, message, pictures, capsys, monkeypatch):
     given = ["--data", str(pictures), "--steps", "1", "--out", str(pictures.parent / "out"), *options]
     assert main(["train", "--task", "sr", *given]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_pictures_that_are_too_small_are_named(pictures, capsys):
+    """Too flat to be shrunk, to cut a patch from, and to measure on; the fifth picture is held out."""
+    for name, size in (("a.png", (40, 1)), ("b.png", (40, 23)), ("3b.png", (40, 15))):
+        Image.new("RGB", size).save(pictures / name)
+    assert sorted(path.name for path in pictures.iterdir())[4] == "3b.png"
+    options = ["--data", str(pictures), "--steps", "1", "--batch", "2", "--size", "12", "--threads", "1"]
+    assert main(["train", "--task", "sr", *options, "--out", str(pictures.parent / "out")]) == 2
+    assert "used, got 6; " in capsys.readouterr().err  # none is held out
+    (pictures / "3b.png").unlink()
+    Image.new("RGB", (40, 15)).save(pictures / "3b.png")
+    for name in ("c.png", "d.png"):
+        Image.new("RGB", (40, 40)).save(pictures / name)
+    assert main(["train", "--task", "sr", *options, "--out", str(pictures.parent / "out")]) == 0
+    text = capsys.readouterr().out
+    assert f"skipped {pictures / 'a.png'}: expected 24 pixels or more to cut patches from, got 40 x 1" in text
+    assert f"skipped {pictures / 'b.png'}: expected 24 pixels or more to cut patches from, got 40 x 23" in text
+    assert f"skipped {pictures / '3b.png'}: expected 16 pixels or more to measure on, got 40 x 15" in text
 
 
 def test_a_checkpoint_is_not_overwritten(pictures):

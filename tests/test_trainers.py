@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import monai.engines
 import pytest
 import torch
 import torchvision
@@ -134,3 +135,20 @@ def test_accelerate() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
     assert accuracy(accelerator.unwrap_model(model)) >= 0.9
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_supervised_trainer_of_monai() -> None:
+    model = net()
+    trainer = monai.engines.SupervisedTrainer(
+        device="cpu",
+        max_epochs=10,
+        train_data_loader=DataLoader(Blobs(), 6),
+        network=model,
+        optimizer=torch.optim.Adam(model.parameters(), 0.01),
+        loss_function=nn.CrossEntropyLoss(),
+        prepare_batch=lambda batch, device, non_blocking, **_: (batch["pixel_values"], batch["labels"]),
+    )
+    trainer.run()
+    assert trainer.state.iteration == 40 and is_fused(model)
+    assert accuracy(model) >= 0.9

@@ -2,6 +2,7 @@
 """Weights of other programs: what they are wrapped in, what they do not tell, and files that claim what is not true."""
 
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -234,14 +235,23 @@ def vdsr_of_others(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ("net", "names"),
     [(models.SRCNN(3), dict), (models.VDSR(3, 4, 5), vdsr_of_others), (models.VDSR(3, 12, 2), vdsr_of_others)],
 )
-def test_weights_that_do_not_tell_their_scale(net, names):
+def test_weights_that_do_not_tell_their_scale(net, names, capsys):
     torch.save(names(net.state_dict()), "net.pt")
-    with pytest.raises(ValueError, match=r"its scale, which these weights do not contain; give scale="):
-        load_super_resolution("net.pt")
-    assert_same(load_super_resolution("net.pt", scale=3), net)
-    Image.fromarray(numpy.zeros((8, 9, 3), numpy.uint8)).save("in.png")
-    assert main(["upscale", "in.png", "out.png", "--model", "net.pt", "--scale", "3"]) == 0
-    assert Image.open("out.png").size == (27, 24)
+    told, usual = load_super_resolution("net.pt", scale=3), load_super_resolution("net.pt")
+    assert_same(told, net)
+    assert told.notes == () and (usual.scale, usual.notes) == (2, ("the weights do not tell scale; took 2",))
+    large = torch.rand(1, 1, 14, 18)
+    torch.testing.assert_close(usual.refine(large), net.refine(large))
+    Image.fromarray(numpy.zeros((40, 50, 3), numpy.uint8)).save("in.png")
+    for scale in (None, 3):
+        options = ["--model", "net.pt", *(["--scale", str(scale)] if scale else [])]
+        assert main(["upscale", "in.png", "out.png", *options]) == 0
+        assert ("net.pt: the weights do not tell scale; took 2 (--scale)" in capsys.readouterr().out) == (scale is None)
+        with Image.open("out.png") as picture:
+            assert picture.size == (50 * (scale or 2), 40 * (scale or 2))
+        assert main(["evaluate", "--data", ".", *options]) == 0
+        assert f"picture, x{scale or 2}" in capsys.readouterr().out
+        Path("out.png").unlink()
 
 
 @pytest.mark.parametrize(
@@ -261,6 +271,22 @@ def test_arguments_that_do_not_fit(net, arguments, message, capsys):
     options = [word for name, value in arguments.items() for word in (flags[name], str(value))]
     assert main(["upscale", "in.png", "out.png", "--model", "net.pt", *options]) == 2
     assert f"fastdense: upscale: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["srcnn", "vdsr", "drcn"])
+@pytest.mark.parametrize(("option", "message"), [("5", "one of 2, 3, 4, got 5"), ("2.5", "got 2.5"), ("nan", "finite")])
+def test_scales_that_no_network_has(name, option, message, capsys):
+    small = {"srcnn": models.SRCNN(2), "vdsr": models.VDSR(2, 3, 4), "drcn": models.DRCN(2, 2, 3)}
+    torch.save(small[name].state_dict(), "net.pt")
+    assert main(["upscale", "in.png", "out.png", "--model", "net.pt", "--scale", option]) == 2
+    assert re.search(f"^fastdense: upscale: expected scale to be .*{message}", capsys.readouterr().err, re.M)
+
+
+def test_ranges_that_no_network_has():
+    torch.save(edsr_pytorch(models.EDSR(2, 1, 4), 1, shifts=False), "net.pt")
+    for arguments in ({"rgb_range": 100}, {"residual_scale": float("nan")}):
+        with pytest.raises(ValueError, match=rf"^load_super_resolution: expected {next(iter(arguments))} to be"):
+            load_super_resolution("net.pt", **arguments)
 
 
 def test_choices_are_printed(capsys):

@@ -71,12 +71,12 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="float32", help="16-bit types mean autocast (default: %(default)s)"
     )
     add_threads(machine)
-    machine.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    machine.add_argument("--seed", type=count, default=0, metavar="N", help="default: %(default)s")
 
 
 def add_threads(parser: argparse._ActionsContainer) -> None:
     """How many threads compute."""
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=count, default=0, metavar="N", help="CPU threads (default: torch's choice)")
 
 
 def add_pictures(parser: argparse.ArgumentParser, default_alpha: str) -> None:
@@ -120,9 +120,16 @@ def colour(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def count(text: str) -> int:
+    """Parses 0, 1, 2 ..."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
+    return int(text)
+
+
 def quality(text: str) -> int:
     """Parses 1 to 100."""
-    if not text.isdigit() or not 1 <= int(text) <= 100:
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 100:
         raise argparse.ArgumentTypeError(f"expected a quality from 1 to 100, got {text!r}")
     return int(text)
 

@@ -166,8 +166,6 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
         check_output("bench: expected --json", options.json)
     if options.plot:
         check_output("bench: expected --plot", options.plot, (".png", ".svg", ".pdf"))
-    if config.threads < 0:
-        raise InputError(f"bench: expected --threads to be at least 0, got {config.threads}")
     graphs = [name for name in config.variants if VARIANTS[name].graph]
     if graphs and (config.device != "cuda" or config.dtype == "float16"):
         raise InputError(

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdense._support import InputError, Interrupted, check_output, extra, write_json
+from fastdense._support import InputError, Interrupted, check_output, extra, first_of, write_json
 from fastdense.cli.arguments import Commands, add_command, add_threads, add_weights
 from fastdense.cli.terminal import console, progress
 
@@ -79,7 +79,8 @@ def run(options: argparse.Namespace) -> int:
                     if options.picture and not rows:
                         write_picture("evaluate", options.picture, Picture((side_by_side(*shown),)))
                 except (ValueError, MemoryError, RuntimeError) as error:
-                    skipped.append(f"{name}: {str(error).removeprefix(f'{paths[0]}: ')}")
+                    reason = str(error).removeprefix(f"{paths[0]}: ").removeprefix("evaluate: ")
+                    skipped.append(f"{name}: {reason}")
                 else:
                     rows[name] = row
                 tick(name)
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
             done = f"{len(rows)} of {len(pictures)} pictures"
             stop = Interrupted(f"stopped; {done} were measured. To measure all:", resumes=False)
     if not rows:
-        raise InputError(f"evaluate: expected --data to hold pictures that can be used, got {'; '.join(skipped)}")
+        raise InputError(f"evaluate: expected --data to hold pictures that can be used, got none{first_of(skipped)}")
     _print(rows, scale)
     for line in skipped:
         print(f"skipped {line}")

@@ -123,7 +123,7 @@ def _change_image(command: str, options: argparse.Namespace, read: Path, write: 
     if options.flatten:
         frames = tuple(flatten(samples, options.flatten) for samples in frames)
     first, bits = frames[0], options.depth
-    peak = bounded_peak_of(first) if bits else 0.0
+    peak = max(bounded_peak_of(samples) for samples in frames) if bits else 0.0
     height, width = size = change.size(first)
     channels = first.shape[2] if first.ndim == 3 else 1
     check_format(command, write, Kind(f"uint{bits}" if bits else str(first.dtype), channels, size, len(frames)))
@@ -176,7 +176,7 @@ def load_net(
     try:
         net = load_super_resolution(
             _packaged(command, model) if model in _PACKAGED else Path(model),
-            scale=int(scale) if scale is not None and scale == int(scale) else scale,  # type: ignore[arg-type]
+            scale=int(scale) if scale is not None and float(scale).is_integer() else scale,  # type: ignore[arg-type]
             rgb_range=rgb_range,
             residual_scale=residual_scale,
         )
@@ -191,9 +191,9 @@ def load_net(
             f"{command}: expected a network from 1 or 3 channels to as many, got {model} "
             f"from {net.colours} to {net.out_colours}"
         )
-    options = {"rgb_range": "--rgb-range", "residual_scale": "--res-scale"}
+    options = {"scale": "--scale", "rgb_range": "--rgb-range", "residual_scale": "--res-scale"}
     for note in net.notes:
-        print(f"note: {model}: {note}" + "".join(f" ({flag})" for name, flag in options.items() if name in note))
+        print(f"note: {model}: {note}" + "".join(f" ({flag})" for name, flag in options.items() if f" {name};" in note))
     return net.to(device, getattr(torch, dtype))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fastdense._choices import DEVICES, DTYPES
 from fastdense._support import InputError, Interrupted, check_output, write_atomically
-from fastdense.cli.arguments import Commands, add_classifier, add_command, add_threads, path
+from fastdense.cli.arguments import Commands, add_classifier, add_command, add_threads, count, path
 from fastdense.cli.terminal import progress
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--mean-max", action="store_true", help="DPN on larger pictures: mean of average and maximum of all windows"
     )
+    parser.add_argument(
+        "--workers", type=count, metavar="N", help="processes that read (default: up to 4, none for one batch)"
+    )
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="16-bit types: autocast (default: float32)")
     add_threads(parser)
@@ -60,21 +63,30 @@ def run(options: argparse.Namespace) -> int:
     """Classifies the pictures and prints or writes the result."""
     from fastdense.train.loop import find_device
     from fastdense.train.prediction import predict
+    from fastdense.train.samples import default_workers
 
     for name in ("top", "batch", "size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"predict: expected --{name} to be at least 1, got {getattr(options, name)}")
     if options.out:
         check_output("predict: expected --out", options.out, (".csv", ".json"))
-    device = find_device(options.device)
+    device = find_device(options.device, "predict")
     pictures, problems, left_out = find_pictures(options.input)
     classifier = make_classifier(options)
+    usual = default_workers() if len(pictures) > options.batch else 0
+    workers = usual if options.workers is None else options.workers
     found: list[Prediction] = []
     stop = None
     try:
         with progress("predict", len(pictures)) as tick:
             steps = predict(
-                classifier, pictures, batch=options.batch, top=options.top, device=str(device), dtype=options.dtype
+                classifier,
+                pictures,
+                batch=options.batch,
+                top=options.top,
+                device=str(device),
+                dtype=options.dtype,
+                workers=workers,
             )
             for one in steps:
                 if one.problem:

@@ -28,6 +28,16 @@ examples:
 """
 
 
+# Options that a task does not know.
+_UNUSED = {
+    "classify": ("scale", "steps"),
+    "sr": (
+        *("augment", "weights", "freeze", "epochs", "schedule", "warmup", "label_smoothing", "ema", "momentum"),
+        *("weight_decay", "memory", "budget", "tensorboard", "workers", "depth", "growth_rate"),
+    ),
+}
+
+
 def add(commands: Commands) -> None:
     """Adds the command."""
     parser = add_command(commands, "train", HELP, run)
@@ -82,10 +92,16 @@ def add(commands: Commands) -> None:
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, too, in --out")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that read pictures (default: up to 4)")
     add_machine(parser)
+    parser.set_defaults(
+        unused={task: {name: parser.get_default(name) for name in names} for task, names in _UNUSED.items()}
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Trains and prints the final accuracy, or how much better than bicubic enlargement the network is."""
+    for name, default in options.unused[options.task].items():
+        if getattr(options, name) != default:
+            raise InputError(f"train: expected no --{name.replace('_', '-')} with --task {options.task}")
     return _super_resolution(options) if options.task == "sr" else _classify(options)
 
 
@@ -107,7 +123,7 @@ def _classify(options: argparse.Namespace) -> int:
         weights=options.weights,
         freeze=options.freeze,
         epochs=options.epochs,
-        batch=options.batch or 64,
+        batch=64 if options.batch is None else options.batch,
         lr=options.lr,
         schedule=options.schedule,
         warmup=options.warmup,

@@ -32,7 +32,9 @@ def add(commands: Commands) -> None:
     parser = add_command(commands, "upscale", HELP, run)
     add_pictures(parser, "premultiplied with a model, else straight")
     parser.add_argument("--model", metavar="MODEL", help="checkpoint or name (default: bicubic resampling)")
-    parser.add_argument("--scale", type=float, metavar="S", help="needed without a model, or for SRCNN and VDSR")
+    parser.add_argument(
+        "--scale", type=float, metavar="S", help="needed without a model; of SRCNN and VDSR (default: 2)"
+    )
     add_weights(parser)
     parser.add_argument("--max-memory", type=byte_count, metavar="SIZE", help="for all but weights, like 500M or 2G")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: %(default)s")

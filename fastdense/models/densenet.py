@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense._choices import MemoryMode, SurvivalMode, SurvivalScale
-from fastdense.models.recipe import keep_recipe
+from fastdense.models.recipe import keep_recipe, keeps_recipe
 from fastdense.models.weights import (
     DenseNet121_Weights,
     DenseNet161_Weights,
@@ -238,6 +238,7 @@ def densenet264(*, growth_rate: int = 32, **options: Unpack[DenseNetOptions]) ->
     return _imagenet("densenet264", (6, 12, 64, 48), growth_rate, 2 * growth_rate, options)
 
 
+@keeps_recipe
 def densenet_cifar(
     depth: int = 100,
     growth_rate: int = 12,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdense._choices import MemoryMode, SurvivalMode, SurvivalScale
 from fastdense.fusion.dense_block import RecomputedTransition
+from fastdense.models.recipe import keeps_recipe
 from fastdense.nn import DenseBlock, linear_decay
 from fastdense.plain.activation import ActivationName, make_activation
 from fastdense.plain.norm import NormName, make_norm
@@ -186,16 +187,19 @@ class FCDenseNetOptions(TypedDict, total=False):
     """See :class:`fastdense.nn.StochasticDepth`."""
 
 
+@keeps_recipe
 def fc_densenet56(**options: Unpack[FCDenseNetOptions]) -> FCDenseNet:
     """FC-DenseNet56, k=12, 1,375,019 parameters at 11 classes."""
     return FCDenseNet(12, (4,) * 5, 4, (4,) * 5, **options)
 
 
+@keeps_recipe
 def fc_densenet67(**options: Unpack[FCDenseNetOptions]) -> FCDenseNet:
     """FC-DenseNet67, k=16, 3,460,475 parameters at 11 classes."""
     return FCDenseNet(16, (5,) * 5, 5, (5,) * 5, **options)
 
 
+@keeps_recipe
 def fc_densenet103(**options: Unpack[FCDenseNetOptions]) -> FCDenseNet:
     """FC-DenseNet103, k=16, 9,318,075 parameters at 11 classes."""
     return FCDenseNet(16, (4, 5, 7, 10, 12), 15, (12, 10, 7, 5, 4), **options)

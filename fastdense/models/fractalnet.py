@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdense.models.recipe import keeps_recipe
 from fastdense.ops import mean_join
 from fastdense.plain.stochastic_depth import check_probability, statistics_move_if
 
@@ -353,6 +354,7 @@ def anytime_loss(outputs: Sequence[Tensor], target: Tensor) -> Tensor:
     return whole + torch.stack(columns).mean()
 
 
+@keeps_recipe
 def fractalnet(
     columns: int = 3,
     widths: Sequence[int] = (64, 128, 256, 512, 512),

@@ -11,6 +11,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdense.models.recipe import keeps_recipe
 from fastdense.nn.highway import HighwayConv2d, HighwayLinear
 from fastdense.plain.stochastic_depth import check_choice, check_probability
 
@@ -151,6 +152,7 @@ class HighwayMlp(nn.Module):
         return self.classifier(self.hidden(x.flatten(1)))
 
 
+@keeps_recipe
 def highway_cifar(
     num_classes: int = 10, transform_bias: float = -2.0, drop_rate: float = 0.2, in_channels: int = 3
 ) -> HighwayCifar:
@@ -166,6 +168,7 @@ def highway_cifar(
     return HighwayCifar(num_classes, transform_bias=transform_bias, drop_rate=drop_rate, in_channels=in_channels)
 
 
+@keeps_recipe
 def highway_mnist(
     width: int = 32,
     num_classes: int = 10,
@@ -185,6 +188,7 @@ def highway_mnist(
     return HighwayMnist(width, num_classes, transform_bias=transform_bias, drop_rate=drop_rate, in_channels=in_channels)
 
 
+@keeps_recipe
 def highway_mlp(
     depth: int = 50,
     width: int = 50,

@@ -18,7 +18,7 @@ from fastdense.models.recipe import recipe_of
 from fastdense.models.registry import create, is_super_resolution, list, takes_weights
 from fastdense.models.weights import first_convolution, last_layer, load_state, read_weights
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _OLD_WEIGHTS = "pytorch_model.bin"  # of timm, where there is no other
 
 
@@ -56,6 +56,8 @@ def load_pretrained(
 ) -> Pretrained:
     """As :func:`from_pretrained`, with what is known of the data; messages begin with ``op``."""
     folder = Path(source)
+    if folder.is_file():
+        raise InputError(f"{op}: expected a folder or a repository, got the file {folder}, which load_weights reads")
     is_folder = folder.is_dir()
     config_file = folder / CONFIG if is_folder else _fetch(op, source, CONFIG, revision)
     config = _read_config(op, config_file)
@@ -82,6 +84,9 @@ def load_pretrained(
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, data: Mapping[str, Any] | None = None) -> Path:
     """Writes ``config.json`` and ``model.safetensors``, from which :func:`from_pretrained` makes the model again.
 
+    A model card, ``README.md``, says how to load the model. What it was trained on, and its licence, are for you to
+    add. A card that exists stays.
+
     Networks with timm's names are read by timm as well: ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
 
     Args:
@@ -97,14 +102,21 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, data: M
         ValueError: the model was made otherwise, or was changed since. Nothing is written.
         MissingExtraError: safetensors is not installed.
     """
+    folder = Path(folder)
+    return _write(model, folder, data, folder.resolve().name)
+
+
+def _write(model: nn.Module, folder: Path, data: Mapping[str, Any] | None, title: str) -> Path:
     with extra("hub"):
         from safetensors.torch import save
     config, state = _describe("save_pretrained", model, data)
     text = json.dumps(finite(config), indent=2, allow_nan=False) + "\n"
     content = save(state, metadata={"format": "pt"})
-    folder = Path(folder)
     write_atomically(folder / WEIGHTS, lambda file: file.write(content))
     write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
+    if not (folder / CARD).exists():
+        card = _card(config, title)
+        write_atomically(folder / CARD, lambda file: file.write(card.encode()))
     return folder
 
 
@@ -117,7 +129,7 @@ def push_to_hub(
     token: str | None = None,
     message: str = "Upload a model of fastdense",
 ) -> str:
-    """Uploads what :func:`save_pretrained` writes to the Hugging Face hub.
+    """Uploads what :func:`save_pretrained` writes to the Hugging Face hub; a model card that is there stays.
 
     Args:
         model: see :func:`save_pretrained`.
@@ -137,10 +149,12 @@ def push_to_hub(
     with extra("hub"):
         from huggingface_hub import HfApi
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, data=data)
+        place = _write(model, Path(folder), data, repository)
         hub = HfApi(token=token)
         hub.create_repo(repository, private=private, exist_ok=True)
-        return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
+        if hub.file_exists(repository, CARD):
+            (place / CARD).unlink()
+        return str(hub.upload_folder(repo_id=repository, folder_path=place, commit_message=message))
 
 
 def _describe(op: str, model: nn.Module, data: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -174,6 +188,55 @@ def _describe(op: str, model: nn.Module, data: Mapping[str, Any] | None) -> tupl
     timm |= {name: value for name, value in (data or {}).items() if name in ("mean", "std")}
     own = {"version": _build_info.version(), "kwargs": kwargs, "data": dict(data or {})}
     return {"architecture": recipe.name, "num_classes": classes, "pretrained_cfg": timm, "fastdense": own}, state
+
+
+_CARD = """---
+library_name: fastdense
+pipeline_tag: image-classification
+tags:
+- image-classification
+---
+
+# {title}
+
+A {architecture} with {outputs}.
+
+```python
+from fastdense.models import from_pretrained
+
+model = from_pretrained("{title}")  # a folder, or a repository of the hub
+```
+
+It needs `pip install 'fastdense[hub]'`. On the command line: `fastdense predict pictures/ --weights {title}`.
+
+## Pictures
+
+{pictures}
+
+## Data and licence
+
+Please say here what the network was trained on and how well it does, and choose a licence: `license:` at the head of
+this file.
+"""
+# Names of classes that a model card lists.
+_LISTED = 100
+
+
+def _card(config: Mapping[str, Any], title: str) -> str:
+    """The text of a model card, by what ``config.json`` says."""
+    data, count = config["fastdense"]["data"], config["num_classes"]
+    names = [str(name) for name in data.get("classes") or ()]
+    known = {"size": "side in pixels", "mean": "mean of each channel", "std": "standard deviation of each channel"}
+    lines = [f"* {words}: {data[name]}" for name, words in known.items() if name in data]
+    if names:
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        lines.append(f"* classes: {', '.join(names[:_LISTED])}{more}")
+    return _CARD.format(
+        title=title,
+        architecture=config["architecture"],
+        outputs="one map of classes" if count is None else f"{count} classes",
+        pictures="\n".join(lines) or "Its author has not said how pictures become its input.",
+    )
 
 
 def _read_config(op: str, path: Path) -> dict[str, Any]:

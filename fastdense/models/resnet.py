@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense._choices import SurvivalMode, SurvivalScale
+from fastdense.models.recipe import keeps_recipe
 from fastdense.plain.stochastic_depth import StochasticDepth, check_choice, linear_decay
 
 ShortcutKind = Literal["subsample", "average"]
@@ -187,6 +188,7 @@ class ResNet(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+@keeps_recipe
 def resnet_cifar(
     depth: int = 110,
     num_classes: int = 10,
@@ -225,6 +227,7 @@ def resnet_cifar(
     )
 
 
+@keeps_recipe
 def preresnet_cifar(
     depth: int = 110,
     num_classes: int = 10,
@@ -260,6 +263,7 @@ def preresnet_cifar(
     )
 
 
+@keeps_recipe
 def stochastic_depth_cifar(
     depth: int = 110,
     num_classes: int = 10,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdense.models.recipe import keeps_recipe
 from fastdense.models.resnet import Shortcut
 from fastdense.plain.stochastic_depth import check_choice
 
@@ -177,6 +178,7 @@ class ResNetInResNet(nn.Module):
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
+@keeps_recipe
 def resnet_in_resnet(
     num_classes: int = 10,
     width: int = 48,

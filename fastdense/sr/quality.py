@@ -85,8 +85,11 @@ def _shaved(picture: Tensor, shave: int) -> Tensor:
 
 
 def smallest_measured(scale: int) -> int:
-    """Pixels that a side of a picture needs for the window of SSIM, without ``scale`` at each border."""
-    return 11 + 2 * scale
+    """Pixels that a side of a picture needs for the window of SSIM, without ``scale`` at each border.
+
+    It is a multiple of the scale, to which pictures are cropped.
+    """
+    return -(-(11 + 2 * scale) // scale) * scale
 
 
 class Quality(NamedTuple):
@@ -121,11 +124,11 @@ def evaluate_image(
     """
     if net is not None and net.scale != scale:
         raise ValueError(f"evaluate: expected scale to be {net.scale} like the network's, got {scale}")
-    height, width = (size - size % scale for size in picture.shape[:2])
-    if min(height, width) < smallest_measured(scale):
-        least = smallest_measured(scale)
+    height, width = picture.shape[:2]
+    least = smallest_measured(scale)
+    if min(height, width) < least:
         raise ValueError(f"evaluate: expected a picture of {least} pixels or more, got {width} x {height}")
-    picture = picture[:height, :width]
+    picture = picture[: height - height % scale, : width - width % scale]
     original = luminance(picture)
     small = bicubic_resize(original, scale_factor=1 / scale, preset="matlab")
     bicubic = _round(bicubic_resize(small, scale_factor=scale, preset="matlab"))

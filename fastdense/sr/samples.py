@@ -55,8 +55,9 @@ def bounded_peak_of(samples: numpy.ndarray) -> float:
     """The number that stands for white, where no sample is brighter or below black.
 
     Raises:
-        ValueError: as :func:`peak_of`; floating point beyond 0 ... 1.
+        ValueError: as :func:`peak_of`; floating point beyond 0 ... 1, or not finite.
     """
+    check_finite(samples, "the picture")
     if numpy.issubdtype(samples.dtype, numpy.floating):
         low, high = samples.min(), samples.max()
         if not (low >= 0 and high <= 1):

@@ -101,6 +101,7 @@ def _cfgs(architecture: str) -> dict[str, Any]:
 default_cfgs: dict[str, Any] = {}
 for _architecture in ARCHITECTURES:
     _register(_architecture)
+    __all__.pop()  # timm adds what it registers; create_model makes it
 
 
 def convert_created_models(memory: DualPathMemoryMode = "balanced") -> Callable[[], None]:

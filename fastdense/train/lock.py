@@ -43,7 +43,9 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _open_locked(path)
     except BlockingIOError as error:
-        owner = path.read_text(errors="replace").strip() if path.exists() else ""
+        owner = ""
+        with contextlib.suppress(OSError):  # gone with its owner
+            owner = path.read_text(errors="replace").strip()
         raise InputError(
             f"train: expected out to be a folder that no other run writes to, got {folder}, where"
             f" {owner or 'another process'} is training; wait for it, or choose another folder"

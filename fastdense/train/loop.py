@@ -403,8 +403,8 @@ def _count_correct(logits: Tensor, labels: Tensor) -> int:
     return int((logits.argmax(1) == labels).sum())
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a name.
+def find_device(name: str, op: str = "train") -> torch.device:
+    """The device of a name; messages begin with ``op``.
 
     Raises:
         InputError: torch knows no such device, or finds none.
@@ -412,11 +412,9 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(
-            f"train: expected device to be a torch device such as 'cpu' or 'cuda', got {name!r}"
-        ) from error
+        raise InputError(f"{op}: expected device to be a torch device such as 'cpu' or 'cuda', got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"train: device {name!r} is not available: torch finds no CUDA GPU")
+        raise InputError(f"{op}: device {name!r} is not available: torch finds no CUDA GPU")
     return device
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fastdense import models
 from fastdense._support import InputError, extra
@@ -19,7 +20,7 @@ from fastdense.models.sr.weight_files import read_entries
 from fastdense.models.weights import first_convolution, last_layer, load_state, read_weights
 from fastdense.models.weights.sources import CHECKPOINT
 from fastdense.sr.images import IMAGENET_MEAN, IMAGENET_STD, CorruptImageError, open_rgb
-from fastdense.train.samples import TEST_CROP, Transform, centre_crop, middle_square
+from fastdense.train.samples import TEST_CROP, Transform, centre_crop, middle_square, read_ahead
 
 _SIZE = 224
 _PUBLISHED = ("IMAGENET1K_V1", "DEFAULT")
@@ -123,6 +124,7 @@ def predict(
     top: int = 1,
     device: str = "cpu",
     dtype: str = "float32",
+    workers: int = 0,
 ) -> Iterator[Prediction]:
     """Classifies pictures in the order of `paths`.
 
@@ -133,22 +135,18 @@ def predict(
         top: classes per picture.
         device: a torch device.
         dtype: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` for autocast.
+        workers: processes that read pictures ahead; with 0 this one reads.
 
     Yields:
         A :class:`Prediction` for each; a picture that cannot be read has a `problem`. Probabilities are the softmax
         of the logits, in float32.
     """
-    model, transform = classifier.model.to(device).eval(), classifier.transform()
+    model = classifier.model.to(device).eval()
     top = min(top, len(classifier.classes))
-    for begin in range(0, len(paths), batch):
-        found: list[Prediction] = []
-        images: list[Tensor] = []
-        for path in paths[begin : begin + batch]:
-            try:
-                images.append(transform(open_rgb(path)))
-                found.append(Prediction(path))
-            except CorruptImageError as error:
-                found.append(Prediction(path, problem=str(error)))
+    pictures = _Pictures(tuple(paths), classifier.transform())
+    for read in read_ahead(pictures, batch, workers):
+        images = [image for _, image in read if image is not None]
+        found = [one for one, _ in read]
         rows = iter(_scores(classifier, model, torch.stack(images), device, dtype) if images else ())
         for one in found:
             if one.problem is None:
@@ -156,6 +154,23 @@ def predict(
                 names = tuple(classifier.classes[index] for index in indices.tolist())
                 one = Prediction(one.path, names, tuple(values.tolist()))
             yield one
+
+
+class _Pictures(Dataset[tuple[Prediction, Tensor | None]]):
+    """Pictures by their number, each with its image, or with its problem."""
+
+    def __init__(self, paths: tuple[Path, ...], transform: Transform) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, at: int) -> tuple[Prediction, Tensor | None]:
+        path = self.paths[at]
+        try:
+            return Prediction(path), self.transform(open_rgb(path))
+        except CorruptImageError as error:
+            return Prediction(path, problem=str(error)), None
 
 
 @torch.no_grad()

@@ -209,6 +209,12 @@ def _begin_worker(worker: int) -> None:
     gc.freeze()  # a collection would write to all objects that are shared with the main process, and so copy them
 
 
+def read_ahead(data: torch.utils.data.Dataset[Any], batch: int, workers: int) -> Iterator[list[Any]]:
+    """Lists of `batch` samples in their order, on their way from workers."""
+    options: dict[str, Any] = {"worker_init_fn": _begin_worker, "generator": torch.Generator()}
+    yield from DataLoader(data, batch, num_workers=workers, collate_fn=_as_it_is, **options)
+
+
 def default_workers() -> int:
     """As many as there are CPUs for this process, up to four."""
     return min(4, len(os.sched_getaffinity(0)))

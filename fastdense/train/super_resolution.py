@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdense import models
 from fastdense._choices import DTYPES
-from fastdense._support import InputError, Interrupted, extra, write_json
+from fastdense._support import InputError, Interrupted, extra, first_of, write_json
 from fastdense.bench.photographs import SCIKIT_IMAGE_FILES, scikit_image_folder
 from fastdense.models import SuperResolutionNet, save_super_resolution
 from fastdense.ops.bicubic import bicubic_resize
@@ -104,12 +104,7 @@ class Patches:
         self.side, self.scale = side, scale
         large = [_planes(picture, colours, scale) for picture in pictures]
         small = [bicubic_resize(planes, scale_factor=1 / scale, preset="matlab") for planes in large]
-        pairs = zip(small, large, strict=True)
-        self.pairs = [(s, b) for s, b in pairs if min(s.shape[2:]) >= side]
-        if not self.pairs:
-            raise InputError(
-                f"train: expected at least one picture of {side * scale} x {side * scale} pixels or more, got none"
-            )
+        self.pairs = list(zip(small, large, strict=True))
         # By area, so that all places are equally likely.
         areas = numpy.array([s.shape[2] * s.shape[3] for s, _ in self.pairs], float)
         self.shares = areas / areas.sum()
@@ -147,9 +142,13 @@ def _planes(picture: NDArray[numpy.uint8], colours: int, scale: int) -> Tensor:
 
 
 def load_pictures(
-    data: str, smallest: int = 0
+    data: str, trained: int = 1, measured: int = 1
 ) -> tuple[list[NDArray[numpy.uint8]], list[NDArray[numpy.uint8]], list[str]]:
-    """Pictures to train on, held-out ones of at least ``smallest`` pixels a side, and a line for each left out."""
+    """Pictures to train on and held-out ones, of at least so many pixels a side, and a line for each left out.
+
+    Raises:
+        InputError: there are none of one kind.
+    """
     skipped: list[str] = []
     if data == PHOTOGRAPHS:
         folder = scikit_image_folder("train")
@@ -170,13 +169,17 @@ def load_pictures(
         except CorruptImageError as error:
             skipped.append(str(error))
             continue
-        if is_held and min(samples.shape[:2]) < smallest:
-            height, width = samples.shape[:2]
-            skipped.append(f"{path}: expected {smallest} pixels or more to measure on, got {width} x {height}")
+        smallest, purpose = (measured, "measure on") if is_held else (trained, "cut patches from")
+        height, width = samples.shape[:2]
+        if min(height, width) < smallest:
+            skipped.append(f"{path}: expected {smallest} pixels or more to {purpose}, got {width} x {height}")
             continue
         (testing if is_held else training).append(samples)
     if not training or not testing:
-        raise InputError(f"train: expected {data} to hold five readable pictures or more, got {len(training)}")
+        usable = len(training) + len(testing)
+        raise InputError(
+            f"train: expected {data} to hold five pictures or more that can be used, got {usable}{first_of(skipped)}"
+        )
     return training, testing, skipped
 
 
@@ -213,7 +216,8 @@ def _train_alone(config: SuperResolutionConfig, path: Path, progress: bool) -> S
     if config.lr is None:
         config = dataclasses.replace(config, lr=saved["config"]["lr"] if saved else 1e-3)
     run = _Run(config, path)
-    training, testing, skipped = load_pictures(config.data, smallest_measured(config.scale) + config.scale - 1)
+    least = config.patch * config.scale, smallest_measured(config.scale)
+    training, testing, skipped = load_pictures(config.data, *least)
     patches = Patches(training, run.net.colours, config.scale, config.patch)
     first = 0
     if saved:
@@ -236,6 +240,8 @@ def _make(config: SuperResolutionConfig) -> SuperResolutionNet:
     known = [name for name in models.list() if models.is_super_resolution(name)]
     if config.model not in known:
         raise InputError(f"train: expected --model of --task sr to be one of {', '.join(known)}, got {config.model!r}")
+    if "scale" in config.model_kwargs:
+        raise InputError(f"train: expected --scale {config.model_kwargs['scale']}, got --set scale")
     try:
         net = models.create(config.model, **{"scale": config.scale, **config.model_kwargs})
     except TypeError as error:

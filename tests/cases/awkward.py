@@ -213,6 +213,18 @@ CASES = [
     Awkward(
         "rgb10.ppm", pnm(RGB.astype(numpy.uint16) * 4, 1023), [(RGB * (4 * 65535 / 1023) + 0.5).astype(numpy.uint16)]
     ),
+    Awkward(
+        "in_words16.ppm",
+        lambda path: path.write_text(f"P3 {WIDTH} {HEIGHT} 65535 {' '.join(map(str, DEEP_RGB.ravel()))}"),
+        [DEEP_RGB],
+    ),
+    Awkward(
+        "much_said.ppm",
+        lambda path: path.write_bytes(
+            b"P6\n#" + 5000 * b"c" + b"\n%d %d\n65535\n" % (WIDTH, HEIGHT) + DEEP_RGB.astype(">u2").tobytes()
+        ),
+        [DEEP_RGB],
+    ),
     Awkward("planes16.tif", tiff(DEEP_RGB.transpose(2, 0, 1).copy(), photometric="rgb"), [DEEP_RGB]),
     Awkward("lzw16.tif", opencv(DEEP_RGB), [DEEP_RGB]),
     Awkward("palette.png", lambda path: png(path, TWO, 2, 3, (b"PLTE", PALETTE.tobytes())), [PALETTE[TWO]]),
@@ -279,6 +291,7 @@ CASES = [
     ),
     # Names, sizes and content
     Awkward("photo.jfif", pillow(RGB, format="JPEG", **SHARP), [RGB], tolerance=2),
+    Awkward("frames.avif", frames(3, duration=100, quality=95, subsampling="4:4:4"), FRAMES, tolerance=3),
     Awkward("photo.avif", pillow(RGB, quality=95, subsampling="4:4:4"), [RGB], tolerance=3),
     Awkward("truevision.tga", pillow(RGB), [RGB]),
     Awkward("UPPER.PNG", pillow(RGB), [RGB]),

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads checkpoints of super-resolution networks from other projects. No code in a file is executed."""
 
+import contextlib
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from fastdense._support import MissingExtraError, extra, write_atomically
 from fastdense.models.key_mapping import load_exactly
-from fastdense.models.sr.base import SuperResolutionNet
+from fastdense.models.sr.base import SuperResolutionNet, check_rgb_range, check_scale
 from fastdense.models.sr.drcn import DRCN
 from fastdense.models.sr.edsr import EDSR
 from fastdense.models.sr.ncnn import read_ncnn
@@ -33,6 +35,9 @@ _NETWORKS: dict[str, type[SuperResolutionNet]] = {
     net.__name__: net for net in (DRCN, EDSR, RDN, RRDBNet, SRCNN, SRDenseNet, VDSR)
 }
 
+
+# Of networks on enlarged pictures: the scale that most of them are published and tried with.
+_USUAL_SCALE = 2
 
 _Rules = tuple[tuple[str, str], ...]
 _Made = tuple[SuperResolutionNet, State] | None
@@ -68,6 +73,14 @@ class SettingError(ValueError):
     """An argument that does not fit the weights."""
 
 
+@contextlib.contextmanager
+def _telling_settings() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
+
 class Choices:
     """What weights do not tell of a network: the user's word, or the file's, or what is usual.
 
@@ -79,24 +92,28 @@ class Choices:
 
     def __init__(self, given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         self.given = {name: value for name, value in given.items() if value is not None}
+        for name, value in self.given.items():
+            if not math.isfinite(value):
+                raise SettingError(f"{_OP}: expected {name} to be finite, got {value!r}")
+        with _telling_settings():
+            check_rgb_range(_OP, self.given.get("rgb_range", 1))
         self.settings = settings
         self.notes: list[str] = []
 
-    def choose(self, name: str, usual: float | None = None) -> Any:
-        """What the weights do not tell.
-
-        Raises:
-            ValueError: nobody says it, and nothing is usual.
-        """
+    def choose(self, name: str, usual: float) -> Any:
+        """What the weights do not tell."""
         if name in self.settings:
             return self.settings[name]
         if name in self.given:
             return self.given[name]
-        if usual is None:
-            raise ValueError(f"its {name}, which these weights do not contain; give {name}=...")
         if not self.settings:
             self.notes.append(f"the weights do not tell {name}; took {usual:g}")
         return usual
+
+    def scale(self) -> int:
+        """Of a network on enlarged pictures."""
+        with _telling_settings():
+            return int(check_scale(_OP, self.choose("scale", _USUAL_SCALE)))
 
     def check(self, net: SuperResolutionNet) -> None:
         """Raises:
@@ -128,7 +145,7 @@ def load_super_resolution(
 
     Args:
         path: of the file, of ``torch.save`` or ``.safetensors``. Nothing in it is executed (``weights_only``).
-        scale: of SRCNN, VDSR and DRCN, whose weights do not tell it.
+        scale: of SRCNN, VDSR and DRCN, whose weights do not tell it; taken for 2.
         rgb_range: what stands for white inside EDSR and RDN, 1 or 255. EDSR's weights mostly tell it; RDN by the names
             of EDSR-PyTorch is taken for 255, by other names for 1.
         residual_scale: factor of EDSR's residuals; taken for 0.1 from 256 channels on, for 1 below.
@@ -357,7 +374,7 @@ def _make_srcnn(state: State, choices: Choices) -> _Made:
     if set(state) != {f"conv{at}.{kind}" for at in (1, 2, 3) for kind in ("weight", "bias")}:
         return None
     first, second, third = (state[f"conv{at}.weight"].shape for at in (1, 2, 3))
-    return SRCNN(choices.choose("scale"), (first[2], second[2], third[2]), (first[0], second[0])), state
+    return SRCNN(choices.scale(), (first[2], second[2], third[2]), (first[0], second[0])), state
 
 
 def _make_vdsr(state: State, choices: Choices) -> _Made:
@@ -369,13 +386,13 @@ def _make_vdsr(state: State, choices: Choices) -> _Made:
     )
     if "convs.0.weight" not in state:
         return None
-    return VDSR(choices.choose("scale"), _count(state, r"convs\.(\d+)\."), state["convs.0.weight"].shape[0]), state
+    return VDSR(choices.scale(), _count(state, r"convs\.(\d+)\."), state["convs.0.weight"].shape[0]), state
 
 
 def _make_drcn(state: State, choices: Choices) -> _Made:
     if "recursive.weight" not in state:
         return None
-    return DRCN(choices.choose("scale"), state["weights"].shape[0], state["recursive.weight"].shape[0]), state
+    return DRCN(choices.scale(), state["weights"].shape[0], state["recursive.weight"].shape[0]), state
 
 
 _MAKERS = (_make_rrdbnet, _make_rdn, _make_edsr, _make_srdensenet, _make_srcnn, _make_vdsr, _make_drcn)

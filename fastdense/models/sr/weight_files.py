@@ -2,6 +2,7 @@
 """Reads the entries of weight files. No code in a file is executed, and what a file claims is checked first."""
 
 import argparse
+import pickle
 import re
 import warnings
 import zipfile
@@ -59,8 +60,11 @@ def read_entries(op: str, path: Path) -> dict[str, Any]:
     except ImportError:
         raise
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes ...
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{op}: expected {path} to be a whole checkpoint of tensors, got: {reason}") from error
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        # torch's own words are about an argument of torch.load, and the interpreter of pickles has none
+        if isinstance(error, pickle.UnpicklingError | LookupError | EOFError):
+            reason = "another file, or one with more than tensors in it; save the state_dict() of the network"
+        raise ValueError(f"{op}: expected {path} to be a whole checkpoint of tensors, got {reason}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{op}: expected {path} to hold entries by name, got a {type(content).__name__}")
     return dict(content)
@@ -99,9 +103,7 @@ def unwrap(op: str, path: Path, content: Mapping[str, Any]) -> State:
             continue
         if not isinstance(value, Tensor) or not isinstance(key, str):
             raise ValueError(f"{op}: expected {path} to hold tensors only, got {key} of type {type(value).__name__}")
-        problem = _problem(value)
-        if problem:
-            raise ValueError(f"{op}: expected {key} of {path} to be {problem}")
+        check_plain(op, path, key, value)
         key = key.removeprefix(_AVERAGED)
         while _PREFIXES.match(key):
             key = key.partition(".")[2]
@@ -116,6 +118,15 @@ def check_floats(op: str, path: Path, state: State) -> None:
     for key, value in state.items():
         if value.dtype not in _FLOATS:
             raise ValueError(f"{op}: expected {key} of {path} to be floating point, got {value.dtype}")
+
+
+def check_plain(op: str, path: Path, key: str, value: Tensor) -> None:
+    """Raises:
+    ValueError: an entry that is no plain tensor of finite numbers that the file holds.
+    """
+    problem = _problem(value)
+    if problem:
+        raise ValueError(f"{op}: expected {key} of {path} to be {problem}")
 
 
 def _problem(value: Tensor) -> str | None:

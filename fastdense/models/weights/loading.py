@@ -11,7 +11,7 @@ from fastdense.models.key_mapping import load_exactly, torchvision_keys
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Of torchxrayvision: thresholds that scale its outputs behind the network.
-_THRESHOLDS = "op_threshs"
+THRESHOLDS = "op_threshs"
 _LAYER = re.compile(r"denseblock(\d+)\.denselayer(\d+)\.")
 
 
@@ -50,9 +50,9 @@ def load_state(op: str, model: nn.Module, state_dict: Mapping[str, Tensor], sour
     words = []
     try:
         state = torchvision_keys(state_dict)
-        if _THRESHOLDS in state and _THRESHOLDS not in own:
-            del state[_THRESHOLDS]
-            words.append(f"{_THRESHOLDS} of {source} is left out: the network gives logits")
+        if THRESHOLDS in state and THRESHOLDS not in own:
+            del state[THRESHOLDS]
+            words.append(f"{THRESHOLDS} of {source} is left out: the network gives logits")
         word = _keep_last_layer(state, own, layers, source)
         words += [word] if word else []
         word = _adapt_first(state, own, first_convolution(model), source)

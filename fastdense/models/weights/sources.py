@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastdense._support import InputError, extra
 from fastdense.models.key_mapping import torchvision_keys
-from fastdense.models.sr.weight_files import read_entries
-from fastdense.models.weights.loading import load_state
+from fastdense.models.sr.weight_files import check_plain, read_entries
+from fastdense.models.weights.loading import THRESHOLDS, load_state
 from fastdense.models.weights.published import PublishedWeights
 
 # A published set, its name, a name of timm with "timm/" in front, or a file.
@@ -131,6 +131,12 @@ def read_weights(op: str, path: Path) -> dict[str, Tensor]:
     state = {str(key): value for key, value in content.items()}
     while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state)), ""):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
+    try:
+        for key, value in state.items():
+            if key != THRESHOLDS:  # NaN where there is none
+                check_plain(op, path, key, value)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     try:
         return torchvision_keys(state)
     except ValueError as error:

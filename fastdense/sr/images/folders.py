@@ -41,11 +41,11 @@ def search_folder(folder: Path, without: Path | None = None) -> Found:
     def fail(error: OSError) -> None:
         found.failed.append(f"{error.filename}: {error.strerror}")
 
-    outside = without.resolve() if without is not None else None
+    outside = os.path.realpath(without) if without is not None else None
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if outside is not None:
-            folders[:] = [name for name in folders if (Path(parent) / name).resolve() != outside]
+            folders[:] = [name for name in folders if os.path.realpath(Path(parent) / name) != outside]
         for name in names:
             path = Path(parent) / name
             if name.startswith("."):
@@ -80,13 +80,13 @@ def image_pairs(command: str, source: Path, target: Path, overwrite: bool) -> tu
             raise InputError(f"{command}: expected IN to be a picture or a folder, got {source}")
         if target.is_file():
             raise InputError(f"{command}: expected OUT to be a folder like IN, got the file {target}")
-        found = search_folder(source, None if target.resolve() == source.resolve() else target)
+        found = search_folder(source, None if os.path.realpath(target) == os.path.realpath(source) else target)
         if not found.pictures:
             known, why = ", ".join(sorted(SUFFIXES)), "; ".join(found.failed) or "none"
             raise InputError(f"{command}: expected IN to hold pictures ({known}), got {why} in {source}")
         pairs = [(path, target / path.relative_to(source)) for path in found.pictures]
-    read = {path.resolve() for path, _ in pairs}
-    same = [write for _, write in pairs if write.resolve() in read]
+    read = {os.path.realpath(path) for path, _ in pairs}  # which links in a circle do not stop
+    same = [write for _, write in pairs if os.path.realpath(write) in read]
     if same and not overwrite:
         raise InputError(
             f"{command}: expected OUT to be other files than IN, got {same[0]}; give --overwrite to replace originals"

@@ -34,8 +34,8 @@ _XMP_KEY = "XML:com.adobe.xmp"
 _PROFILE_TEXT = re.compile("Raw profile type (exif|APP1|xmp|icc|icm)|XML:com.adobe.xmp", re.IGNORECASE)
 _MOST_DPI = 65535
 _SPACES = {1: b"GRAY", 2: b"GRAY", 3: b"RGB ", 4: b"RGB "}
-# A JPEG holds so many bytes of EXIF.
-_MOST_JPEG_EXIF, _MOST_JPEG_XMP = 65533, 65502
+# A JPEG holds so many bytes of each.
+_MOST_JPEG_EXIF, _MOST_JPEG_XMP, _MOST_JPEG_COMMENT = 65533, 65502, 65533
 # The luminance table of the JPEG standard (annex K.1), in any order: at quality 50 it is used as it is.
 _STANDARD_TABLE = (
     "16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62 "
@@ -157,6 +157,8 @@ def fitting_profile(metadata: Metadata, samples: numpy.ndarray, known: Format) -
         return None, None
     if "icc" not in known.keeps:
         return None, f"its colour profile is left out, since {known.name} holds none; colours are shown as sRGB"
+    if icc[36:40] != b"acsp":
+        return None, "its colour profile is left out, since it is damaged"
     if icc[16:20] != _SPACES[channels_of(samples)]:
         space = icc[16:20].decode("latin-1").strip()
         return None, f"its colour profile is left out, since it is for {space} and the samples are not"
@@ -180,22 +182,31 @@ def save_options(metadata: Metadata, samples: numpy.ndarray, known: Format) -> t
     height, width = samples.shape[:2]
     options: dict[str, Any] = {}
     icc, word = fitting_profile(metadata, samples, known)
+    notes = [word] if word else []
+    is_jpeg = known.name == "JPEG"
+
+    def keep(name: str, content: bytes, most: int) -> None:
+        if is_jpeg and len(content) > most:
+            notes.append(f"its {name} is left out, since JPEG holds {most} bytes of it and it has {len(content)}")
+        else:
+            options[name] = content
+
     if icc:
         options["icc_profile"] = icc
     if metadata.exif is not None and "exif" in known.keeps:
-        content = exif_bytes(metadata.exif, width, height, _MOST_JPEG_EXIF if known.name == "JPEG" else None)
+        content = exif_bytes(metadata.exif, width, height, _MOST_JPEG_EXIF if is_jpeg else None)
         options.update({"exif": content} if content else {})
-    fits = known.name != "JPEG" or len(metadata.xmp or b"") <= _MOST_JPEG_XMP
-    if metadata.xmp and "xmp" in known.keeps and known.name != "PNG" and fits:
-        options["xmp"] = metadata.xmp
+        notes += [] if content else ["its EXIF is left out, since it is too long or damaged"]
+    if metadata.xmp and "xmp" in known.keeps and known.name != "PNG":
+        keep("xmp", metadata.xmp, _MOST_JPEG_XMP)
     if metadata.dpi and "dpi" in known.keeps and max(metadata.dpi) <= _MOST_DPI:
         whole = known.name in ("JPEG", "BMP")
         options["dpi"] = tuple(round(value) if whole else value for value in metadata.dpi)
     if metadata.comment and "comment" in known.keeps:
-        options["comment"] = metadata.comment
+        keep("comment", metadata.comment, _MOST_JPEG_COMMENT)
     if known.name == "PNG":
         options["pnginfo"] = _png_info(metadata)
-    return options, [word] if word else []
+    return options, notes
 
 
 def _png_info(metadata: Metadata) -> Any:

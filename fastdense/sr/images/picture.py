@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -68,6 +69,18 @@ class Picture:
 
     def with_frames(self, frames: tuple[numpy.ndarray, ...]) -> Picture:
         return dataclasses.replace(self, frames=frames)
+
+
+def check_alike(path: Path, shapes: Sequence[tuple[int, ...]], types: Sequence[numpy.dtype]) -> None:
+    """Raises:
+    CorruptImageError: frames of several sizes or types, which no command could treat alike.
+    """
+    if len(set(shapes)) > 1 or len(set(types)) > 1:
+        several = ", ".join(dict.fromkeys(f"{s[1]} x {s[0]} {t}" for s, t in zip(shapes, types, strict=True)))
+        raise CorruptImageError(
+            f"{path}: expected frames of one size and type, got {len(shapes)} of {several}; "
+            f"give --frame N (1 to {len(shapes)})"
+        )
 
 
 def channels_of(samples: numpy.ndarray) -> int:

@@ -19,9 +19,9 @@ from fastdense._support import InputError, MissingExtraError, extra
 from fastdense.sr.images.formats import READABLE
 from fastdense.sr.images.limits import DEFLATE, check_fits
 from fastdense.sr.images.metadata import png_colour_chunks, read_metadata
-from fastdense.sr.images.picture import CorruptImageError, Picture, channels_of, upright
+from fastdense.sr.images.picture import CorruptImageError, Picture, channels_of, check_alike, upright
 from fastdense.sr.images.png import Header, chunks, read_header
-from fastdense.sr.images.tiff import is_tiff, open_tiff, read_tiff
+from fastdense.sr.images.tiff import is_tiff, open_tiff, quiet_opencv, read_tiff
 from fastdense.sr.samples import alpha_peak, bounded_peak_of, has_alpha, is_opaque, to_depth, without_alpha
 
 if TYPE_CHECKING:
@@ -168,6 +168,9 @@ def _read_by_pillow(path: Path, frame: int | None, png: Header | None, pages: li
             decoded, durations = _animated(path, picture, chosen, png)
         metadata, orientation = read_metadata(picture)
         notes = []
+        if frame is None and pages is None and getattr(picture, "default_image", False):
+            decoded, durations = decoded[1:], durations[1:]
+            notes.append("the picture that is shown where it does not move (APNG) is left out")
         if picture.mode in _CONVERTED:
             metadata = dataclasses.replace(metadata, icc=None)
             notes.append(f"its {picture.mode} colours became sRGB")
@@ -195,9 +198,7 @@ def _animated(
         picture.load()
         made.append(_samples(path, picture, png))
         durations.append(float(picture.info.get("duration") or 0))
-    shapes = {samples.shape[:2] for samples in made}
-    if len(shapes) > 1 or len({samples.dtype for samples in made}) > 1:
-        raise CorruptImageError(f"{path}: expected frames of one size and type, got others; give --frame N")
+    check_alike(path, [samples.shape[:2] for samples in made], [samples.dtype for samples in made])
     alpha = any(has_alpha(samples) and not is_opaque(samples) for samples in made)
     made = [without_alpha(samples) if has_alpha(samples) and not alpha else samples for samples in made]
     colours = any(channels_of(samples) >= 3 for samples in made)
@@ -228,7 +229,7 @@ def _decoded(path: Path, picture: Image.Image, png: Header | None) -> numpy.ndar
             samples = _keyed(samples, picture.info["transparency"])
         return samples
     if picture.format == "PPM" and picture.mode == "RGB" and (most := _ppm_most(path)) > 255:
-        samples = _by_opencv(path, path.read_bytes())
+        samples = _by_opencv(path, path.read_bytes() + b"\n")  # it wants the last line of numbers to end
         return samples if most == 65535 else numpy.floor(samples * (65535 / most) + 0.5).astype(numpy.uint16)
     picture.load()
     return _samples(path, picture, png)
@@ -237,7 +238,9 @@ def _decoded(path: Path, picture: Image.Image, png: Header | None) -> numpy.ndar
 def _ppm_most(path: Path) -> int:
     """The sample that stands for white: the fourth word of a PPM that is no comment."""
     with open(path, "rb") as file:
-        words = re.sub(rb"#[^\n]*", b"", file.read(4096)).split()
+        words = re.sub(rb"#[^\n]*", b"", file.read(2**16)).split(maxsplit=4)
+    if len(words) < 4:
+        raise CorruptImageError(f"{path}: expected a header of at most 64 KiB, got a longer one")
     return int(words[3])
 
 
@@ -247,7 +250,8 @@ def _by_opencv(path: Path, content: bytes) -> numpy.ndarray:
             import cv2
     except MissingExtraError as error:
         raise CorruptImageError(f"{path}: 16 bits and colours: {error}") from error
-    samples = cv2.imdecode(numpy.frombuffer(content, numpy.uint8), cv2.IMREAD_UNCHANGED)
+    with quiet_opencv():
+        samples = cv2.imdecode(numpy.frombuffer(content, numpy.uint8), cv2.IMREAD_UNCHANGED)
     if samples is None or samples.dtype != numpy.uint16:
         raise CorruptImageError(f"{path}: OpenCV cannot decode it")
     return samples[..., [2, 1, 0, 3][: samples.shape[2]]] if samples.ndim == 3 else samples

@@ -22,7 +22,7 @@ from fastdense.sr.images.metadata import (
     fitting_profile,
     resized_exif,
 )
-from fastdense.sr.images.picture import CorruptImageError, Metadata, Picture, channels_of, upright
+from fastdense.sr.images.picture import CorruptImageError, Metadata, Picture, channels_of, check_alike, upright
 
 _STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MINISWHITE, _MINISBLACK, _RGB, _SEPARATED = 0, 1, 2, 5
@@ -34,6 +34,19 @@ _PLACEHOLDERS = {EXIF_IFD: EXIF_IFD - 1, GPS_IFD: GPS_IFD - 2}
 
 def is_tiff(start: bytes) -> bool:
     return start.startswith(_STARTS)
+
+
+@contextlib.contextmanager
+def quiet_opencv() -> Iterator[None]:
+    """Without what OpenCV prints of damaged files; errors say it."""
+    from cv2.utils import logging
+
+    before = logging.getLogLevel()
+    logging.setLogLevel(logging.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        logging.setLogLevel(before)
 
 
 class Tiff:
@@ -102,7 +115,8 @@ class Tiff:
         with contextlib.suppress(ImportError):
             import cv2
 
-            samples = cv2.imread(str(self.path), cv2.IMREAD_UNCHANGED) if page.index == 0 else None
+            with quiet_opencv():
+                samples = cv2.imread(str(self.path), cv2.IMREAD_UNCHANGED) if page.index == 0 else None
             if samples is not None and page.photometric in (_MINISBLACK, _RGB):
                 samples = samples[..., [2, 1, 0, 3][: samples.shape[2]]] if samples.ndim == 3 else samples
                 if samples.dtype == page.dtype and samples.size == page.size and page.axes in ("YX", "YXS"):
@@ -173,6 +187,9 @@ def open_tiff(path: Path) -> Iterator[Tiff]:
 
 def read_tiff(tiff: Tiff, chosen: list[int]) -> Picture:
     metadata, orientation = tiff.metadata()
+    pages = [tiff.pages[0 if tiff.stacked else at] for at in chosen]
+    shapes = [(page.imagelength, page.imagewidth, page.samplesperpixel) for page in pages]
+    check_alike(tiff.path, shapes, [page.dtype for page in pages])
     return Picture(tuple(upright(frame, orientation) for frame in tiff.read(chosen)), metadata)
 
 

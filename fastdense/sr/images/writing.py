@@ -85,7 +85,8 @@ def _by_pillow(known: Format, picture: Picture, options: dict[str, Any]) -> byte
     first, *others = (Image.fromarray(frame) for frame in picture.frames)
     if others:
         options |= {"save_all": True, "append_images": others}
-        options |= {"duration": list(picture.durations)} if picture.durations else {}
+        durations = [round(time) if known.name == "AVIF" else time for time in picture.durations]
+        options |= {"duration": durations} if durations else {}
         options |= {"loop": picture.loop} if picture.loop is not None else {}
     buffer = io.BytesIO()
     first.save(buffer, format=known.name, **options)

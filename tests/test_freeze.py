@@ -268,3 +268,14 @@ def test_only_what_can_be_frozen_is():
     for net in both:
         with torch.no_grad():
             assert relative(net(x), fastdense.restore(copy.deepcopy(net))(x)) <= 1e-4
+
+
+def test_blocks_with_identity_in_place_of_a_norm_run_as_in_training():
+    def without(net: nn.Module) -> None:
+        net.features.denseblock1.denselayer1.norm1 = nn.Identity()
+
+    plain, fast = pair(change=without)
+    plain.eval(), fastdense.freeze(fast.eval())
+    kept = {row.name: row.frozen_bytes for row in fastdense.report(fast).rows}
+    assert kept["features.denseblock1"] == 0 < kept["features.denseblock2"]
+    same(plain, fast, torch.randn(2, 3, 64, 48, dtype=torch.float64))

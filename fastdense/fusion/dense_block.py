@@ -98,7 +98,7 @@ def plan_block(
         flat = flatten_block(weights, None if tail is None else tail_weights(tail))
     drop_rate = layers[0].drop_rate if layers else 0.0
     instance_norms = any(type(norm) in INSTANCE_NORMS and takes_statistics(norm) for norm, _ in norms)
-    infers = bool(layers) and flat is not None and not has_extras and drop_rate == 0
+    frozen = all(type(norm) is not nn.Identity and not takes_statistics(norm) for norm in norms_of(layers, tail))
     return BlockPlan(
         layers,
         tail,
@@ -110,7 +110,7 @@ def plan_block(
         flat,
         per_sample,
         instance_norms,
-        infers and not any(takes_statistics(norm) for norm in norms_of(layers, tail)),
+        frozen and bool(layers) and flat is not None and flat.has_only_relu and drop_rate == 0,
         in_channels,
         freezer,
     )

@@ -80,6 +80,12 @@ class FlatBlock(NamedTuple):
     numbers: list[float]  # two of each activation
     groups: list[int]  # of each norm
 
+    @property
+    def has_only_relu(self) -> bool:
+        """Whether there are no other activations, no biases and no norms of samples."""
+        convs = self.num_layers * (2 if self.bottleneck else 1) + (self.tail == "transition")
+        return not self.activations and not self.groups and len(self.weights) == 4 * len(self.eps) + convs
+
 
 def dense_block(
     input: Tensor,

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures memory modes and plans: ``python -m benchmarks.memory_targets --json FILE``.
 
-Five parts, of training steps without the optimizer; ``--part`` chooses.
+Six parts, of training steps without the optimizer; ``--part`` chooses.
 
 * slope: peak of tensor memory that each further image adds, in MiB, by memory mode; from torch's allocator.
 * time: of each mode, against plain modules in the better memory format, in turns.
 * plans: for budgets between the least and the most that a network needs, the peak and the time of a step in the
   plan's modes, over what the plan promises.
 * checkpoint: ``torch.utils.checkpoint`` around each block, and the plan that fits into the same peak.
+* compile: the same for torch.compile with ``activation_memory_budget``; it compiles for minutes.
 * deep: a DenseNet-BC of a thousand layers, 8 images of 32 x 32: the peak above parameters and their gradients.
 """
 
@@ -27,7 +28,9 @@ from fastdense._C import AllocationTape
 from fastdense.memory.plan import memory_front
 
 MODES = ("balanced", "min", "recompute")
-PARTS = ("slope", "time", "plans", "checkpoint", "deep")
+PARTS = ("slope", "time", "plans", "checkpoint", "compile", "deep")
+# Of the memory that torch.compile saves by itself.
+BUDGETS = ("0.5", "0.1")
 
 
 class Case(NamedTuple):
@@ -162,24 +165,34 @@ class _Checkpointed(nn.Module):
         return checkpoint(self.block, x, use_reentrant=False)
 
 
-def against_checkpoint(case: str, batch: int, rounds: int) -> Row:
+def checkpointed(case: str) -> nn.Module:
+    net = made(case, None)
+    for row in fastdense.report(net).rows:
+        if row.kind == "block":
+            parent, _, child = row.name.rpartition(".")
+            setattr(net.get_submodule(parent), child, _Checkpointed(net.get_submodule(row.name)))
+    return net
+
+
+def against(case: str, batch: int, rounds: int, rival: str) -> Row:
+    """A rival that computes activations again, and the plan that fits into its peak; in turns."""
+    from torch._functorch import config
+
     x = images(case, batch)
-    theirs = made(case, None)
-    names = [row.name for row in fastdense.report(theirs).rows if row.kind == "block"]
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(theirs.get_submodule(parent), child, _Checkpointed(theirs.get_submodule(name)))
+    name, _, share = rival.partition(" ")
+    theirs = checkpointed(case) if name == "checkpoint" else torch.compile(made(case, None))
+    with config.patch(activation_memory_budget=float(share or 1)):  # read when the first step compiles
+        expected = step(theirs, x)
     ours = made(case, "balanced")
-    step(theirs, x)
     weights = sum(p.nbytes for p in ours.parameters()) + sum(b.nbytes for b in ours.buffers())
     budget = weights + x.nbytes + peak(theirs, x)
     plan = fastdense.plan_memory(ours, CASES[case].shape, batch_size=batch, budget=budget, optimizer_state=0)
     plan.apply()
+    check_equal(f"{case}, {rival}", expected, step(ours, x), 1e-3)
     runs = {"plain": lambda: step(theirs, x), "plain-channels-last": lambda: None, "plan": lambda: step(ours, x)}
-    check_equal(case, step(theirs, x), step(ours, x), 1e-3)
-    row = row_of_times(f"{case}, {batch} images, checkpoint and plan in {budget / 2**20:.0f} MiB", runs, rounds)
+    row = row_of_times(f"{case}, {batch} images, {rival} and plan in {budget / 2**20:.0f} MiB", runs, rounds)
     pairs = zip(row["samples"]["plan"], row["samples"]["plain"], strict=True)
-    values = {"checkpoint": row["values"]["plain"], "plan": row["values"]["plan"]}
+    values = {rival: row["values"]["plain"], "plan": row["values"]["plan"]}
     return {"what": row["what"], "values": values, "ratios": {"plan": statistics.median(a / b for a, b in pairs)}}
 
 
@@ -208,9 +221,10 @@ def main() -> None:
     planned = [case for case in options.only if case in PLANNED]
     if "plans" in options.part:
         rows += [plans(case, options.budgets, options.batch if "48" not in case else 4) for case in planned]
-    if "checkpoint" in options.part:
-        networks = [case for case in options.only if case.startswith("DenseNet")]
-        rows += [against_checkpoint(case, options.batch, options.rounds) for case in networks]
+    networks = [case for case in options.only if case.startswith("DenseNet")]
+    rivals = ["checkpoint"] if "checkpoint" in options.part else []
+    rivals += [f"compile {share}" for share in BUDGETS] if "compile" in options.part else []
+    rows += [against(case, options.batch, options.rounds, rival) for case in networks for rival in rivals]
     if "deep" in options.part:
         rows.append(deep())
     report(rows, options.json)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by all tests: fixed seeds and the device axis."""
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(needs_cuda)
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what is imported out of every later search for garbage: millions of objects of torch and others."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

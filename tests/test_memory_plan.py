@@ -54,6 +54,30 @@ def measured_peak(model: nn.Module, x: Tensor) -> int:
     return 2 * parameters + buffers + x.nbytes + max(itertools.accumulate(tape.bytes))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_counted_plans_are_the_same_every_time(name):
+    model, shape = made(name)
+    front = memory_front(model, shape, batch_size=4, measure=False)
+    assert memory_front(copy.deepcopy(model), shape, batch_size=4, measure=False) == front
+    budget = (front[0][0] + front[-1][0]) // 2
+    plans = [
+        plan_memory(net, shape, batch_size=4, budget=budget, measure=False) for net in (model, copy.deepcopy(model))
+    ]
+    assert plans[0].to_dict() == plans[1].to_dict()
+    assert plans[0].peak_bytes <= budget
+
+
+def test_what_is_computed_again_is_counted():
+    """A block of one layer by hand: 3 channels, 8 of the bottleneck, 4 new ones, 30 pixels an image."""
+    model = nn.Sequential(fastdense.nn.DenseBlock(1, 3, 4, bn_size=2)).train()
+    plan = plan_memory(model, (3, 5, 6), batch_size=2, budget="1GiB", measure=False)
+    seconds = plan.rows[0].seconds_by_mode
+    conv1, conv2 = (2 * 2 * 30 * products for products in (3 * 8, 8 * 4 * 9))
+    assert seconds["balanced"] == pytest.approx(3 * (conv1 + conv2) / 1e11)  # forward, and both gradients
+    assert seconds["min"] == pytest.approx(seconds["balanced"] + conv1 / 1e11)
+    assert seconds["recompute"] == pytest.approx(seconds["balanced"] + (2 * conv1 + conv2) / 1e11)
+
+
 @pytest.mark.parametrize("batch", [4, 20])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_step_takes_what_the_plan_promises(name, batch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdense._support import extra
+from fastdense._support import InputError, extra
 
 
 def engine(name: str, model: nn.Module, images: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
@@ -22,7 +22,7 @@ def engine(name: str, model: nn.Module, images: Tensor, threads: int) -> Callabl
         model: plain modules, in eval mode.
         threads: of the engine.
     """
-    with extra("engines"), tempfile.TemporaryDirectory() as folder:
+    with extra("export"), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         _write_onnx(model, images, path)
         return _onnxruntime(path, threads) if name == "onnxruntime" else _openvino(path, threads)
@@ -56,7 +56,10 @@ def _onnxruntime(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
 
 
 def _openvino(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
-    import openvino
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        raise InputError("bench: openvino is not installed; run: pip install openvino") from error
 
     compiled = openvino.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
     return lambda images: torch.from_numpy(compiled([images.numpy()])[0])

@@ -41,6 +41,9 @@ def add(commands: Commands) -> None:
         "--optimizer-state", type=float, default=1.0, metavar="F", help="numbers a parameter: Adam has 2"
     )
     parser.add_argument("--largest-batch", action="store_true", help="find how many images fit, and plan for these")
+    parser.add_argument(
+        "--no-measure", dest="measure", action="store_false", help="count operations; the same plan on every machine"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with bytes and seconds")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory against time (.png, .svg, .pdf)")
     add_machine(parser)
@@ -63,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     net = Net(options.model, options.depth, options.growth_rate)
     model = convert(plain_model(net)).train().to(options.device)
     size = options.size if options.size is not None else net.default_size
-    how: dict[str, Any] = {"optimizer_state": options.optimizer_state}
+    how: dict[str, Any] = {"optimizer_state": options.optimizer_state, "measure": options.measure}
     if options.dtype != "float32":
         how["dtype"] = getattr(torch, options.dtype)
     shape, batch = (3, size, size), options.batch

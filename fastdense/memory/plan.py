@@ -29,6 +29,8 @@ class StepOptions(TypedDict, total=False):
         dtype: of autocast; None (default) for none.
         exact: whether to choose among the modes that give the same bits (default); False adds "reversible", of dual
             path blocks.
+        measure: whether times are measured (default). False counts operations, at 100 GFLOP/s: the same on every
+            machine and at every time. Such times can be compared with each other, not with a clock.
     """
 
     optimizer_state: float
@@ -36,6 +38,7 @@ class StepOptions(TypedDict, total=False):
     device: torch.device | str | None
     dtype: torch.dtype | None
     exact: bool
+    measure: bool
 
 
 class InsufficientMemory(ValueError):
@@ -65,7 +68,7 @@ class MemoryPlan(NamedTuple):
 
     ``peak_bytes`` is the most tensor memory in use at one moment: parameters and buffers, the optimizer's state, the
     images, and what the step allocates. ``fixed_bytes`` is the part of it that is there before the step.
-    ``step_seconds`` is measured on this machine, or follows from two smaller batches.
+    ``step_seconds`` is measured on this machine, or counted, or follows from two smaller batches.
     """
 
     rows: tuple[PlanRow, ...]
@@ -224,6 +227,7 @@ class _Measured:
         self.model = weakref.ref(model)
         self.shape, self.device = shape, device
         self.loss, self.dtype = options.get("loss") or _mean_of_all, options.get("dtype")
+        self.measure = options.get("measure", True)
         parameters, buffers = list(model.parameters()), list(model.buffers())
         self.weight_bytes = sum(t.nbytes for t in (*parameters, *buffers))
         self.weight_bytes += int(
@@ -289,6 +293,8 @@ class _Measured:
         with torch.random.fork_rng(devices=cuda), torch.enable_grad():
             x = torch.randn(batch, *self.shape, dtype=self.input_dtype, device=self.device)
             with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+                if not self.measure:
+                    return run_step(twin, x, self.loss, names, measure=False)
                 _, *runs = [run_step(twin, x, self.loss, names) for _ in range(3)]  # the first is colder
         return quickest(runs)
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdense._C import AllocationTape
 from fastdense.memory.modes import fused_blocks
+from fastdense.memory.operations import NOMINAL_RATE, count_operations
 
 _OPERATORS = ("dense_block", "dual_path_stage", "residual_dense_block")
 
@@ -61,17 +62,20 @@ class Step(NamedTuple):
         return sum(part.seconds for part in self.in_order())
 
 
-def run_step(model: nn.Module, input: Tensor, loss: Callable[[Any], Tensor], names: dict[int, str]) -> Step:
+def run_step(
+    model: nn.Module, input: Tensor, loss: Callable[[Any], Tensor], names: dict[int, str], measure: bool = True
+) -> Step:
     """One training step of a model, which is left with gradients and moved statistics.
 
     Args:
         names: of the block that each parameter belongs to, by its address, see :func:`names_of_blocks`.
+        measure: whether seconds are of the clock, or of counted operations.
 
     Raises:
         ValueError: where units run twice, or not in the opposite order backward.
     """
     model.zero_grad()
-    with AllocationTape(input.device.type) as tape, _Watch(tape, names) as watch:
+    with AllocationTape(input.device.type) as tape, _Watch(tape, names, measure) as watch:
         begin = watch.now()
         result = loss(model(input))
         watch.backward_begins()
@@ -89,14 +93,17 @@ class _Moment(NamedTuple):
 class _Watch(TorchDispatchMode):
     """Notes when each unit begins, in both passes."""
 
-    def __init__(self, tape: AllocationTape, names: dict[int, str]) -> None:
+    def __init__(self, tape: AllocationTape, names: dict[int, str], measure: bool) -> None:
         super().__init__()
         self.forward: dict[tuple[str, ...], _Moment] = {}
         self.turn = _Moment(0, 0.0)
         self.backward: dict[tuple[str, ...], _Moment] = {}
         self._tape, self._names, self._is_backward = tape, names, False
+        self._measure, self._counted = measure, 0
 
     def now(self) -> _Moment:
+        if not self._measure:
+            return _Moment(self._tape.position, self._counted / NOMINAL_RATE)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return _Moment(self._tape.position, time.perf_counter())
@@ -116,7 +123,10 @@ class _Watch(TorchDispatchMode):
             raise ValueError(f"plan_memory: {unit[0]} runs more than once in a step, which no plan can follow")
         elif unit:
             self.forward[unit] = self.now()
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if not self._measure:
+            self._counted += count_operations(func, args, kwargs or {}, result)
+        return result
 
 
 def _weights(arguments: Sequence[Any]) -> Iterator[Tensor]:

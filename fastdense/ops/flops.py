@@ -20,7 +20,7 @@ _COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
-class _Conv(NamedTuple):
+class Conv(NamedTuple):
     """A convolution: shapes, the position of its weight, and that of the first weight which its input depends on."""
 
     input: Shape
@@ -30,29 +30,30 @@ class _Conv(NamedTuple):
     first: int = 0
 
     @classmethod
-    def of(cls, input: Shape, channels: int, weight: Shape, at: int, first: int = 0, stride: int = 1) -> "_Conv":
+    def of(cls, input: Shape, channels: int, weight: Shape, at: int, first: int = 0, stride: int = 1) -> "Conv":
         """One with `same` padding on ``channels`` channels of a tensor of the input's batch and spatial sizes."""
         batch, _, *spatial = input
         behind = [(size - 1) // stride + 1 for size in spatial]
         return cls([batch, channels, *spatial], weight, [batch, weight[0], *behind], at, first)
 
 
-def _dense_block(
+def dense_block_convs(
     input: Shape, weights: Sequence[Shape], eps: Any, num_layers: int, bottleneck: bool, tail: str
-) -> Iterator[_Conv]:
+) -> Iterator[Conv]:
+    """The convolutions of a dense block and its transition, by the shapes of the operator's arguments."""
     channels, at = input[1], 4  # behind the four tensors of a norm
     for _ in range(num_layers):
         width = channels
         if bottleneck:
-            yield _Conv.of(input, channels, weights[at], at)
+            yield Conv.of(input, channels, weights[at], at)
             width, at = weights[at][0], at + 5
-        yield _Conv.of(input, width, weights[at], at)
+        yield Conv.of(input, width, weights[at], at)
         channels, at = channels + weights[at][0], at + 5
     if tail == "transition":
-        yield _Conv.of(input, channels, weights[at], at)
+        yield Conv.of(input, channels, weights[at], at)
 
 
-def _dual_path_stage(
+def dual_path_stage_convs(
     input: Shape,
     weights: Sequence[Shape],
     eps: Any,
@@ -60,25 +61,26 @@ def _dual_path_stage(
     projection: bool,
     residual_channels: int,
     stride: int,
-) -> Iterator[_Conv]:
+) -> Iterator[Conv]:
+    """The convolutions of a dual path stage: the projection, then three for each block."""
     first = 0
     if projection:
-        yield _Conv.of(input, input[1], weights[4], 4, stride=stride)
+        yield Conv.of(input, input[1], weights[4], 4, stride=stride)
         first = 5
     for index in range(num_blocks):
         at_a, at_b, at_c = (first + 15 * index + at for at in (4, 9, 14))
         # The first block reads the input beside the projection, the others what all before them made.
         depends = first if index == 0 else 0
-        yield _Conv.of(input, weights[at_a][1], weights[at_a], at_a, depends)
-        conv_b = _Conv.of(input, weights[at_a][0], weights[at_b], at_b, depends, stride if index == 0 else 1)
+        yield Conv.of(input, weights[at_a][1], weights[at_a], at_a, depends)
+        conv_b = Conv.of(input, weights[at_a][0], weights[at_b], at_b, depends, stride if index == 0 else 1)
         yield conv_b
         input = conv_b.output
-        yield _Conv.of(input, weights[at_b][0], weights[at_c], at_c, depends)
+        yield Conv.of(input, weights[at_b][0], weights[at_c], at_c, depends)
 
 
-def _residual_dense_block(input: Shape, weights: Sequence[Shape]) -> Iterator[_Conv]:
+def _residual_dense_block(input: Shape, weights: Sequence[Shape]) -> Iterator[Conv]:
     for at in range(0, len(weights), 2):
-        yield _Conv.of(input, weights[at][1], weights[at], at)
+        yield Conv.of(input, weights[at][1], weights[at], at)
 
 
 def _register(counter: ModuleType) -> None:
@@ -88,10 +90,10 @@ def _register(counter: ModuleType) -> None:
     def transposed(shape: Shape) -> Shape:
         return [shape[1], shape[0], *shape[2:]]
 
-    def forward(convs: Iterator[_Conv]) -> int:
+    def forward(convs: Iterator[Conv]) -> int:
         return sum(count(conv.input, conv.weight, conv.output) for conv in convs)
 
-    def backward(convs: Iterator[_Conv], needs: Sequence[bool]) -> int:
+    def backward(convs: Iterator[Conv], needs: Sequence[bool]) -> int:
         total = 0
         for conv in convs:
             if needs[0] or any(needs[1 + conv.first : 1 + conv.at]):  # what the convolution reads has a gradient
@@ -101,21 +103,23 @@ def _register(counter: ModuleType) -> None:
         return total
 
     def dense_block(*arguments: Any, **_: Any) -> int:
-        return forward(_dense_block(*arguments[:6]))
+        return forward(dense_block_convs(*arguments[:6]))
 
     def dense_block_backward(_grad: Any, buffer: Shape, *arguments: Any, **_: Any) -> int:
         _mean, _var, _z, weights, eps, num_layers, bottleneck, tail, _rate, _seed, in_channels, needs, *_rest = (
             arguments
         )
         input = [buffer[0], in_channels, *buffer[2:]]
-        return backward(_dense_block(input, weights, eps, num_layers, bottleneck, tail), needs)
+        return backward(dense_block_convs(input, weights, eps, num_layers, bottleneck, tail), needs)
 
     def dual_path_stage(*arguments: Any, **_: Any) -> int:
-        return forward(_dual_path_stage(*arguments[:7]))
+        return forward(dual_path_stage_convs(*arguments[:7]))
 
     def dual_path_stage_backward(_grad: Any, input: Shape, *arguments: Any, **_: Any) -> int:
         *_saved, weights, eps, num_blocks, projection, residual_channels, stride, needs, _group = arguments
-        return backward(_dual_path_stage(input, weights, eps, num_blocks, projection, residual_channels, stride), needs)
+        return backward(
+            dual_path_stage_convs(input, weights, eps, num_blocks, projection, residual_channels, stride), needs
+        )
 
     def residual_dense_block(input: Shape, weights: Sequence[Shape], *_arguments: Any, **_: Any) -> int:
         return forward(_residual_dense_block(input, weights))

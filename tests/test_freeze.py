@@ -279,3 +279,33 @@ def test_blocks_with_identity_in_place_of_a_norm_run_as_in_training():
     kept = {row.name: row.frozen_bytes for row in fastdense.report(fast).rows}
     assert kept["features.denseblock1"] == 0 < kept["features.denseblock2"]
     same(plain, fast, torch.randn(2, 3, 64, 48, dtype=torch.float64))
+
+
+def test_train_takes_what_the_class_takes():
+    class Own(type(torchvision_net().features.denseblock1)):
+        def train(self, mode: bool = True, keep_norms: bool = False):
+            self.kept = keep_norms
+            return super().train(mode)
+
+    net = torchvision_net()
+    net.features.denseblock1.__class__ = Own
+    block = fastdense.convert(net).features.denseblock1
+    assert block.train(True, keep_norms=True) is block and block.kept and block.training
+    assert net.eval() is net and not block.training and not block.kept
+
+
+def test_what_is_seen_behind_a_stem_has_the_format_of_plain_modules():
+    plain, fast = pair()
+    x = torch.randn(2, 3, 64, 48, dtype=torch.float64)
+    for net in (plain, fast):
+        net.eval()
+        seen = []
+        net.features.pool0.register_forward_hook(lambda _, inputs, out, seen=seen: seen.extend((*inputs, out)))
+        with torch.no_grad():
+            net(x)
+        assert all(t.is_contiguous() for t in seen) and len(seen) == 2
+    for net in (plain, fast):
+        stem = net.features[:4]
+        stem.__class__ = type(net.features)
+        with torch.no_grad():
+            assert stem(x).is_contiguous()

@@ -61,7 +61,7 @@ constexpr int64_t kDepth = 32;
 struct Square {
   int64_t image, row, column;
   Square(const ConvGeometry& g, int64_t number) {
-    const int64_t across = (g.size[1] + 3) / 4, of_image = (g.size[0] + 3) / 4 * across;
+    const int64_t across = squares_along(g.size[1]), of_image = squares_of_image(g);
     image = number / of_image;
     row = number % of_image / across * kWinograd4Step;
     column = number % across * kWinograd4Step;

@@ -48,11 +48,12 @@ class FusedModule(nn.Module):
             rest[0] = {**rest[0], STATE: copy.copy(rest[0][STATE])}  # which copy.copy would share
         return make, arguments, *rest
 
-    def train(self, mode: bool = True) -> Any:
-        """Sets the mode as every module does; training thaws what :func:`fastdense.freeze` keeps."""
-        if mode and STATE in self.__dict__:
+    def train(self, *mode: Any, **named: Any) -> Any:
+        """That of the plain class, whatever it takes; training thaws what :func:`fastdense.freeze` keeps."""
+        result = super().train(*mode, **named)
+        if self.training and STATE in self.__dict__:
             self.__dict__[STATE].freezer.kept = None
-        return super().train(mode)
+        return result
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):

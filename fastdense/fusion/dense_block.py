@@ -137,7 +137,7 @@ def _infer(plan: BlockPlan, contiguous: bool, input: Tensor) -> Tensor | None:
     flat = plan.flat
     if flat is None or not plan.infers or input.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    if records_gradient(input, [weight for weight in flat.weights if weight is not None]):
+    if records_gradient(input, (weight for weight in flat.weights if weight is not None)):
         return None
     packed: list[Tensor] = []
     if plan.freezer is not None and not torch.is_autocast_enabled("cpu"):

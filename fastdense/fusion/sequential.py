@@ -65,7 +65,7 @@ class FusedSequential(FusedModule):
                     pass  # one by one; they fall back, with their own warnings
             if isinstance(modules[at], FusedModule):
                 state_of(modules[at]).has_stem = False  # it has run here
-            elif _is_in_front_of_stem(modules, at, input):
+            elif _is_in_front_of_stem(self, modules, at, input):
                 if contiguous is None:
                     contiguous = gives_contiguous(input)
                 input = input.contiguous(memory_format=torch.channels_last)
@@ -126,11 +126,11 @@ def _row(modules: list[nn.Module], at: int) -> tuple[nn.Module, ...]:
     return tuple(modules[at:end]) if at + 1 < end <= len(modules) else ()
 
 
-def _is_in_front_of_stem(modules: list[nn.Module], at: int, input: Any) -> bool:
-    """Whether a convolution that a fused stem reads is to have channels-last images.
+def _is_in_front_of_stem(sequence: nn.Module, modules: list[nn.Module], at: int, input: Any) -> bool:
+    """Whether a convolution is to have channels-last images: that of a stem which fused modules follow.
 
-    Copying an image is cheap, and the pool is many times faster with channels innermost. With gradients the convolution
-    would keep the copy.
+    Copying an image is cheap, and the pool is faster with channels innermost. With gradients the convolution would keep
+    the copy. Where anybody else sees what the convolution or the stem makes, it has the format of plain modules.
     """
     conv = modules[at]
     if type(conv) is not nn.Conv2d or not isinstance(input, Tensor) or torch.is_grad_enabled():
@@ -138,13 +138,14 @@ def _is_in_front_of_stem(modules: list[nn.Module], at: int, input: Any) -> bool:
     if input.dim() != 4 or input.device.type != "cpu" or not input.is_contiguous() or torch.compiler.is_compiling():
         return False
     behind = modules[at + 1 : at + 2]
-    if not behind or not isinstance(behind[0], NORMS) or behind[0].training or not _row(modules, at + 1):
+    if not behind or not isinstance(behind[0], NORMS) or behind[0].training or not (row := _row(modules, at + 1)):
         return False
     try:
         check_no_hooks(conv, "it")
+        end = at + 1 + _run_of(sequence, at + 1, row).modules
     except NotFusible:
         return False
-    return True
+    return end < len(modules) and isinstance(modules[end], FusedModule)
 
 
 def _is_recomputed(behind: list[nn.Module]) -> bool:

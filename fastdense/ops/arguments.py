@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments that the block operators share: norms, lists of parameters, devices and types."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -168,7 +168,7 @@ def cast_input(op: str, input: Tensor, devices: Sequence[torch.device], conv_dty
     return input
 
 
-def records_gradient(input: Tensor, weights: Sequence[Tensor]) -> bool:
+def records_gradient(input: Tensor, weights: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and (input.requires_grad or any(w.requires_grad for w in weights))
 
 

@@ -11,7 +11,7 @@ from fastdense.ops.arguments import cast_input, check_input, count_pixels, empty
 from fastdense.ops.dense_block import FlatBlock
 from fastdense.ops.fakes import register_fake
 
-# Fewer pixels than these take less time than to pack the weights of their own kernels.
+# Below so many pixels, packing the weights for one call takes longer than it saves.
 WORTH_PACKING = 768
 
 

@@ -5,6 +5,7 @@ import gc
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import numpy
@@ -48,6 +49,13 @@ def fixed_seeds() -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty one, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

@@ -2,34 +2,17 @@
 """What picture files say besides their samples stays, and what a format cannot hold is refused before any work."""
 
 import struct
-from pathlib import Path
 
 import numpy
 import pytest
 import tifffile
-import torch
 from PIL import Image, ImageCms, PngImagePlugin, features
 
-from fastdense import models
 from fastdense.cli import main
-from fastdense.models import save_super_resolution
-from tests.cases.awkward import ALPHA, DEEP, DEEP_RGB, GREY, RGB, UNIT, frames, opencv, stack
+from tests.cases.awkward import ALPHA, DEEP, DEEP_RGB, GREY, RGB, UNIT, opencv, stack
+from tests.cases.picture_files import info, resize
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def resize(read: str, write: str, *options: str) -> int:
-    return main(["resize", read, write, "--scale", "1", *options])
-
-
-def info(path: str) -> dict:
-    with Image.open(path) as picture:
-        picture.load()
-        return {**picture.info, "format": picture.format, "mode": picture.mode}
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 # What formats can hold ------------------------------------------------------------------------------------------------
@@ -279,83 +262,6 @@ def test_what_is_too_long_for_a_jpeg_is_named(capsys):
     assert resize("in.gif", "gif.jpg") == 0 and info("gif.jpg")["comment"] == b"c" * 65533
 
 
-# Frames ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("source", ["gif", "png", "webp", "avif"])
-@pytest.mark.parametrize("target", ["gif", "png", "webp", "avif"])
-def test_frames_keep_their_durations(source, target, folder):
-    lossless = {"lossless": True} if source == "webp" else {}
-    frames(3, duration=[100, 250, 400], loop=2, **lossless)(folder / f"in.{source}")
-    assert main(["resize", f"in.{source}", f"out.{target}", "--scale", "2"]) == 0
-    with Image.open(f"out.{target}") as made:
-        assert (made.n_frames, made.size) == (3, (96, 72))
-        durations = []
-        for at in range(3):
-            made.seek(at)
-            made.load()
-            durations.append(made.info["duration"])
-            centre = numpy.asarray(made.convert("RGB"))[20:50, 20:70].astype(int)
-            wanted = RGB[10:25, 10:35, at].repeat(2, 0).repeat(2, 1)[..., None]
-            assert numpy.abs(centre - wanted).mean() < 8
-    assert durations == [100, 250, 400]
-
-
-def test_one_frame_by_the_users_word(folder):
-    frames(3, duration=100)(folder / "in.gif")
-    tifffile.imwrite("in.tif", numpy.stack([DEEP, DEEP[::-1]]), photometric="minisblack", metadata=None)
-    assert resize("in.gif", "out.png", "--frame", "2") == 0
-    assert resize("in.tif", "deep.png", "--frame", "2") == 0
-    assert numpy.array_equal(numpy.asarray(Image.open("out.png").convert("L")), RGB[..., 1])
-    assert numpy.array_equal(numpy.asarray(Image.open("deep.png")), DEEP[::-1])
-
-
-@pytest.mark.parametrize(
-    ("write", "options", "message"),
-    [
-        ("out.jpg", [], "cannot store the 3 frames of this picture (48 x 36, RGB, uint8, 3 frames)"),
-        ("out.jpg", [], "give --frame N (1 to 3)"),
-        ("out.png", ["--frame", "4"], "in.gif: expected --frame from 1 to 3, got 4"),
-        ("out.png", ["--frame", "0"], "in.gif: expected --frame from 1 to 3, got 0"),
-    ],
-)
-def test_frames_are_never_dropped_in_silence(write, options, message, folder, capsys):
-    frames(3, duration=100)(folder / "in.gif")
-    assert resize("in.gif", write, *options) == 2
-    assert message in capsys.readouterr().err and not (folder / write).exists()
-
-
-@pytest.mark.parametrize(("first", "second"), [(DEEP, DEEP[:20]), (DEEP, UNIT), (RGB, GREY[:20]), (GREY, UNIT)])
-def test_frames_that_are_not_alike_are_named(first, second, capsys):
-    """White of one would be black of the other."""
-    for at, samples in enumerate((first, second)):
-        tifffile.imwrite("in.tif", samples, append=at > 0)
-    assert resize("in.tif", "out.tif") == 2
-    text = capsys.readouterr().err
-    assert "in.tif: expected frames of one size and type, got 2 of 48 x 36 " in text
-    assert "; give --frame N (1 to 2)" in text
-    assert resize("in.tif", "out.tif", "--frame", "2") == 0
-    assert numpy.array_equal(tifffile.imread("out.tif"), second)
-
-
-def test_a_picture_beside_the_animation_is_no_frame_of_it(capsys):
-    """What programs show that know no APNG."""
-    still, *moving = [Image.fromarray(RGB[..., at]) for at in range(3)]
-    still.save("in.png", save_all=True, append_images=moving, default_image=True, duration=[100, 250])
-    assert resize("in.png", "out.png") == 0
-    assert (
-        "note: in.png: the picture that is shown where it does not move (APNG) is left out" in capsys.readouterr().out
-    )
-    with Image.open("out.png") as made:
-        assert made.n_frames == 2 and not made.default_image
-        for at in range(2):
-            made.seek(at)
-            assert made.info["duration"] == [100, 250][at]
-            assert numpy.array_equal(numpy.asarray(made.convert("L")), RGB[..., 1 + at])
-    assert resize("in.png", "still.png", "--frame", "1") == 0
-    assert numpy.array_equal(numpy.asarray(Image.open("still.png").convert("L")), RGB[..., 0])
-
-
 # Loss -----------------------------------------------------------------------------------------------------------------
 
 
@@ -420,90 +326,3 @@ def test_a_pillow_without_avif_says_so(monkeypatch, capsys):
     monkeypatch.setattr(features, "check", lambda _: False)
     assert resize("in.png", "out.avif") == 2
     assert "expected a Pillow that writes AVIF for out.avif" in capsys.readouterr().err
-
-
-# Alpha and numbers that are not finite --------------------------------------------------------------------------------
-
-
-def test_alpha_is_resampled_as_pillow_does_it():
-    samples = numpy.random.default_rng(0).integers(0, 256, (30, 41, 4), numpy.uint8)
-    samples[:, :20, 3] = numpy.where(samples[:, :20, 3] > 128, 255, 0)
-    Image.fromarray(samples).save("in.png")
-    for size in ((17, 50), (90, 12)):
-        assert main(["resize", "in.png", "out.png", "--size", f"{size[1]}x{size[0]}", "--preset", "pillow"]) == 0
-        wanted = Image.fromarray(samples).resize(size[::-1], Image.Resampling.BICUBIC)
-        assert numpy.array_equal(numpy.asarray(Image.open("out.png")), numpy.asarray(wanted))
-
-
-def edge() -> numpy.ndarray:
-    """White that is seen, next to black that is hidden."""
-    samples = numpy.zeros((16, 24, 4), numpy.uint8)
-    samples[:, :12] = 255
-    return samples
-
-
-@pytest.mark.parametrize("preset", ["pillow", "matlab", "torch_antialias", "opencv"])
-@pytest.mark.parametrize("alpha", ["premultiplied", "straight"])
-def test_hidden_colours_do_not_bleed(preset, alpha):
-    Image.fromarray(edge()).save("in.png")
-    assert main(["resize", "in.png", "out.png", "--scale", "3", "--preset", preset, "--alpha", alpha]) == 0
-    made = numpy.asarray(Image.open("out.png")).astype(int)
-    seen = made[..., 3] > 0
-    assert ((made[seen][:, :3] >= 254).all()) == (alpha == "premultiplied")
-    assert (made[..., 3] > 0).any() and (made[..., 3] < 255).any()
-
-
-def smoothing_network() -> models.EDSR:
-    """The mean of three by three pixels, each twice as large."""
-    net = models.EDSR(2, 1, 3)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()
-        for at in range(3):
-            net.conv_first.weight[at, at] = 1 / 9
-            net.conv_last.weight[at, at, 1, 1] = 1
-            net.upsample[0].weight[4 * at : 4 * at + 4, at, 1, 1] = 1
-    return net
-
-
-@pytest.mark.parametrize("alpha", ["premultiplied", "straight"])
-def test_hidden_colours_do_not_bleed_through_a_network(alpha):
-    """Behind the edge alpha is 2/3 and 1/3; the colours there stay white, or are as much darker."""
-    Image.fromarray(edge()).save("in.png")
-    save_super_resolution(smoothing_network(), "net.pt")
-    assert main(["upscale", "in.png", "out.png", "--model", "net.pt", "--alpha", alpha]) == 0
-    made = numpy.asarray(Image.open("out.png"))[4:-4, 4:-4].astype(int)
-    row = made[0]
-    if alpha == "premultiplied":
-        assert row[16:24, 3].tolist() == [255, 255, 170, 170, 85, 85, 0, 0]
-        assert row[16:24, 0].tolist() == [255] * 6 + [0, 0]
-    else:
-        assert row[16:24, 0].tolist() == [255, 255, 170, 170, 85, 85, 0, 0]
-
-
-@pytest.mark.parametrize("value", [numpy.nan, numpy.inf])
-@pytest.mark.parametrize("command", [["resize"], ["upscale"], ["upscale", "--model", "net.pt"]])
-def test_numbers_that_are_not_finite_are_refused(value, command, folder, capsys):
-    samples = UNIT.copy()
-    samples[3, 4] = value
-    tifffile.imwrite("in.tif", samples)
-    save_super_resolution(smoothing_network(), "net.pt")
-    name, *options = command
-    options += [] if "--model" in options else ["--scale", "2"]
-    assert main([name, "in.tif", "out.tif", *options]) == 2
-    text = capsys.readouterr().err
-    assert "in.tif" in text and "NaN or infinity in float32" in text and not (folder / "out.tif").exists()
-
-
-def test_a_network_that_overflows_in_16_bits_is_no_black_picture(folder, capsys):
-    net = smoothing_network()
-    with torch.no_grad():
-        net.conv_first.weight.mul_(1e4)
-        net.conv_last.weight.mul_(1e-4)
-    save_super_resolution(net, "net.pt")
-    Image.fromarray(RGB).save("in.png")
-    assert main(["upscale", "in.png", "out.png", "--model", "net.pt", "--dtype", "float16"]) == 2
-    text = capsys.readouterr().err
-    assert "in.png" in text and "NaN or infinity in torch.float16; try another --dtype, such as float32" in text
-    assert not (folder / "out.png").exists()
-    assert main(["upscale", "in.png", "out.png", "--model", "net.pt"]) == 0

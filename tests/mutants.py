@@ -205,7 +205,7 @@ CUDA_MUTANTS = [
     ("cuda/norm_act/norm_act_backward.cu", "apart == 0 ? shift : shift + apart * slope", "shift"),
     ("cuda/norm_act/norm_act_backward.cu", "p.inv_count / double(group)", "p.inv_count"),
     ("cuda/norm_act/norm_act_backward.cu", "p.norm(s / units, column)", "p.norm(0, column)"),
-    ("cuda/norm_act/norm_act_backward.cu", "p.shift_sum + set * p.next_sums, first", "p.shift_sum, first"),
+    ("cuda/norm_act/norm_act_backward.cu", "p.shift_sum + set * p.next_sums,", "p.shift_sum,"),
     ("cuda/norm_act/norm_act_backward.cu", "p_.pooled ? pixel_(row) : row", "row"),
     ("cuda/norm_act/set_reduce.h", "act.slope_by_channel ? channel : 0", "0"),
     ("cuda/norm_act/set_reduce.h", "begin + of_block + threadIdx.y", "of_block + threadIdx.y"),

@@ -12,46 +12,43 @@
 namespace fastdense {
 namespace {
 
-// Takes the tensors in order.
-class Reader {
- public:
-  Reader(const char* op, at::TensorList packed, at::ScalarType dtype) : op_(op), packed_(packed), dtype_(dtype) {}
-
-  void header() {
-    const at::Tensor& t = take("packed header", at::kLong);
-    check_shape(op_, "packed header", t, {1});
-    if (t.is_meta()) return;
-    const int64_t isa = *t.contiguous().const_data_ptr<int64_t>();
-    TORCH_CHECK_VALUE(isa == int64_t(current_isa()), op_, ": expected packed to be made for ", isa_name(current_isa()),
-                      ", got instruction set ", isa, "; pack again");
-  }
-
-  at::Tensor numbers(const std::string& name, at::IntArrayRef shape) {
-    const at::Tensor& t = take(name, dtype_);
-    check_shape(op_, name.c_str(), t, shape);
-    return t.contiguous();
-  }
-
-  at::Tensor panels(const std::string& name, int64_t bytes) {
-    const at::Tensor& t = take(name, at::kByte);
-    check_shape(op_, name.c_str(), t, {bytes});
-    return t.contiguous();
-  }
-
- private:
-  const at::Tensor& take(const std::string& name, at::ScalarType dtype) {
-    const at::Tensor& t = packed_[next_++];
-    check_dtype(op_, name.c_str(), t, dtype);
-    TORCH_CHECK_VALUE(t.device().is_cpu() || t.is_meta(), op_, ": expected ", name, " to be on the CPU, got ",
-                      t.device());
-    return t;
-  }
-
-  const char* op_;
-  at::TensorList packed_;
-  const at::ScalarType dtype_;
-  size_t next_ = 0;
+// A tensor behind the header: numbers, or the bytes of panels.
+struct Part {
+  std::string name;
+  std::vector<int64_t> shape;
+  bool is_panels = false;
 };
+
+std::vector<Part> parts_of(const DenseBlockArgs& args, const PanelSizes& sizes) {
+  std::vector<Part> parts;
+  const int64_t b = args.width;
+  for (size_t l = 0; l < args.layers.size(); ++l) {
+    const std::string name = "packed layer " + std::to_string(l);
+    const int64_t channels = args.layers[l].channels;
+    parts.push_back({name + " coefficients", {2, channels}});
+    parts.push_back({name + " conv1", {b > 0 ? sizes.conv1x1(channels, b) : 0}, true});
+    parts.push_back({name + " bias1", {b}});
+    parts.push_back({name + " conv2", {sizes.conv(b > 0 ? b : channels, args.growth)}, true});
+  }
+  if (args.tail != Tail::kNone) parts.push_back({"packed tail coefficients", {2, args.channels()}});
+  if (args.tail == Tail::kTransition)
+    parts.push_back({"packed tail conv", {sizes.conv1x1(args.channels(), args.tail_conv.weight.size(0))}, true});
+  return parts;
+}
+
+void check_on_cpu(const char* op, const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef shape) {
+  check_dtype(op, name, t, dtype);
+  check_shape(op, name, t, shape);
+  TORCH_CHECK_VALUE(t.device().is_cpu() || t.is_meta(), op, ": expected ", name, " to be on the CPU, got ", t.device());
+}
+
+void check_header(const char* op, const at::Tensor& t) {
+  check_on_cpu(op, "packed header", t, at::kLong, {1});
+  if (t.is_meta()) return;
+  const int64_t isa = *t.contiguous().const_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(isa == int64_t(current_isa()), op, ": expected packed to be made for ", isa_name(current_isa()),
+                    ", got instruction set ", isa, "; pack again");
+}
 
 }  // namespace
 
@@ -75,42 +72,30 @@ std::vector<at::Tensor> to_list(const PackedBlock& packed, const DenseBlockArgs&
 
 std::vector<at::Tensor> empty_packed(const DenseBlockArgs& args, const PanelSizes& sizes,
                                      const at::TensorOptions& options) {
-  const auto numbers = options.dtype(statistics_dtype(options.dtype().toScalarType()));
-  const auto panels = [&](int64_t bytes) { return at::empty({bytes}, options.dtype(at::kByte)); };
+  const at::ScalarType numbers = statistics_dtype(options.dtype().toScalarType());
   std::vector<at::Tensor> list{at::empty({1}, options.dtype(at::kLong))};
-  const int64_t b = args.width;
-  for (const LayerArgs& layer : args.layers) {
-    const int64_t channels = layer.channels;
-    list.insert(list.end(), {at::empty({2, channels}, numbers), panels(b > 0 ? sizes.conv1x1(channels, b) : 0),
-                             at::empty({b}, numbers), panels(sizes.conv(b > 0 ? b : channels, args.growth))});
-  }
-  if (args.tail != Tail::kNone) list.push_back(at::empty({2, args.channels()}, numbers));
-  if (args.tail == Tail::kTransition)
-    list.push_back(panels(sizes.conv1x1(args.channels(), args.tail_conv.weight.size(0))));
+  for (const Part& part : parts_of(args, sizes))
+    list.push_back(at::empty(part.shape, options.dtype(part.is_panels ? at::kByte : numbers)));
   return list;
 }
 
 PackedBlock read_packed(const char* op, const DenseBlockArgs& args, at::TensorList list, const PanelSizes& sizes,
                         at::ScalarType dtype) {
-  const int64_t of_tail = args.tail == Tail::kNone ? 0 : args.tail == Tail::kTransition ? 2 : 1;
-  check_entries(op, "packed", list.size(), 1 + 4 * int64_t(args.layers.size()) + of_tail);
-  Reader reader(op, list, dtype);
-  reader.header();
-  PackedBlock packed;
-  for (size_t l = 0; l < args.layers.size(); ++l) {
-    const std::string name = "packed layer " + std::to_string(l);
-    const int64_t channels = args.layers[l].channels, b = args.width;
-    PackedLayer layer;
-    layer.coefficients = reader.numbers(name + " coefficients", {2, channels});
-    layer.conv1 = reader.panels(name + " conv1", b > 0 ? sizes.conv1x1(channels, b) : 0);
-    layer.bias1 = reader.numbers(name + " bias1", {b});
-    layer.conv2 = reader.panels(name + " conv2", sizes.conv(b > 0 ? b : channels, args.growth));
-    packed.layers.push_back(std::move(layer));
+  const std::vector<Part> parts = parts_of(args, sizes);
+  check_entries(op, "packed", list.size(), 1 + int64_t(parts.size()));
+  check_header(op, list[0]);
+  std::vector<at::Tensor> tensors;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Part& part = parts[i];
+    check_on_cpu(op, part.name.c_str(), list[i + 1], part.is_panels ? at::kByte : dtype, part.shape);
+    tensors.push_back(list[i + 1].contiguous());
   }
-  if (args.tail != Tail::kNone)
-    packed.tail_coefficients = reader.numbers("packed tail coefficients", {2, args.channels()});
-  if (args.tail == Tail::kTransition)
-    packed.tail_conv = reader.panels("packed tail conv", sizes.conv1x1(args.channels(), args.tail_conv.weight.size(0)));
+  PackedBlock packed;
+  auto next = tensors.begin();
+  for (size_t l = 0; l < args.layers.size(); ++l, next += 4)
+    packed.layers.push_back({next[0], next[1], next[2], next[3]});
+  if (args.tail != Tail::kNone) packed.tail_coefficients = next[0];
+  if (args.tail == Tail::kTransition) packed.tail_conv = next[1];
   return packed;
 }
 

@@ -245,6 +245,15 @@ def flatten_block(layers: Sequence[LayerWeights], tail: TailWeights | None) -> F
     )
 
 
+def out_sizes(input: Tensor, weights: Sequence[Tensor], num_layers: int, bottleneck: bool, tail: str) -> list[int]:
+    """The shape of what the native operators return."""
+    stride = 10 if bottleneck else 5
+    batch, channels, *spatial = input.shape
+    if tail == "transition":
+        return [batch, weights[num_layers * stride + 4].shape[0], *(size // 2 for size in spatial)]
+    return [batch, channels + (num_layers * weights[stride - 1].shape[0] if num_layers else 0), *spatial]
+
+
 @register_fake("dense_block")
 def _(
     input: Tensor,
@@ -264,25 +273,16 @@ def _(
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     stride = 10 if bottleneck else 5
-    growth, width = 0, 0
-    if num_layers:
-        conv1, conv2 = weights[4], weights[stride - 1]
-        growth = conv2.shape[0]
-        if bottleneck:
-            width = conv1.shape[0]
-    batch, in_channels, *spatial = input.shape
-    channels = in_channels + num_layers * growth
-    buffer = empty_channels_last(input, [batch, channels, *spatial])
-    statistics = channels + num_layers * width
-    mean = input.new_empty([batch, statistics] if groups else [statistics], dtype=statistics_dtype(input))
+    width = weights[4].shape[0] if num_layers and bottleneck else 0
+    buffer = empty_channels_last(input, out_sizes(input, weights, num_layers, bottleneck, "none"))
+    statistics = buffer.shape[1] + num_layers * width
+    mean = input.new_empty([input.shape[0], statistics] if groups else [statistics], dtype=statistics_dtype(input))
     active = sum(1 for layer in range(num_layers) if weights[stride * layer + stride - 1].shape[1] != 0)
     kept = active if keep_bottleneck and bottleneck else 0
     z = input.new_empty([kept, count_pixels(input), width])
     out = buffer if tail == "none" else torch.empty_like(buffer)
     if tail == "transition":
-        out = empty_channels_last(
-            input, [batch, weights[num_layers * stride + 4].shape[0], *(size // 2 for size in spatial)]
-        )
+        out = empty_channels_last(input, out_sizes(input, weights, num_layers, bottleneck, tail))
     if contiguous:
         out = out.contiguous()
     return out, input.new_empty([0]) if tail == "none" else buffer, mean, torch.empty_like(mean), z

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdense.ops.arguments import cast_input, check_input, count_pixels, empty_channels_last, fill_absent
-from fastdense.ops.dense_block import FlatBlock
+from fastdense.ops.dense_block import FlatBlock, out_sizes
 from fastdense.ops.fakes import register_fake
 
 # Below so many pixels, packing the weights for one call takes longer than it saves.
@@ -60,12 +60,7 @@ def _(
     packed: Sequence[Tensor],
     contiguous: bool = False,
 ) -> Tensor:
-    stride = 10 if bottleneck else 5
-    batch, channels, *spatial = input.shape
-    channels += num_layers * weights[stride - 1].shape[0]
-    if tail == "transition":
-        channels, spatial = weights[num_layers * stride + 4].shape[0], [size // 2 for size in spatial]
-    out = empty_channels_last(input, [batch, channels, *spatial])
+    out = empty_channels_last(input, out_sizes(input, weights, num_layers, bottleneck, tail))
     return out.contiguous() if contiguous else out
 
 

@@ -4,44 +4,17 @@
 #include "cuda/norm_relu/columns.h"
 #include "cuda/norm_relu/norm_relu_launch.h"
 #include "cuda/norm_relu/pooled_row.h"
+#include "cuda/norm_relu/slice_gradient.h"
 
 namespace fastdense {
 namespace {
 
 template <typename T, int V>
-class SliceGradient : public Columns<SliceGradientParams<T>, V> {
-  using A = accumulate_t<T>;
-  using Base = Columns<SliceGradientParams<T>, V>;
-  using Base::p_, Base::first_;
-
+class SliceGradient : public SliceGradientColumns<T, V, SliceGradientParams<T>> {
  public:
-  using typename Base::Params;
-  static constexpr int kTileRows = 2;
-  using State = NoState;
+  using Params = SliceGradientParams<T>;
   __device__ SliceGradient(const Params& p, int64_t first, int count)
-      : Base(p, first, count),
-        mean_(p.mean, first, count),
-        shift_sum_(p.shift_sum, first, count),
-        slope_sum_(p.slope_sum, first, count) {}
-
-  template <int kRows>
-  __device__ void tile(int64_t row, int64_t step) {
-    Vector<T, V> g[kRows], x[kRows];
-    this->read_rows(p_.gradient, row, step, g);
-    this->read_rows(p_.x, row, step, x);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int i = 0; i < V; ++i)
-        g[r].v[i] =
-            store<T>(finalise_gradient<A>(load(g[r].v[i]), load(x[r].v[i]), mean_[i], shift_sum_[i], slope_sum_[i]));
-      apply_dropout(p_.dropout, (row + r * step) * p_.d.ld + first_, g[r]);
-      this->write_row(p_.d, row + r * step, g[r]);
-    }
-  }
-
- private:
-  const ColumnValues<A, V> mean_, shift_sum_, slope_sum_;
+      : SliceGradientColumns<T, V, Params>(p, first, count, p.mean, p.shift_sum, p.slope_sum) {}
 };
 
 template <typename T, int V>

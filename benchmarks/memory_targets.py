@@ -20,17 +20,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import fastdense
 from benchmarks.turns import Row, check_equal, parser_of, report, row_of_times
 from fastdense._C import AllocationTape
 from fastdense.memory.plan import memory_front
+from fastdense.memory.rivals import COMPILE_BUDGETS, checkpointed
 
 MODES = ("balanced", "min", "recompute")
 PARTS = ("slope", "time", "plans", "checkpoint", "compile", "deep")
-# Of the memory that torch.compile saves by itself.
-BUDGETS = ("0.5", "0.1")
 
 
 class Case(NamedTuple):
@@ -154,33 +152,17 @@ def _timed(net: nn.Module, x: Tensor) -> float:
     return time.perf_counter() - begin
 
 
-class _Checkpointed(nn.Module):
-    """A block that torch runs again in backward; running statistics of its norms move twice."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.block, x, use_reentrant=False)
-
-
-def checkpointed(case: str) -> nn.Module:
-    net = made(case, None)
-    for row in fastdense.report(net).rows:
-        if row.kind == "block":
-            parent, _, child = row.name.rpartition(".")
-            setattr(net.get_submodule(parent), child, _Checkpointed(net.get_submodule(row.name)))
-    return net
-
-
 def against(case: str, batch: int, rounds: int, rival: str) -> Row:
     """A rival that computes activations again, and the plan that fits into its peak; in turns."""
     from torch._functorch import config
 
     x = images(case, batch)
     name, _, share = rival.partition(" ")
-    theirs = checkpointed(case) if name == "checkpoint" else torch.compile(made(case, None))
+    theirs = made(case, None)
+    if name == "checkpoint":
+        theirs = checkpointed(theirs, [row.name for row in fastdense.report(theirs).rows if row.kind == "block"])
+    else:
+        theirs = torch.compile(theirs)
     with config.patch(activation_memory_budget=float(share or 1)):  # read when the first step compiles
         expected = step(theirs, x)
     ours = made(case, "balanced")
@@ -223,7 +205,7 @@ def main() -> None:
         rows += [plans(case, options.budgets, options.batch if "48" not in case else 4) for case in planned]
     networks = [case for case in options.only if case.startswith("DenseNet")]
     rivals = ["checkpoint"] if "checkpoint" in options.part else []
-    rivals += [f"compile {share}" for share in BUDGETS] if "compile" in options.part else []
+    rivals += [f"compile {share}" for share in COMPILE_BUDGETS] if "compile" in options.part else []
     rows += [against(case, options.batch, options.rounds, rival) for case in networks for rival in rivals]
     if "deep" in options.part:
         rows.append(deep())

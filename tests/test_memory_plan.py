@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastdense
 from fastdense._C import AllocationTape
 from fastdense.cli import main
+from fastdense.memory import rivals
 from fastdense.memory.choice import Option, Problem, cheapest, least_peak, pareto_front
 from fastdense.memory.plan import InsufficientMemory, largest_batch, memory_front, plan_memory
 from fastdense.memory.sizes import device_memory, read_budget, show_bytes
@@ -306,6 +307,33 @@ def test_command(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["batch_size"] == 4
     assert main([*arguments[:-1], "25MB", "--largest-batch", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["batch_size"] > 4
+
+
+def test_plain_modules_and_checkpoints_beside_a_plan():
+    plain = fastdense.restore(fastdense.models.densenet_cifar(22)).train()
+    front = memory_front(fastdense.convert(copy.deepcopy(plain)), (3, 32, 32), batch_size=12)
+    blocks = [f"features.denseblock{index}" for index in (1, 2, 3)]
+    steps = rivals.rival_steps(plain, blocks, (3, 32, 32), batch_size=12)
+    assert [step.name for step in steps] == ["plain", "checkpoint"]
+    assert steps[0].peak_bytes > front[0][0]  # any plan saves memory
+    assert steps[1].peak_bytes < steps[0].peak_bytes
+    assert all(step.step_seconds > 0 for step in steps)
+    # A batch that is run, and the same one from smaller ones.
+    with AllocationTape("cpu") as tape:
+        plain(torch.randn(12, 3, 32, 32)).mean().backward()
+    parameters = sum(p.nbytes for p in plain.parameters())
+    fixed = 2 * parameters + sum(b.nbytes for b in plain.buffers()) + 12 * 3 * 32 * 32 * 4
+    assert steps[0].peak_bytes == pytest.approx(fixed + max(itertools.accumulate(tape.bytes)), rel=0.02)
+
+
+def test_torch_compile_beside_a_plan(monkeypatch):
+    monkeypatch.setattr(rivals, "COMPILE_BUDGETS", (0.5,))
+    plain = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
+    *_, step = rivals.rival_steps(plain, [], (8,), batch_size=2, compiled=True)
+    assert step.name == "compile, budget 0.5"
+    assert step.peak_bytes > 2 * sum(parameter.nbytes for parameter in plain.parameters())
+    assert step.step_seconds > 0
+    assert all(parameter.grad is None for parameter in plain.parameters())
 
 
 def test_command_says_what_fits(capsys):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,13 +57,28 @@ def _bars(axes: Any, names: list[str], values: list[float | None], label: str, f
         axes.text((value or 0.0) + 0.01 * room, at, text, va="center", fontsize=9)
 
 
-def save_front(front: list[tuple[int, float]], chosen: tuple[int, float], title: str, path: Path) -> None:
-    """Draws peaks in bytes against seconds a step, the chosen one marked, and writes the picture."""
+def save_front(
+    front: list[tuple[int, float]],
+    chosen: tuple[int, float],
+    rivals: Sequence[tuple[str, int, float]],
+    title: str,
+    path: Path,
+) -> None:
+    """Draws peaks in bytes against seconds a step, the chosen one marked, beside others'; writes the picture."""
     figure = _figure(7, 4.5)
     axes = figure.subplots()
     points = sorted(front)
-    axes.plot([peak / 2**30 for peak, _ in points], [1e3 * seconds for _, seconds in points], "o-", color="#1f7a5c")
-    axes.plot(chosen[0] / 2**30, 1e3 * chosen[1], "o", color="#c0582f", markersize=9, label="the plan")
+    memory, time = [peak / 2**30 for peak, _ in points], [1e3 * seconds for _, seconds in points]
+    axes.plot(memory, time, "o-", color=_COLOURS["balanced"], label="fastdense")
+    at = (chosen[0] / 2**30, 1e3 * chosen[1])
+    axes.plot(*at, "o", color=_COLOURS["reversible"], markersize=9, label="the plan")
+    for name, peak, seconds in rivals:
+        colour = _COLOURS["compile" if name.startswith("compile") else "plain-channels-last"]
+        axes.plot(peak / 2**30, 1e3 * seconds, "s", color=colour)
+        axes.annotate(name, (peak / 2**30, 1e3 * seconds), (6, 4), textcoords="offset points", color=colour)
+    axes.margins(0.12)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("peak of tensor memory, GiB")
     axes.set_ylabel("ms per step")
     axes.spines[["top", "right"]].set_visible(False)

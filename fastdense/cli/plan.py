@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ examples:
   fastdense plan --budget 2GiB                            DenseNet-121, 224 x 224, batch 32
   fastdense plan --model densenet201 --size 224 --batch 256 --budget 24GiB
   fastdense plan --largest-batch --budget 80%             how many images fit
-  fastdense plan --plot plan.png                          memory against time, of all good choices
+  fastdense plan --plot plan.png                          memory against time, beside plain PyTorch and checkpoints
 
 In a program: fastdense.plan_memory(model, (3, 224, 224), batch_size=32, budget="2GiB").apply()
 Exit code 2 where no choice fits; the message has the least budget, and the largest batch that fits.
@@ -46,6 +47,9 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, with bytes and seconds")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory against time (.png, .svg, .pdf)")
+    parser.add_argument(
+        "--compile", action="store_true", help="draw torch.compile's memory budget, too; it compiles for minutes"
+    )
     add_machine(parser)
 
 
@@ -53,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     """Measures, then prints, and draws, the plan."""
     import torch
 
-    from fastdense import convert
+    from fastdense import convert, report
     from fastdense.bench import Net
     from fastdense.bench.nets import known_nets, plain_model
     from fastdense.memory.plan import InsufficientMemory, largest_batch, memory_front, plan_memory
@@ -64,7 +68,8 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     net = Net(options.model, options.depth, options.growth_rate)
-    model = convert(plain_model(net)).train().to(options.device)
+    plain = plain_model(net).train().to(options.device)
+    model = convert(copy.deepcopy(plain))
     size = options.size if options.size is not None else net.default_size
     how: dict[str, Any] = {"optimizer_state": options.optimizer_state, "measure": options.measure}
     if options.dtype != "float32":
@@ -86,10 +91,14 @@ def run(options: argparse.Namespace) -> int:
         print(plan)
     if options.plot is not None:
         from fastdense.bench.plots import save_front
+        from fastdense.memory.rivals import rival_steps
 
         front = memory_front(model, shape, batch_size=batch, **how)
-        save_front(
-            front, (plan.peak_bytes, plan.step_seconds), f"{net.label}, batch {batch}, {size} x {size}", options.plot
-        )
+        rivals = []
+        if options.measure:  # counted seconds are not theirs
+            blocks = [row.name for row in report(plain).rows if row.kind == "block"]
+            rivals = rival_steps(plain, blocks, shape, batch_size=batch, compiled=options.compile, **how)
+        title = f"{net.label}, batch {batch}, {size} x {size}"
+        save_front(front, (plan.peak_bytes, plan.step_seconds), rivals, title, options.plot)
         print(f"wrote {options.plot}")
     return 0

@@ -2,43 +2,20 @@
 """Chooses the memory mode of every block so that a training step fits into a budget and takes the least time."""
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdense.fusion.checks import check_module
 from fastdense.memory.choice import Problem, cheapest, least_peak, pareto_front, pose
 from fastdense.memory.modes import fused_blocks, set_memory
 from fastdense.memory.sizes import read_budget, show_bytes
+from fastdense.memory.step import BATCHES, StepOptions, StepSetting
 from fastdense.memory.tape import Step, copied, extrapolate_step, names_of_blocks, quickest, run_step
 
-Loss = Callable[[Any], Tensor]
 _MOST_IMAGES = 2**20
-
-
-class StepOptions(TypedDict, total=False):
-    """What else there is to say of a training step.
-
-    Args:
-        optimizer_state: numbers that the optimizer keeps for each parameter: 1 (default) for SGD with momentum, 2 for
-            Adam.
-        loss: the loss of the model's output; by default the mean of all of its numbers.
-        device: where to run; by default the parameters' device.
-        dtype: of autocast; None (default) for none.
-        exact: whether to choose among the modes that give the same bits (default); False adds "reversible", of dual
-            path blocks.
-        measure: whether times are measured (default). False counts operations, at 100 GFLOP/s: the same on every
-            machine and at every time. Such times can be compared with each other, not with a clock.
-    """
-
-    optimizer_state: float
-    loss: Loss | None
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-    exact: bool
-    measure: bool
 
 
 class InsufficientMemory(ValueError):
@@ -185,7 +162,7 @@ def largest_batch(
     """
     check_module("largest_batch", model)
     measured = _Measured.of("largest_batch", model, input_shape, options)
-    return measured.largest_batch(read_budget(budget, measured.device))
+    return measured.largest_batch(read_budget(budget, measured.setting.device))
 
 
 def memory_front(
@@ -214,28 +191,10 @@ _KNOWN: "weakref.WeakKeyDictionary[nn.Module, dict[Any, _Measured]]" = weakref.W
 class _Measured:
     """Steps of a model in each mode, at small batch sizes."""
 
-    # Larger batches are not run, but follow from these two.
-    batches = (2, 8)
-
-    def __init__(
-        self,
-        model: nn.Module,
-        shape: tuple[int, ...],
-        device: torch.device,
-        options: StepOptions,
-    ) -> None:
+    def __init__(self, model: nn.Module, setting: StepSetting, exact: bool) -> None:
         self.model = weakref.ref(model)
-        self.shape, self.device = shape, device
-        self.loss, self.dtype = options.get("loss") or _mean_of_all, options.get("dtype")
-        self.measure = options.get("measure", True)
-        parameters, buffers = list(model.parameters()), list(model.buffers())
-        self.weight_bytes = sum(t.nbytes for t in (*parameters, *buffers))
-        self.weight_bytes += int(
-            options.get("optimizer_state", 1.0) * sum(p.nbytes for p in parameters if p.requires_grad)
-        )
-        self.input_dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+        self.setting = setting
         blocks = fused_blocks(model)
-        exact = options.get("exact", True)
         self.blocks = [block._replace(modes=_exact(block.modes)) if exact else block for block in blocks]
         if not self.blocks:
             raise ValueError("expected model to have fused blocks, got none; call fastdense.convert(model)")
@@ -244,38 +203,22 @@ class _Measured:
     @classmethod
     def of(cls, op: str, model: nn.Module, input_shape: Sequence[int], options: StepOptions) -> "_Measured":
         """What is known of the model as it is now, or nothing yet."""
-        shape, optimizer_state = tuple(input_shape), options.get("optimizer_state", 1.0)
-        if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ValueError(f"{op}: expected input_shape to be [channels, spatial] of one image, got {input_shape!r}")
-        if not 0 <= optimizer_state < float("inf"):
-            raise ValueError(f"{op}: expected optimizer_state to be at least 0, got {optimizer_state!r}")
-        unknown = options.keys() - StepOptions.__annotations__.keys()
-        if unknown:
-            raise TypeError(f"{op}: expected options out of {', '.join(StepOptions.__annotations__)}, got {unknown}")
-        first, given = next(model.parameters(), torch.empty(0)), options.get("device")
-        device = first.device if given is None else torch.device(given)
+        setting = StepSetting.of(op, model, input_shape, options)
         parameters = tuple((p.data_ptr(), p.dtype, p.requires_grad) for p in model.parameters())
         modules = tuple((type(module), module.training) for module in model.modules())
-        key = (shape, device, torch.get_num_threads(), parameters, modules, *sorted(options.items()))
+        key = (setting.shape, setting.device, torch.get_num_threads(), parameters, modules, *sorted(options.items()))
         known = _KNOWN.setdefault(model, {})
         if key not in known:
             known.clear()
-            known[key] = cls(model, shape, device, options)
+            known[key] = cls(model, setting, options.get("exact", True))
         return known[key]
-
-    def fixed_bytes(self, batch: int) -> int:
-        """In use before a step."""
-        images = batch * self.input_dtype.itemsize
-        for size in self.shape:
-            images *= size
-        return self.weight_bytes + images
 
     def step(self, modes: dict[str, str], batch: int) -> Step:
         """A step in these modes."""
-        if batch <= self.batches[1]:
+        if batch <= BATCHES[1]:
             return self._measured_step(modes, batch)
-        small, large = (self._measured_step(modes, run) for run in self.batches)
-        return extrapolate_step(small, large, self.batches, batch)
+        small, large = (self._measured_step(modes, run) for run in BATCHES)
+        return extrapolate_step(small, large, BATCHES, batch)
 
     def _measured_step(self, modes: dict[str, str], batch: int) -> Step:
         key = (batch, *sorted(modes.items()))
@@ -287,15 +230,12 @@ class _Measured:
         model = self.model()
         if model is None:
             raise ValueError("plan_memory: the model is gone")
-        twin = set_memory(copied(model).to(self.device), modes)  # type: ignore[arg-type]
+        twin = set_memory(copied(model).to(self.setting.device), modes)  # type: ignore[arg-type]
         names = names_of_blocks(twin)
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), torch.enable_grad():
-            x = torch.randn(batch, *self.shape, dtype=self.input_dtype, device=self.device)
-            with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-                if not self.measure:
-                    return run_step(twin, x, self.loss, names, measure=False)
-                _, *runs = [run_step(twin, x, self.loss, names) for _ in range(3)]  # the first is colder
+        with self.setting.running(batch) as x:
+            if not self.setting.measure:
+                return run_step(twin, x, self.setting.loss, names, measure=False)
+            _, *runs = [run_step(twin, x, self.setting.loss, names) for _ in range(3)]  # the first is colder
         return quickest(runs)
 
     def problem(self, batch: int) -> Problem:
@@ -320,7 +260,7 @@ class _Measured:
         problem = self.problem(batch)
         chosen = cheapest(problem, least_peak(problem))
         assert chosen is not None
-        return self.fixed_bytes(batch) + self.step_of(problem, chosen, batch).peak <= budget
+        return self.setting.fixed_bytes(batch) + self.step_of(problem, chosen, batch).peak <= budget
 
     def largest_batch(self, budget: int) -> int:
         """The most images that fit."""
@@ -336,8 +276,8 @@ class _Measured:
 
     def plan(self, batch: int, budget: int | float | str) -> MemoryPlan:
         """The plan for a budget."""
-        most = read_budget(budget, self.device)
-        problem, fixed = self.problem(batch), self.fixed_bytes(batch)
+        most = read_budget(budget, self.setting.device)
+        problem, fixed = self.problem(batch), self.setting.fixed_bytes(batch)
         chosen = cheapest(problem, most - fixed)
         room = most - fixed
         while chosen is not None and fixed + self.step_of(problem, chosen, batch).peak > most:
@@ -355,7 +295,7 @@ class _Measured:
 
     def front(self, batch: int) -> list[tuple[int, float]]:
         """Peak in bytes and seconds of a step, for every choice of modes that no other beats in both."""
-        problem, fixed = self.problem(batch), self.fixed_bytes(batch)
+        problem, fixed = self.problem(batch), self.setting.fixed_bytes(batch)
         steps = [self.step_of(problem, chosen, batch) for chosen in pareto_front(problem)]
         points: list[tuple[int, float]] = []
         for point in sorted((fixed + step.peak, step.seconds) for step in steps):
@@ -382,11 +322,3 @@ def _row(unit: tuple[str, ...], options: Sequence[Any], chosen: str) -> PlanRow:
     kept = {option.memory: option.kept for option in options}
     seconds = {option.memory: option.seconds for option in options}
     return PlanRow(unit, chosen, kept[chosen], seconds[chosen], kept, seconds)
-
-
-def _mean_of_all(output: Any) -> Tensor:
-    """The mean of all numbers in an output: a tensor, or tensors in tuples, lists and dicts."""
-    if isinstance(output, Tensor):
-        return output.float().mean() if output.dtype != torch.float64 else output.mean()
-    parts = output.values() if isinstance(output, dict) else output
-    return torch.stack([_mean_of_all(part) for part in parts]).sum()

@@ -74,10 +74,13 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of a function in a fresh process, which may start workers, and returns freed memory."""
     os.environ.update(RETURN_FREED_MEMORY)
     context = multiprocessing.get_context("spawn")
-    # Its own workers begin as those of any script: a spawned process would spawn them, too.
-    begin = {"initializer": multiprocessing.set_start_method, "initargs": ("fork", True)}
-    with concurrent.futures.ProcessPoolExecutor(1, context, **begin) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=_fork_workers) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def _fork_workers() -> None:
+    """Workers begin as those of a script: a spawned process would spawn them, too."""
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def cut_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:

@@ -45,6 +45,8 @@ MUTANTS = [
     ("dense_block/dense_block.cpp", "channels % norm.groups == 0", "true"),
     ("dense_block/dense_block_forward_cpu.cpp", "args_.per_sample ? image : 0", "0"),
     ("dense_block/dense_block_backward_cpu.cpp", "set = args_.per_sample ? image : 0;", "set = 0;"),
+    ("dense_block/dense_block_cpu.h", "to + (row - held.begin) * width_", "to"),
+    ("dense_block/dense_block_backward_cpu.cpp", "row + rows + halo);", "row + rows);"),
     ("cpu/block_forward.h", "source.shift += set * c.next;", ""),
     ("cpu/block_forward.h", "{1, double(mean[j]), double(var[j])}", "{1, double(mean[j]), 0}"),
     ("cpu/block_backward.h", "shift + apart * slope", "shift"),

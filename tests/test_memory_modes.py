@@ -2,6 +2,8 @@
 """The mode "recompute", and modes set per block: the same bits, fewer bytes, and clear errors."""
 
 import copy
+import dataclasses
+import itertools
 from functools import partial
 
 import pytest
@@ -11,9 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdense
+from fastdense._C import AllocationTape
 from fastdense.memory.modes import fused_blocks
 from fastdense.ops import residual_dense_block
 from tests.cases.converted import NETS, assert_bit_equal, assert_same, images, pair, randomise, step, torchvision_net
+from tests.cases.dense_block import ACTIVATIONS
+from tests.cases.dense_block import Block as DenseBlock
+from tests.cases.dense_block import Case as DenseCase
 from tests.cases.families import MODES
 from tests.cases.families import pair as family_pair
 from tests.cases.monai import monai_net, volume
@@ -78,6 +84,51 @@ def test_a_stem_runs_its_convolution_again_and_saves_its_input(make):
     features = plain.features.conv0(x)
     least = kept_bytes(fastdense.set_memory(copy.deepcopy(fast), "min"), x) - features.untyped_storage().nbytes()
     assert kept_bytes(fast, x) < least
+
+
+# Layers so narrow that backward makes what norm2 reads in pieces, see makes_pieces() in dense_block_backward_cpu.cpp.
+NARROW = DenseCase(batch=6, size=(33, 31))
+IN_PIECES = {
+    "squares": NARROW,
+    "volume": dataclasses.replace(NARROW, size=(9, 10, 11)),
+    "line": dataclasses.replace(NARROW, size=(1000,)),
+    "wide images": dataclasses.replace(NARROW, batch=2, size=(19, 150)),
+    "norms of samples": dataclasses.replace(NARROW, norm_groups=2, acts=ACTIVATIONS, bias=True),
+    "transition, dropout": dataclasses.replace(NARROW, tail="transition", drop_rate=0.3),
+    "frozen": dataclasses.replace(NARROW, frozen=("norm1", "norm2")),
+    "float32": dataclasses.replace(NARROW, dtype=torch.float32, tail="norm_relu"),
+    "bfloat16": dataclasses.replace(NARROW, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", IN_PIECES.values(), ids=IN_PIECES)
+def test_pieces_of_bottlenecks_change_no_bit(case, threads):
+    gradients = []
+    torch.set_num_threads(threads)
+    for memory in ("balanced", "min"):
+        block = DenseBlock(dataclasses.replace(case, memory=memory))
+        out, _ = block.run()
+        gradients.append(
+            torch.autograd.grad(out.float().square().sum(), [block.input, *block.parameters], allow_unused=True)
+        )
+    for kept, again in zip(*gradients, strict=True):
+        assert (kept is None) == (again is None)
+        assert kept is None or torch.equal(kept, again)
+
+
+def test_pieces_of_bottlenecks_save_memory():
+    peaks = []
+    for batch in (4, 8):
+        block = DenseBlock(dataclasses.replace(NARROW, batch=batch, width=64, memory="min"))
+        out, _ = block.run()
+        gradient = torch.rand_like(out)
+        with AllocationTape("cpu") as tape:
+            out.backward(gradient)
+        peaks.append(max(itertools.accumulate(tape.bytes)))
+    pixels, channels = 4 * 33 * 31, 10 + 3 * 6
+    # The gradient of all channels, of norm2's output, of the new channels: norm2's input is not among them.
+    assert (peaks[1] - peaks[0]) / pixels / 8 == pytest.approx(channels + 64 + 6, rel=0.01)
 
 
 def test_stems_of_volumes_and_with_autocast():

@@ -51,6 +51,7 @@ class Backward : BlockBackward<T> {
     for (int64_t l = int64_t(args_.layers.size()) - 1; l >= lowest_layer_; --l)
       if (!args_.layers[size_t(l)].dropped) layer(l);
     dv_ = z_again_ = d_ = at::Tensor();  // the input's gradient takes their place
+    pieces_.reset();
     if (this->needs_input()) input();
     return this->grads();
   }
@@ -170,8 +171,9 @@ class Backward : BlockBackward<T> {
       set_extras(layer.act1);
       return consumed(layer.norm1, c1);
     }
-    const at::Tensor z = bottleneck(l, prefix, c1);
-    const T* zp = static_cast<const T*>(z.const_data_ptr());
+    std::optional<Bottleneck<T>> again;
+    if (z_.size(0) == 0) again.emplace(static_cast<const BlockForward<T>&>(*this), layer, prefix, c1);
+    const T* zp = again ? start(*again) : static_cast<const T*>(z_[layer.z_index].const_data_ptr());
     const int64_t at = args_.norm2_statistics(l), b = args_.width;
     const Coefficients c2 = norm_of(layer.norm2, at, b);
     if (!dv_.defined()) dv_ = at::empty({pixels_, b}, this->options());
@@ -187,12 +189,34 @@ class Backward : BlockBackward<T> {
     consumed(layer.norm1, c1);
   }
 
-  // The saved output of the 1x1, or the same recomputed.
-  at::Tensor bottleneck(int64_t l, const Source<T>& prefix, const Coefficients& c1) {
-    if (z_.size(0) > 0) return z_[args_.layers[size_t(l)].z_index];
+  // Makes the output of the 1x1 again, or gets ready to make pieces of it.
+  const T* start(const Bottleneck<T>& bottleneck) {
+    if (makes_pieces()) {
+      if (!pieces_) pieces_.emplace(this->workers, most_piece_rows(), args_.width, this->options());
+      pieces_->start(bottleneck);
+      return nullptr;
+    }
     if (!z_again_.defined()) z_again_ = at::empty({pixels_, args_.width}, this->options());
-    make_bottleneck(*this, args_.layers[l], sets_, prefix, c1, static_cast<T*>(z_again_.mutable_data_ptr()), nullptr);
-    return z_again_;
+    T* z = static_cast<T*>(z_again_.mutable_data_ptr());
+    bottleneck.make_all(sets_, z, nullptr);
+    return z;
+  }
+
+  // Pieces are made twice, as dv is complete only when its sums are. That is worth it where z is large beside the
+  // features: then layers are narrow, and the product costs little.
+  bool makes_pieces() const {
+    return args_.bottleneck && 2 * args_.width >= args_.channels() && this->workers * most_piece_rows() < pixels_;
+  }
+  int64_t most_piece_rows() const {
+    if (!conv_.kernels.uses_winograd_backward(args_.conv)) return kernels.backward_rows;
+    const int64_t rows = conv_.kernels.winograd_rows_backward(args_.conv, args_.growth) + args_.conv.kernel[0] / 2 * 2;
+    return std::max(kernels.backward_rows, rows * args_.conv.size[1]);
+  }
+
+  // For a worker that is about to read rows of z.
+  Source<T> reading(Source<T> source, int64_t worker, int64_t set, int64_t row, int64_t rows) {
+    if (!source.x) source.x = pieces_->of_rows(worker, set, row, rows);
+    return source;
   }
 
   void conv(const LayerArgs& layer, const Source<T>& source, const Coefficients& c, const at::Tensor& d, T* gradient,
@@ -206,9 +230,10 @@ class Backward : BlockBackward<T> {
     const SliceGradient slice{d.const_data_ptr(), k};
     this->for_each_chunk(
         sets_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t set, int64_t row, int64_t rows) {
-          conv_.kernels.conv_backward(
-              this->of_set(source, c, set), args_.conv, row, rows, slice, this->panels_of(panels),
-              this->epilogue(worker, gradient, ld, accumulate, c.mean(set), dweight, set), this->workspace(worker));
+          conv_.kernels.conv_backward(reading(this->of_set(source, c, set), worker, set, row, rows), args_.conv, row,
+                                      rows, slice, this->panels_of(panels),
+                                      this->epilogue(worker, gradient, ld, accumulate, c.mean(set), dweight, set),
+                                      this->workspace(worker));
         });
     if (!this->needs(layer.conv2.at)) return;
     const at::Tensor by_tap = this->total(dweight, depth, n).reshape({args_.conv.taps(), k, n});
@@ -228,8 +253,13 @@ class Backward : BlockBackward<T> {
     this->for_each_worker(args_.batch * tiles, [&](int64_t worker, int64_t unit) {
       const int64_t row = unit % tiles * rows;
       const int64_t image = unit / tiles, set = args_.per_sample ? image : 0;
-      const Tile tile{image, row, std::min(rows, height - row), 0, args_.conv.size[1]};
-      kernels.conv_winograd_backward(this->of_set(source, c, set), args_.conv, tile, slice, this->panels_of(panels),
+      const int64_t columns = args_.conv.size[1], halo = args_.conv.kernel[0] / 2;
+      const Tile tile{image, row, std::min(rows, height - row), 0, columns};
+      // Squares reach beyond a tile of an odd number of rows, which is the last one of its image.
+      const int64_t first = std::max<int64_t>(0, row - halo), last = std::min(height, row + rows + halo);
+      const Source<T> read = reading(this->of_set(source, c, set), worker, set, (image * height + first) * columns,
+                                     (last - first) * columns);
+      kernels.conv_winograd_backward(read, args_.conv, tile, slice, this->panels_of(panels),
                                      this->epilogue(worker, gradient, ld, accumulate, c.mean(set), dweight, set),
                                      this->workspace(worker));
     });
@@ -244,9 +274,11 @@ class Backward : BlockBackward<T> {
     const at::Tensor dweight = this->worker_gradients(this->needs(layer.conv1.at), b, c);
     this->for_each_chunk(
         sets_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t set, int64_t row, int64_t rows) {
-          kernels.conv1x1_norm_backward(
-              this->of_set(prefix, c1, set), row, rows, this->of_set(norm2, c2, set), this->panels_of(panels),
-              this->epilogue(worker, g_, ld_, true, c1.mean(set), dweight, set), this->workspace(worker));
+          NormBackward<T> norm = this->of_set(norm2, c2, set);
+          if (!norm.z) norm.z = pieces_->of_rows(worker, set, row, rows);
+          kernels.conv1x1_norm_backward(this->of_set(prefix, c1, set), row, rows, norm, this->panels_of(panels),
+                                        this->epilogue(worker, g_, ld_, true, c1.mean(set), dweight, set),
+                                        this->workspace(worker));
         });
     if (this->needs(layer.conv1.at)) this->set(layer.conv1.at, this->total(dweight, b, c));
   }
@@ -262,8 +294,9 @@ class Backward : BlockBackward<T> {
   const A *const mean_, *const var_;
   const at::Tensor z_;
   const int64_t lowest_layer_;
-  at::Tensor d_, dv_, z_again_;  // of one layer at a time: [pixels, k], [pixels, b], [pixels, b]
-  at::Tensor gradient_;          // [N, C, spatial], channels innermost
+  at::Tensor d_, dv_, z_again_;                // of one layer at a time: [pixels, k], [pixels, b], [pixels, b]
+  std::optional<BottleneckPieces<T>> pieces_;  // in the place of z_again_
+  at::Tensor gradient_;                        // [N, C, spatial], channels innermost
   T* g_ = nullptr;
   Corrections corrections_;
 };

@@ -2,6 +2,9 @@
 // What forward and backward of the dense block share on the CPU: slabs of the convolution, and the bottleneck.
 #pragma once
 
+#include <cstring>
+#include <vector>
+
 #include "cpu/conv/conv2d_weights.h"
 #include "dense_block/dense_block.h"
 #include "dense_block/dense_block_kernels.h"
@@ -84,21 +87,84 @@ class NormActivation {
   at::Tensor slope_;
 };
 
-// z [pixels, b] = act(prefix) * conv1^T + bias; partial [chunks, 2, b]: mean and M2 of each chunk, or nullptr.  A set
-// of pixels has its row of the coefficients.
+// The 1x1 convolution of a layer, packed: z [pixels, b] = act(prefix) * conv1^T + bias.  A set of pixels has its row of
+// the coefficients.
 template <typename T>
-void make_bottleneck(const BlockForward<T>& block, const LayerArgs& layer, const RowSets& pixels,
-                     const Source<T>& prefix, const typename BlockForward<T>::Coefficients& c, T* z, double* partial) {
-  const int64_t b = layer.conv1.weight.size(0);
-  const at::Tensor panels = block.pack_forward(layer.conv1.weight), bias = block.bias_of(layer.bias1);
-  block.for_each_chunk(pixels, block.kernels.chunk_rows(layer.channels),
-                       [&](int64_t worker, int64_t chunk, int64_t set, int64_t row, int64_t count) {
-                         double* moments = partial ? partial + 2 * chunk * b : nullptr;
-                         block.kernels.conv1x1(
-                             {block.of_set(prefix, c, set)}, nullptr, row, count, block.panels_of(panels),
-                             {{z, b, b, moments, moments ? moments + b : nullptr, nullptr, 0, block.data_of(bias)}},
-                             block.workspace(worker));
-                       });
-}
+class Bottleneck {
+ public:
+  using Coefficients = typename BlockForward<T>::Coefficients;
+
+  Bottleneck(const BlockForward<T>& block, const LayerArgs& layer, const Source<T>& prefix, const Coefficients& c)
+      : width(layer.conv1.weight.size(0)),
+        block_(block),
+        prefix_(prefix),
+        c_(c),
+        panels_(block.pack_forward(layer.conv1.weight)),
+        bias_(block.bias_of(layer.bias1)) {}
+
+  // Rows [row, row + rows) of z; moments [2, b]: their mean and M2, or nullptr.
+  void make(int64_t worker, int64_t set, int64_t row, int64_t rows, T* z, double* moments = nullptr) const {
+    block_.kernels.conv1x1(
+        {block_.of_set(prefix_, c_, set)}, nullptr, row, rows, block_.panels_of(panels_),
+        {{z, width, width, moments, moments ? moments + width : nullptr, nullptr, 0, block_.data_of(bias_)}},
+        block_.workspace(worker));
+  }
+
+  // All rows; partial [chunks, 2, b]: mean and M2 of each chunk, or nullptr.
+  void make_all(const RowSets& pixels, T* z, double* partial) const {
+    block_.for_each_chunk(pixels, block_.kernels.chunk_rows(prefix_.channels),
+                          [&](int64_t worker, int64_t chunk, int64_t set, int64_t row, int64_t rows) {
+                            make(worker, set, row, rows, z, partial ? partial + 2 * chunk * width : nullptr);
+                          });
+  }
+
+  const int64_t width;
+
+ private:
+  const BlockForward<T>& block_;
+  const Source<T> prefix_;
+  const Coefficients& c_;
+  const at::Tensor panels_, bias_;
+};
+
+// z in pieces: each worker makes the rows that it is about to read, so that all of z is never there at once.
+template <typename T>
+class BottleneckPieces {
+ public:
+  BottleneckPieces(int64_t workers, int64_t most_rows, int64_t width, const at::TensorOptions& options)
+      : most_(most_rows), width_(width), held_(size_t(workers)) {
+    memory_ = at::empty({workers, most_rows, width}, options);
+  }
+
+  // From now on of this layer.
+  void start(const Bottleneck<T>& layer) {
+    layer_ = &layer;
+    std::fill(held_.begin(), held_.end(), Rows{});
+  }
+
+  // Where z would begin that has rows [row, row + rows) in its place. What the worker has of them already stays.
+  const T* of_rows(int64_t worker, int64_t set, int64_t row, int64_t rows) {
+    Rows& held = held_[size_t(worker)];
+    T* to = static_cast<T*>(memory_.mutable_data_ptr()) + worker * most_ * width_;
+    int64_t kept = 0;
+    if (held.begin <= row && row < held.end) {
+      kept = std::min(held.end - row, rows);
+      std::memmove(to, to + (row - held.begin) * width_, size_t(kept * width_) * sizeof(T));
+    }
+    T* z = to - row * width_;
+    if (kept < rows) layer_->make(worker, set, row + kept, rows - kept, z);
+    held = {row, row + rows};
+    return z;
+  }
+
+ private:
+  struct Rows {
+    int64_t begin = 0, end = 0;
+  };
+  const int64_t most_, width_;
+  const Bottleneck<T>* layer_ = nullptr;
+  at::Tensor memory_;  // [workers, most_rows, width]
+  std::vector<Rows> held_;
+};
 
 }  // namespace fastdense

@@ -66,7 +66,8 @@ class Forward : BlockForward<T> {
     const int64_t b = args_.width, most = kernels.chunk_rows(layer.channels);
     const int64_t units = statistics ? sets_.count * this->num_chunks(sets_, most) : 0;
     at::Tensor partial = this->template temporary<double>({units, 2, b});
-    make_bottleneck(*this, layer, sets_, prefix, c1, z, statistics ? partial.mutable_data_ptr<double>() : nullptr);
+    Bottleneck<T>(*this, layer, prefix, c1)
+        .make_all(sets_, z, statistics ? partial.mutable_data_ptr<double>() : nullptr);
     const auto count = [&](int64_t u) { return this->chunk_count(sets_, most, u); };
     if (statistics) this->combine(partial, b, count, mean_ + first, var_ + first, sets_.count, next_);
   }

@@ -311,8 +311,8 @@ def _killed(config: TrainConfig, moments: list[float]) -> int:
                 train(config, progress=False)
             os._exit(0)
         time.sleep(moment)
-        alive += os.waitpid(child, os.WNOHANG)[0] == 0
-        with contextlib.suppress(ChildProcessError):
+        if os.waitpid(child, os.WNOHANG)[0] == 0:
+            alive += 1
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
     train(config, progress=False)

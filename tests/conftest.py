@@ -4,14 +4,17 @@
 import gc
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import numpy
 import pytest
 import torch
 
+from tests.cases import forks
 from tests.cases.processes import Processes
 
 # oneDNN's bfloat16 kernels for AMX read past the last channel of a strided view: what lies there, NaN perhaps, is
@@ -73,3 +76,11 @@ def processes() -> Iterator[Processes]:
     pair = Processes()
     yield pair
     pair.stop()
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """Those of a benchmark do not import torch anew; tests/test_cli.py has one whose workers start as users' do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdense.bench.process.subprocess", SimpleNamespace(PIPE=subprocess.PIPE, Popen=forks.Popen))
+        yield

@@ -40,7 +40,7 @@ TINY = BenchConfig(
 
 
 @pytest.fixture(scope="module")
-def result() -> BenchResult:
+def result(forked_workers) -> BenchResult:
     ticks = []
     measured = run_bench(dataclasses.replace(TINY, memory_batches=(2, 4), memory_steps=2), ticks.append)
     assert len(ticks) == count_ticks(measured.config)
@@ -72,6 +72,7 @@ def test_plot_is_a_picture(result, tmp_path):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize(("fault", "reason"), [("loss", "losses disagree"), ("raise", "planted fault"), ("kill", "")])
 def test_a_faulty_variant_gives_a_reason_and_no_time(fault, reason):
     result = run_bench(dataclasses.replace(TINY, faults={"balanced": fault}))
@@ -83,6 +84,7 @@ def test_a_faulty_variant_gives_a_reason_and_no_time(fault, reason):
     assert reason in faulty.time_error
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_other_engines_and_frozen_weights_in_eval_mode():
     names = ("plain", "balanced", "frozen", "onnxruntime")
     result = run_bench(dataclasses.replace(TINY, variants=names, mode="eval"))
@@ -102,6 +104,7 @@ def test_against_adds_engines_to_what_is_compared_in_eval_mode():
     assert config.variants == (*COMPARED_IN_EVAL, "onnxruntime", "compile")
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_budget_is_a_variant():
     config = dataclasses.replace(TINY, variants=("plain", "budget"), budget="1GiB")
     measured = run_bench(config)
@@ -112,6 +115,7 @@ def test_a_budget_is_a_variant():
     assert "not even one image fits" in str(refused.rows[1].time_error)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_sweep_measures_and_draws(tmp_path):
     result = run_sweep(SweepConfig(dataclasses.replace(TINY, variants=("plain", "min"), memory_steps=2), (10, 16)))
     assert result.ok

@@ -154,6 +154,7 @@ def test_handlers_of_others_stay():
     assert results == [False]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_bench_shows_and_writes_the_rounds_that_were_timed(tmp_path, monkeypatch, capsys):
     press(monkeypatch, "fastdense.bench.run.Fleet.step_all", 3 + 3)  # three rounds to compare losses, two timed ones
     assert main([*BENCH, "--json", str(tmp_path / "out.json")]) == 130
@@ -166,6 +167,7 @@ def test_bench_shows_and_writes_the_rounds_that_were_timed(tmp_path, monkeypatch
     assert [len(row["seconds"]) for row in found["rows"]] == [2, 2]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_bench_without_a_timed_round_says_so(monkeypatch, capsys):
     press(monkeypatch, "fastdense.bench.run.Fleet.step_all", 1)
     assert main(BENCH) == 130
@@ -173,6 +175,7 @@ def test_bench_without_a_timed_round_says_so(monkeypatch, capsys):
     assert out == "" and err.endswith("\nfastdense: interrupted\n")
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_sweep_shows_the_depths_that_were_measured(monkeypatch, capsys):
     options = ["bench", "--sweep", "depth", "--depths", "10,16", "--variants", "plain", "--growth-rate", "4"]
     options += ["--size", "16", "--batch", "2", "--threads", "1"]

@@ -106,7 +106,7 @@ for moment in moments:
     time.sleep(moment * 0.05)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    print(torch.load(path, weights_only=True)["progress"]["step"] if path.exists() else 0)
+    print(torch.load(path, weights_only=True)["progress"]["step"] if path.exists() else 0, flush=True)
 """
 
 

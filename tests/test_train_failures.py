@@ -69,10 +69,11 @@ REMOVED = object()
 
 
 def edited(tree: Any, where: tuple[Any, ...], value: object) -> Any:
-    """A copy of a tree with another value, or none, in one place."""
-    tree = copy.deepcopy(tree)
+    """A tree with another value, or none, in one place; it shares all else with the one given."""
+    tree = copy.copy(tree)
     place = tree
     for key in where[:-1]:
+        place[key] = copy.copy(place[key])
         place = place[key]
     if value is REMOVED:
         del place[where[-1]]
@@ -81,9 +82,12 @@ def edited(tree: Any, where: tuple[Any, ...], value: object) -> Any:
     return tree
 
 
-def test_edited_checkpoints_are_named(trained: TrainConfig) -> None:
-    """Every entry in turn becomes something else, or is gone."""
-    path = trained.out / "checkpoint.pt"
+def test_edited_checkpoints_are_named(pictures: Path, tmp_path: Path) -> None:
+    """Every entry in turn becomes something else, or is gone; in a network of few tensors, which are read each time."""
+    few = {"depth": 8, "in_features": 192, "width": 8}
+    config = tiny(tmp_path / "out", data=str(pictures), epochs=2, model="highway_mlp", model_kwargs=few)
+    train(config, progress=False)
+    path = config.out / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
     assert checkpoint.load(path, {})["progress"] == state["progress"]
     values = [REMOVED, None, True, "text", -1, 10**9, float("nan"), [], {"a": 1}, torch.zeros(2, 3)]

@@ -16,6 +16,7 @@ import pytest
 from fastdense._support import InputError
 from fastdense.cli import main
 from fastdense.train.lock import locked
+from tests.cases import forks
 
 
 def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
@@ -71,6 +72,7 @@ OWNER = """
 import os, sys, time
 from pathlib import Path
 from fastdense.train.lock import locked
+from tests.cases import forks
 with locked(Path(sys.argv[1])):
     Path(sys.argv[1], ".half.fastdense-tmp").touch()
     worker = os.fork()
@@ -82,9 +84,7 @@ with locked(Path(sys.argv[1])):
 
 def test_a_killed_run_frees_its_folder_although_its_workers_live(tmp_path):
     root = str(Path(__file__).parents[1])
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, cwd=root, start_new_session=True
-    )
+    owner = forks.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, cwd=root, process_group=0)
     worker = int(owner.stdout.readline())
     try:
         with pytest.raises(InputError, match=f"process {owner.pid} on"), locked(tmp_path):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of a native operator with one argument changed, in a process that may die of it."""
 
-import multiprocessing
 import re
 import resource
 from collections.abc import Iterator, Sequence
@@ -10,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
+from tests.cases.forks import forking
 from tests.cases.mutations import Changed, changes
 from tests.cases.operator_oracle import expected
 from tests.cases.operators import samples
@@ -41,6 +40,8 @@ def copied(arguments: Sequence[Any], device: str | None = None) -> list[Any]:
     """With the strides of the originals, which an operator may write to."""
 
     def copy(value: Any) -> Any:
+        if isinstance(value, list | tuple):  # here pytree would take as long as all calls
+            return type(value)(map(copy, value))
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             return value
         if device == "meta":
@@ -50,7 +51,14 @@ def copied(arguments: Sequence[Any], device: str | None = None) -> list[Any]:
             return value
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
 
-    return _pytree.tree_map(copy, list(arguments))
+    return [copy(value) for value in arguments]
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Those of lists in lists."""
+    if isinstance(value, list | tuple):
+        return [tensor for entry in value for tensor in tensors_of(entry)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def refusal(error: Exception) -> str | None:
@@ -65,7 +73,7 @@ def refusal(error: Exception) -> str | None:
 
 def difference(found: Sequence[Tensor], wanted: Sequence[Tensor | None], change: Any = None) -> str | None:
     """What is wrong with results; a changed argument of a narrow type has been rounded."""
-    rounded = [leaf.dtype for leaf in _pytree.tree_leaves(change) if isinstance(leaf, Tensor)]
+    rounded = [t.dtype for t in tensors_of(change)]
     for at, (f, w) in enumerate(zip(found, wanted, strict=True)):
         if w is None:
             continue
@@ -126,7 +134,7 @@ def complaint(name: str, arguments: Sequence[Any], at: int, change: Changed, bef
         if wrong is None and on_cpu and not re.search("memory|overflow|mutable", str(error)):
             wrong = on_meta(name, changed, None)
         return wrong
-    tensors = [leaf for leaf in _pytree.tree_leaves(changed) if isinstance(leaf, Tensor) and leaf.numel() > 0]
+    tensors = [t for t in tensors_of(changed) if t.numel() > 0]
     if any(t.is_meta for t in found) and not all(t.is_meta for t in tensors):
         return "returns tensors without memory"
     wrong = on_meta(name, changed, found)
@@ -158,7 +166,7 @@ def steps(name: str) -> Iterator[tuple[str, str | None]]:
     schema = getattr(torch.ops.fastdense, name).default._schema
     for number, sample in enumerate(samples(name)):
         arguments = copied(sample)
-        tensors = [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        tensors = tensors_of(arguments)
         with torch.no_grad():
             before = run(name, copied(arguments))
             yield f"sample {number}", difference(before, expected(name, copied(arguments)))
@@ -177,6 +185,7 @@ def limit_memory() -> None:
 
 def _serve(connection: Any) -> None:
     torch.set_num_threads(1)
+    torch.set_printoptions(threshold=0, edgeitems=1)  # the dispatcher's errors have all tensors in them
     limit_memory()
     while True:
         torch.manual_seed(0)
@@ -194,7 +203,7 @@ class Caller:
     def complaints(self, name: str) -> list[str]:
         """What is wrong with an operator; the last entry is the call that ended the process, if one did."""
         if self.process is None:
-            context = multiprocessing.get_context("spawn")
+            context = forking()
             self.connection, there = context.Pipe()
             self.process = context.Process(target=_serve, args=(there,), daemon=True)
             self.process.start()

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from tests.cases.forks import forking
+
 WORLD = 2
 SECONDS = 120  # after which a process that waits for another gives up
 
@@ -49,7 +51,7 @@ class Processes:
         self.folder = tempfile.TemporaryDirectory()
 
     def start(self) -> None:
-        context = torch.multiprocessing.get_context("spawn")
+        context = forking()
         store = tempfile.mktemp(dir=self.folder.name)
         for rank in range(WORLD):
             here, there = context.Pipe()

@@ -14,10 +14,10 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -64,14 +64,20 @@ class Block {
     body_ = &body;
     shared_bytes_ = shared_bytes;
     shared_.assign(kAlign + 2 * kGuard + shared_bytes, kPoison);
-    threads_.assign(threads, Thread());
-    warps_.assign((threads + kWarp - 1) / kWarp, Warp());
+    threads_.resize(threads);
+    for (unsigned i = 0; i < threads; ++i) threads_[i].reset(i);
+    warps_.resize((threads + kWarp - 1) / kWarp);
+    for (Warp& warp : warps_) warp.meeting = Meeting();
     barrier_ = Meeting();
+    can_run_.assign((threads + 63) / 64, 0);
+    wake(0, threads);
+    done_ = 0;
     idle_.clear();
     for (size_t i = fibers_.size(); i-- > 0;) {
-      fibers_[i]->fresh = true;
+      if (stopped_) fibers_[i]->fresh = true;
       idle_.push_back(i);
     }
+    stopped_ = false;
     if (threads > 0) switch_to(next(), main_);
     if (!failure.empty()) return;
     const auto whole = [&](const unsigned char* at) {
@@ -87,22 +93,22 @@ class Block {
     return reinterpret_cast<unsigned char*>((at + kAlign - 1) / kAlign * kAlign);
   }
 
-  void barrier(int line) { meet(barrier_, unsigned(threads_.size()), line); }
+  void barrier(int line) { meet(barrier_, 0, unsigned(threads_.size()), line); }
 
   // What each lane of a warp gives to a collective.  Whoever gives next writes to the other half: the half in hand is
   // written again only after the next collective, which begins when all have taken.
   struct Words {
-    uint64_t word[3];
+    uint64_t word[6];
   };
   using Given = Words[kWarp];
   const Given& exchange(const Words& words, int line) {
     Warp& warp = warp_of(current_);
     const unsigned half = warp.meeting.number % 2;
     warp.given[half][lane()] = words;
-    meet(warp.meeting, kWarp, line);
+    meet(warp.meeting, first_of_warp(), kWarp, line);
     return warp.given[half];
   }
-  void warp_barrier(int line) { meet(warp_of(current_).meeting, kWarp, line); }
+  void warp_barrier(int line) { meet(warp_of(current_).meeting, first_of_warp(), kWarp, line); }
 
   unsigned lane() const { return current_ % kWarp; }
 
@@ -111,21 +117,27 @@ class Block {
     if (early_copies) {
       land(copy);
     } else {
-      threads_[current_].open.push_back(copy);
+      threads_[current_].copies.push_back(copy);
     }
   }
   void commit() {
     Thread& thread = threads_[current_];
-    thread.groups.push_back(std::exchange(thread.open, {}));
+    thread.groups.push_back(thread.copies.size());
   }
   void wait(size_t pending) {
-    auto& groups = threads_[current_].groups;
-    for (; groups.size() > pending; groups.pop_front())
-      for (const Copy& copy : groups.front()) land(copy);
+    auto& [index, started, fiber, copies, groups] = threads_[current_];
+    if (groups.size() <= pending) return;
+    const auto landing = groups.end() - ptrdiff_t(pending);
+    const size_t count = landing[-1];
+    for (size_t i = 0; i < count; ++i) land(copies[i]);
+    copies.erase(copies.begin(), copies.begin() + ptrdiff_t(count));
+    groups.erase(groups.begin(), landing);
+    for (size_t& end : groups) end -= count;
   }
 
   [[noreturn]] void stop(const char* reason) {
     fail(reason);
+    stopped_ = true;
     _longjmp(main_.at, 1);
     __builtin_unreachable();
   }
@@ -145,15 +157,20 @@ class Block {
     int bytes, valid;
   };
   struct Thread {
-    bool started = false, done = false;
-    const Meeting* at = nullptr;  // what it waits for, and the number of that meeting
-    unsigned number = 0;
-    size_t fiber = 0;
-    std::vector<Copy> open;  // not yet committed
-    std::deque<std::vector<Copy>> groups;
-    bool can_run() const { return !done && (!at || at->number != number); }
+    dim3 index;
+    bool started;
+    size_t fiber;
+    std::vector<Copy> copies;    // that have not landed
+    std::vector<size_t> groups;  // of them, by their ends
+    void reset(unsigned i) {
+      index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
+      started = false;
+      copies.clear();
+      groups.clear();
+    }
   };
-  // A stack to run on.  Entered once by setcontext, then left and entered by jumps, which spare system calls.
+  // A stack to run on.  Entered once by setcontext, then left and entered by jumps, which spare system calls; between
+  // blocks it rests where it carried its last thread, unless that was stopped.
   struct Fiber {
     bool fresh = true;
     jmp_buf at;
@@ -177,42 +194,46 @@ class Block {
     std::memset(static_cast<char*>(copy.to) + copy.valid, 0, size_t(copy.bytes - copy.valid));
   }
 
-  void meet(Meeting& meeting, unsigned count, int line) {
+  unsigned first_of_warp() const { return current_ / kWarp * kWarp; }
+
+  // Of the threads first ... first + count - 1.
+  void meet(Meeting& meeting, unsigned first, unsigned count, int line) {
     if (meeting.arrived > 0 && meeting.line != line) stop("threads meet at different barriers or collectives");
     meeting.line = line;
-    Thread& thread = threads_[current_];
-    thread.number = meeting.number;
-    thread.at = &meeting;
+    can_run_[current_ / 64] &= ~bit(current_);
     if (++meeting.arrived == count) {
       meeting.arrived = 0;
       ++meeting.number;
+      wake(first, count);
     }
     // Even the last to arrive steps back, so that the order of threads is the schedule's alone.
-    if (const unsigned following = next(); following != current_) switch_to(following, *fibers_[thread.fiber]);
-    thread.at = nullptr;
+    if (const unsigned following = next(); following != current_)
+      switch_to(following, *fibers_[threads_[current_].fiber]);
+  }
+
+  static uint64_t bit(unsigned thread) { return uint64_t(1) << thread % 64; }
+
+  void wake(unsigned first, unsigned count) {
+    for (unsigned thread = first; thread < first + count; ++thread) can_run_[thread / 64] |= bit(thread);
   }
 
   // The first thread of the schedule that can run.
-  unsigned next() {
-    const auto count = unsigned(threads_.size());
-    for (unsigned i = 0; i < count; ++i) {
-      const unsigned thread = backwards ? count - 1 - i : i;
-      if (threads_[thread].can_run()) return thread;
+  unsigned next() const {
+    const size_t words = can_run_.size();
+    for (size_t i = 0; i < words; ++i) {
+      const size_t at = backwards ? words - 1 - i : i;
+      if (const uint64_t word = can_run_[at])
+        return unsigned(64 * at) + unsigned(backwards ? std::bit_width(word) - 1 : std::countr_zero(word));
     }
-    return count;
-  }
-
-  bool all_done() const {
-    for (const Thread& thread : threads_)
-      if (!thread.done) return false;
-    return true;
+    return unsigned(threads_.size());
   }
 
   // Leaves the fiber `from` for a thread, or for the launch when there is none.
   void switch_to(unsigned thread, Fiber& from) {
     if (thread == threads_.size()) {
-      if (!all_done()) stop("a barrier or collective was not met by all threads");
-      _longjmp(main_.at, 1);
+      if (done_ < threads_.size()) stop("a barrier or collective was not met by all threads");
+      if (_setjmp(from.at) == 0) _longjmp(main_.at, 1);
+      return;
     }
     Thread& t = threads_[thread];
     if (!t.started) {
@@ -232,7 +253,7 @@ class Block {
 
   void enter(unsigned thread) {
     current_ = thread;
-    threadIdx = dim3(thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y));
+    threadIdx = threads_[thread].index;
   }
 
   static void begin(Fiber& fiber) {
@@ -255,7 +276,8 @@ class Block {
       const size_t own = thread.fiber;
       thread.started = true;
       (*body_)();
-      thread.done = true;
+      can_run_[current_ / 64] &= ~bit(current_);
+      ++done_;
       const unsigned following = next();
       if (following < threads_.size() && !threads_[following].started) {
         threads_[following].fiber = own;
@@ -274,6 +296,9 @@ class Block {
   Meeting barrier_;
   std::vector<unsigned char> shared_;
   size_t shared_bytes_ = 0;
+  std::vector<uint64_t> can_run_;  // a bit a thread
+  size_t done_ = 0;                // threads
+  bool stopped_ = false;           // the last block, in the middle
   unsigned current_ = 0;
   const std::function<void()>* body_ = nullptr;
   Fiber main_;
@@ -346,20 +371,29 @@ template <typename Value>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line, int numbers,
                   const Value& value) {
   Block::Words words{};
-  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  float own[6][2] = {};
+  for (int i = 0; i < numbers; ++i) {
+    for (int j = 0; j < 4; ++j) own[j][i] = value(a[j], i);
+    own[4][i] = value(b0, i);
+    own[5][i] = value(b1, i);
+  }
+  static_assert(sizeof(own) == sizeof(words));
   std::memcpy(words.word, own, sizeof(own));
   const Block::Given& given = block.exchange(words, line);
-  const auto of_lane = [&](unsigned lane, unsigned i) {
-    uint32_t word;
-    std::memcpy(&word, reinterpret_cast<const char*>(given[lane].word) + 4 * i, 4);
-    return word;
+  const auto of_lane = [&](unsigned lane, unsigned word, int i) {
+    float number;
+    std::memcpy(&number, reinterpret_cast<const char*>(given[lane].word) + 8 * word + 4 * i, 4);
+    return number;
   };
-  for (unsigned e = 0; e < 4; ++e) {
-    const unsigned row = block.lane() / 4 + 8 * (e / 2), column = 2 * (block.lane() % 4) + e % 2;
-    for (unsigned word = 0; word < 8; ++word) {
-      const uint32_t left = of_lane(row % 8 * 4 + word % 4, row / 8 + 2 * (word / 4));
-      const uint32_t right = of_lane(column * 4 + word % 4, 4 + word / 4);
-      for (int i = 0; i < numbers; ++i) c[e] += value(left, i) * value(right, i);
+  const unsigned g = block.lane() / 4, t = block.lane() % 4;
+  for (unsigned word = 0; word < 8; ++word) {
+    for (int i = 0; i < numbers; ++i) {
+      float left[2], right[2];
+      for (unsigned j = 0; j < 2; ++j) {
+        left[j] = of_lane(g * 4 + word % 4, j + 2 * (word / 4), i);
+        right[j] = of_lane((2 * t + j) * 4 + word % 4, 4 + word / 4, i);
+      }
+      for (unsigned e = 0; e < 4; ++e) c[e] += left[e / 2] * right[e % 2];
     }
   }
 }

@@ -7,8 +7,9 @@
 // order is a race.  Asynchronous copies land when they are waited for or, with early_copies, at once.  Shared memory is
 // poisoned before every block (NaN in every floating type) and guarded on both sides. A launch fails, with a reason
 // from cudaGetErrorString, when threads wait for each other for ever, meet at different barriers or collectives, write
-// outside shared memory, or access a vector at an address that is no multiple of its size.  Not modelled: the order of
-// memory accesses between blocks, bank conflicts, speed.
+// outside shared memory, access a vector at an address that is no multiple of its size, return without having called
+// wait_for_kernels_before(), or access a vector or copy before.  Not modelled: the order of memory accesses between
+// blocks, bank conflicts, speed.
 #pragma once
 
 #include <setjmp.h>
@@ -106,7 +107,13 @@ class Block {
 
   unsigned lane() const { return current_ % kWarp; }
 
+  void begin_accesses() { threads_[current_].accesses = true; }
+  void access() {
+    if (!threads_[current_].accesses) stop("an access before wait_for_kernels_before()");
+  }
+
   void copy(void* to, const void* from, int bytes, int valid) {
+    access();
     const Copy copy{to, from, bytes, valid};
     if (early_copies) {
       land(copy);
@@ -145,7 +152,7 @@ class Block {
     int bytes, valid;
   };
   struct Thread {
-    bool started = false, done = false;
+    bool started = false, done = false, accesses = false;
     const Meeting* at = nullptr;  // what it waits for, and the number of that meeting
     unsigned number = 0;
     size_t fiber = 0;
@@ -255,6 +262,7 @@ class Block {
       const size_t own = thread.fiber;
       thread.started = true;
       (*body_)();
+      if (!thread.accesses) stop("a thread without wait_for_kernels_before()");
       thread.done = true;
       const unsigned following = next();
       if (following < threads_.size() && !threads_[following].started) {
@@ -320,6 +328,7 @@ V shuffle(V value, unsigned from, int line) {
 }
 
 inline void check_aligned(const void* address, size_t bytes) {
+  block.access();
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) block.stop("a vector access at a misaligned address");
 }
 
@@ -365,6 +374,10 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 
 }  // namespace fastdense::emulation
+
+namespace fastdense {
+inline void wait_for_kernels_before() { emulation::block.begin_accesses(); }
+}  // namespace fastdense
 
 inline cudaError_t cudaGetLastError() {
   using namespace fastdense::emulation;

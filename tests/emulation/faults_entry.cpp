@@ -13,13 +13,17 @@ enum Fault {
   kBefore,
   kBehind,
   kMisaligned,
-  kUnwritten
+  kUnwritten,
+  kEarlyAccess,
+  kNoWait,
 };
 
 constexpr unsigned kThreads = 64;
 
 // out[t] = the sum of in over the block, by way of shared memory and warp sums.
 __global__ void sum_kernel(const float* in, float* out, int fault) {
+  if (fault == kEarlyAccess) FASTDENSE_CHECK_ALIGNED(in, 16);
+  if (fault != kNoWait || threadIdx.x != 7) fastdense::wait_for_kernels_before();
   FASTDENSE_SHARED(bytes);
   auto* shared = reinterpret_cast<float*>(bytes);
   const unsigned t = threadIdx.x;

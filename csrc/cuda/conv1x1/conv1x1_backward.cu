@@ -243,6 +243,7 @@ class BackwardBlock {
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kLeastBlocks)
     conv1x1_backward_kernel(const __grid_constant__ Conv1x1BackwardParams<T> p, int64_t rows, int columns, int access) {
+  wait_for_kernels_before();
   if constexpr (kTensorCores) {
     FASTDENSE_SHARED(shared);
     BackwardBlock<T, Shape>(p, rows, columns, access, shared).run();

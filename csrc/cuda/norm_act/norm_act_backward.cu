@@ -156,6 +156,7 @@ __global__ void __launch_bounds__(kFinaliseSetThreads)
     finalise_set_sums_kernel(const __grid_constant__ FinaliseSetSumsParams<A> p, int64_t columns,
                              FinaliseShape of_parameters, unsigned parameter_blocks, FinaliseShape of_corrections,
                              unsigned ranges) {
+  wait_for_kernels_before();
   FASTDENSE_SHARED(shared);
   if (blockIdx.x < parameter_blocks) return finalise_parameters(p, columns, of_parameters, blockIdx.x, shared);
   const unsigned block = blockIdx.x - parameter_blocks, set = block / ranges;

@@ -167,6 +167,7 @@ template <typename T>
 __global__ void __launch_bounds__(kFinaliseSetThreads)
     finalise_set_moments_kernel(const __grid_constant__ ManySetMomentsParams<T> many, unsigned sets,
                                 FinaliseShape shape) {
+  wait_for_kernels_before();
   FASTDENSE_SHARED(shared);
   const FinaliseSetMomentsParams<T>& p = many.norms[blockIdx.y];
   const auto ranges = unsigned(channel_ranges(p, shape));

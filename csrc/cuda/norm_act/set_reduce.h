@@ -123,6 +123,7 @@ template <template <typename, int> class Reduce, typename T, int V>
 __global__ void __launch_bounds__(kReduceThreads, kLeastReduceBlocks)
     set_reduce_kernel(const __grid_constant__ typename Reduce<T, V>::Params params, int64_t rows, int64_t columns,
                       int64_t rows_per_block, unsigned splits, unsigned across) {
+  wait_for_kernels_before();
   using A = accumulate_t<T>;
   constexpr int kTileRows = Reduce<T, V>::kTileRows;
   const unsigned unit = blockIdx.x / across, set = unit / splits, split = unit - set * splits;

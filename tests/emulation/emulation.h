@@ -5,9 +5,9 @@
 // Two schedules, forwards and backwards: blocks and threads in ascending or descending order, always the first one that
 // can run, so that a thread gets ahead of its neighbours by as much as the barriers allow; a result that depends on the
 // order is a race.  Asynchronous copies land when they are waited for or, with early_copies, at once.  Shared memory is
-// poisoned before every block (NaN in every floating type) and guarded on both sides. A launch fails, with a reason
-// from cudaGetErrorString, when threads wait for each other for ever, meet at different barriers or collectives, write
-// outside shared memory, access a vector at an address that is no multiple of its size, return without having called
+// poisoned before every block (NaN in every floating type). A launch fails, with a reason from cudaGetErrorString, when
+// threads wait for each other for ever, meet at different barriers or collectives, write in front of shared memory or
+// reach behind it, access a vector at an address that is no multiple of its size, return without having called
 // wait_for_kernels_before(), or access a vector or copy before.  Not modelled: the order of memory accesses between
 // blocks, bank conflicts, speed.
 #pragma once
@@ -26,6 +26,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "shared_memory.h"
 
 #define __global__
 #define __device__
@@ -53,18 +55,17 @@ inline int64_t launches = 0;
 inline std::string failure;   // of the launches since cudaGetLastError was last asked
 inline std::string reported;  // what it said last
 
-constexpr size_t kGuard = 256, kStack = size_t(64) << 10, kAlign = 128;
+constexpr size_t kStack = size_t(64) << 10;
 constexpr unsigned kWarp = 32;
 constexpr size_t kMostShared = size_t(227) << 10;  // that a block may ask for, compute capability 9.0
-constexpr unsigned char kPoison = 0xff;
 
 // The block that runs: its threads, the fibers that carry them, and its shared memory.
 class Block {
  public:
   void run(unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
     body_ = &body;
-    shared_bytes_ = shared_bytes;
-    shared_.assign(kAlign + 2 * kGuard + shared_bytes, kPoison);
+    if (!SharedMemory::holds(shared_bytes)) return fail("more shared memory than there is");
+    shared_.place(shared_bytes);
     threads_.assign(threads, Thread());
     warps_.assign((threads + kWarp - 1) / kWarp, Warp());
     barrier_ = Meeting();
@@ -74,19 +75,10 @@ class Block {
       idle_.push_back(i);
     }
     if (threads > 0) switch_to(next(), main_);
-    if (!failure.empty()) return;
-    const auto whole = [&](const unsigned char* at) {
-      for (size_t i = 0; i < kGuard; ++i)
-        if (at[i] != kPoison) return false;
-      return true;
-    };
-    if (!whole(shared() - kGuard) || !whole(shared() + shared_bytes)) fail("a write outside shared memory");
+    if (failure.empty() && !shared_.whole()) fail("a write outside shared memory");
   }
 
-  unsigned char* shared() {
-    const auto at = reinterpret_cast<uintptr_t>(shared_.data()) + kGuard;
-    return reinterpret_cast<unsigned char*>((at + kAlign - 1) / kAlign * kAlign);
-  }
+  unsigned char* shared() { return shared_.data(); }
 
   void barrier(int line) { meet(barrier_, unsigned(threads_.size()), line); }
 
@@ -280,8 +272,8 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   Meeting barrier_;
-  std::vector<unsigned char> shared_;
-  size_t shared_bytes_ = 0;
+  static void on_fault();
+  SharedMemory shared_{&Block::on_fault};
   unsigned current_ = 0;
   const std::function<void()>* body_ = nullptr;
   Fiber main_;
@@ -289,6 +281,7 @@ class Block {
 
 inline Block block;
 inline void Block::carry() { block.carry_threads(); }
+inline void Block::on_fault() { block.stop("an access outside shared memory"); }
 
 // Numbers 0 ... count - 1 in the chosen order, until something fails.
 template <typename Body>

@@ -14,6 +14,7 @@ enum Fault {
   kBehind,
   kMisaligned,
   kUnwritten,
+  kReadBehind,
   kEarlyAccess,
   kNoWait,
 };
@@ -31,6 +32,7 @@ __global__ void sum_kernel(const float* in, float* out, int fault) {
   if (fault == kBefore) shared[-1] = 0;
   if (fault == kBehind) shared[kThreads] = 0;
   float value = in[t];
+  if (fault == kReadBehind && t == 5) value += 0 * shared[kThreads];
   for (unsigned lanes = 16; lanes > 0; lanes /= 2) {
     if (fault == kOtherShuffle && t % 2 == 1) {
       value += __shfl_xor_sync(~0u, value, lanes);

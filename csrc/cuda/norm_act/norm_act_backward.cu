@@ -111,7 +111,7 @@ __device__ void finalise_corrections(const FinaliseSetSumsParams<A>& p, int64_t 
     totals[shape.columns + at.column] = slope;
   }
   __syncthreads();
-  if (at.lane > 0) return;
+  if (at.lane > 0 || begin + at.column >= end) return;
   const GroupColumns of(shape, group, at.column);
   shift = slope = 0;
   for (unsigned i = of.first; i < of.first + of.count; ++i) {

@@ -173,7 +173,9 @@ struct FinaliseShape {
     return {lanes, kFinaliseSetThreads / lanes};
   }
   // Channels of a block: whole groups, or a single one that it goes through in parts.
-  FASTDENSE_HD int64_t channels(int64_t group) const { return group < columns ? columns / group * group : group; }
+  FASTDENSE_HD int64_t channels(int64_t group) const {
+    return group < columns ? columns / unsigned(group) * unsigned(group) : group;
+  }
   __device__ LanePlace place() const { return {threadIdx.x % columns, columns, threadIdx.x / columns, lanes}; }
 };
 

@@ -2,8 +2,8 @@
 """Counts what can be counted of the CUDA code without a GPU: ``python -m benchmarks.cuda_counts [--part NAME ...]``.
 
 * ``launches``: kernels that a training step of DenseNet-121 and -201 at batch 64 starts, and a forward pass in eval
-  mode. The host code of the CUDA operators runs on CPU tensors, as in the tests, with launches that do nothing. Kernels
-  of torch's libraries are counted by the operators that start them. The optimizer is left out.
+  mode at 64, 8 and 1. The host code of the CUDA operators runs on CPU tensors, as in the tests, with launches that do
+  nothing. Kernels of torch's libraries are counted by the operators that start them. The optimizer is left out.
 * ``sass``: what nvcc makes of the stem's kernels and others that divide, for one architecture: 64-bit divisions in
   loops, widths of loads, instructions of the longest loop for each number that it makes. Needs nvcc, and nvdisasm,
   which comes with torch's triton.
@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torchvision
@@ -61,6 +62,7 @@ LIBRARY = {
         ("mm", "addmm", "bmm", "copy_", "fill_", "zero_", "cat", "add", "add_", "mul", "mul_", "div", "div_"), 1
     ),
     **dict.fromkeys(("sum", "mean", "relu", "relu_", "threshold_backward", "convolution", "index_select", "clamp_"), 1),
+    "_foreach_zero_": 1,
     **dict.fromkeys(("_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward"), 1),
     "convolution_backward": 2,  # of its input and of its weight
 }
@@ -76,9 +78,10 @@ def verdict(value: float, *key: object) -> str:
 
 @contextlib.contextmanager
 def launches_that_do_nothing() -> Iterator[ctypes.CDLL]:
-    """The CUDA code in the place of the CPU code; memory stays as it is."""
+    """The CUDA code in the place of the CPU code, whose operator for inference it lacks; memory stays as it is."""
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    with emulated_kernels(False, WORKSPACE, BLOCKS, "auto") as library:
+    no_inference = mock.patch("fastdense.fusion.dense_block._infer", return_value=None)
+    with no_inference, emulated_kernels(False, WORKSPACE, BLOCKS, "auto") as library:
         torch.utils.deterministic.fill_uninitialized_memory = False
         library.skipped_launches.restype = ctypes.c_char_p
         library.skip_launches(True)
@@ -172,13 +175,16 @@ def count_launches(name: str, train: bool, batch: int = 64) -> Launches:
 
 def launches(found: dict[str, Any]) -> None:
     rows = found["launches"] = []
-    for name, train in (("densenet121", True), ("densenet201", True), ("densenet121", False)):
-        row = count_launches(name, train)
+    counted = [("densenet121", True, 64), ("densenet201", True, 64), *(("densenet121", False, n) for n in (64, 8, 1))]
+    for name, train, batch in counted:
+        row = count_launches(name, train, batch)
         kernels = ", ".join(f"{key} {n}" for key, n in (row.own + row.library).most_common())
-        print(f"launches, {name}, {row.what}: {row.total} ({row.own.total()} of this library)", end="  ")
+        print(f"launches, {name}, {row.what} at {batch}: {row.total} ({row.own.total()} of this library)", end="  ")
         print(verdict(row.total, "launches", name, row.what))
         print(f"    {kernels}")
-        rows.append({"network": name, "what": row.what, "own": dict(row.own), "library": dict(row.library)})
+        rows.append(
+            {"network": name, "what": row.what, "batch": batch, "own": dict(row.own), "library": dict(row.library)}
+        )
 
 
 def host(found: dict[str, Any]) -> None:

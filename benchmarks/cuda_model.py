@@ -116,7 +116,7 @@ def conv1x1_backward(pixels: int, c: int, b: int) -> Iterator[Kernel]:
     splits = max(1, min(2 * PROCESSORS // across, pixels // 256))
     tiles = math.ceil(pixels / 64)
     turns = math.ceil(across * splits / (2 * PROCESSORS))
-    work = cycles(turns * math.ceil(tiles / splits) * 1860 * 2 + 5000) / (2 if across * splits <= PROCESSORS else 1)
+    work = cycles(turns * math.ceil(tiles / splits) * 1660 * 2 + 5000) / (2 if across * splits <= PROCESSORS else 1)
     x, z = pixels * c * NUMBER, pixels * b * NUMBER
     memory = (3 * x + z) * (0.5 if 2 * x < CACHE else 1)
     through_cache = tiles * across * (16 + 8 + 8 + 8) * 1024

@@ -2,7 +2,8 @@
 """Builds, checks and measures on a machine with a CUDA GPU, within ten minutes a run.
 
     python -m benchmarks.cuda_run --out DIR            the first run: is it right, and how fast is a DenseNet
-    python -m benchmarks.cuda_run --out DIR --second   the second, behind the first: other networks, compiled rivals
+    python -m benchmarks.cuda_run --out DIR --second   the second, behind the first: other networks, kernels
+                                                       that start early, compiled rivals
 
 What matters most comes first. Every stage is a process of its own with a time limit, and goes on where another failed;
 where the fused kernels do not pass ``fastdense selftest``, later stages run with the library's. ``DIR`` ($OUT, or
@@ -29,6 +30,7 @@ STAGE = (PYTHON, "-m", "benchmarks.cuda_stages")
 BENCH = (PYTHON, "-m", "fastdense", "bench", "--device", "cuda", "--memory-batches", "0", "--steps", "20")
 BFLOAT16 = ("--dtype", "bfloat16")
 DPN92 = ("--model", "dpn92", "--batch", "128")
+EARLY = ("env", "FASTDENSE_DEPENDENT_LAUNCH=1")
 GRAPHS = "plain-channels-last,plain-channels-last-graph,balanced,balanced-graph"
 
 
@@ -58,6 +60,12 @@ SECOND = (
     Stage("build", 240, (PYTHON, "setup.py", "-q", "build_ext", "--inplace")),
     Stage("super-resolution", 50, (*STAGE, "super_resolution", "--json", "{json}")),
     Stage("bicubic", 30, (*STAGE, "bicubic", "--json", "{json}")),
+    Stage("dependent-selftest", 75, (*EARLY, PYTHON, "-m", "fastdense", "selftest", "--device", "cuda")),
+    Stage(
+        "dependent-densenet121-64",
+        45,
+        (*EARLY, *BENCH, *BFLOAT16, "--batch", "64", "--variants", "balanced,balanced-graph", "--json", "{json}"),
+    ),
     Stage(
         "dpn92-128",
         60,

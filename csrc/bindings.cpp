@@ -13,6 +13,7 @@
 #include "core/dropout_math.h"
 #include "core/scalar.h"
 #include "cpu/simd/isa.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/kernel_choice.h"
 #include "highway_gate/highway_gate_math.h"
 #include "python/allocation_tape.h"
@@ -47,6 +48,7 @@ py::dict build_info() {
 #endif
   info["simd"] = isa_name(current_isa());
   info["cuda_kernels"] = cuda_kernels_name(cuda_kernels());
+  info["dependent_launch"] = dependent_launch();
   info["threads"] = std::thread::hardware_concurrency();
   return info;
 }

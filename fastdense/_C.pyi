@@ -11,6 +11,7 @@ class BuildInfo(TypedDict):
     compiler: str
     simd: Literal["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
     cuda_kernels: Literal["auto", "fused", "library"]
+    dependent_launch: bool
     threads: int
 
 def build_info() -> BuildInfo: ...

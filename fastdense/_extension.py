@@ -38,6 +38,7 @@ def build_info() -> "BuildInfo":
     Returns:
         A dict of ``version``; ``torch``, the version compiled with; ``cuda`` and ``cuda_arch_list``, None in a build
         for the CPU alone; ``compiler``; ``simd``, the vector instructions in use; ``cuda_kernels``, the choice
-        of FASTDENSE_CUDA_KERNELS; ``threads`` of this machine.
+        of FASTDENSE_CUDA_KERNELS; ``dependent_launch``, whether FASTDENSE_DEPENDENT_LAUNCH is 1; ``threads`` of this
+        machine.
     """
     return _C.build_info()

@@ -88,6 +88,7 @@ def test_build_info():
     assert info["compiler"].split()[0] in ("GCC", "Clang")
     assert info["simd"] in LEVELS
     assert info["cuda_kernels"] in ("auto", "fused", "library")
+    assert isinstance(info["dependent_launch"], bool)
     assert info["threads"] >= 1
 
 
@@ -143,6 +144,16 @@ def test_unknown_cuda_kernels_in_the_environment_are_named_and_ignored():
     result = run_python(*PRINT_KERNELS, FASTDENSE_CUDA_KERNELS="fast")
     assert result.stdout.strip() == "auto"
     assert "fastdense: ignoring FASTDENSE_CUDA_KERNELS=fast, expected auto, fused or library" in result.stderr
+
+
+@pytest.mark.parametrize(("value", "expected"), [("", False), ("0", False), ("1", True), ("yes", False)])
+def test_environment_switches_dependent_launches(value, expected):
+    """Off unless asked for."""
+    code = "import torch; from fastdense import _C; print(_C.build_info()['dependent_launch'])"
+    result = run_python("-c", code, FASTDENSE_DEPENDENT_LAUNCH=value)
+    assert result.stdout.strip() == str(expected)
+    message = "fastdense: ignoring FASTDENSE_DEPENDENT_LAUNCH=yes, expected 0 or 1"
+    assert (message in result.stderr) == (value == "yes")
 
 
 def test_set_cuda_kernels():

@@ -67,10 +67,35 @@ def test_which_shapes_are_fused(case, tf32, fused):
     assert (count < library) == fused
 
 
-@pytest.mark.parametrize(("blocks", "fused"), [(64, True), (8 * 19, False)])
-def test_small_images_stay_with_the_library(blocks, fused):
-    """144 pixels, and 18 multiprocessors at most."""
-    assert same(launches(BC, "auto", blocks)[1], launches(BC, "fused" if fused else "library", blocks)[1])
+@pytest.mark.parametrize("kernels", ["fused", "library"])
+def test_inference_reads_all_weights_in_each_call(kernels):
+    """A captured graph sees weights that change between replays, in a way that their versions do not tell."""
+    block = Block(replace(BC, frozen=ALL, num_layers=1))
+    (layer,), tail = block.layers, block.tail
+    norms = [tensor for norm in (layer.norm1, layer.norm2, tail.norm) for tensor in norm[:4]]
+    with emulated_kernels(False, EMULATED_SCRATCH, 64, kernels), torch.no_grad():
+        before = block.run()[0]
+        for tensor in (*norms, layer.conv1, layer.conv2, tail.conv):
+            tensor.data.mul_(1.5)
+            after = block.run()[0]
+            assert not torch.equal(before, after)
+            assert relative(after, block.expected()[0]) < 0.02
+            before = after
+
+
+@pytest.mark.parametrize("blocks", [64, 8 * 19])
+def test_short_prefixes_are_fused_whatever_the_device(blocks):
+    """144 pixels are enough for 18 multiprocessors."""
+    assert same(launches(BC, "auto", blocks)[1], launches(BC, "fused", blocks)[1])
+
+
+@pytest.mark.parametrize(("blocks", "fused"), [(8 * 2, True), (8 * 3, False)])
+def test_the_1x1_of_few_pixels_and_a_long_prefix_stays_with_the_library(blocks, fused):
+    """18 pixels are enough for two multiprocessors."""
+    case = replace(BC, in_channels=1026, num_layers=1, size=(3, 3), tail="norm")
+    counts = [launches(case, kernels, blocks)[0] for kernels in ("auto", "fused", "library")]
+    assert (counts[0] == counts[1]) == fused
+    assert counts[1] <= counts[0] < counts[2]
 
 
 @pytest.mark.parametrize(

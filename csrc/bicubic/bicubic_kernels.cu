@@ -44,6 +44,7 @@ constexpr int kStrip = 32;
 
 template <int kTaps, typename T, typename A>
 __global__ void bicubic_image_kernel(BicubicImagePass<T, A> p) {
+  wait_for_kernels_before();
   const int64_t out_width = p.columns.rows * p.inner, in_width = p.width * p.inner;
   const int64_t element = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (element >= out_width) return;

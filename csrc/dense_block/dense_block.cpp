@@ -2,11 +2,11 @@
 #include "dense_block/dense_block.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
 #include "core/checks.h"
+#include "core/statistics.h"
 #include "core/sync_batch_norm.h"
 
 namespace fastdense {
@@ -298,12 +298,9 @@ DenseBlockOutputs allocate_dense_block(const DenseBlockArgs& args, const at::Ten
   o.buffer = empty_channels_last(args.sizes(args.channels()), options);
   for (const LayerArgs& layer : args.layers)
     if (layer.dropped) o.buffer.narrow(1, layer.channels, args.growth).zero_();
-  const auto allocate = [&] {
-    return args.all_statistics() ? at::empty(args.statistics_sizes(), statistics)
-                                 : at::zeros(args.statistics_sizes(), statistics);
-  };
-  o.mean = allocate();
-  o.var = allocate();
+  const auto [mean, var] = allocate_statistics(args.statistics_sizes(), statistics, args.all_statistics());
+  o.mean = mean;
+  o.var = var;
   o.z = at::empty({saved, args.pixels(), args.width}, options);
   if (args.tail != Tail::kNone) o.out = empty_channels_last(args.out_sizes(), options);
   return o;

@@ -20,10 +20,9 @@ namespace fastdense {
 //
 // The library's way writes u = relu(norm2(z)) and reads it again, copies the result into the slice, and in backward
 // makes u anew for the weight's gradient and takes the sums of norm2 in a pass of its own: per pixel and layer 3b + 3k
-// numbers for b + k forward, 7b + 3k for 4b + 3k backward.  It takes five kernels less a layer in a training
-// step, so the fused way is expected to win even where its blocks leave most of the device idle: with less than one
-// tile of 128 pixels for every eighth multiprocessor a library that shares out the depth may be ahead.  All this is
-// counted, nothing of it measured.
+// numbers for b + k forward, 7b + 3k for 4b + 3k backward.  It takes five kernels less a layer in a training step, two
+// less in inference.  So the fused way is expected to win even where a single block computes a tile and leaves the
+// device idle, which takes about as long as these two.  All this is counted, nothing of it measured.
 template <typename T>
 struct ConvPlans {
   ConvPlan forward, input_gradient, weight_gradient;
@@ -43,7 +42,7 @@ struct ConvPlans {
                             plan_conv_input_gradient<T>(shape, processors, cuda.shared_bytes),
                             plan_conv_weight_gradient<T>(shape, processors, cuda.shared_bytes)};
       const bool fit = plans.forward && plans.input_gradient && plans.weight_gradient;
-      if (use_fused(fit, 8 * plans.forward.tiles.count() >= processors)) *this = plans;
+      if (use_fused(fit, true)) *this = plans;
     }
   }
   explicit operator bool() const { return bool(forward); }

@@ -262,6 +262,7 @@ template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads, kColumns > 32 ? 1 : 2)
     conv_forward_kernel(const __grid_constant__ ConvForwardParams<T> p, const __grid_constant__ ConvPlan plan,
                         int vector) {
+  wait_for_kernels_before();
   if constexpr (kTensorCores) {
     FASTDENSE_SHARED(shared);
     ForwardBlock<T, kColumns>(p, plan, vector, shared).run();

@@ -250,6 +250,7 @@ template <typename T, int kChannels>
 __global__ void __launch_bounds__(kThreads, kChannels > 64 ? 1 : 2)
     conv_input_gradient_kernel(const __grid_constant__ ConvInputGradientParams<T> p,
                                const __grid_constant__ ConvPlan plan) {
+  wait_for_kernels_before();
   if constexpr (kTensorCores) {
     FASTDENSE_SHARED(shared);
     InputGradientBlock<T, kChannels>(p, plan, shared).run();

@@ -175,6 +175,7 @@ template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
     conv_weight_gradient_kernel(const __grid_constant__ ConvWeightGradientParams<T> p,
                                 const __grid_constant__ ConvPlan plan) {
+  wait_for_kernels_before();
   if constexpr (kTensorCores) {
     FASTDENSE_SHARED(shared);
     WeightGradientBlock<T, kColumns>(p, plan, shared).run();

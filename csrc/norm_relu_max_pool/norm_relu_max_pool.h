@@ -12,7 +12,6 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <string>
@@ -22,6 +21,7 @@
 
 #include "core/checks.h"
 #include "core/layout.h"
+#include "core/statistics.h"
 #include "core/storage.h"
 #include "core/sync_batch_norm.h"
 #include "core/weights.h"
@@ -115,12 +115,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_max_pool(
   const at::TensorOptions options = input.options(), bytes = options.dtype(at::kByte);
   const auto statistics = options.dtype(statistics_dtype(input.scalar_type()));
   const bool computed = !args.norm.frozen() && !args.empty();
-  const auto allocate = [&] {
-    return computed ? at::empty({args.channels}, statistics) : at::zeros({args.channels}, statistics);
-  };
+  const auto [mean, var] = allocate_statistics({args.channels}, statistics, computed);
   const NormPoolOutputs o{args.layout.empty(args.pooled_sizes, options),
-                          keep_indices ? args.layout.empty(args.pooled_sizes, bytes) : at::empty({0}, bytes),
-                          allocate(), allocate()};
+                          keep_indices ? args.layout.empty(args.pooled_sizes, bytes) : at::empty({0}, bytes), mean,
+                          var};
   if (!input.is_meta() && (!args.empty() || !process_group.empty()))  // the other processes wait for this one
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
       Engine::template forward<typename Storage<scalar_t>::type>(args, input, o);

@@ -181,6 +181,7 @@ class PoolBackward : public PoolCells<NormPoolBackwardParams<T>, T, V, Windows> 
 template <template <typename, int, typename> class Pool, typename T, int V, typename Windows>
 __global__ void __launch_bounds__(kReduceThreads, kLeastReduceBlocks)
     norm_pool_kernel(const __grid_constant__ typename Pool<T, V, Windows>::Params p, int64_t batch) {
+  wait_for_kernels_before();
   using Work = Pool<T, V, Windows>;
   const int64_t channels = p.shape.channels, first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
   const int count = first < channels ? V : 0;  // channels are whole vectors
@@ -213,6 +214,7 @@ __device__ void for_each_of_split(int64_t rows, int64_t pixels, int64_t channels
 
 template <typename T>
 __global__ void plane_moments_kernel(const __grid_constant__ PlaneMomentsParams<T> p, int64_t rows, int64_t channels) {
+  wait_for_kernels_before();
   using A = accumulate_t<T>;
   const T first = p.x[blockIdx.x * p.pixels];
   const A pivot = load(first);
@@ -233,7 +235,7 @@ cudaError_t launch_plane_moments(const PlaneMomentsParams<T>& p, int64_t rows, i
   using A = accumulate_t<T>;
   if (rows == 0 || channels == 0) return cudaSuccess;
   const dim3 block(1, kReduceThreads);
-  FASTDENSE_LAUNCH(plane_moments_kernel, dim3(unsigned(channels), unsigned(splits)), block,
+  FASTDENSE_LAUNCH(plane_moments_kernel<T>, dim3(unsigned(channels), unsigned(splits)), block,
                    (join_bytes<A, ColumnMoments<A, 1>>(block)), stream, p, rows, channels);
   return cudaGetLastError();
 }

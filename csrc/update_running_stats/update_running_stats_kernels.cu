@@ -8,6 +8,7 @@ namespace {
 // A block owns a norm.
 template <typename T, typename A>
 __global__ void running_stats_kernel(const __grid_constant__ RunningStatsParams<T, A> p) {
+  wait_for_kernels_before();
   const RunningNorm<T>& n = p.norms[blockIdx.x];
   const int64_t batches = *n.batches + 1;
   __syncthreads();  // all have read before one writes

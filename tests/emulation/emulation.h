@@ -5,10 +5,11 @@
 // Two schedules, forwards and backwards: blocks and threads in ascending or descending order, always the first one that
 // can run, so that a thread gets ahead of its neighbours by as much as the barriers allow; a result that depends on the
 // order is a race.  Asynchronous copies land when they are waited for or, with early_copies, at once.  Shared memory is
-// poisoned before every block (NaN in every floating type) and guarded on both sides. A launch fails, with a reason
-// from cudaGetErrorString, when threads wait for each other for ever, meet at different barriers or collectives, write
-// outside shared memory, or access a vector at an address that is no multiple of its size.  Not modelled: the order of
-// memory accesses between blocks, bank conflicts, speed.
+// poisoned before every block (NaN in every floating type). A launch fails, with a reason from cudaGetErrorString, when
+// threads wait for each other for ever, meet at different barriers or collectives, write in front of shared memory or
+// reach behind it, access a vector at an address that is no multiple of its size, return without having called
+// wait_for_kernels_before(), or access a vector or copy before.  Not modelled: the order of memory accesses between
+// blocks, bank conflicts, speed.
 #pragma once
 
 #include <setjmp.h>
@@ -25,6 +26,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "shared_memory.h"
 
 #define __global__
 #define __device__
@@ -52,18 +55,17 @@ inline int64_t launches = 0;
 inline std::string failure;   // of the launches since cudaGetLastError was last asked
 inline std::string reported;  // what it said last
 
-constexpr size_t kGuard = 256, kStack = size_t(64) << 10, kAlign = 128;
+constexpr size_t kStack = size_t(64) << 10;
 constexpr unsigned kWarp = 32;
 constexpr size_t kMostShared = size_t(227) << 10;  // that a block may ask for, compute capability 9.0
-constexpr unsigned char kPoison = 0xff;
 
 // The block that runs: its threads, the fibers that carry them, and its shared memory.
 class Block {
  public:
   void run(unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
     body_ = &body;
-    shared_bytes_ = shared_bytes;
-    shared_.assign(kAlign + 2 * kGuard + shared_bytes, kPoison);
+    if (!SharedMemory::holds(shared_bytes)) return fail("more shared memory than there is");
+    shared_.place(shared_bytes);
     threads_.resize(threads);
     for (unsigned i = 0; i < threads; ++i) threads_[i].reset(i);
     warps_.resize((threads + kWarp - 1) / kWarp);
@@ -79,19 +81,10 @@ class Block {
     }
     stopped_ = false;
     if (threads > 0) switch_to(next(), main_);
-    if (!failure.empty()) return;
-    const auto whole = [&](const unsigned char* at) {
-      for (size_t i = 0; i < kGuard; ++i)
-        if (at[i] != kPoison) return false;
-      return true;
-    };
-    if (!whole(shared() - kGuard) || !whole(shared() + shared_bytes)) fail("a write outside shared memory");
+    if (failure.empty() && !shared_.whole()) fail("a write outside shared memory");
   }
 
-  unsigned char* shared() {
-    const auto at = reinterpret_cast<uintptr_t>(shared_.data()) + kGuard;
-    return reinterpret_cast<unsigned char*>((at + kAlign - 1) / kAlign * kAlign);
-  }
+  unsigned char* shared() { return shared_.data(); }
 
   void barrier(int line) { meet(barrier_, 0, unsigned(threads_.size()), line); }
 
@@ -112,7 +105,13 @@ class Block {
 
   unsigned lane() const { return current_ % kWarp; }
 
+  void begin_accesses() { threads_[current_].accesses = true; }
+  void access() {
+    if (!threads_[current_].accesses) stop("an access before wait_for_kernels_before()");
+  }
+
   void copy(void* to, const void* from, int bytes, int valid) {
+    access();
     const Copy copy{to, from, bytes, valid};
     if (early_copies) {
       land(copy);
@@ -125,7 +124,8 @@ class Block {
     thread.groups.push_back(thread.copies.size());
   }
   void wait(size_t pending) {
-    auto& [index, started, fiber, copies, groups] = threads_[current_];
+    auto& copies = threads_[current_].copies;
+    auto& groups = threads_[current_].groups;
     if (groups.size() <= pending) return;
     const auto landing = groups.end() - ptrdiff_t(pending);
     const size_t count = landing[-1];
@@ -158,13 +158,13 @@ class Block {
   };
   struct Thread {
     dim3 index;
-    bool started;
+    bool started, accesses;
     size_t fiber;
     std::vector<Copy> copies;    // that have not landed
     std::vector<size_t> groups;  // of them, by their ends
     void reset(unsigned i) {
       index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
-      started = false;
+      started = accesses = false;
       copies.clear();
       groups.clear();
     }
@@ -276,6 +276,7 @@ class Block {
       const size_t own = thread.fiber;
       thread.started = true;
       (*body_)();
+      if (!thread.accesses) stop("a thread without wait_for_kernels_before()");
       can_run_[current_ / 64] &= ~bit(current_);
       ++done_;
       const unsigned following = next();
@@ -294,11 +295,11 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   Meeting barrier_;
-  std::vector<unsigned char> shared_;
-  size_t shared_bytes_ = 0;
   std::vector<uint64_t> can_run_;  // a bit a thread
   size_t done_ = 0;                // threads
   bool stopped_ = false;           // the last block, in the middle
+  static void on_fault();
+  SharedMemory shared_{&Block::on_fault};
   unsigned current_ = 0;
   const std::function<void()>* body_ = nullptr;
   Fiber main_;
@@ -306,6 +307,7 @@ class Block {
 
 inline Block block;
 inline void Block::carry() { block.carry_threads(); }
+inline void Block::on_fault() { block.stop("an access outside shared memory"); }
 
 // Numbers 0 ... count - 1 in the chosen order, until something fails.
 template <typename Body>
@@ -345,6 +347,7 @@ V shuffle(V value, unsigned from, int line) {
 }
 
 inline void check_aligned(const void* address, size_t bytes) {
+  block.access();
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) block.stop("a vector access at a misaligned address");
 }
 
@@ -399,6 +402,10 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 
 }  // namespace fastdense::emulation
+
+namespace fastdense {
+inline void wait_for_kernels_before() { emulation::block.begin_accesses(); }
+}  // namespace fastdense
 
 inline cudaError_t cudaGetLastError() {
   using namespace fastdense::emulation;

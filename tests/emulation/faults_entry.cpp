@@ -13,13 +13,18 @@ enum Fault {
   kBefore,
   kBehind,
   kMisaligned,
-  kUnwritten
+  kUnwritten,
+  kReadBehind,
+  kEarlyAccess,
+  kNoWait,
 };
 
 constexpr unsigned kThreads = 64;
 
 // out[t] = the sum of in over the block, by way of shared memory and warp sums.
 __global__ void sum_kernel(const float* in, float* out, int fault) {
+  if (fault == kEarlyAccess) FASTDENSE_CHECK_ALIGNED(in, 16);
+  if (fault != kNoWait || threadIdx.x != 7) fastdense::wait_for_kernels_before();
   FASTDENSE_SHARED(bytes);
   auto* shared = reinterpret_cast<float*>(bytes);
   const unsigned t = threadIdx.x;
@@ -27,6 +32,7 @@ __global__ void sum_kernel(const float* in, float* out, int fault) {
   if (fault == kBefore) shared[-1] = 0;
   if (fault == kBehind) shared[kThreads] = 0;
   float value = in[t];
+  if (fault == kReadBehind && t == 5) value += 0 * shared[kThreads];
   for (unsigned lanes = 16; lanes > 0; lanes /= 2) {
     if (fault == kOtherShuffle && t % 2 == 1) {
       value += __shfl_xor_sync(~0u, value, lanes);

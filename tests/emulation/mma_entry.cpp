@@ -13,6 +13,7 @@ enum Fault { kNone, kEarlyRead, kMisaligned, kOtherProduct };
 template <typename T>
 __global__ void product_kernel(const unsigned char* left, const unsigned char* right, float* out, bool transposed,
                                int valid, int fault) {
+  wait_for_kernels_before();
   FASTDENSE_SHARED(shared);
   const unsigned lane = threadIdx.x;
   unsigned char *a = shared, *b = shared + 512;

@@ -12,7 +12,7 @@ from tests.emulation import build
 from tests.emulation.build import HERE, load
 
 FAULTS = ["none", "no barrier", "skipped barrier", "other barrier", "other shuffle", "before", "behind", "misaligned"]
-FAULTS += ["unwritten"]
+FAULTS += ["unwritten", "read behind", "early access", "no wait"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,10 @@ def test_a_sound_kernel_runs(library, backwards):
         ("other shuffle", "different barriers or collectives"),
         ("before", "outside shared memory"),
         ("behind", "outside shared memory"),
+        ("read behind", "an access outside shared memory: block (0, 0, 0), thread 5"),
         ("misaligned", "misaligned address: block (0, 0, 0), thread"),
+        ("early access", "an access before wait_for_kernels_before(): block (0, 0, 0), thread"),
+        ("no wait", "a thread without wait_for_kernels_before(): block (0, 0, 0), thread 7"),
     ],
 )
 def test_a_mistake_is_reported(library, fault, reason, backwards):

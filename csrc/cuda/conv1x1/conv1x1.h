@@ -21,7 +21,8 @@ namespace fastdense {
 // through the cache forward, 3c + 8b + 5k for 3c + 11b + 5k and four passes backward.  So the fused way is expected to
 // win wherever its blocks fill the device.  A block of the forward kernel walks along all of a prefix by itself, where
 // a library can share it out: with less than one tile of 32 rows for every fourth multiprocessor most would be idle.
-// All this is counted, nothing of it measured.
+// Even so it spares the start of one kernel, in training of three, and these take about as long as 16 steps along a
+// prefix.  All this is counted, nothing of it measured.
 template <typename T>
 bool fuses_conv1x1(const CudaContext& cuda, const Matrix<const T>& x, const at::Tensor& packed, const at::Tensor& z) {
   if constexpr (std::is_same_v<T, double>) {
@@ -32,8 +33,8 @@ bool fuses_conv1x1(const CudaContext& cuda, const Matrix<const T>& x, const at::
                           is_conv1x1_width(width) && has_rows_of(4, x, columns) &&
                           has_rows_of(4, CudaBlockForward<T>::const_matrix(packed), columns) &&
                           has_rows_of(16, CudaBlockForward<T>::const_matrix(z), width) && z.stride(1) == 1;
-    constexpr int64_t kLeastRows = 32 / 4;  // a multiprocessor
-    return use_fused(possible, z.size(0) >= kLeastRows * cuda.multiprocessors());
+    constexpr int64_t kLeastRows = 32 / 4, kShort = 16 * 128 / sizeof(T);  // a multiprocessor; columns of 16 steps
+    return use_fused(possible, z.size(0) >= kLeastRows * cuda.multiprocessors() || columns <= kShort);
   }
 }
 

@@ -22,8 +22,12 @@ struct BackwardShape {
   static constexpr int kWidth = kTileWidth, kColumns = int(conv1x1_backward_columns<T>());
   // Of a tile: as many as leave room for two stages.
   static constexpr int kRows = kWide ? (kWidth == 48 ? 48 : 32) : kWidth == 192 ? 32 : 64;
-  static constexpr int kRowWarps = kRows / 16;
-  static constexpr int kColumnWarps = kWide ? 2 : kWidth == 48 ? 1 : kWidth == 192 ? 4 : 2;
+  // Where registers hold the weight of a warp's columns, or most of it, it has few of these and 32 rows of dy, not 16.
+  // That is for so many steps of the product; more of them would spill.
+  static constexpr int kKeptSteps = !kWide && (kWidth == 96 || kWidth == 128) ? 6 : 0;
+  static constexpr bool kKeepsWeight = kKeptSteps > 0;
+  static constexpr int kRowBlocks = kKeepsWeight ? 2 : 1, kRowWarps = kRows / (16 * kRowBlocks);
+  static constexpr int kColumnWarps = kKeepsWeight || (!kWide && kWidth == 192) ? 4 : !kWide && kWidth == 48 ? 1 : 2;
   static constexpr int kWarps = kRowWarps * kColumnWarps, kThreads = 32 * kWarps;
   static constexpr int kWarpColumns = kColumns / kColumnWarps;
   // The same of dweight.
@@ -45,15 +49,18 @@ struct BackwardShape {
   static constexpr int kSharedBytes = kNormAt + kColumns * int(sizeof(NormCoefficients<float>));
   static_assert(kSharedBytes <= kMostSharedBytes && 2 * kRowWarps * kColumns * int(sizeof(float)) <= kStageBytes);
 
-  // Sums a thread holds: of dy, of the norm and of dweight.
+  // Sums a thread holds, besides the weight: of dy, of the norm and of dweight.
   static constexpr int kSums = 2 * kWarpColumns + kWarpWeightRows * kWarpWeightColumns / 32;
-  static constexpr int kLeastBlocks = least_blocks(kThreads, kSharedBytes, kSums > 80);
+  // For 8.0, nvcc does not get by with 128 registers where 9.0 does.
+  static constexpr bool kTight = kKeepsWeight && kWidth == 128 && kSharedBytesOfMultiprocessor < (228 << 10);
+  static constexpr int kLeastBlocks = least_blocks(kThreads, kSharedBytes, kSums > 80 || kTight);
 };
 
 template <typename T, typename Shape>
 class BackwardBlock {
   using Tile = typename Shape::Tile;
   static constexpr int kPairs = Shape::kWarpColumns / 8;  // runs of 8 columns, of which a lane holds 2
+  static constexpr int kRowBlocks = Shape::kRowBlocks, kKept = Shape::kKeptSteps;
   static constexpr int kWeightBlocks = Shape::kWarpWeightRows / 16, kWeightPairs = Shape::kWarpWeightColumns / 8;
 
  public:
@@ -68,6 +75,7 @@ class BackwardBlock {
     copy_stage(blockIdx.y, tiles, 0);
     for (int i = int(threadIdx.x); i < Shape::kColumns; i += Shape::kThreads)
       norms()[i] = first_ + i < columns_ ? p_.norm(first_ + i) : NormCoefficients<float>{};
+    if constexpr (kKept > 0) keep_weight();
     int stage = 0;
     for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y, stage ^= 1) {
       copy_stage(tile + gridDim.y, tiles, stage ^ 1);
@@ -87,7 +95,7 @@ class BackwardBlock {
 
  private:
   // A warp's parts of dy and of dweight.
-  __device__ int row0() const { return warp_ % Shape::kRowWarps * 16; }
+  __device__ int row0() const { return warp_ % Shape::kRowWarps * 16 * kRowBlocks; }
   __device__ int column0() const { return warp_ / Shape::kRowWarps * Shape::kWarpColumns; }
   __device__ int weight_row0() const { return warp_ % Shape::kWeightRowWarps * Shape::kWarpWeightRows; }
   __device__ int weight_column0() const { return warp_ / Shape::kWeightRowWarps * Shape::kWarpWeightColumns; }
@@ -122,23 +130,43 @@ class BackwardBlock {
     commit_copies();
   }
 
+  // Columns of a warp are one pair of fragments then.
+  __device__ void keep_weight() {
+    static_assert(kPairs == 2 && kKept * Tile::kDepth <= Shape::kWidth);
+    wait_copies<0>();
+    __syncthreads();
+    const Tile weight(shared_);
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) weight_[k] = weight.right(k * Tile::kDepth, column0(), lane_);
+  }
+  __device__ RightPair weight_of(int k, int pair) const {
+    if constexpr (kKept > 0)
+      if (k < kKept * Tile::kDepth) return weight_[k / Tile::kDepth];
+    return Tile(shared_).right(k, column0() + 8 * pair, lane_);
+  }
+
   // dy = dz * weight
   __device__ void multiply_weight(int stage) {
-    const Tile weight(shared_);
     const typename Shape::Left left = dz(stage);
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j)
+    for (int r = 0; r < kRowBlocks; ++r)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) dy_[j][i] = 0;
+      for (int j = 0; j < kPairs; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dy_[r][j][i] = 0;
 #pragma unroll
     for (int k = 0; k < Shape::kWidth; k += Tile::kDepth) {
-      uint32_t a[4];
-      left.left(a, row0(), k, lane_);
+      uint32_t a[kRowBlocks][4];
+#pragma unroll
+      for (int r = 0; r < kRowBlocks; ++r) left.left(a[r], row0() + 16 * r, k, lane_);
 #pragma unroll
       for (int j = 0; j < kPairs; j += 2) {
-        const RightPair b = weight.right(k, column0() + 8 * j, lane_);
-        multiply_add<T>(dy_[j], a, b.words[0][0], b.words[0][1]);
-        multiply_add<T>(dy_[j + 1], a, b.words[1][0], b.words[1][1]);
+        const RightPair b = weight_of(k, j);
+#pragma unroll
+        for (int r = 0; r < kRowBlocks; ++r) {
+          multiply_add<T>(dy_[r][j], a[r], b.words[0][0], b.words[0][1]);
+          multiply_add<T>(dy_[r][j + 1], a[r], b.words[1][0], b.words[1][1]);
+        }
       }
     }
   }
@@ -151,7 +179,7 @@ class BackwardBlock {
       const int column = column0() + 8 * j + lane_ % 4 * 2;
       const NormCoefficients<float> n[2] = {norms()[column], norms()[column + 1]};
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
+      for (int h = 0; h < 2 * kRowBlocks; ++h) {
         const int row = row0() + 8 * h + lane_ / 4;
         uint32_t *at_x = x.word(row, column), *at_g = g.word(row, column);
         float vx[2], vg[2];
@@ -159,7 +187,7 @@ class BackwardBlock {
         load_pair<T>(at_g, vg[0], vg[1]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float dym = norm_relu_gradient(dy_[j][2 * h + i], vx[i], n[i].scale, n[i].shift);
+          const float dym = norm_relu_gradient(dy_[h / 2][j][h % 2 * 2 + i], vx[i], n[i].scale, n[i].shift);
           s1_[j][i] += dym;
           s2_[j][i] += dym * (vx[i] - n[i].mean);
           vg[i] = mul_add(n[i].scale, dym, vg[i]);
@@ -236,13 +264,15 @@ class BackwardBlock {
   const int columns_, access_;
   const int first_ = int(blockIdx.x) * Shape::kColumns;  // of this block's columns
   const int warp_ = int(threadIdx.x) / 32, lane_ = int(threadIdx.x) % 32;
-  float dy_[kPairs][4], s1_[kPairs][2] = {}, s2_[kPairs][2] = {};
+  RightPair weight_[kKept > 0 ? kKept : 1];  // of the first steps
+  float dy_[kRowBlocks][kPairs][4], s1_[kPairs][2] = {}, s2_[kPairs][2] = {};
   float dweight_[kWeightBlocks][kWeightPairs][4] = {};
 };
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kLeastBlocks)
     conv1x1_backward_kernel(const __grid_constant__ Conv1x1BackwardParams<T> p, int64_t rows, int columns, int access) {
+  wait_for_kernels_before();
   if constexpr (kTensorCores) {
     FASTDENSE_SHARED(shared);
     BackwardBlock<T, Shape>(p, rows, columns, access, shared).run();

@@ -259,6 +259,7 @@ class ForwardBlock {
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kLeastBlocks)
     conv1x1_kernel(const __grid_constant__ Conv1x1Params<T> p, int64_t rows, int columns, int access) {
+  wait_for_kernels_before();
   if constexpr (kTensorCores) {
     FASTDENSE_SHARED(shared);
     ForwardBlock<T, Shape>(p, rows, columns, access, shared).run();

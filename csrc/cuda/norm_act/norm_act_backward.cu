@@ -111,7 +111,7 @@ __device__ void finalise_corrections(const FinaliseSetSumsParams<A>& p, int64_t 
     totals[shape.columns + at.column] = slope;
   }
   __syncthreads();
-  if (at.lane > 0) return;
+  if (at.lane > 0 || begin + at.column >= end) return;
   const GroupColumns of(shape, group, at.column);
   shift = slope = 0;
   for (unsigned i = of.first; i < of.first + of.count; ++i) {
@@ -156,6 +156,7 @@ __global__ void __launch_bounds__(kFinaliseSetThreads)
     finalise_set_sums_kernel(const __grid_constant__ FinaliseSetSumsParams<A> p, int64_t columns,
                              FinaliseShape of_parameters, unsigned parameter_blocks, FinaliseShape of_corrections,
                              unsigned ranges) {
+  wait_for_kernels_before();
   FASTDENSE_SHARED(shared);
   if (blockIdx.x < parameter_blocks) return finalise_parameters(p, columns, of_parameters, blockIdx.x, shared);
   const unsigned block = blockIdx.x - parameter_blocks, set = block / ranges;

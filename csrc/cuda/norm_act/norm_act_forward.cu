@@ -150,7 +150,7 @@ __device__ void finalise_channels(const FinaliseSetMomentsParams<T>& p, const Fi
   if (at.lane == 0) totals[at.column] = total;
   __syncthreads();
   const GroupColumns of(shape, p.group, at.column);
-  const int64_t group = (begin + at.column) / p.group;
+  const unsigned group = unsigned(begin + at.column) / unsigned(p.group);  // 64 bits would take registers
   if (at.lane > 0 || at.column != of.first || begin + at.column >= end) return;
   for (unsigned i = 1; i < of.count; ++i) total = combine_moments(total, totals[of.first + i]);
   p.group_mean[set * p.groups + group] = A(total.mean);
@@ -159,7 +159,8 @@ __device__ void finalise_channels(const FinaliseSetMomentsParams<T>& p, const Fi
 
 template <typename T>
 __host__ __device__ int64_t channel_ranges(const FinaliseSetMomentsParams<T>& p, const FinaliseShape& shape) {
-  const int64_t channels = p.groups > 0 ? p.groups * p.group : p.columns, most = shape.channels(p.group);
+  const auto channels = unsigned(p.groups > 0 ? p.groups * p.group : p.columns),
+             most = unsigned(shape.channels(p.group));
   return (channels + most - 1) / most;
 }
 
@@ -167,6 +168,7 @@ template <typename T>
 __global__ void __launch_bounds__(kFinaliseSetThreads)
     finalise_set_moments_kernel(const __grid_constant__ ManySetMomentsParams<T> many, unsigned sets,
                                 FinaliseShape shape) {
+  wait_for_kernels_before();
   FASTDENSE_SHARED(shared);
   const FinaliseSetMomentsParams<T>& p = many.norms[blockIdx.y];
   const auto ranges = unsigned(channel_ranges(p, shape));

@@ -123,6 +123,7 @@ template <template <typename, int> class Reduce, typename T, int V>
 __global__ void __launch_bounds__(kReduceThreads, kLeastReduceBlocks)
     set_reduce_kernel(const __grid_constant__ typename Reduce<T, V>::Params params, int64_t rows, int64_t columns,
                       int64_t rows_per_block, unsigned splits, unsigned across) {
+  wait_for_kernels_before();
   using A = accumulate_t<T>;
   constexpr int kTileRows = Reduce<T, V>::kTileRows;
   const unsigned unit = blockIdx.x / across, set = unit / splits, split = unit - set * splits;
@@ -172,7 +173,9 @@ struct FinaliseShape {
     return {lanes, kFinaliseSetThreads / lanes};
   }
   // Channels of a block: whole groups, or a single one that it goes through in parts.
-  FASTDENSE_HD int64_t channels(int64_t group) const { return group < columns ? columns / group * group : group; }
+  FASTDENSE_HD int64_t channels(int64_t group) const {
+    return group < columns ? columns / unsigned(group) * unsigned(group) : group;
+  }
   __device__ LanePlace place() const { return {threadIdx.x % columns, columns, threadIdx.x / columns, lanes}; }
 };
 

@@ -167,6 +167,7 @@ template <template <typename, int> class ColumnReduce, typename T, int V>
 __global__ void __launch_bounds__(kReduceThreads, kLeastReduceBlocks)
     column_reduce_kernel(const __grid_constant__ typename ColumnReduce<T, V>::Params params, int64_t rows,
                          int64_t columns, int64_t rows_per_block) {
+  wait_for_kernels_before();
   using A = accumulate_t<T>;
   constexpr int kTileRows = ColumnReduce<T, V>::kTileRows;
   const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;

@@ -231,6 +231,7 @@ template <typename A>
 __global__ void __launch_bounds__(kFinaliseThreads)
     finalise_sums_kernel(FinaliseSumsParams<A> norm, int64_t columns, SumPartialsParams<A> weight,
                          unsigned norm_blocks) {
+  wait_for_kernels_before();
   FASTDENSE_SHARED(shared);
   if (blockIdx.x < norm_blocks) return finalise_norm(norm, columns, shared);
   sum_weight(weight, blockIdx.x - norm_blocks, shared);
@@ -279,7 +280,7 @@ cudaError_t launch_finalise_sums(const FinaliseSumsParams<A>& p, int64_t columns
   const unsigned norm_blocks = blocks(columns, kNormColumns), all = norm_blocks + blocks(weight.count, kWeightColumns);
   if (all == 0) return cudaSuccess;
   const size_t shared = 2 * sizeof(double) * kFinaliseThreads / 2;
-  FASTDENSE_LAUNCH(finalise_sums_kernel, dim3(all), dim3(kFinaliseThreads), shared, stream, p, columns, weight,
+  FASTDENSE_LAUNCH(finalise_sums_kernel<A>, dim3(all), dim3(kFinaliseThreads), shared, stream, p, columns, weight,
                    norm_blocks);
   return cudaGetLastError();
 }

@@ -170,6 +170,7 @@ constexpr unsigned kMomentColumns = 8, kMostMomentLanes = 128;
 template <typename T>
 __global__ void __launch_bounds__(kMomentColumns* kMostMomentLanes)
     finalise_moments_kernel(FinaliseMomentsParams<T> p, int64_t rows, int64_t columns, RowShares shares) {
+  wait_for_kernels_before();
   using A = accumulate_t<T>;
   FASTDENSE_SHARED(shared);
   const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -190,6 +191,7 @@ __global__ void __launch_bounds__(kMomentColumns* kMostMomentLanes)
 
 template <typename From, typename T>
 __global__ void pack_weights_kernel(const __grid_constant__ PackWeightsParams<From, T> p) {
+  wait_for_kernels_before();
   const PackedWeight<From, T>& w = p.weights[blockIdx.y];
   const auto inner = uint32_t(w.inner), taps = uint32_t(w.taps);
   const int64_t count = w.outer * w.taps * w.inner, stride = int64_t(gridDim.x) * blockDim.x;
@@ -235,7 +237,7 @@ cudaError_t launch_finalise_moments(const FinaliseMomentsParams<T>& p, int64_t r
   const RowShares shares(rows, p.chunk, splits);
   const dim3 block(kMomentColumns, power_of_two_from(shares.all_splits, kMostMomentLanes));
   const dim3 grid(unsigned((columns + kMomentColumns - 1) / kMomentColumns));
-  FASTDENSE_LAUNCH(finalise_moments_kernel, grid, block, (join_bytes<double, MomentSums<1>>(block)), stream, p, rows,
+  FASTDENSE_LAUNCH(finalise_moments_kernel<T>, grid, block, (join_bytes<double, MomentSums<1>>(block)), stream, p, rows,
                    columns, shares);
   return cudaGetLastError();
 }

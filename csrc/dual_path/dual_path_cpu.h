@@ -129,7 +129,9 @@ class DualPathBlocks {
   void conv1x1(const at::Tensor& weight, const Sources<T>& sources, const PoolGeometry* pool, int64_t pixels,
                Targets<T> targets, std::array<Statistics, 2> statistics) const {
     const at::Tensor panels = block_.pack_forward(weight);
-    const int64_t most = block_.kernels.chunk_rows(sources.channels()), chunks = block_.num_chunks(pixels, most);
+    // Both what a chunk reads and what it makes stay in cache.
+    const int64_t most = block_.kernels.chunk_rows(std::max(sources.channels(), targets.columns()));
+    const int64_t chunks = block_.num_chunks(pixels, most);
     at::Tensor partial[2];
     Target<T>* target[2] = {&targets.first, &targets.second};
     for (int t = 0; t < 2; ++t)

@@ -40,14 +40,18 @@ class GroupedConvolution3x3 {
     const int64_t columns = conv_.groups * conv_.out;
     const at::Tensor partial =
         block_.template temporary<double>({statistics.mean ? conv_.images * stripes_ : 0, 2, columns});
-    for_each_unit([&](int64_t worker, int64_t, int64_t stripe, const OutputRows& rows, int64_t bundle) {
-      Target<T> target{out, columns, columns};
-      if (statistics.mean) {
-        target.mean = partial.template mutable_data_ptr<double>() + 2 * stripe * columns;
-        target.m2 = target.mean + columns;
-      }
-      kernels_.forward(conv_, rows, bundle, source, of_bundle(packed, bundle), target, workspace(worker));
-    });
+    for_each_unit(
+        [&](int64_t worker, int64_t, const OutputRows& rows, int64_t bundle) {
+          kernels_.forward(conv_, rows, bundle, source, of_bundle(packed, bundle), out, workspace(worker));
+        },
+        [&](int64_t stripe, const OutputRows& rows, int64_t first, int64_t end) {
+          if (!statistics.mean) return;
+          const int64_t begin = first * layout_.columns, n = std::min(end * layout_.columns, columns) - begin;
+          const int64_t line = rows.image * conv_.out_height() + rows.first;
+          double* mean = partial.template mutable_data_ptr<double>() + 2 * stripe * columns + begin;
+          block_.kernels.moments(out + line * conv_.out_width() * columns + begin, columns,
+                                 rows.count * conv_.out_width(), n, mean, mean + columns);
+        });
     const auto count = [&](int64_t stripe) { return rows_of(stripe).count * conv_.out_width(); };
     if (statistics.mean) block_.combine(partial, columns, count, statistics.mean, statistics.var);
   }
@@ -60,12 +64,14 @@ class GroupedConvolution3x3 {
     const at::Tensor packed = pack(weight, true);
     const at::Tensor partial = at::zeros({needs_weight ? parts_ : 0, layout_.bundles * layout_.weights},
                                          at::TensorOptions().dtype(BlockForward<T>::kAccumulate));
-    for_each_unit([&](int64_t worker, int64_t part, int64_t, const OutputRows& rows, int64_t bundle) {
-      BackwardEpilogue<T> to = epilogue(worker);
-      if (needs_weight)
-        to.dweight = partial.template mutable_data_ptr<T>() + part * partial.size(1) + bundle * layout_.weights;
-      kernels_.backward(conv_, rows, bundle, source, dy, of_bundle(packed, bundle), to, workspace(worker));
-    });
+    for_each_unit(
+        [&](int64_t worker, int64_t part, const OutputRows& rows, int64_t bundle) {
+          BackwardEpilogue<T> to = epilogue(worker);
+          if (needs_weight)
+            to.dweight = partial.template mutable_data_ptr<T>() + part * partial.size(1) + bundle * layout_.weights;
+          kernels_.backward(conv_, rows, bundle, source, dy, of_bundle(packed, bundle), to, workspace(worker));
+        },
+        [](auto...) {});
     return needs_weight ? unpack(partial, weight) : at::Tensor();
   }
 
@@ -100,16 +106,19 @@ class GroupedConvolution3x3 {
     return {stripe / stripes_, first, std::min(layout_.rows, conv_.out_height() - first)};
   }
 
-  // body(worker, part, stripe, its rows, bundle): a unit is one part of the stripes of all images and a run of bundles,
-  // so that sums of a part do not depend on the worker.
-  template <typename Body>
-  void for_each_unit(const Body& body) const {
+  // body(worker, part, its rows, bundle): a unit is one part of the stripes of all images and a run of bundles,
+  // so that sums of a part do not depend on the worker.  done(stripe, its rows, first bundle, end) after such a run.
+  template <typename Body, typename Done>
+  void for_each_unit(const Body& body, const Done& done) const {
     const int64_t stripes = conv_.images * stripes_;
     block_.for_each_worker(bundle_runs_ * parts_, [&](int64_t worker, int64_t unit) {
       const int64_t part = unit % parts_, first = unit / parts_ * bundles_at_once_;
       const int64_t end = std::min(first + bundles_at_once_, layout_.bundles);
-      for (int64_t stripe = part * stripes / parts_; stripe < (part + 1) * stripes / parts_; ++stripe)
-        for (int64_t bundle = first; bundle < end; ++bundle) body(worker, part, stripe, rows_of(stripe), bundle);
+      for (int64_t stripe = part * stripes / parts_; stripe < (part + 1) * stripes / parts_; ++stripe) {
+        const OutputRows rows = rows_of(stripe);
+        for (int64_t bundle = first; bundle < end; ++bundle) body(worker, part, rows, bundle);
+        done(stripe, rows, first, end);
+      }
     });
   }
 

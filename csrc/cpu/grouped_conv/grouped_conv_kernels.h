@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernels of grouped 3x3 convolutions with few channels a group, channels innermost: norm + ReLU on the way in, the
-// moments of what is stored on the way out; backward with the ReLU's mask, the norm's sums and the gradient of the
-// weight.  They do what one thread does with some rows of one image and one bundle of groups.  GroupedConvolution3x3
-// (cpu/grouped_conv/grouped_conv.h) owns the loops over these, the threads and all memory.
+// CPU kernels of grouped 3x3 convolutions with few channels a group, channels innermost: norm + ReLU on the way in;
+// backward with the ReLU's mask, the norm's sums and the gradient of the weight.  They do what one thread does with
+// some rows of one image and one bundle of groups.  GroupedConvolution3x3 (cpu/grouped_conv/grouped_conv.h) owns the
+// loops over these, the threads and all memory.
 //
 // A bundle is worked on by whole vectors.  Its lanes are either the output channels of one group, or as many groups as
 // a vector has lanes, channel by channel: then any number of channels a group fills them.
@@ -32,6 +32,7 @@ struct OutputRows {
 
 struct GroupedConvLayout {
   int64_t bundles;
+  int64_t columns;  // of the output that a bundle makes, but for the last
   int64_t weights;  // numbers of the weights of a bundle, and of their gradient
   int64_t rows;     // of the output that are worked on at once
   int64_t workspace_bytes;
@@ -43,8 +44,9 @@ struct GroupedConvKernels {
   GroupedConvLayout (*layout)(const GroupedConv&);
   // Weights [groups * out, in, 3, 3] of a bundle in the order of the products; reversed: for the gradient of the input.
   void (*pack)(const A* weight, const GroupedConv&, bool reversed, int64_t bundle, A* packed);
-  void (*forward)(const GroupedConv&, const OutputRows&, int64_t bundle, const Source<T>&, const A* packed,
-                  const Target<T>&, void* workspace);
+  // out [pixels, groups * out]
+  void (*forward)(const GroupedConv&, const OutputRows&, int64_t bundle, const Source<T>&, const A* packed, T* out,
+                  void* workspace);
   // dy [pixels, groups * out]: the gradient of the output.  The epilogue's dweight is the bundle's.
   void (*backward)(const GroupedConv&, const OutputRows&, int64_t bundle, const Source<T>&, const T* dy,
                    const A* reversed, const BackwardEpilogue<T>&, void* workspace);

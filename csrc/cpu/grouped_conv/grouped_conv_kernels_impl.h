@@ -81,8 +81,9 @@ auto with_bundle(const GroupedConv& g, const Call& call) {
 
 template <typename T, typename A = accumulate_t<T>>
 GroupedConvLayout layout(const GroupedConv& g) {
-  return with_bundle<A>(
-      g, [](const auto& b) -> GroupedConvLayout { return {b.bundles(), b.numbers(), b.rows(), b.workspace_bytes()}; });
+  return with_bundle<A>(g, [](const auto& b) -> GroupedConvLayout {
+    return {b.bundles(), b.kGroups * b.g.out, b.numbers(), b.rows(), b.workspace_bytes()};
+  });
 }
 
 template <typename T, typename A = accumulate_t<T>>
@@ -158,28 +159,24 @@ struct GroupedLine {
 
 template <typename A, bool kLanesAreGroups>
 void forward(const GroupedBundle<A, kLanesAreGroups>& b, const OutputRows& rows, int64_t bundle, const Source<A>& s,
-             const A* packed, const Target<A>& target, Workspace workspace) {
+             const A* packed, A* out, Workspace workspace) {
   const GroupedConv& g = b.g;
-  const int64_t width = g.out_width(), first = (rows.image * g.out_height() + rows.first) * width;
+  const int64_t width = g.out_width(), ld = g.groups * g.out;
   const ColumnRange columns = b.columns(bundle, g.out);
   HaloRows<A, kLanesAreGroups> x(g.width, g.in, b.in_rows(rows.count));
   x.take(workspace, rows.first * g.stride - 1);
   take_source(b, rows.image, bundle, s, workspace, x);
   const GroupedLine<A, kLanesAreGroups> line(workspace, width, g.out);
   const bool direct = !kLanesAreGroups && g.out == line.step;
-  const ProductSteps steps{3 * g.in, g.stride * x.pixel_step(), line.step, direct ? target.ld : line.step};
-  A* out = target.out + first * target.ld + columns.begin;
-  for (int64_t r = 0; r < rows.count; ++r) {
-    A* to = out + r * width * target.ld;
+  const ProductSteps steps{3 * g.in, g.stride * x.pixel_step(), line.step, direct ? ld : line.step};
+  for (int64_t y = rows.first; y < rows.first + rows.count; ++y) {
+    A* to = out + (rows.image * g.out_height() + y) * width * ld + columns.begin;
     TapRows<A> taps;
-    for (int64_t t = 0; t < 3; ++t)
-      taps.add(x.row((rows.first + r) * g.stride + t - 1), packed + t * 3 * g.in * line.step);
+    for (int64_t t = 0; t < 3; ++t) taps.add(x.row(y * g.stride + t - 1), packed + t * 3 * g.in * line.step);
     product_row<kLanesAreGroups>(taps, steps, width, b.vectors(g.out), direct ? to : line.sums);
     if (direct) continue;
-    line.for_each_pixel([&](int64_t p, const A* from) { copy_numbers(from, columns.count, to + p * target.ld); });
+    line.for_each_pixel([&](int64_t p, const A* from) { copy_numbers(from, columns.count, to + p * ld); });
   }
-  if (target.mean)
-    moments(out, target.ld, rows.count * width, columns.count, target.mean + columns.begin, target.m2 + columns.begin);
 }
 
 // A line of the gradient of the input, from rows of the output's.
@@ -248,8 +245,8 @@ void backward(const GroupedBundle<A, kLanesAreGroups>& b, const OutputRows& rows
 
 template <typename T, typename A = accumulate_t<T>>
 void forward_grouped(const GroupedConv& g, const OutputRows& rows, int64_t bundle, const Source<T>& s, const A* packed,
-                     const Target<T>& target, void* memory) {
-  with_bundle<A>(g, [&](const auto& b) { forward(b, rows, bundle, s, packed, target, Workspace(memory)); });
+                     T* out, void* memory) {
+  with_bundle<A>(g, [&](const auto& b) { forward(b, rows, bundle, s, packed, out, Workspace(memory)); });
 }
 
 template <typename T, typename A = accumulate_t<T>>

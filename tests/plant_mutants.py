@@ -23,7 +23,7 @@ FILES = ["tests/emulation/test_conv1x1_kernels.py", "tests/emulation/test_dense_
 FILES += ["tests/test_mean_join.py", "tests/test_residual_dense_block.py", "tests/test_norm_relu_max_pool.py"]
 FILES += ["tests/test_dual_path.py", "tests/test_dense_block.py", "tests/test_sync_batch_norm.py"]
 FILES += ["tests/test_fused_blocks.py", "tests/test_general_blocks.py", "tests/test_presets_bytes.py"]
-FILES += ["tests/test_dense_block_inference.py", "tests/test_freeze.py"]
+FILES += ["tests/test_dense_block_inference.py", "tests/test_freeze.py", "tests/test_grouped_conv.py"]
 
 
 def build(folder: Path) -> None:

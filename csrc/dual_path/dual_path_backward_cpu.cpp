@@ -93,8 +93,7 @@ class Backward : BlockBackward<T> {
     const Coefficients cb = coefficients_of(block.norm_b, block.stats_b, args_.width_a);
     const T* a = bottleneck_a(i, ca);
     const at::Tensor du = conv_b(i, a, cb);
-    T* dup = static_cast<T*>(du.mutable_data_ptr());
-    mask(i, a, cb, dup);
+    const T* dup = static_cast<const T*>(du.const_data_ptr());
     const Sums sums = this->norm_gradients(block.norm_b, cb);
     at::Tensor memory;
     conv_a(i, ca, this->norm_backward(block.norm_b, cb, sums, dup, a, args_.a_pixels(i), memory));
@@ -109,15 +108,14 @@ class Backward : BlockBackward<T> {
     return a;
   }
 
-  // conv_c, norm_c and conv_b; returns the gradient of conv_b's input [N, ra, spatial].
+  // conv_c, norm_c and conv_b; returns the gradient of norm_b's result [N, ra, spatial], with the sums of norm_b.
   at::Tensor conv_b(int64_t i, const T* a, const Coefficients& cb) {
     const DualPathBlockArgs& block = args_.blocks[size_t(i)];
     const Coefficients cc = coefficients_of(block.norm_c, block.stats_c, args_.width_b);
-    const at::Tensor u = at::empty({args_.a_pixels(i), args_.width_a}, this->options());
+    const at::Tensor u = blocks_.activate_a(i, a, cb, this->options());
     const at::Tensor dv = at::empty({pixels_, args_.width_b}, this->options());
-    blocks_.activate_a(i, a, cb, static_cast<T*>(u.mutable_data_ptr()));
     const at::Tensor b = saved_.b.size(0) > 0 ? saved_.b.narrow(0, i * pixels_, pixels_)
-                                              : to_channels_last(blocks_.conv.forward(i, u).to(u.scalar_type()));
+                                              : blocks_.make_b(i, a, cb, u, {}, this->options(), {});
     const T* bp = static_cast<const T*>(b.const_data_ptr());
     T* dvp = static_cast<T*>(dv.mutable_data_ptr());
     merge(i, bp, cc, dvp);
@@ -128,9 +126,30 @@ class Backward : BlockBackward<T> {
       kernels.norm_input_gradient(norm_c, row, rows, dvp);
     });
     if (is_reversible() && i > 0) reverse(i, bp, cc);
-    const auto [du, dweight] = blocks_.conv.backward(i, dv, u, this->needs(block.conv_b.at));
-    if (this->needs(block.conv_b.at)) this->set(block.conv_b.at, dweight);
+    const bool needed = this->needs(block.conv_b.at);
+    const auto [du, dweight] = conv_b_input(i, a, cb, u, dv, needed);
+    if (needed) this->set(block.conv_b.at, dweight);
     return du;
+  }
+
+  // Gradients of norm_b's result and of the weight from that of conv_b's output, and the sums of norm_b.
+  std::tuple<at::Tensor, at::Tensor> conv_b_input(int64_t i, const T* a, const Coefficients& c, const at::Tensor& u,
+                                                  const at::Tensor& dv, bool needs_weight) {
+    if constexpr (DualPathBlocks<T>::kHasOwn)
+      if (const auto& own = blocks_.own(i)) {
+        const at::Tensor du = at::empty({args_.a_pixels(i), args_.width_a}, this->options());
+        const at::Tensor none = this->worker_gradients(false, 0, 0);
+        const at::Tensor dweight =
+            own->backward(args_.blocks[size_t(i)].conv_b.weight, this->source(a, args_.width_a, c),
+                          static_cast<const T*>(dv.const_data_ptr()), needs_weight, [&](int64_t worker) {
+                            return this->epilogue(worker, static_cast<T*>(du.mutable_data_ptr()), args_.width_a, false,
+                                                  c.mean(), none);
+                          });
+        return {du, dweight};
+      }
+    const auto gradients = blocks_.library.backward(i, dv, u, needs_weight);
+    mask(i, a, c, static_cast<T*>(std::get<0>(gradients).mutable_data_ptr()));
+    return gradients;
   }
 
   // conv_c: dv = masked gradient behind norm_c.

@@ -8,17 +8,19 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "cpu/block_forward.h"
+#include "cpu/grouped_conv/grouped_conv.h"
 #include "dual_path/dual_path.h"
 
 namespace fastdense {
 
 // conv_b through the library's convolution, on packed tensors with channels innermost.
-class GroupedConvolution {
+class LibraryConvolution {
  public:
-  GroupedConvolution(const DualPathArgs& args, at::ScalarType dtype)
+  LibraryConvolution(const DualPathArgs& args, at::ScalarType dtype)
       : args_(args), dtype_(dtype == at::kHalf ? at::kFloat : dtype) {  // for want of a fast product of halves
     for (size_t d = 0; d < args.kernel.size(); ++d) padding_.push_back(args.kernel[d] / 2);
     ones_.resize(args.kernel.size(), 1);
@@ -60,6 +62,18 @@ class GroupedConvolution {
   std::vector<int64_t> padding_, ones_, zeros_;
 };
 
+// The same by our own kernels, of which there are none for other kernels than 3x3, for many channels a group, and for
+// types of 16 bits.  The library is faster nowhere else: benchmarks/grouped_conv_targets.py.
+template <typename T>
+std::optional<GroupedConv> own_convolution(const DualPathArgs& args, bool first) {
+  const bool is_3x3 = args.kernel.size() == 2 && args.kernel[0] == 3 && args.kernel[1] == 3;
+  const int64_t stride = first ? args.sampled.stride[0] : 1, in = args.width_a / args.groups,
+                out = args.width_b / args.groups;
+  if (!std::is_same_v<T, accumulate_t<T>> || !is_3x3 || stride > 2 || std::max(in, out) > kMostGroupChannels) return {};
+  const std::vector<int64_t> sizes = args.sizes(args.width_a, first);
+  return GroupedConv{args.batch, sizes[2], sizes[3], stride, args.groups, in, out};
+}
+
 // A matrix [rows, ld] of which the first columns are meant.
 template <typename T>
 struct Columns {
@@ -74,7 +88,11 @@ class DualPathBlocks {
   using Coefficients = typename BlockForward<T>::Coefficients;
 
   DualPathBlocks(const DualPathArgs& args, BlockForward<T>& block, at::ScalarType dtype)
-      : conv(args, dtype), args_(args), block_(block) {
+      : library(args, dtype), args_(args), block_(block) {
+    if constexpr (kHasOwn) {
+      if (const auto conv = own_convolution<T>(args, true)) first_.emplace(block, *conv);
+      if (const auto conv = own_convolution<T>(args, false)) others_.emplace(block, *conv);
+    }
     const int64_t widest = std::max({args.channels(), args.in_channels, args.width_a, args.width_b});
     block.reserve_workspace(widest, widest);
   }
@@ -93,12 +111,16 @@ class DualPathBlocks {
             {statistics});
   }
 
-  // u = relu(norm_b(a)).
-  void activate_a(int64_t i, const T* a, const Coefficients& c, T* u) const {
+  // u = relu(norm_b(a)) for the library's convolution of block i; our own kernels make it as they read a.
+  at::Tensor activate_a(int64_t i, const T* a, const Coefficients& c, const at::TensorOptions& options) const {
+    if (own(i)) return {};
+    const at::Tensor u = at::empty({args_.a_pixels(i), args_.width_a}, options);
     const Source<T> source = block_.source(a, args_.width_a, c);
-    block_.for_each_chunk(
-        args_.a_pixels(i), block_.kernels.chunk_rows(args_.width_a),
-        [&](int64_t, int64_t, int64_t row, int64_t count) { block_.kernels.norm(source, true, row, count, u); });
+    block_.for_each_chunk(args_.a_pixels(i), block_.kernels.chunk_rows(args_.width_a),
+                          [&](int64_t, int64_t, int64_t row, int64_t count) {
+                            block_.kernels.norm(source, true, row, count, static_cast<T*>(u.mutable_data_ptr()));
+                          });
+    return u;
   }
 
   using Statistics = BatchStatistics<A>;
@@ -107,7 +129,9 @@ class DualPathBlocks {
   void conv1x1(const at::Tensor& weight, const Sources<T>& sources, const PoolGeometry* pool, int64_t pixels,
                Targets<T> targets, std::array<Statistics, 2> statistics) const {
     const at::Tensor panels = block_.pack_forward(weight);
-    const int64_t most = block_.kernels.chunk_rows(sources.channels()), chunks = block_.num_chunks(pixels, most);
+    // Both what a chunk reads and what it makes stay in cache.
+    const int64_t most = block_.kernels.chunk_rows(std::max(sources.channels(), targets.columns()));
+    const int64_t chunks = block_.num_chunks(pixels, most);
     at::Tensor partial[2];
     Target<T>* target[2] = {&targets.first, &targets.second};
     for (int t = 0; t < 2; ++t)
@@ -128,11 +152,38 @@ class DualPathBlocks {
         block_.combine(partial[t], target[t]->columns, count, statistics[t].mean, statistics[t].var);
   }
 
-  const GroupedConvolution conv;
+  // b = conv_b(u) [pixels, rb], into `b` if it is defined, and its batch statistics where wanted.
+  at::Tensor make_b(int64_t i, const T* a, const Coefficients& c, const at::Tensor& u, at::Tensor b,
+                    const at::TensorOptions& options, const Statistics& statistics) const {
+    if constexpr (kHasOwn)
+      if (const auto& convolution = own(i)) {
+        if (!b.defined()) b = at::empty({args_.pixels(), args_.width_b}, options);
+        convolution->forward(args_.blocks[size_t(i)].conv_b.weight, block_.source(a, args_.width_a, c),
+                             static_cast<T*>(b.mutable_data_ptr()), statistics);
+        return b;
+      }
+    const at::Tensor y = library.forward(i, u);
+    if (b.defined())
+      library.image(b, i, true).copy_(y);
+    else
+      b = to_channels_last(y.to(u.scalar_type()));
+    if (statistics.mean)
+      block_.statistics(static_cast<const T*>(b.const_data_ptr()), args_.width_b, args_.pixels(), args_.width_b,
+                        statistics.mean, statistics.var);
+    return b;
+  }
+
+  // For types that have kernels of our own.
+  static constexpr bool kHasOwn = std::is_same_v<T, A>;
+  using Own = GroupedConvolution3x3<std::conditional_t<kHasOwn, T, float>>;
+  const std::optional<Own>& own(int64_t i) const { return i == 0 ? first_ : others_; }
+
+  const LibraryConvolution library;
 
  private:
   const DualPathArgs& args_;
   const BlockForward<T>& block_;
+  std::optional<Own> first_, others_;  // of the first block, which may have a stride, and of those behind it
 };
 
 }  // namespace fastdense

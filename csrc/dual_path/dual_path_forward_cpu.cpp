@@ -89,10 +89,7 @@ class Forward : BlockForward<T> {
     blocks_.make_a(i, blocks_.sources(i, ca, in, {out_ + args_.residual, ld_}), a,
                    batch_b ? Statistics{mean_ + block.stats_b, var_ + block.stats_b} : Statistics{});
     const at::Tensor b = bottleneck_b(i, a);
-    const T* bp = static_cast<const T*>(b.const_data_ptr());
-    if (!block.norm_c.frozen())
-      this->statistics(bp, args_.width_b, pixels_, args_.width_b, mean_ + block.stats_c, var_ + block.stats_c);
-    merge(i, bp, residual);
+    merge(i, static_cast<const T*>(b.const_data_ptr()), residual);
   }
 
   // The statistics of the dense channels that a block reads are those taken when they were written.
@@ -111,13 +108,10 @@ class Forward : BlockForward<T> {
   at::Tensor bottleneck_b(int64_t i, const T* a) {
     const DualPathBlockArgs& block = args_.blocks[size_t(i)];
     const Coefficients c = this->coefficients(block.norm_b, mean_ + block.stats_b, var_ + block.stats_b, args_.width_a);
-    const at::Tensor u = at::empty({args_.a_pixels(i), args_.width_a}, o_.out.options());
-    blocks_.activate_a(i, a, c, static_cast<T*>(u.mutable_data_ptr()));
-    const at::Tensor y = blocks_.conv.forward(i, u);
-    if (!keep_.bottlenecks) return to_channels_last(y.to(u.scalar_type()));
-    const at::Tensor b = o_.b.narrow(0, i * pixels_, pixels_);
-    blocks_.conv.image(b, i, true).copy_(y);
-    return b;
+    const at::Tensor u = blocks_.activate_a(i, a, c, o_.out.options());
+    return blocks_.make_b(
+        i, a, c, u, keep_.bottlenecks ? o_.b.narrow(0, i * pixels_, pixels_) : at::Tensor(), o_.out.options(),
+        block.norm_c.frozen() ? Statistics{} : Statistics{mean_ + block.stats_c, var_ + block.stats_c});
   }
 
   void merge(int64_t i, const T* b, Columns<const T> residual) {

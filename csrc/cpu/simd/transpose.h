@@ -22,12 +22,14 @@ inline void exchange_blocks(V& a, V& b, std::integer_sequence<int, Lane...>) {
   a = first;
 }
 
-template <int Step, int Lanes, typename V>
-inline void exchange_all(V (&rows)[Lanes]) {
-  if constexpr (Step < Lanes) {
+// Transposes all squares of Rows x Rows numbers that lie side by side in the rows.
+template <int Step, int Rows, typename V>
+inline void exchange_all(V (&rows)[Rows]) {
+  if constexpr (Step < Rows) {
+    constexpr int kLanes = sizeof(V) / sizeof(rows[0][0]);
 #pragma GCC unroll 16
-    for (int i = 0; i < Lanes; ++i)
-      if (!(i & Step)) exchange_blocks<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, Lanes>());
+    for (int i = 0; i < Rows; ++i)
+      if (!(i & Step)) exchange_blocks<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, kLanes>());
     exchange_all<2 * Step>(rows);
   }
 }

@@ -2,6 +2,7 @@
 """The SIMD levels of the native code, and tests at one of them."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 from fastdense import _C
@@ -9,8 +10,16 @@ from fastdense import _C
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
-def available_levels() -> list[str]:
-    return list(LEVELS[: LEVELS.index(_C.build_info()["simd"]) + 1])
+@functools.cache
+def available_levels() -> tuple[str, ...]:
+    """Those of this machine, whatever FASTDENSE_SIMD says."""
+    best, levels = _C.build_info()["simd"], []
+    for level in LEVELS:
+        with contextlib.suppress(ValueError):
+            _C.set_simd_level(level)
+            levels.append(level)
+    _C.set_simd_level(best)
+    return tuple(levels)
 
 
 @contextlib.contextmanager

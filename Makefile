@@ -19,7 +19,7 @@ PYTEST_ARGS ?= -q
 # Processes that test, each a file at a time; their threads share the cores. What needs several threads asks for them.
 WORKERS ?= $(shell echo $$(($(CORES) < 8 ? $(CORES) : 8)))
 THREADS = $(shell echo $$(($(WORKERS) > 1 ? ($(CORES) + $(WORKERS) - 1) / $(WORKERS) : $(CORES))))
-PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
+PARALLEL := -n $(WORKERS) --dist loadfile --durations=15
 
 VENV_STAMP := .venv/.installed-$(firstword $(shell cksum requirements/test.txt))
 

@@ -17,7 +17,6 @@ _MODULES = {
     "model_report": ("fusion.report",),
     "models.dialects": ("models.key_mapping",),
     "models.ncnn": ("models.sr.ncnn",),
-    "models.rrdbnet": ("models.sr.rrdbnet",),
     "models.sr_checkpoints": ("models.sr.checkpoints",),
     "models.super_resolution": (
         "models.sr.base",
@@ -86,4 +85,5 @@ def install() -> None:
         sys.modules[package].__dict__.setdefault("__getattr__", partial(_submodule, package))
     # Found before they are imported: an import would put the module in the place of the function of the same name.
     sys.modules["fastdense.convert"] = importlib.import_module("fastdense.fusion.convert")
-    sys.modules["fastdense.models.rdn"] = importlib.import_module("fastdense.models.sr.rdn")
+    for name in ("rdn", "rrdbnet"):
+        sys.modules[f"fastdense.models.{name}"] = importlib.import_module(f"fastdense.models.sr.{name}")

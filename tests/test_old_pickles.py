@@ -2,7 +2,9 @@
 """Models that version 0.1.0 pickled whole still load, and give the same numbers."""
 
 import importlib
+import inspect
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,11 @@ def test_renamed_classes():
 def test_old_modules_are_attributes_of_their_packages():
     assert fastdense.nn.fused.FusedModule is importlib.import_module("fastdense.fusion.base").FusedModule
     assert not hasattr(fastdense.nn, "no_such_module")
+
+
+@pytest.mark.parametrize("name", ["convert", "models.rdn", "models.rrdbnet"])
+def test_old_modules_leave_functions_of_their_name(name):
+    module = importlib.import_module(f"fastdense.{name}")
+    assert inspect.ismodule(module)
+    package, _, function = f"fastdense.{name}".rpartition(".")
+    assert inspect.isfunction(getattr(sys.modules[package], function))

@@ -165,6 +165,9 @@ CASES: dict[str, Callable[[int, torch.memory_format], Pair]] = {
     "bicubic_uint8": bytes_up,
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# ReLUs behind batch norms: in float32 a value next to zero may pass in one module and not in the other. Gradients then
+# differ by more than rounding, and both are right; in float64 that does not happen.
+GRADIENTS_IN_FLOAT64 = {"dual_path_stage"}
 WITHOUT_LAYOUT = {"dropout_mask", "update_running_stats_"}
 WITHOUT_BACKWARD = WITHOUT_LAYOUT | {"bicubic_uint8"}
 
@@ -185,8 +188,7 @@ def parameters_of(call: Callable[..., Tensor]) -> list[nn.Parameter]:
 
 
 def compare_gradients(name: str, pair: Pair) -> None:
-    """In float64. In float32 a value next to zero may pass one ReLU and not the other; then gradients differ by more
-    than rounding, and both are right."""
+    """In float64, which must agree to a few of its digits."""
     inputs = [x.detach().double().requires_grad_(x.requires_grad) for x in pair.inputs]
     calls = [copy.deepcopy(c).double() if isinstance(c, nn.Module) else c for c in (pair.ours, pair.plain)]
     outputs = [call(*inputs) for call in calls]
@@ -225,9 +227,11 @@ def make_runs(name: str, layout: str, batch: int = 8) -> dict[str, dict[str, Run
         return lambda: torch.autograd.grad(output, [*wanted, *parameters_of(call)], grad, retain_graph=True)
 
     runs["backward"] = {variant: backward(calls[variant], output) for variant, output in outputs.items()}
-    compare_gradients(name, pair)
+    if name in GRADIENTS_IN_FLOAT64:
+        compare_gradients(name, pair)
+        return runs
     for ours, plain in zip(*(runs["backward"][variant]() for variant in ("fastdense", "torch")), strict=True):
-        compare(name, ours, plain, 5e-2)  # but for ReLUs of values next to zero
+        compare(name, ours, plain)
     return runs
 
 

@@ -9,7 +9,7 @@ import torch
 from fastdense.ops.dense_block import flatten_block
 from fastdense.ops.dense_block_inference import pack_block, run_inference
 from tests.cases.dense_block import ALL, Block, Case
-from tests.cases.simd import LEVELS, available_levels, simd_level
+from tests.cases.simd import LEVELS, available_levels, has_level, simd_level
 
 TAILS = ("none", "transition", "norm", "norm_relu")
 
@@ -73,9 +73,7 @@ def test_channels_that_fill_panels_or_do_not(growth, width):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_simd_level_of_this_machine(level):
-    if level not in available_levels():
-        with pytest.raises(ValueError, match=level), simd_level(level):
-            pass
+    if not has_level(level):
         return
     with simd_level(level):
         for size, dtype in itertools.product(((9, 11), (4, 5, 6)), (torch.float64, torch.float32)):

@@ -8,7 +8,7 @@ import torch
 
 from tests.cases.dual_path import Stage, StageCase
 from tests.cases.random_block import check, check_bit_identical, low_precision_errors
-from tests.cases.simd import LEVELS, available_levels, simd_level
+from tests.cases.simd import LEVELS, has_level, simd_level
 
 # Channels a group: lanes are groups or channels, whole vectors or not; 33 are left to the library.
 CHANNELS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 33)
@@ -57,9 +57,7 @@ def test_images_in_several_stripes(shape):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_simd_level_of_this_machine(level):
-    if level not in available_levels():
-        with pytest.raises(ValueError, match=level), simd_level(level):
-            pass
+    if not has_level(level):
         return
     with simd_level(level):
         for channels in CHANNELS[:-1]:

@@ -4,7 +4,6 @@
 import importlib
 import inspect
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,9 +62,12 @@ def test_old_modules_are_attributes_of_their_packages():
     assert not hasattr(fastdense.nn, "no_such_module")
 
 
-@pytest.mark.parametrize("name", ["convert", "models.rdn", "models.rrdbnet"])
-def test_old_modules_leave_functions_of_their_name(name):
-    module = importlib.import_module(f"fastdense.{name}")
-    assert inspect.ismodule(module)
-    package, _, function = f"fastdense.{name}".rpartition(".")
-    assert inspect.isfunction(getattr(sys.modules[package], function))
+@pytest.mark.parametrize("name", [*_old_paths._MODULES, "convert", "models.rdn", "models.rrdbnet"])
+def test_old_modules_leave_public_names_as_they_are(name):
+    package, _, own = f"fastdense.{name}".rpartition(".")
+    public = importlib.import_module(package)
+    before = getattr(public, own) if own in public.__all__ else None
+    assert inspect.ismodule(importlib.import_module(f"fastdense.{name}"))
+    assert not inspect.ismodule(before)
+    if before is not None:
+        assert getattr(public, own) is before

@@ -5,6 +5,8 @@ import contextlib
 import functools
 from collections.abc import Iterator
 
+import pytest
+
 from fastdense import _C
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
@@ -30,3 +32,12 @@ def simd_level(level: str) -> Iterator[None]:
         yield
     finally:
         _C.set_simd_level(best)
+
+
+def has_level(level: str) -> bool:
+    """Whether this machine has a level; where it has not, asking for it must be an error."""
+    if level in available_levels():
+        return True
+    with pytest.raises(ValueError, match=level):
+        _C.set_simd_level(level)
+    return False

@@ -62,14 +62,16 @@ class LibraryConvolution {
   std::vector<int64_t> padding_, ones_, zeros_;
 };
 
-// The same by our own kernels, of which there are none for other kernels than 3x3, for many channels a group, and for
-// types of 16 bits.  The library is faster nowhere else: benchmarks/grouped_conv_targets.py.
+// The same by our own kernels.  There are none for other kernels than 3x3, for many channels a group, and for types of
+// 16 bits.  The library is faster from 25 channels a group on where there is no stride, by
+// benchmarks/grouped_conv_targets.py with 32 at 7 x 7.
 template <typename T>
 std::optional<GroupedConv> own_convolution(const DualPathArgs& args, bool first) {
   const bool is_3x3 = args.kernel.size() == 2 && args.kernel[0] == 3 && args.kernel[1] == 3;
   const int64_t stride = first ? args.sampled.stride[0] : 1, in = args.width_a / args.groups,
                 out = args.width_b / args.groups;
-  if (!std::is_same_v<T, accumulate_t<T>> || !is_3x3 || stride > 2 || std::max(in, out) > kMostGroupChannels) return {};
+  const int64_t most = stride == 1 ? 24 : kMostGroupChannels;
+  if (!std::is_same_v<T, accumulate_t<T>> || !is_3x3 || stride > 2 || std::max(in, out) > most) return {};
   const std::vector<int64_t> sizes = args.sizes(args.width_a, first);
   return GroupedConv{args.batch, sizes[2], sizes[3], stride, args.groups, in, out};
 }

@@ -59,11 +59,28 @@ def test_float32_is_good_to_the_last_digits(act, level):
     with simd_level(level):
         value, slope = run(act, u)
     wanted, wanted_slope = exact(act, u)
-    spacing = (wanted.float().abs().nextafter(torch.tensor(math.inf)) - wanted.float().abs()).double()
     exponent = 1.6 * (u + 0.044715 * u**3).abs() if act.name == "gelu_tanh" else 0  # whose rounding counts
     digits = 2 if act.name in ("tanh", "sigmoid", "silu") else 4
-    assert ((value.double() - wanted).abs() <= spacing * (digits + 4 * exponent)).all()
+    assert ((value.double() - wanted).abs() <= spacing_of(wanted) * (digits + 4 * exponent)).all()
     assert (slope.double() - wanted_slope).abs().max() < 2.5 * torch.finfo(torch.float32).eps
+
+
+def spacing_of(wanted: Tensor) -> Tensor:
+    """Between the float32 numbers next to these, away from zero."""
+    near = wanted.float().abs()
+    return (near.nextafter(torch.tensor(math.inf)) - near).double()
+
+
+@pytest.mark.parametrize("level", available_levels())
+def test_tail_of_the_normal_distribution(level):
+    """GELU is u times it: good to 2.2 units in the last place."""
+    u = torch.cat([torch.linspace(-13, 0, 300_001), -torch.logspace(-8, 0, 50_001)])
+    with simd_level(level):
+        value, _ = run(Activation("gelu"), u)
+    share = torch.special.erfc(-u.double() / math.sqrt(2)) / 2
+    wanted = u * share
+    bound = 2.2 * spacing_of(share) * u.abs() + 0.5 * spacing_of(wanted)
+    assert ((value.double() - wanted).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("level", available_levels())

@@ -2,14 +2,15 @@
 """What the binary says about itself, and the stub that describes it."""
 
 import ast
-import functools
-import os
+import json
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,17 +19,6 @@ from fastdense import _C
 from tests.cases.simd import LEVELS
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def public_names(module: ModuleType) -> set[str]:
@@ -92,32 +82,61 @@ def test_build_info():
     assert info["threads"] >= 1
 
 
-PRINT_SIMD = ("-c", "import torch; from fastdense import _C; print(_C.build_info()['simd'])")
+# Imports torch once. Each process that it forks loads the extension anew, with other variables in its environment.
+LOADING = """
+import json, os, sys, tempfile, torch
+for line in sys.stdin:
+    with tempfile.TemporaryFile() as errors:
+        child = os.fork()
+        if child == 0:
+            os.dup2(errors.fileno(), 2)
+            os.environ.update(json.loads(line))
+            from fastdense import _C
+            print(json.dumps(_C.build_info()), flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+        errors.seek(0)
+        print(json.dumps(errors.read().decode()), flush=True)
+"""
 
 
-@functools.cache
-def machine_level() -> str:
-    return run_python(*PRINT_SIMD, FASTDENSE_SIMD="").stdout.strip()
+@pytest.fixture(scope="module")
+def loaded_with() -> Iterator[Callable[..., tuple[dict[str, Any], str]]]:
+    """What the extension says of itself, and prints, where it is loaded with these variables."""
+    command = [sys.executable, "-c", LOADING]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def load(**environment: str) -> tuple[dict[str, Any], str]:
+            print(json.dumps(environment), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline()), json.loads(process.stdout.readline())
+
+        yield load
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def machine_level(loaded_with) -> str:
+    return loaded_with(FASTDENSE_SIMD="")[0]["simd"]
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_environment_lowers_the_simd_level(name):
-    result = run_python(*PRINT_SIMD, FASTDENSE_SIMD=name)
-    assert result.stdout.strip() == min(name, machine_level(), key=LEVELS.index)
-    assert "FASTDENSE_SIMD" not in result.stderr
+def test_environment_lowers_the_simd_level(name, loaded_with, machine_level):
+    info, errors = loaded_with(FASTDENSE_SIMD=name)
+    assert info["simd"] == min(name, machine_level, key=LEVELS.index)
+    assert "FASTDENSE_SIMD" not in errors
 
 
-def test_unknown_simd_level_in_the_environment_is_named_and_ignored():
-    result = run_python(*PRINT_SIMD, FASTDENSE_SIMD="sse9")
-    assert result.stdout.strip() == machine_level()
-    expected = "fastdense: ignoring FASTDENSE_SIMD=sse9, expected baseline, avx2, avx512, avx512_bf16 or amx"
-    assert expected in result.stderr
+def test_unknown_simd_level_in_the_environment_is_named_and_ignored(loaded_with, machine_level):
+    info, errors = loaded_with(FASTDENSE_SIMD="sse9")
+    assert info["simd"] == machine_level
+    assert "fastdense: ignoring FASTDENSE_SIMD=sse9, expected baseline, avx2, avx512, avx512_bf16 or amx" in errors
 
 
-def test_set_simd_level():
+def test_set_simd_level(machine_level):
     before = _C.build_info()["simd"]
     try:
-        available = LEVELS[: LEVELS.index(machine_level()) + 1]
+        available = LEVELS[: LEVELS.index(machine_level) + 1]
         for name in available:
             _C.set_simd_level(name)
             assert _C.build_info()["simd"] == name
@@ -130,30 +149,26 @@ def test_set_simd_level():
         _C.set_simd_level(before)
 
 
-PRINT_KERNELS = ("-c", "import torch; from fastdense import _C; print(_C.build_info()['cuda_kernels'])")
-
-
 @pytest.mark.parametrize("name", ["", "auto", "fused", "library"])
-def test_environment_chooses_the_cuda_kernels(name):
-    result = run_python(*PRINT_KERNELS, FASTDENSE_CUDA_KERNELS=name)
-    assert result.stdout.strip() == (name or "auto")
-    assert "FASTDENSE_CUDA_KERNELS" not in result.stderr
+def test_environment_chooses_the_cuda_kernels(name, loaded_with):
+    info, errors = loaded_with(FASTDENSE_CUDA_KERNELS=name)
+    assert info["cuda_kernels"] == (name or "auto")
+    assert "FASTDENSE_CUDA_KERNELS" not in errors
 
 
-def test_unknown_cuda_kernels_in_the_environment_are_named_and_ignored():
-    result = run_python(*PRINT_KERNELS, FASTDENSE_CUDA_KERNELS="fast")
-    assert result.stdout.strip() == "auto"
-    assert "fastdense: ignoring FASTDENSE_CUDA_KERNELS=fast, expected auto, fused or library" in result.stderr
+def test_unknown_cuda_kernels_in_the_environment_are_named_and_ignored(loaded_with):
+    info, errors = loaded_with(FASTDENSE_CUDA_KERNELS="fast")
+    assert info["cuda_kernels"] == "auto"
+    assert "fastdense: ignoring FASTDENSE_CUDA_KERNELS=fast, expected auto, fused or library" in errors
 
 
 @pytest.mark.parametrize(("value", "expected"), [("", False), ("0", False), ("1", True), ("yes", False)])
-def test_environment_switches_dependent_launches(value, expected):
+def test_environment_switches_dependent_launches(value, expected, loaded_with):
     """Off unless asked for."""
-    code = "import torch; from fastdense import _C; print(_C.build_info()['dependent_launch'])"
-    result = run_python("-c", code, FASTDENSE_DEPENDENT_LAUNCH=value)
-    assert result.stdout.strip() == str(expected)
+    info, errors = loaded_with(FASTDENSE_DEPENDENT_LAUNCH=value)
+    assert info["dependent_launch"] is expected
     message = "fastdense: ignoring FASTDENSE_DEPENDENT_LAUNCH=yes, expected 0 or 1"
-    assert (message in result.stderr) == (value == "yes")
+    assert (message in errors) == (value == "yes")
 
 
 def test_set_cuda_kernels():

@@ -34,7 +34,9 @@ struct ActivationParameters {
 };
 
 // The share of a standard normal distribution below u, and its density there, by exp(-t^2 / 2) and Mills' ratio of
-// t = |u|: this, times 1 + t, is a polynomial in (t - 4) / (t + 4) (interpolated at Chebyshev nodes).
+// t = |u|: this, times 1 + t, is a polynomial in (t - 4) / (t + 4) (of the least relative error; in double interpolated
+// at Chebyshev nodes). What the last sum and the quotient round off is made up for: the tail is good to 2.2 units in
+// the last place.
 template <typename A>
 struct NormalDistribution {
   A share, density;
@@ -45,18 +47,18 @@ template <typename A>
 struct MillsRatio;
 template <>
 struct MillsRatio<float> {
-  static constexpr float kFarthest = 14;
+  static constexpr float kFarthest = 14, kFirstLow = 6.8869661e-9f;  // behind the digits of the first term
   static constexpr int kTerms = 11;
   FASTDENSE_HD static float term(int k) {
-    static constexpr float kPolynomial[] = {0.4720532065f,    -0.09670346799f,  0.01399962355f,   0.02860002623f,
-                                            -0.03219762573f,  0.01793962901f,   -0.005003000057f, -0.0003011153126f,
-                                            0.0006917958321f, -6.448406998e-5f, -7.341340565e-5f};
+    static constexpr float kPolynomial[] = {0.4720532f,       -0.09670346975f,   0.01399959158f,   0.02859999612f,
+                                            -0.03219718114f,  0.01794015616f,    -0.005004897248f, -0.0003040908778f,
+                                            0.0006936739082f, -5.937487003e-05f, -7.117406494e-05f};
     return kPolynomial[k];
   }
 };
 template <>
 struct MillsRatio<double> {
-  static constexpr double kFarthest = 40;
+  static constexpr double kFarthest = 40, kFirstLow = 0;
   static constexpr int kTerms = 23;
   FASTDENSE_HD static double term(int k) {
     static constexpr double kPolynomial[] = {
@@ -72,16 +74,23 @@ struct MillsRatio<double> {
 
 template <typename A>
 FASTDENSE_HD NormalDistribution<A> normal_distribution(A u) {
+  using Ratio = MillsRatio<A>;
   const A magnitude = u < A(0) ? -u : u;
-  const A t = magnitude > MillsRatio<A>::kFarthest ? MillsRatio<A>::kFarthest : magnitude;
-  const A y = (t - A(4)) / (t + A(4)), e = exp_of_half_square(t);
-  A sum = MillsRatio<A>::term(MillsRatio<A>::kTerms - 1);
+  const A t = magnitude > Ratio::kFarthest ? Ratio::kFarthest : magnitude;
+  const A y = (t - A(4)) / (t + A(4));
+  const ExpParts<A> e = exp_parts_of_half_square(t);
+  A others = Ratio::term(Ratio::kTerms - 1);
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int k = MillsRatio<A>::kTerms - 2; k >= 0; --k) sum = mul_add(sum, y, MillsRatio<A>::term(k));
-  const A tail = e * (sum / (A(1) + t));
-  return {u < A(0) ? tail : A(1) - tail, e * A(0.398942280401432678)};
+  for (int k = Ratio::kTerms - 2; k > 0; --k) others = mul_add(others, y, Ratio::term(k));
+  const A sum = mul_add(others, y, Ratio::term(0));
+  const A sum_low = exact_mul_add(others, y, Ratio::term(0) - sum) + Ratio::kFirstLow;
+  const A divisor = A(1) + t, divisor_low = t - (divisor - A(1)), inverse = A(1) / divisor;
+  const A ratio = sum * inverse;
+  const A ratio_low = (exact_mul_add(-ratio, divisor, sum) + (sum_low - ratio * divisor_low)) * inverse;
+  const A tail = e.power * (ratio + mul_add(ratio, e.rest, ratio_low));
+  return {u < A(0) ? tail : A(1) - tail, (A(1) + e.rest) * e.power * A(0.398942280401432678)};
 }
 
 // log(1 + z) for 0 <= z <= 1: with s = z / (2 + z), 2 (s + s^3 / 3 + s^5 / 5 + ...).

@@ -44,7 +44,7 @@ FASTDENSE_HD ExpParts<A> exp_parts(A v, A low = A(0)) {
   const A clamped = v < Traits::kLeast ? Traits::kLeast : v;
   const A shifted = clamped * A(1.44269504088896340736) + Traits::kShift;
   const A n = shifted - Traits::kShift;
-  const A r = (clamped - n * Traits::kLn2High) - n * Traits::kLn2Low + low;
+  const A r = (clamped - n * Traits::kLn2High) - (n * Traits::kLn2Low - low);
   A series = A(1);
 #ifdef __CUDACC__
 #pragma unroll
@@ -61,11 +61,25 @@ FASTDENSE_HD A exp_of_nonpositive(A v, A low = A(0)) {
   return v < ExpTraits<A>::kLeast ? A(0) : (A(1) + parts.rest) * parts.power;
 }
 
-// exp(-t^2 / 2) for t >= 0. The square of the upper half of t's digits is exact.
+// The upper half of the digits: products of halves are exact.
 template <typename A>
-FASTDENSE_HD A exp_of_half_square(A t) {
-  const A high = bit_cast<A>(bit_cast<typename ExpTraits<A>::Bits>(t) & ~ExpTraits<A>::kLowHalf);
-  return exp_of_nonpositive(A(-0.5) * (high * high), A(-0.5) * ((t - high) * (t + high)));
+FASTDENSE_HD A upper_half(A a) {
+  return bit_cast<A>(bit_cast<typename ExpTraits<A>::Bits>(a) & ~ExpTraits<A>::kLowHalf);
+}
+
+// a b + c without what a product rounds off, where c is about -a b.
+template <typename A>
+FASTDENSE_HD A exact_mul_add(A a, A b, A c) {
+  const A high = upper_half(a), low = a - high, other_high = upper_half(b), other_low = b - other_high;
+  return ((high * other_high + c) + (high * other_low + low * other_high)) + low * other_low;
+}
+
+// exp(-t^2 / 2) for t >= 0, in parts.
+template <typename A>
+FASTDENSE_HD ExpParts<A> exp_parts_of_half_square(A t) {
+  const A high = upper_half(t), v = A(-0.5) * (high * high);
+  const ExpParts<A> parts = exp_parts(v, A(-0.5) * ((t - high) * (t + high)));
+  return {v < ExpTraits<A>::kLeast ? A(0) : parts.power, parts.rest};
 }
 
 // With m = 1 - exp(-2 |v|): tanh |v| = m / (2 - m).

@@ -234,7 +234,7 @@ class _Rerun:
             found = [(out, grad.to(out.dtype)) for out, grad in pairs if out.requires_grad]
             if found:
                 self._check_leaves([out for out, _ in found], trigger)
-                torch.autograd.backward(*zip(*found, strict=True))
+                torch.autograd.backward([out for out, _ in found], [grad for _, grad in found])
         return sum(sink[1:], sink[0]) if sink else None
 
     @contextlib.contextmanager

@@ -196,6 +196,17 @@ def test_plans_are_of_the_model_as_it_is():
         largest_batch(model, shape, budget="1GiB", optimiser_state=2.0)
 
 
+@pytest.mark.parametrize("memory", ["min", "balanced"])
+@pytest.mark.filterwarnings("ignore:fastdense. DualPathBlock runs as plain modules")
+def test_dual_path_blocks_that_no_operator_runs_keep_their_mode(memory):
+    stage = fastdense.nn.DualPathStage(2, 8, 4, 4, 2, act="silu", memory=memory)
+    model = nn.Sequential(fastdense.nn.DenseBlock(2, 4, 4), stage)
+    plan = plan_memory(model, (4, 8, 8), batch_size=2, budget="1GiB", measure=False)
+    assert [row.blocks for row in plan.rows] == [("0",)]
+    plan.apply()
+    assert {block.memory for block in stage} == {memory}
+
+
 def test_what_has_no_blocks_has_no_plan():
     with pytest.raises(ValueError, match="fused blocks"):
         plan_memory(nn.Linear(2, 2), (2,), batch_size=2, budget="1GiB")

@@ -72,7 +72,7 @@ class StagePlan(NamedTuple):
 
 
 class StagesPlan(NamedTuple):
-    """Stages in a row; ``split`` is where the two paths are parted, if the plain blocks hand on a pair."""
+    """Stages in a row; ``split`` is where the last one's paths are parted, if the plain blocks hand on a pair."""
 
     stages: list[StagePlan]
     split: int | None
@@ -144,7 +144,7 @@ def _plan_fused(row: Sequence[Any]) -> StagesPlan:
             stages[-1].append(block)
         else:
             stages.append([block])
-    return StagesPlan([_plan_stage(blocks) for blocks in stages], split_of(first))
+    return StagesPlan([_plan_stage(blocks) for blocks in stages], split_of(row[sum(map(len, stages)) - 1]))
 
 
 def _plan_shared(row: Sequence[Any], reason: str) -> SharedPlan:
@@ -172,7 +172,7 @@ def _plan_shared(row: Sequence[Any], reason: str) -> SharedPlan:
     if not shares:
         raise NotFusible(about_shared_buffer(reason, None, memory))
     blocks = tuple(module for blocks in rows for module in blocks)
-    return SharedPlan(blocks, [plan_stage(blocks) for blocks in rows], split_of(first), reason)
+    return SharedPlan(blocks, [plan_stage(blocks) for blocks in rows], split_of(blocks[-1]), reason)
 
 
 def _is_fusible(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class Block(NamedTuple):
     """A block of a converted model, and the modes that it has.
 
-    ``is_fixed``: a dual path block that no operator runs, now on a shared buffer or plain. A plan leaves its mode alone.
+    ``is_fixed``: a dual path block that no operator runs, on a shared buffer or plain. Plans leave its mode alone.
     """
 
     name: str

@@ -64,7 +64,7 @@ class _DenseRun(Run):
         def make() -> Tensor:
             if form.takes == "tensor":
                 return read.empty(prefix).copy_(prefix)
-            return prefix.to(read.dtype).view(prefix.shape)
+            return prefix.to(read.dtype).narrow(1, 0, read.channels)
 
         def gradients(made: tuple[Tensor, ...], is_cut: bool) -> list[Tensor]:
             nonlocal joins

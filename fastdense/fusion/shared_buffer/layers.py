@@ -133,7 +133,7 @@ def _is_hidden(value: Any) -> bool:
 
 
 def about_shared_buffer(reason: str, why_not_shared: str | None, memory: str) -> str:
-    """Why no operator runs a block, and what there is to say of a shared buffer; ``why_not_shared`` is None if it can."""
+    """Why no operator runs a block, and whether a shared buffer does: where no reason speaks against it."""
     if why_not_shared is None:
         return f'{reason}; memory="min" runs it on a shared buffer'
     if memory in SHARED_BUFFER_MODES and why_not_shared not in ("", reason):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dual path stages of any norms and activations on a shared buffer: the bits of plain modules, and linear memory."""
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -386,6 +387,21 @@ def test_transforms_run_the_plain_modules():
         out, tangent = torch.func.jvp(fast.eval(), (x,), (torch.ones_like(x),))
     expected = torch.func.jvp(plain.eval(), (x,), (torch.ones_like(x),))
     assert torch.equal(out, expected[0]) and torch.equal(tangent, expected[1])
+
+
+def test_parameters_of_a_graph_run_the_plain_modules():
+    """Also where that is the first call; the next one runs on a shared buffer."""
+    torch.manual_seed(0)
+    fast = nn.Sequential(DualPathBlock(C0, WIDTH, R, K, act="silu", memory="min")).double().eval()
+    plain, x, made = fastdense.restore(copy.deepcopy(fast)), images(), []
+    for net in (plain, fast):
+        twice = {name: 2 * p for name, p in net.named_parameters()}
+        with contextlib.nullcontext() if net is plain else one_warning("its parameters belong to a graph"):
+            torch.func.functional_call(net, twice, (x,)).square().sum().backward()
+        made.append({name: p.grad for name, p in net.named_parameters()})
+    assert_bit_equal(made[1], made[0])
+    assert runs(fast) == ["shared buffer"]
+    assert_bit_equal(seeded_step(fast, x), seeded_step(plain, x))
 
 
 class Captured(nn.Module):

@@ -35,7 +35,14 @@ from fastdense.fusion.dual_path_layers import (
     split_of,
 )
 from fastdense.fusion.plan.state import memory_of
-from fastdense.fusion.shared_buffer.dual_path import Stage, is_head, plan_stage, read_shared_dual_path, run_stage
+from fastdense.fusion.shared_buffer.dual_path import (
+    Stage,
+    check_stages,
+    is_head,
+    plan_stage,
+    read_shared_dual_path,
+    run_stage,
+)
 from fastdense.fusion.shared_buffer.layers import about_shared_buffer
 from fastdense.fusion.shared_buffer.reruns import needs_gradient
 from fastdense.ops import BatchStatistics
@@ -242,9 +249,11 @@ def _run_shared(plan: SharedPlan, contiguous: bool, x: Paths) -> Paths:
         for block in plan.blocks:
             x = run_plain(block, x)
         return x
+    stages = plan.stages or []
     check_no_transforms()
+    check_stages(stages)
     x = torch.cat(x, 1) if isinstance(x, tuple) else x
-    for stage in plan.stages or ():
+    for stage in stages:
         x = run_stage(stage, x)
     return _parted(x, plan.split, contiguous)
 

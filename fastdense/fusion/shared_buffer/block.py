@@ -20,7 +20,7 @@ from fastdense.fusion.checks import NotFusible
 from fastdense.fusion.plan.state import plain_class, state_of
 from fastdense.fusion.shared_buffer.function import run_layers
 from fastdense.fusion.shared_buffer.layers import Block, Form, read_layers
-from fastdense.fusion.shared_buffer.reruns import Owners, needs_gradient, runs_without_numbers
+from fastdense.fusion.shared_buffer.reruns import OF_A_GRAPH, Owners, needs_gradient, runs_without_numbers
 from fastdense.fusion.shared_buffer.trial import read_shared_block
 
 
@@ -73,7 +73,7 @@ def _owners(module: nn.Module) -> Owners:
         return Owners((module,), kept.modules)
     if runs_without_numbers():
         return Owners((module,))
-    raise NotFusible("its parameters belong to a graph or to a transform")
+    raise NotFusible(OF_A_GRAPH)
 
 
 def _without_gradient(block: Block, input: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,17 @@ from fastdense.fusion.base import run_plain
 from fastdense.fusion.checks import NotFusible, check_no_global_hooks, child
 from fastdense.fusion.dual_path_layers import split_of
 from fastdense.fusion.equivalence import double_copy, isolated, random_input, tried
+from fastdense.fusion.plan.state import state_of
 from fastdense.fusion.shared_buffer.layers import Form, Layer, distinct_parameters, first_convolution, read_layer
-from fastdense.fusion.shared_buffer.reruns import Owners, Read, Reruns, Run, SharedBuffer, runs_without_numbers
+from fastdense.fusion.shared_buffer.reruns import (
+    OF_A_GRAPH,
+    Owners,
+    Read,
+    Reruns,
+    Run,
+    SharedBuffer,
+    runs_without_numbers,
+)
 from fastdense.fusion.shared_buffer.shortcuts import End, Watch
 from fastdense.fusion.shared_buffer.trial import OwnNumbers, agrees, observed
 
@@ -46,6 +55,9 @@ def read_shared_dual_path(block: nn.Module) -> Layer:
     """Reads a block whose sub-modules may compute anything."""
     check_no_global_hooks()
     layer = read_layer(block, End(), is_called=False)
+    without_numbers = runs_without_numbers() and state_of(block).shared_outcome is None
+    if without_numbers or not all(place.tensor.is_leaf for place in layer.parameters):  # a trial would tell nothing
+        raise NotFusible(OF_A_GRAPH)
     return layer._replace(end=tried(block, _try_out, "shared_outcome").ends[0])
 
 
@@ -53,10 +65,14 @@ def is_head(block: nn.Module) -> bool:
     return _projection(block) is not None
 
 
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Raises NotFusible where the backward pass could not tell whether modules have changed."""
+    if not all(stage.fingerprint.is_kept for stage in stages) and not runs_without_numbers():
+        raise NotFusible(OF_A_GRAPH)
+
+
 def run_stage(stage: Stage, input: Tensor) -> Tensor:
     """The output ``[r; d]`` of a stage, to which gradients flow through one autograd function."""
-    if not stage.fingerprint.is_kept and not runs_without_numbers():
-        raise NotFusible("its parameters belong to a graph or to a transform")
     owners = Owners(stage.blocks, stage.fingerprint if stage.fingerprint.is_kept else None)
     return SharedBuffer.apply(_StageRun(stage.layers, stage.parameters, owners, True), input, *stage.parameters)
 

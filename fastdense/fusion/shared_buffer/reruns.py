@@ -23,6 +23,9 @@ _CHANGED = (
     "fastdense runs the layers of a dense block again in the backward pass, and {} has changed since the forward pass"
 )
 
+# Why modules cannot be watched for changes between the passes.
+OF_A_GRAPH = "its parameters belong to a graph or to a transform"
+
 
 class Owners(NamedTuple):
     """The modules that layers belong to, which are to be in the backward pass what they are now.

@@ -8,6 +8,8 @@ MemoryMode = Literal["balanced", "min", "recompute"]
 DualPathMemoryMode = Literal["balanced", "min", "reversible", "recompute"]
 MEMORY_MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
 DUAL_PATH_MEMORY_MODES: tuple[DualPathMemoryMode, ...] = get_args(DualPathMemoryMode)
+# In which blocks that no operator can run go on a shared buffer, as plain modules.
+SHARED_BUFFER_MODES: tuple[MemoryMode, ...] = ("min", "recompute")
 
 # Stochastic depth: whether a mini-batch or each sample draws, and when branches are scaled.
 SurvivalMode = Literal["batch", "sample"]

@@ -59,6 +59,17 @@ def test_slices_of_a_sequence_run_as_stages():
     assert calls.count == 3
 
 
+def test_a_row_of_stages_hands_on_the_last_pair():
+    names = ("conv2_3", "conv3_1", "conv3_2")
+    x = torch.randn(2, 128, 8, 8, dtype=torch.float64)
+    made = []
+    for net in pair(unet, encoder="dpn68"):
+        row = type(net.encoder.features)(*[net.get_submodule(f"encoder.features.{name}") for name in names])
+        made.append(row((x[:, :64], x[:, 64:])))
+    for plain, fast in zip(*made, strict=True):
+        assert torch.allclose(fast, plain, rtol=0, atol=1e-9)
+
+
 def test_a_hook_of_a_block_gets_its_pair():
     x = images(2, 64)
     found: list[tuple[Tensor, ...]] = []

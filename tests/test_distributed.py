@@ -14,7 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastdense
-from fastdense.fusion.shared_buffer.block import SharedBuffer
 from tests.cases.any_layers import C0, Block
 from tests.cases.converted import (
     FUSED,
@@ -206,11 +205,11 @@ def check_layout(rank, memory_format):
         assert parameter.grad.stride() == parameter.stride(), name
 
 
-def check_shared_buffer(rank, options, accumulate=1):
+def check_shared_buffer(rank, options, accumulate=1, block=Block):
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, C0, 3, stride=4), Block()).double()
+    plain = nn.Sequential(nn.Conv2d(3, C0, 3, stride=4), block()).double()
     fast = fastdense.convert(copy.deepcopy(plain), memory="min")
-    assert isinstance(fast[1], SharedBuffer)
+    assert {row.runs for row in fastdense.report(fast).rows} == {"shared buffer"}
     nets = [DistributedDataParallel(net, **options) for net in (plain, fast)]
     if accumulate > 1:  # a static graph is learnt from a step that is synchronised, also of plain modules
         assert_bit_equal(train(nets[1], rank, steps=1), train(nets[0], rank, steps=1))
@@ -221,6 +220,15 @@ def check_shared_buffer(rank, options, accumulate=1):
 @pytest.mark.parametrize("options", DDP.values(), ids=DDP)
 def test_ddp_of_layers_on_a_shared_buffer(processes, options):
     processes.run(check_shared_buffer, options)
+
+
+def make_stage():
+    return fastdense.restore(fastdense.nn.DualPathStage(3, C0, 8, 4, 2, act="silu", memory="min"))
+
+
+@pytest.mark.parametrize("options", DDP.values(), ids=DDP)
+def test_ddp_of_dual_path_blocks_on_a_shared_buffer(processes, options):
+    processes.run(check_shared_buffer, options, 1, make_stage)
 
 
 @pytest.mark.parametrize("options", [DDP["default"], DDP["static graph"]], ids=["default", "static graph"])

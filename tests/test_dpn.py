@@ -225,14 +225,15 @@ def test_stages_of_any_dimension(dims, split_last):
 def test_other_norms_and_activations_run_plainly_and_say_so(options, reason):
     model = DPN(
         stem_channels=4, width=4, groups=2, blocks=(2, 1), growth_rates=(2, 2), residual_channels=4, num_classes=3,
-        memory="min", **options,
+        **options,
     ).double()  # fmt: skip
     kinds = {type(m) for m in model.modules()}
     assert ({nn.GroupNorm, nn.ReLU} if "norm" in options else {nn.GELU, nn.BatchNorm2d}) <= kinds
     assert not {nn.BatchNorm2d, nn.ReLU} <= kinds
     plain = fastdense.restore(copy.deepcopy(model))
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    with pytest.warns(UserWarning, match=f"DualPathBlock runs as plain modules: .*{reason}"):
+    hint = 'memory="min" runs it on a shared buffer'
+    with pytest.warns(UserWarning, match=f"DualPathBlock runs as plain modules: .*{reason}; {hint}"):
         for training in (True, False):
             assert_same(run(model.train(training), x), run(plain.train(training), x))
 

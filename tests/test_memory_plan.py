@@ -19,6 +19,7 @@ from fastdense.memory.choice import Option, Problem, cheapest, least_peak, paret
 from fastdense.memory.plan import InsufficientMemory, largest_batch, memory_front, plan_memory
 from fastdense.memory.sizes import device_memory, read_budget, show_bytes
 from fastdense.memory.tape import Part
+from tests.cases.converted import fastdense_warnings
 from tests.cases.monai import monai_net
 
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]
@@ -195,6 +196,18 @@ def test_plans_are_of_the_model_as_it_is():
         plan_memory(model, shape, batch_size=2, budget="1GiB")
     with pytest.raises(TypeError, match="expected options out of optimizer_state"):
         largest_batch(model, shape, budget="1GiB", optimiser_state=2.0)
+
+
+@pytest.mark.parametrize("memory", ["min", "balanced"])
+def test_dual_path_blocks_that_no_operator_runs_keep_their_mode(memory):
+    stage = fastdense.nn.DualPathStage(2, 8, 4, 4, 2, act="silu", memory=memory)
+    model = nn.Sequential(fastdense.nn.DenseBlock(1, 4, 4), stage)
+    with fastdense_warnings() as messages:
+        plan = plan_memory(model, (4, 8, 8), batch_size=2, budget="1GiB", measure=False)
+    assert {"runs as plain modules" in message for message in messages} == ({True} if memory == "balanced" else set())
+    assert [row.blocks for row in plan.rows] == [("0",)]
+    plan.apply()
+    assert {block.memory for block in stage} == {memory}
 
 
 def test_what_has_no_blocks_has_no_plan():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from fastdense._choices import DUAL_PATH_MEMORY_MODES, MEMORY_MODES, DualPathMemoryMode
+from fastdense._choices import DUAL_PATH_MEMORY_MODES, MEMORY_MODES, SHARED_BUFFER_MODES, DualPathMemoryMode
 from fastdense.fusion.base import FusedModule, fused_class
 from fastdense.fusion.checks import NORMS, NotFusible, NotFusibleInTraining, check_methods, check_module, is_known_class
 from fastdense.fusion.dense_block import FusedDenseBlock, FusedTransition, RecomputedTransition
@@ -36,6 +36,8 @@ from fastdense.fusion.residual_layers import (
 )
 from fastdense.fusion.sequential import FusedSequential
 from fastdense.fusion.shared_buffer.block import SharedBuffer, SharedBufferLayers, read_own_layers
+from fastdense.fusion.shared_buffer.dual_path import read_shared_dual_path
+from fastdense.fusion.shared_buffer.layers import about_shared_buffer
 from fastdense.fusion.shared_buffer.trial import read_shared_block
 from fastdense.ops.arguments import check_memory
 from fastdense.plain.dense_block import PlainDenseBlock
@@ -72,7 +74,8 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
 
     Note:
         Modules that cannot be fused (a norm or activation that the operator lacks, hooks on inner modules ...)
-        stay plain. One warning names the module and the reason. See :func:`restore`.
+        stay plain, or with "min" and "recompute" run twice on a shared buffer where they can. One warning names the
+        module and the reason. See :func:`restore`.
 
     Example:
         >>> import torchvision, fastdense
@@ -152,6 +155,7 @@ class Pattern(NamedTuple):
     """Modules that can be fused: what they are called, the mixin, how to tell and to read one.
 
     ``has_layers``: a dense block, whose layers may run on a shared buffer as plain modules where no operator can.
+    ``shared_reader``: reads a block for the same, which the mixin does by itself.
     """
 
     name: str
@@ -161,12 +165,19 @@ class Pattern(NamedTuple):
     is_block: bool
     memory_modes: tuple[str, ...] = MEMORY_MODES
     has_layers: bool = False
+    shared_reader: Callable[[Any], object] | None = None
 
     def read(self, module: nn.Module) -> None:
         """Raises NotFusible where the module cannot be fused."""
         check_sources(read_sources((module,)))
         check_methods(module, "it", besides=("forward",))
         self.reader(module)
+
+    def why_not_shared(self, module: nn.Module) -> str | None:
+        """Why a module cannot run on a shared buffer as plain modules, "" where its kind never does; None if it can."""
+        if self.has_layers:
+            return _why_not(module, _SHARED)
+        return "" if self.shared_reader is None else _why_not(module, self._replace(reader=self.shared_reader))
 
 
 def _is_sequence(module: nn.Module) -> bool:
@@ -191,6 +202,8 @@ def _is_dense_block(module: nn.Module) -> bool:
 
 
 def _is_inferred_block(module: nn.Module) -> bool:
+    if any(_is_dual_path_block(inner) for inner in module.children()):  # whose "b" variants have the channels of layers
+        return False
     return isinstance(module, FusedInferredBlock) or looks_like_dense_block(module)
 
 
@@ -233,10 +246,6 @@ _INFERRED = Pattern("block", FusedInferredBlock, _is_inferred_block, read_inferr
 _SHARED = Pattern("block", SharedBuffer, _is_on_shared_buffer, read_shared_block, True)
 
 
-# In which dense blocks that no operator can run go on a shared buffer.
-SHARED_BUFFER_MODES = ("min", "recompute")
-
-
 PATTERNS = (
     Pattern("block", SharedBufferLayers, _is_own_shared_block, read_own_layers, True),
     _SHARED,
@@ -246,7 +255,15 @@ PATTERNS = (
     Pattern(
         "max-pool transition", RecomputedTransition, _is_max_pool_transition, read_max_pool_transition, False, ANY_MODE
     ),
-    Pattern("dual path", FusedDualPathBlock, _is_dual_path_block, read_dual_path_block, True, ANY_MODE),
+    Pattern(
+        "dual path",
+        FusedDualPathBlock,
+        _is_dual_path_block,
+        read_dual_path_block,
+        True,
+        ANY_MODE,
+        shared_reader=read_shared_dual_path,
+    ),
     Pattern("residual dense", FusedResidualDenseBlock, _is_residual_dense_block, read_residual_block, True),
     Pattern("block", FusedInferredLayers, _is_inferred_layers, read_inferred_layers, True, has_layers=True),
     Pattern("growing dense", FusedSRDenseBlock, _is_sr_dense_block, read_growing_block, True),
@@ -302,14 +319,12 @@ def _try_fuse(name: str, module: nn.Module, kind: Pattern, memory: DualPathMemor
         except NotFusibleInTraining:
             pass
         except NotFusible as reason:
-            why_not_shared = _why_not(module, _SHARED) if kind.has_layers else ""
+            why_not_shared = kind.why_not_shared(module)
             if why_not_shared is not None or memory not in SHARED_BUFFER_MODES:
-                hint = '; memory="min" runs it on a shared buffer' if why_not_shared is None else ""
-                if why_not_shared and memory in SHARED_BUFFER_MODES and why_not_shared != str(reason):
-                    hint = f"; nor does it run on a shared buffer: {why_not_shared}"
-                warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {reason}{hint}", stacklevel=3)
+                why = about_shared_buffer(str(reason), why_not_shared, memory)
+                warnings.warn(f"fastdense: {name or type(module).__name__} stays plain: {why}", stacklevel=3)
                 return
-            kind = _SHARED
+            kind = _SHARED if kind.has_layers else kind
         module.__class__ = fused_class(kind.mixin, type(module))
     state_of(module).name = name
     set_mode(module, memory)

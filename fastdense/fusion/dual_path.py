@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mixin that runs dual path blocks as one operator a stage; see :mod:`fastdense.fusion.base`."""
+"""The mixin that runs dual path blocks as one operator a stage; see :mod:`fastdense.fusion.base`.
+
+Blocks that no operator can run go on a shared buffer where the memory mode is one of those that run modules twice.
+"""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense._choices import DualPathMemoryMode
-from fastdense.fusion.base import FusedModule, check_runs_here, run_fused
+from fastdense._choices import SHARED_BUFFER_MODES, DualPathMemoryMode
+from fastdense.fusion.base import FusedModule, check_no_transforms, check_runs_here, run_fused, run_plain
 from fastdense.fusion.batch_statistics import (
     StatisticsUpdate,
     group_name,
@@ -29,8 +32,19 @@ from fastdense.fusion.dual_path_layers import (
     hands_on_pairs,
     projection_weights,
     read_dual_path_block,
+    split_of,
 )
 from fastdense.fusion.plan.state import memory_of
+from fastdense.fusion.shared_buffer.dual_path import (
+    Stage,
+    check_stages,
+    is_head,
+    plan_stage,
+    read_shared_dual_path,
+    run_stage,
+)
+from fastdense.fusion.shared_buffer.layers import about_shared_buffer
+from fastdense.fusion.shared_buffer.reruns import needs_gradient
 from fastdense.ops import BatchStatistics
 from fastdense.ops.arguments import copy_running, count_pixels
 from fastdense.ops.dual_path import FlatStage, flatten_stage, run_flat_stage
@@ -65,10 +79,29 @@ class StagePlan(NamedTuple):
 
 
 class StagesPlan(NamedTuple):
-    """Stages in a row; ``split`` is where the two paths are parted, if the plain blocks hand on a pair."""
+    """Stages in a row; ``split`` is where the last one's paths are parted, if the plain blocks hand on a pair."""
 
     stages: list[StagePlan]
     split: int | None
+
+    @property
+    def modules(self) -> int:
+        """The number of blocks."""
+        return sum(len(stage.blocks) for stage in self.stages)
+
+
+class SharedPlan(NamedTuple):
+    """Blocks in a row that no operator runs, and why; as plain modules they run on a buffer for each stage."""
+
+    blocks: tuple[nn.Module, ...]
+    stages: list[Stage] | None  # None where their modules run once
+    split: int | None
+    reason: str
+
+    @property
+    def modules(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks)
 
 
 class FusedDualPathBlock(FusedModule):
@@ -78,19 +111,36 @@ class FusedDualPathBlock(FusedModule):
         return run_fused(self, _plan, run_stages, x)
 
 
-def _plan(block: nn.Module) -> StagesPlan:
+def _plan(block: nn.Module) -> StagesPlan | SharedPlan:
     return plan_stages([block])
 
 
-def plan_stages(row: Sequence[Any]) -> StagesPlan:
-    """Plans the blocks that a row of modules begins with; raises NotFusible where the first cannot be fused."""
+def plan_stages(row: Sequence[Any]) -> StagesPlan | SharedPlan:
+    """Plans the blocks that a row of modules begins with, as far as they run alike."""
+    if len(row) > 1 and not has_no_hooks(row[0]):
+        raise NotFusible("it has hooks")
+    try:
+        return _plan_fused(row)
+    except NotFusible as reason:
+        return _plan_shared(row, str(reason))
+
+
+def _alike(row: Sequence[Any]) -> Iterator[Any]:
+    """The modules that a row begins with, as long as what is around them has no part in how they run."""
     first = row[0]
-    stages: list[list[DualPath]] = []
     for module in row:
         if memory_of(module) != memory_of(first) or hands_on_pairs(module) != hands_on_pairs(first):
-            break
-        if len(row) > 1 and not has_no_hooks(module):
-            break
+            return
+        if module is not first and not has_no_hooks(module):
+            return
+        yield module
+
+
+def _plan_fused(row: Sequence[Any]) -> StagesPlan:
+    """Raises NotFusible where the first block cannot be fused."""
+    first = row[0]
+    stages: list[list[DualPath]] = []
+    for module in _alike(row):
         try:
             block = read_dual_path_block(module)
         except NotFusible:
@@ -101,9 +151,43 @@ def plan_stages(row: Sequence[Any]) -> StagesPlan:
             stages[-1].append(block)
         else:
             stages.append([block])
-    if not stages:
-        raise NotFusible("it has hooks")
-    return StagesPlan([_plan_stage(blocks) for blocks in stages], first.num_1x1_c if hands_on_pairs(first) else None)
+    return StagesPlan([_plan_stage(blocks) for blocks in stages], split_of(row[sum(map(len, stages)) - 1]))
+
+
+def _plan_shared(row: Sequence[Any], reason: str) -> SharedPlan:
+    """Plans blocks of which no operator runs the first; raises NotFusible where its modules cannot run twice either."""
+    first, memory = row[0], memory_of(row[0])
+    shares = memory in SHARED_BUFFER_MODES
+    if torch.compiler.is_compiling():  # the compiler chooses what to save
+        if not shares:
+            raise NotFusible(reason)
+        return SharedPlan((first,), None, split_of(first), reason)
+    rows: list[list[nn.Module]] = []
+    for module in _alike(row if shares else row[:1]):
+        try:
+            read_shared_dual_path(module)
+        except NotFusible as why_not:
+            if module is first:
+                raise NotFusible(about_shared_buffer(reason, str(why_not), memory)) from None
+            break
+        if module is not first and _is_fusible(module):
+            break
+        if rows and not is_head(module) and module.num_1x1_c == rows[-1][0].num_1x1_c:
+            rows[-1].append(module)
+        else:
+            rows.append([module])
+    if not shares:
+        raise NotFusible(about_shared_buffer(reason, None, memory))
+    blocks = tuple(module for blocks in rows for module in blocks)
+    return SharedPlan(blocks, [plan_stage(blocks) for blocks in rows], split_of(blocks[-1]), reason)
+
+
+def _is_fusible(module: nn.Module) -> bool:
+    try:
+        read_dual_path_block(module)
+    except NotFusible:
+        return False
+    return True
 
 
 def _plan_stage(blocks: list[DualPath]) -> StagePlan:
@@ -133,8 +217,10 @@ def _plan_row(blocks: list[DualPath], factors: list[Factor]) -> RowPlan:
     return RowPlan(blocks, factors, flat, in_front, behind, updates)
 
 
-def run_stages(plan: StagesPlan, memory: DualPathMemoryMode, contiguous: bool, x: Paths) -> Paths:
+def run_stages(plan: StagesPlan | SharedPlan, memory: DualPathMemoryMode, contiguous: bool, x: Paths) -> Paths:
     """Stages one after the other; what keeps any of them from being fused is found before the first has run."""
+    if isinstance(plan, SharedPlan):
+        return _run_shared(plan, contiguous, x)
     if isinstance(x, tuple):
         x = torch.cat(x, 1)
     check_runs_here("dual_path_stage", x)
@@ -143,10 +229,33 @@ def run_stages(plan: StagesPlan, memory: DualPathMemoryMode, contiguous: bool, x
     groups = [process_group_of(stage.synchronised) for stage in plan.stages]
     for stage, group in zip(plan.stages, groups, strict=True):
         x = _run_stage(x, stage, memory, contiguous and stage is plan.stages[-1] and plan.split is None, group)
-    if plan.split is None:
+    return _parted(x, plan.split, contiguous)
+
+
+def _parted(x: Tensor, split: int | None, contiguous: bool) -> Paths:
+    """Both paths as plain blocks hand them on."""
+    if split is None:
         return x
-    parts = x[:, : plan.split], x[:, plan.split :]
+    parts = x[:, :split], x[:, split:]
     return tuple(part.contiguous() for part in parts) if contiguous else parts
+
+
+def _run_shared(plan: SharedPlan, contiguous: bool, x: Paths) -> Paths:
+    """Blocks as plain modules: twice, on a buffer for each stage, where there is something to save for backward."""
+    paths = x if isinstance(x, tuple) else (x,)
+    parameters = [p for stage in plan.stages or () for p in stage.parameters]
+    once = plan.stages is None or not any(needs_gradient(path, parameters) for path in paths)
+    if once or any(path.is_inference() for path in paths):
+        for block in plan.blocks:
+            x = run_plain(block, x)
+        return x
+    stages = plan.stages or []
+    check_no_transforms()
+    check_stages(stages)
+    x = torch.cat(x, 1) if isinstance(x, tuple) else x
+    for stage in stages:
+        x = run_stage(stage, x)
+    return _parted(x, plan.split, contiguous)
 
 
 def _parts(block: DualPath) -> list[NormConv]:

@@ -108,6 +108,11 @@ def hands_on_pairs(module: nn.Module) -> bool:
     return False
 
 
+def split_of(module: Any) -> int | None:
+    """Where both paths are parted if the plain block hands them on as a pair."""
+    return int(module.num_1x1_c) if hands_on_pairs(module) else None
+
+
 def _read_norm(module: Any, name: str, classes: tuple[tuple[str, str], ...], children: set[str]) -> Any:
     inner: Any = child(module, name)
     found = set(inner.__dict__["_modules"]) if inner is not None else set()

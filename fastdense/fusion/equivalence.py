@@ -199,10 +199,10 @@ def one_step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, wat
     return Step([out.detach(), *grads, *statistics], moves_twice)
 
 
-def leaves_of(out: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors that gradients of ``out`` go to."""
+def leaves_of(*outs: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that gradients of ``outs`` go to."""
     seen: set[Any] = set()
-    stack = [out.grad_fn]
+    stack = [out.grad_fn for out in outs]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fastdense._choices import SHARED_BUFFER_MODES
 from fastdense.fusion.base import FusedModule
 from fastdense.fusion.checks import NotFusible, check_module
 from fastdense.fusion.convert import Pattern, find, forget_equivalence_checks, restore
 from fastdense.fusion.inferred_layers import count_layers
-from fastdense.fusion.plan.state import STATE, state_of
+from fastdense.fusion.plan.state import STATE, memory_of, state_of
 from fastdense.fusion.saved_memory import saved_bytes_per_image
 from fastdense.fusion.shared_buffer.block import SharedBuffer
+from fastdense.fusion.shared_buffer.layers import about_shared_buffer
 
 
 class ReportRow(NamedTuple):
@@ -108,15 +110,20 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
 
 def _row(name: str, module: nn.Module, kind: Pattern) -> ReportRow:
     layers = count_layers(module) if kind.name == "block" else 0
+    runs = "shared buffer" if isinstance(module, SharedBuffer) else "fused"
     reason = ""
     try:
         kind.read(module)
     except NotFusible as error:
         reason = str(error)
+    if reason and kind.shared_reader is not None and isinstance(module, FusedModule):
+        why_not_shared, memory = kind.why_not_shared(module), memory_of(module)
+        reason = about_shared_buffer(reason, why_not_shared, memory)
+        if why_not_shared is None and memory in SHARED_BUFFER_MODES:
+            runs, reason = "shared buffer", ""
     if not reason and not isinstance(module, FusedModule):
         reason = "not converted: call fastdense.convert(model)"
     if not reason and type(module).forward is not kind.mixin.forward:
         reason = "its class overrides forward"
-    runs = "shared buffer" if isinstance(module, SharedBuffer) else "fused"
     kept = state_of(module).freezer.nbytes if STATE in module.__dict__ and not module.training else 0
     return ReportRow(name or type(module).__name__, kind.name, "plain" if reason else runs, layers, reason, kept)

@@ -174,7 +174,7 @@ def _read(row: Sequence[nn.Module]) -> Run:
         return Run(2, partial(run_block, pair, memory), pair)
     if isinstance(first, FusedDualPathBlock):
         stages = plan_stages(row)
-        return Run(sum(len(stage.blocks) for stage in stages.stages), partial(run_stages, stages, memory))
+        return Run(stages.modules, partial(run_stages, stages, memory))
     if isinstance(first, FusedSRDenseBlock):
         blocks = plan_growing(row)
         return Run(blocks.blocks, partial(run_growing, blocks, memory))

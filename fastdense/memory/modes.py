@@ -6,10 +6,10 @@ from typing import NamedTuple, TypeVar
 
 from torch import nn
 
-from fastdense._choices import DualPathMemoryMode
+from fastdense._choices import SHARED_BUFFER_MODES, DualPathMemoryMode
 from fastdense.fusion.base import FusedModule
-from fastdense.fusion.checks import check_module
-from fastdense.fusion.convert import SHARED_BUFFER_MODES, find, forget_equivalence_checks, set_mode
+from fastdense.fusion.checks import NotFusible, check_module
+from fastdense.fusion.convert import Pattern, find, forget_equivalence_checks, set_mode
 from fastdense.fusion.plan.state import memory_of
 from fastdense.fusion.shared_buffer.block import SharedBuffer
 
@@ -17,11 +17,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Block(NamedTuple):
-    """A block of a converted model, and the modes that it has."""
+    """A block of a converted model, and the modes that it has.
+
+    ``is_fixed``: a dual path block that no operator runs, on a shared buffer or plain. Plans leave its mode alone.
+    """
 
     name: str
     module: nn.Module
     modes: tuple[str, ...]
+    is_fixed: bool = False
 
     @property
     def memory(self) -> str:
@@ -33,11 +37,19 @@ def fused_blocks(model: nn.Module) -> list[Block]:
     """The dense, residual dense and dual path blocks of a model that are converted, in its order."""
     found = [(name, module, kind) for name, module, kind in find(model) if kind.is_block]
     forget_equivalence_checks(model)
-    return [
-        Block(name, module, SHARED_BUFFER_MODES if isinstance(module, SharedBuffer) else kind.memory_modes)
-        for name, module, kind in found
-        if isinstance(module, FusedModule)
-    ]
+    return [_block(name, module, kind) for name, module, kind in found if isinstance(module, FusedModule)]
+
+
+def _block(name: str, module: nn.Module, kind: Pattern) -> Block:
+    if isinstance(module, SharedBuffer):
+        return Block(name, module, SHARED_BUFFER_MODES)
+    is_fixed = False
+    if kind.shared_reader is not None:
+        try:
+            kind.reader(module)
+        except NotFusible:
+            is_fixed = True
+    return Block(name, module, kind.memory_modes, is_fixed)
 
 
 def set_memory(model: Model, memory: DualPathMemoryMode | Mapping[str, DualPathMemoryMode]) -> Model:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastdense.fusion.checks import check_module
 from fastdense.memory.choice import Problem, cheapest, least_peak, pareto_front, pose
-from fastdense.memory.modes import fused_blocks, set_memory
+from fastdense.memory.modes import Block, fused_blocks, set_memory
 from fastdense.memory.sizes import read_budget, show_bytes
 from fastdense.memory.step import BATCHES, StepOptions, StepSetting
 from fastdense.memory.tape import Step, copied, extrapolate_step, names_of_blocks, quickest, run_step
@@ -131,7 +131,8 @@ def plan_memory(
 
     Note:
         The steps draw random numbers, and the generators are put back behind them; do not draw in another thread
-        meanwhile. Blocks on a shared buffer, :class:`fastdense.nn.SharedBufferBlock`, have one mode.
+        meanwhile. Blocks on a shared buffer, :class:`fastdense.nn.SharedBufferBlock`, have one mode,
+        and dual path blocks that no operator runs keep theirs.
 
     Example:
         >>> import fastdense
@@ -194,8 +195,7 @@ class _Measured:
     def __init__(self, model: nn.Module, setting: StepSetting, exact: bool) -> None:
         self.model = weakref.ref(model)
         self.setting = setting
-        blocks = fused_blocks(model)
-        self.blocks = [block._replace(modes=_exact(block.modes)) if exact else block for block in blocks]
+        self.blocks = [block._replace(modes=_choice(block, exact)) for block in fused_blocks(model)]
         if not self.blocks:
             raise ValueError("expected model to have fused blocks, got none; call fastdense.convert(model)")
         self._steps: dict[tuple[Any, ...], Step] = {}
@@ -314,8 +314,11 @@ class _Measured:
         )
 
 
-def _exact(modes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(mode for mode in modes if mode != "reversible")
+def _choice(block: Block, exact: bool) -> tuple[str, ...]:
+    """The modes that a plan chooses from."""
+    if block.is_fixed:
+        return (block.memory,)
+    return tuple(mode for mode in block.modes if mode != "reversible" or not exact)
 
 
 def _row(unit: tuple[str, ...], options: Sequence[Any], chosen: str) -> PlanRow:

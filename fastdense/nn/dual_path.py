@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dual path blocks and stages that run as one operator."""
+"""Dual path blocks and stages that run as one operator, or on a shared buffer."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -38,14 +38,17 @@ class DualPathBlock(FusedDualPathBlock, PlainDualPathBlock):
         eps: of all norms.
         memory: what is saved for backward, see :func:`fastdense.ops.dual_path_stage`.
         norm, act: the norms and the activation, as of :class:`DenseBlock`. Only "batch" with "relu" runs as one
-            operator; with others the block runs as plain modules and warns once.
+            operator. With others the block runs as plain modules: with ``memory`` "min" or "recompute" once more in the
+            backward pass, so that a stage saves its input, its output and the residual path of each block; else it
+            warns once.
 
     Shape:
         ``[N, in_channels, spatial]`` to ``[N, out_channels, spatial / stride]``.
 
     Note:
-        Sub-modules may be replaced, frozen or hooked. If the fused operator cannot replace them, the block runs as
-        plain modules and warns once. Consecutive blocks of a :class:`DualPathStage` share one operator call.
+        Sub-modules may be replaced, frozen or hooked. If the fused operator cannot replace them, the block runs as it
+        does with another norm; hooks make it run as plain modules. Consecutive blocks of a :class:`DualPathStage` share
+        one operator call, or one buffer.
 
     Reference:
         Y. Chen et al. Dual Path Networks. NIPS 2017, arXiv:1707.01629, equations 5 to 8.
@@ -58,7 +61,7 @@ class DualPathBlock(FusedDualPathBlock, PlainDualPathBlock):
 
 
 class DualPathStage(FusedSequential, nn.Sequential):
-    """Consecutive dual path blocks ``block1 ... blockn``, as one operator call.
+    """Consecutive dual path blocks ``block1 ... blockn``, as one operator call or on one buffer.
 
     Args:
         num_blocks: number of blocks ``n``.

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdense._C import Fingerprint
 from fastdense.fusion.base import (
     FusedModule,
     check_no_transforms,
@@ -19,8 +18,9 @@ from fastdense.fusion.base import (
 )
 from fastdense.fusion.checks import NotFusible
 from fastdense.fusion.plan.state import plain_class, state_of
-from fastdense.fusion.shared_buffer.function import needs_gradient, run_layers, runs_without_numbers
+from fastdense.fusion.shared_buffer.function import run_layers
 from fastdense.fusion.shared_buffer.layers import Block, Form, read_layers
+from fastdense.fusion.shared_buffer.reruns import OF_A_GRAPH, Owners, needs_gradient, runs_without_numbers
 from fastdense.fusion.shared_buffer.trial import read_shared_block
 
 
@@ -57,24 +57,23 @@ def run_shared(module: nn.Module, read: Callable[[nn.Module], Block], input: Any
     try:
         check_no_transforms()
         block = plan_of(module, read)
-        fingerprint = _fingerprint_of(module)
+        owners = _owners(module)
     except NotFusible as reason:
         return fall_back(module, reason, input)
     for head in block.heads:
         input = head(input)
-    if not needs_gradient(block, input):
+    if not needs_gradient(input, block.parameters):
         return _without_gradient(block, input)
-    return run_layers(block, input, fingerprint, module)
+    return run_layers(block, input, owners)
 
 
-def _fingerprint_of(module: nn.Module) -> Fingerprint | None:
-    """What the backward pass finds again; none where nothing has numbers, and so nobody will ask for them."""
+def _owners(module: nn.Module) -> Owners:
     kept = state_of(module).kept
     if kept is not None and kept.plan is not None:
-        return kept.modules
+        return Owners((module,), kept.modules)
     if runs_without_numbers():
-        return None
-    raise NotFusible("its parameters belong to a graph or to a transform")
+        return Owners((module,))
+    raise NotFusible(OF_A_GRAPH)
 
 
 def _without_gradient(block: Block, input: torch.Tensor) -> torch.Tensor:

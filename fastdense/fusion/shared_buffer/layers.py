@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdense._choices import SHARED_BUFFER_MODES
 from fastdense.fusion.checks import CONVS, NORMS, NotFusible, check_no_global_hooks, check_no_hooks
 from fastdense.fusion.shared_buffer.shortcuts import End
 
@@ -77,16 +78,26 @@ def read_layers(named: Iterable[tuple[str, nn.Module]], form: Form, heads: Seque
     check_no_global_hooks()
     found = list(named)
     ends = form.ends or (End(),) * len(found)
-    layers = [_read_layer(name, module, end) for (name, module), end in zip(found, ends, strict=True)]
+    layers = [read_layer(module, end, name) for (name, module), end in zip(found, ends, strict=True)]
+    return Block(list(heads), layers, form, distinct_parameters(layers))
+
+
+def distinct_parameters(layers: Iterable[Layer]) -> list[Tensor]:
     places = (place for layer in layers for place in layer.parameters)
-    return Block(list(heads), layers, form, list({id(place.tensor): place.tensor for place in places}.values()))
+    return list({id(place.tensor): place.tensor for place in places}.values())
 
 
-def _read_layer(name: str, layer: nn.Module, end: End) -> Layer:
+def read_layer(layer: nn.Module, end: End, name: str = "", *, is_called: bool = True) -> Layer:
+    """Reads a layer; raises NotFusible where somebody would notice that what is in it runs twice.
+
+    Args:
+        is_called: whether the layer itself runs twice, and not only what is in it.
+    """
     inner = list(layer.modules())
     for where, module in layer.named_modules(prefix=name):
-        check_no_hooks(module, where)
-        _check_registered(module, where)
+        if is_called or module is not layer:
+            check_no_hooks(module, where)
+        _check_registered(module, where or type(module).__name__)
     recounted = [id(module) for module in inner if isinstance(module, NORMS) and module.training]
     buffers = [(id(module), place) for module in inner for place in _places(module._buffers)]
     return Layer(
@@ -119,6 +130,15 @@ def _items(value: Any) -> Iterable[Any]:
 
 def _is_hidden(value: Any) -> bool:
     return isinstance(value, nn.Module) or (isinstance(value, Tensor) and value.requires_grad)
+
+
+def about_shared_buffer(reason: str, why_not_shared: str | None, memory: str) -> str:
+    """Why no operator runs a block, and whether a shared buffer does: where no reason speaks against it."""
+    if why_not_shared is None:
+        return f'{reason}; memory="min" runs it on a shared buffer'
+    if memory in SHARED_BUFFER_MODES and why_not_shared not in ("", reason):
+        return f"{reason}; nor does it run on a shared buffer: {why_not_shared}"
+    return reason
 
 
 def first_convolution(layers: Iterable[nn.Module]) -> Any:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a second run of a layer leaves out: its result, which the buffer holds.
+"""What a second run of a layer leaves out: its results, which the buffer holds.
 
-A layer that ends with a convolution computes it for nobody, and so does one that joins its input and the new features.
+A layer that ends with convolutions computes them for nobody, and so does one that joins its input and the new features.
 Gradients need neither. A watch on the functions that the layer calls gives a result without numbers in their place.
 """
 
@@ -22,11 +22,11 @@ class End(NamedTuple):
 
     Args:
         joins: it returns the concatenation of its input and what it made, and nothing else reads that.
-        convolution: which of its convolutions makes the new features, counted from 1; 0 if none does.
+        convolutions: which of its convolutions make its results, counted from 1.
     """
 
     joins: bool = False
-    convolution: int = 0
+    convolutions: tuple[int, ...] = ()
 
 
 class Watch(TorchFunctionMode):
@@ -49,43 +49,46 @@ class Watch(TorchFunctionMode):
             self.joined.append((out, new))
         return out
 
-    def end(self, out: Any) -> End:
-        """How the layer ends that has returned ``out``."""
-        new = next((new for result, new in self.joined if result is out), None)
+    def end(self, *results: Any) -> End:
+        """How the layer ends that has returned ``results``."""
+        new = next((new for result, new in self.joined if result is results[0]), None)
         joins = new is not None
-        if joins and self._reads(out) > 0:
+        if joins and self._reads(results[0]) > 0:
             return End()
-        new = new if joins else out
-        is_last = bool(self.convolutions) and self.convolutions[-1] is new and new._version == 0
-        return End(joins, len(self.convolutions) if is_last and self._reads(new) == int(joins) else 0)
+        last = [new] if joins else [result for result in results if self._reads(result) == 0]
+        if joins and self._reads(new) > 1:
+            last = []
+        made = (at for at, conv in enumerate(self.convolutions, 1) if any(conv is result for result in last))
+        return End(joins, tuple(at for at in made if self.convolutions[at - 1]._version == 0))
 
     def _reads(self, tensor: Any) -> int:
         return sum(given is tensor for given in self.read)
 
 
 class Shortcut(TorchFunctionMode):
-    """Leaves out the end of a layer whose input is ``input``; ``new`` is what then stands for the new features."""
+    """Leaves out the end of a layer whose input is ``input``; ``new`` is what then stands for its results."""
 
     def __init__(self, end: End, input: Tensor) -> None:
         super().__init__()
         self.end, self.input = end, input
         self.convolutions = 0
-        self.new: Tensor | None = None
+        self.new: list[Tensor] = []
         self.joined = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLUTIONS:
             self.convolutions += 1
             if (
-                self.convolutions == self.end.convolution
+                self.convolutions in self.end.convolutions
                 and len(args) == _ARGUMENTS
                 and not kwargs
                 and type(args[4]) is tuple
             ):
-                self.new = _Uncomputed.apply(*args)
-                return self.new
+                self.new.append(_Uncomputed.apply(*args))
+                return self.new[-1]
         if self.end.joins and (new := _new_in(func, args, kwargs, self.input)) is not None:
-            self.new, self.joined = new, True
+            self.joined = True
+            self.new.append(new)
             return new
         return func(*args, **(kwargs or {}))
 

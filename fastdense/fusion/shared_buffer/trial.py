@@ -24,6 +24,7 @@ from fastdense.fusion.inferred_layers import _layer_modules as layer_modules
 from fastdense.fusion.inferred_layers import count_heads
 from fastdense.fusion.shared_buffer.function import run_layers
 from fastdense.fusion.shared_buffer.layers import Block, Form, first_convolution, read_layers
+from fastdense.fusion.shared_buffer.reruns import Owners
 from fastdense.fusion.shared_buffer.shortcuts import End, Watch
 
 
@@ -56,29 +57,38 @@ def _try_out(module: nn.Module) -> Form:
         conv = first_convolution(layers)
         x = random_input(conv, conv.in_channels)
         forward = plain_forward(twin)
-        made, before = [], code_of(twin)
-        forms = []
-        for mode in (True, False):
-            twin.train(mode)
-            forms.append(_observe(layers, forward, x))
-            made.append(_step(twin, forward, x))
-            if not _step(twin, forward, x).agrees(made[-1]):
-                raise NotFusible("its results differ from run to run")
-        if code_of(twin) != before:
-            raise NotFusible("its forward changes its attributes")
-        seen = _common(*forms)._replace(moves_twice=made[0].moves_twice)
+        seen, made = observed(twin, forward, x, lambda: _observe(layers, forward, x))
         for prepends in (False, True):
             form = seen._replace(prepends=prepends)
-            if all(
-                _step(twin.train(mode), _shared(named, form), x).agrees(plain)
-                for mode, plain in zip((True, False), made, strict=True)
-            ):
+            if agrees(twin, _shared(named, form), x, made):
                 return form
     raise NotFusible("its results differ from those of layers that each read all features before them")
 
 
 def _shared(named: list[tuple[str, nn.Module]], form: Form) -> Callable[[Tensor], Tensor]:
-    return lambda x: run_layers(read_layers(named, form), x, None, None, redraws=False)
+    return lambda x: run_layers(read_layers(named, form), x, Owners(), redraws=False)
+
+
+def observed(
+    twin: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, observe: Callable[[], Form]
+) -> tuple[Form, list[Step]]:
+    """How a module calls its layers, as ``observe`` sees, and its steps in training and in eval mode."""
+    forms, made, before = [], [], code_of(twin)
+    for mode in (True, False):
+        twin.train(mode)
+        forms.append(observe())
+        made.append(_step(twin, forward, x))
+        if not _step(twin, forward, x).agrees(made[-1]):
+            raise NotFusible("its results differ from run to run")
+    if code_of(twin) != before:
+        raise NotFusible("its forward changes its attributes")
+    return _common(*forms)._replace(moves_twice=made[0].moves_twice), made
+
+
+def agrees(twin: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, made: list[Step]) -> bool:
+    """Whether ``forward`` makes the same steps."""
+    modes = zip((True, False), made, strict=True)
+    return all(_step(twin.train(mode), forward, x).agrees(step) for mode, step in modes)
 
 
 def _observe(layers: list[nn.Module], forward: Callable[[Tensor], Any], x: Tensor) -> Form:

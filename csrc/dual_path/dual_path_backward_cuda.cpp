@@ -93,7 +93,11 @@ class Backward : CudaStage<T> {
 
   // The saved output of conv_a, or the same recomputed.
   at::Tensor bottleneck_a(int64_t i, const NormParams<A>& norm) const {
-    if (saved_.a.size(0) > 0) return saved_.a.narrow(0, args.a_row(i), args.a_pixels(i));
+    if (saved_.a.size(0) > 0) {
+      const at::Tensor a = saved_.a.narrow(0, args.a_row(i), args.a_pixels(i));
+      // Our own kernels read 16 bytes at once; what hooks on saved tensors give may lie anywhere.
+      return this->plans(i) && !has_rows_of(16, this->const_matrix(a), args.width_a) ? a.clone() : a;
+    }
     const at::Tensor a = a_again_.narrow(0, 0, args.a_pixels(i));
     this->make_a(i, this->sources(i, residual_before(i), out_), norm, a);
     return a;

@@ -16,12 +16,10 @@ namespace fastdense {
 //
 // The library's way writes u = relu(norm(z)) and reads it again, copies the result to where it is kept and takes its
 // moments in a pass of its own, and in backward makes u anew and takes the sums of the norm in another: per pixel and
-// channel 7 numbers for 2 forward, 8 for 5 backward.  On an H200 a multiprocessor moves 19 bytes a cycle.  So in 16
-// bits the library takes 1.6 cycles for a number even if its convolutions cost nothing, the fused way 0.4 to 1.1, which
-// is what memory or, at 12 and more channels a group, shared memory takes.  Multiply-adds of float32 take 9 channels /
-// 128 cycles and a third more, twice as many in backward: of these passes' 3.2 cycles 0.8 times at 8 channels, 1.2 at
-// 12.  Whether the library may round to TF32, which costs it nearly nothing, or has to do the same multiply-adds
-// decides beyond.  All this is counted, nothing of it measured.
+// channel 7 numbers for 2 forward, 8 for 5 backward.  benchmarks/grouped_conv_model.py counts cycles: in 16 bits the
+// fused way takes less even where the library's convolutions cost nothing but these bytes.  Multiply-adds of float32 do
+// up to 12 channels a group, where the library may round to TF32; where it must not, it makes as many.  All this is
+// counted, nothing of it measured.
 template <typename T>
 struct GroupedPlans {
   GroupedPlan forward, input_gradient, weight_gradient;
@@ -35,7 +33,7 @@ struct GroupedPlans {
       plans.forward = plan_grouped_forward<T>(shape, processors, cuda.shared_bytes);
       plans.input_gradient = plan_grouped_input_gradient<T>(shape, processors, cuda.shared_bytes);
       plans.weight_gradient = plan_grouped_weight_gradient<T>(shape, processors, cuda.shared_bytes);
-      constexpr int64_t kMostByMultiplyAdds = 8;
+      constexpr int64_t kMostByMultiplyAdds = 12;
       const bool faster = sizeof(T) == 2 || !cuda.tf32_convolutions || shape.channels <= kMostByMultiplyAdds;
       if (use_fused(plans.forward && plans.input_gradient && plans.weight_gradient, faster)) *this = plans;
     }

@@ -12,6 +12,9 @@ class ForwardBlock : GroupedBlock<T, kVariant> {
   using Base::at_, Base::plan_, Base::shared_, Base::pixels_, Base::channels_, Base::norm_, Base::place_;
   using Base::first_, Base::width_, Base::chunk_, Base::lane_, Base::lanes_, Base::V, Base::kRows;
 
+  static constexpr int kAtOnce = 2;
+  static_assert(kRows % kAtOnce == 0);
+
  public:
   __device__ ForwardBlock(const GroupedForwardParams<T>& p, const GroupedPlan& plan, unsigned char* shared)
       : Base(plan, {false, plan.stride}, p.width, shared), p_(p) {}
@@ -35,17 +38,27 @@ class ForwardBlock : GroupedBlock<T, kVariant> {
   // Stores the tile and takes its moments, relative to the first pixel that the block has.
   __device__ void finish_tile(bool first) {
     if (!this->takes_part()) return;
-    if (first) {
-      const Vector<T, V> pivot = this->result(0);
+    Vector<T, V> pivot{};
+    if (first) pivot = this->result(0);
+    if (first && lane_ == 0) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) pivot_[i] = load(pivot.v[i]);
+      for (int i = 0; i < V; ++i) pivots()[i] = load(pivot.v[i]);
     }
-    Vector<T, V> x[kRows];
-    bool stored[kRows];
+#pragma unroll 1  // more pixels at once would take registers from products
+    for (int r = 0; r < kRows; r += kAtOnce) finish_pixels(lane_ + r * lanes_, first, pivot);
+  }
+
+ private:
+  // Of this thread's chunk, in shared memory where the norm's mean is not needed.
+  __device__ float* pivots() const { return norm_.mean + chunk_ * V; }
+
+  __device__ __forceinline__ void finish_pixels(int first_pixel, bool first, const Vector<T, V>& pivot) {
+    Vector<T, V> x[kAtOnce];
+    bool stored[kAtOnce];
     float count = 0;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int p = lane_ + r * lanes_;
+    for (int r = 0; r < kAtOnce; ++r) {
+      const int p = first_pixel + r * lanes_;
       const int64_t row = p < plan_.tiles.pixels() ? pixels_.row(place_, p) : -1;
       stored[r] = row >= 0;
       if (!stored[r]) continue;
@@ -53,41 +66,40 @@ class ForwardBlock : GroupedBlock<T, kVariant> {
       write(p_.out + row * width_ + first_ + chunk_ * V, x[r], V);
       count += 1;
     }
-    if (p_.moments.partial && count > 0) add_moments(x, stored, count);
+    if (!p_.moments.partial || count == 0) return;
+#pragma unroll
+    for (int i = 0; i < V; ++i) add_moment(i, first ? load(pivot.v[i]) : pivots()[i], x, stored, count);
+    moments_.count() += count;
   }
 
- private:
-  __device__ __forceinline__ void add_moments(const Vector<T, V> (&x)[kRows], const bool (&stored)[kRows],
-                                              float count) {
-    const float share = 1 / count;
+  __device__ __forceinline__ void add_moment(int i, float pivot, const Vector<T, V> (&x)[kAtOnce],
+                                             const bool (&stored)[kAtOnce], float count) {
+    float mean = 0, m2 = 0;
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      float mean = 0, m2 = 0;
+    for (int r = 0; r < kAtOnce; ++r)
+      if (stored[r]) mean += load(x[r].v[i]) - pivot;
+    mean *= 1 / count;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        if (stored[r]) mean += load(x[r].v[i]) - pivot_[i];
-      mean *= share;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float deviation = stored[r] ? load(x[r].v[i]) - pivot_[i] - mean : 0.0f;
-        m2 += deviation * deviation;
-      }
-      moments_.add(i, {count, mean, m2});
+    for (int r = 0; r < kAtOnce; ++r) {
+      const float deviation = stored[r] ? load(x[r].v[i]) - pivot - mean : 0.0f;
+      m2 += deviation * deviation;
     }
-    moments_.count() += count;
+    moments_.add(i, {count, mean, m2});
   }
 
   __device__ void write_moments() {
     __syncthreads();  // all have read the last results
     this->join(moments_);
-    this->write_partial(moments_, pivot_, p_.moments.partial);
+    float pivot[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) pivot[i] = pivots()[i];
+    this->write_partial(moments_, pivot, p_.moments.partial);
     if (first_ == 0 && threadIdx.x == 0) p_.moments.counts[blockIdx.x] = int64_t(moments_.count());
     finish_moments<kGroupedThreads>(p_.moments, width_, shared_ + at_.result);
   }
 
   const GroupedForwardParams<T>& p_;
   ColumnMoments<float, V> moments_;
-  float pivot_[V] = {};
 };
 
 template <typename T, int kVariant>

@@ -15,6 +15,9 @@ class InputGradientBlock : GroupedBlock<T, kVariant> {
   using Base::first_, Base::width_, Base::chunk_, Base::lane_, Base::lanes_, Base::V, Base::kRows;
   using Base::plan_, Base::pixels_, Base::norm_, Base::place_;
 
+  static constexpr int kAtOnce = 2;
+  static_assert(kRows % kAtOnce == 0);
+
  public:
   __device__ InputGradientBlock(const GroupedInputGradientParams<T>& p, const GroupedPlan& plan, unsigned char* shared)
       : Base(plan, {true, plan.stride}, p.width, shared), p_(p), taps_{true, plan.stride} {}
@@ -55,18 +58,23 @@ class InputGradientBlock : GroupedBlock<T, kVariant> {
   // Mask, sums and dv of what was computed.
   __device__ void finish_class(int c) {
     if (!this->takes_part()) return;
+#pragma unroll 1  // more pixels at once would take registers from products
+    for (int r = 0; r < kRows; r += kAtOnce) finish_pixels(lane_ + r * lanes_, c);
+  }
+
+  __device__ __forceinline__ void finish_pixels(int first, int c) {
     const int column = first_ + chunk_ * V;
-    int64_t rows[kRows];
-    Vector<T, V> z[kRows];
+    int64_t rows[kAtOnce];
+    Vector<T, V> z[kAtOnce];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      rows[r] = row(lane_ + r * lanes_, c);
+    for (int r = 0; r < kAtOnce; ++r) {
+      rows[r] = row(first + r * lanes_, c);
       if (rows[r] >= 0) z[r] = read<V>(p_.z + rows[r] * width_ + column, V);
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kAtOnce; ++r) {
       if (rows[r] < 0) continue;
-      Vector<T, V> d = this->result(lane_ + r * lanes_);
+      Vector<T, V> d = this->result(first + r * lanes_);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const int channel = chunk_ * V + i;

@@ -124,28 +124,28 @@ class GroupedProducts {
     const int lane = int(threadIdx.x) % 32, sets = chunks_ / kWide, batches = (pixels_ + kBatch - 1) / kBatch;
     for (int task = int(threadIdx.x) / 32; task < sets * batches; task += kGroupedWarps) {
       const int chunk = task % sets * kWide, first = task / sets * kBatch;
-      const unsigned char* left[kTall];
+      int left[kTall];
 #pragma unroll
       for (int m = 0; m < kTall; ++m) {
         const int pixel = first + m * kGroupedSteps + lane % 16;
-        left[m] = source + distances_.of_pixel(pixel < pixels_ ? pixel : 0) +
-                  items_.first_chunk(chunk, chunks_, group_) * kChunk;
+        left[m] =
+            distances_.of_pixel(pixel < pixels_ ? pixel : 0) + items_.first_chunk(chunk, chunks_, group_) * kChunk;
       }
       float sum[kTall][kWide][4] = {};
-      multiply(left, weight_ + chunk * items_.all() * kBlock, c, sum);
+      multiply(source, left, chunk * items_.all() * kBlock, c, sum);
       store_sums(sum, first, to + chunk * kChunk);
     }
   }
 
  private:
-  __device__ __forceinline__ void multiply(const unsigned char* const (&left)[kTall], const unsigned char* weight,
-                                           int c, float (&sum)[kTall][kWide][4]) const {
+  __device__ __forceinline__ void multiply(const unsigned char* source, const int (&left)[kTall], int right, int c,
+                                           float (&sum)[kTall][kWide][4]) const {
     const int lane = int(threadIdx.x) % 32, begin = items_.first(c), steps = items_.steps(c), all = items_.all();
     for (int step = 0; step < steps; step += 2) {
       uint32_t b[kWide][4];
 #pragma unroll
       for (int w = 0; w < kWide; ++w)
-        load_matrices(b[w], weight + (w * all + begin + 2 * step) * kBlock + lane * kChunk);
+        load_matrices(b[w], weight_ + right + (w * all + begin + 2 * step) * kBlock + lane * kChunk);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (step + half == steps) break;
@@ -153,7 +153,7 @@ class GroupedProducts {
 #pragma unroll
         for (int m = 0; m < kTall; ++m) {
           uint32_t a[4];
-          load_matrices(a, left[m] + distance);
+          load_matrices(a, source + left[m] + distance);
 #pragma unroll
           for (int w = 0; w < kWide; ++w) multiply_add<T>(sum[m][w], a, b[w][2 * half], b[w][2 * half + 1]);
         }

@@ -8,11 +8,14 @@ namespace {
 
 FASTDENSE_HD GroupedTaps forward_taps() { return {false, 1}; }  // with any stride
 
-// Sums that a part of the channels has, kMost numbers for each of some owners, so many of which share a block.
+// Owners of the sums that a part of the channels has, so many times as a block has threads: lanes.
 struct Owners {
   int count, lanes;
   FASTDENSE_HD Owners(int count) : count(count), lanes(count > 0 ? kGroupedThreads / count : 0) {}
 };
+
+// Numbers of a lane's sums that are added to another's at once, and from owner to owner: in all banks.
+constexpr int kAtOnce = 16, kApart = kAtOnce + 1;
 
 // On tensor cores: warps own a chunk of d, and share the pixels of tiles by steps of products.  kWindow: chunks of u
 // that it meets.
@@ -121,6 +124,7 @@ class WeightSums<float, kSide> {
     for (int y = lane_; y < rows; y += lanes_) {
       const unsigned char* left = u + (tiles_.base(y, 0) + line_ * tiles_.pitch) * stride_ + in_ * int(sizeof(float));
       const unsigned char* right = d + y * tiles_.columns * stride_ + out_ * int(sizeof(float));
+#pragma unroll 1
       for (int x = 0; x < columns; ++x, left += stride_, right += stride_) {
         float of_d[kSide], of_u[3][kSide];
         load_side(reinterpret_cast<const float*>(right), of_d);
@@ -167,7 +171,7 @@ struct WeightLayout {
     d_bytes = d_rows(plan.tiles) * stride;
     d = plan.buffers * u_bytes;
     // The sums of a lane at a time take the place of tiles; a part with fewer channels has more lanes, and less.
-    const int sums = Sums::owners(plan.channels, plan.group).count * Sums::kNumbers * int(sizeof(float));
+    const int sums = Sums::owners(plan.channels, plan.group).count * kApart * int(sizeof(float));
     const int tiles = plan.buffers * (u_bytes + d_bytes);
     u = shared.take(tiles > sums ? tiles : sums);
     table = shared.take(Sums::table_bytes(plan));
@@ -235,20 +239,22 @@ class WeightGradientBlock {
   __device__ unsigned char* u(int buffer) const { return shared_ + at_.u + buffer * at_.u_bytes; }
   __device__ unsigned char* d(int buffer) const { return shared_ + at_.u + at_.d + buffer * at_.d_bytes; }
 
-  // Lane by lane, in their order, to what lane 0 has.
+  // Lane by lane, in their order, to what lane 0 has; few numbers at once, which would take registers from others.
   __device__ void add_lanes() {
-    float* const workspace = reinterpret_cast<float*>(shared_ + at_.u) + int(threadIdx.x) % owners_.count;
+    float* const workspace = reinterpret_cast<float*>(shared_ + at_.u) + int(threadIdx.x) % owners_.count * kApart;
     float* const own = sums_.numbers();
-    for (int lane = 1; lane < owners_.lanes; ++lane) {
-      __syncthreads();  // the workspace is free
-      if (lane_ == lane)
+    for (int lane = 1; lane < owners_.lanes; ++lane)
 #pragma unroll
-        for (int i = 0; i < Sums::kNumbers; ++i) workspace[i * owners_.count] = own[i];
-      __syncthreads();  // the lane's sums are there
-      if (lane_ == 0)
+      for (int first = 0; first < Sums::kNumbers; first += kAtOnce) {
+        __syncthreads();  // the workspace is free
 #pragma unroll
-        for (int i = 0; i < Sums::kNumbers; ++i) own[i] += workspace[i * owners_.count];
-    }
+        for (int i = 0; i < kAtOnce; ++i)
+          if (lane_ == lane && first + i < Sums::kNumbers) workspace[i] = own[first + i];
+        __syncthreads();  // the lane's sums are there
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          if (lane_ == 0 && first + i < Sums::kNumbers) own[first + i] += workspace[i];
+      }
   }
 
   const GroupedWeightGradientParams<T>& p_;

@@ -240,12 +240,14 @@ def test_numbers_that_are_not_finite_stay_at_the_pixels_that_read_them(kernels, 
         assert torch.equal(out.isfinite(), exact)
 
 
+@pytest.mark.parametrize("size", [(13, 11), (5, 131), (5, 261)], ids=str)  # 131 columns are no whole tiles
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
-def test_pixels_beyond_the_image_do_not_count_in_gradients_of_weights(kernels, dtype, stride):
-    """They would read the last line and column, at taps that never do."""
-    problem = Problem(Case(4, 4, 13, 11, stride=stride, dtype=dtype, processors=2))
+def test_pixels_beyond_the_image_do_not_count_in_gradients_of_weights(kernels, dtype, stride, size):
+    """They would read the last line and column, at taps that never do; and zero times infinity is no number."""
+    problem = Problem(Case(4, 4, *size, stride=stride, dtype=dtype, processors=2))
     problem.z[-1, 6] = torch.nan
+    problem.z[0, 5] = torch.inf
     expected = problem.expected()["dweight"]
     assert 0 < expected.isnan().sum() < 36
     assert torch.equal(problem.weight_gradient(kernels).isnan(), expected.isnan())
@@ -297,6 +299,7 @@ def test_plans_differ(kernels):
         Case(5, 8, dtype=FLOAT),
         Case(4, 4, stride=3),
         Case(4, 4, batch=0),
+        Case(4, (1 << 17) + 2, 1, 1, batch=1),  # more parts than a grid has
         Case(32, 8, shared=16 << 10),
     ],
     ids=str,

@@ -3,10 +3,11 @@
 // moments of the result behind; in backward the mask and the sums of the norm.  No torch header.  Two dimensions,
 // padding 1, stride 1 or 2, channels innermost, as many behind as in front.  Sums are float32.
 //
-// bfloat16 and half run on tensor cores: per number 4.5 products of 16x8x16 make 128 results, where plain arithmetic
-// would take 9 multiply-adds for each channel of a group; shared memory limits both.  The factor is the weight's
-// blocks of 8x8 channels, zeros where these belong to different groups.  So a number that is not finite reaches
-// channels of other groups beside it.  float is computed by plain multiply-adds, exactly, group by group.
+// bfloat16 and half run on tensor cores: at up to eight channels a group five products of 16x8x16 make 128 results,
+// where plain arithmetic would take 9 multiply-adds for each channel of a group, and shared memory limits both.  The
+// factor is the weight's blocks of 8x8 channels, zeros where these belong to different groups.  So a number that is not
+// finite reaches channels of other groups beside it.  float is computed by plain multiply-adds, exactly, group by
+// group.
 //
 // A block takes tiles of pixels in turns, and a part of the channels that consists of whole groups.
 #pragma once

@@ -35,9 +35,10 @@ inline int grouped_side(int group) { return group % 4 == 0 ? 4 : group % 3 == 0 
 
 constexpr int kMostGroupedChunks = 8, kMostGroupedWindow = 4;
 
+// Fewer than 2^16 parts, which are a grid's second axis.
 template <typename T>
 bool has_grouped_kernels(const GroupedShape& s) {
-  constexpr int64_t kMostWidth = int64_t(1) << 20, kLongest = std::numeric_limits<int32_t>::max() / 4;
+  constexpr int64_t kMostWidth = int64_t(1) << 19, kLongest = std::numeric_limits<int32_t>::max() / 4;
   if (s.channels < 2 || s.channels > 32 || (s.stride != 1 && s.stride != 2) || s.all_channels() > kMostWidth ||
       s.all_channels() % kChunkNumbers<T> != 0 || std::max(s.height, s.width) > kLongest ||
       std::min({s.batch, s.height, s.width}) < 1)

@@ -327,7 +327,6 @@ CUDA_MUTANTS = [
     ("cuda/grouped_conv/grouped_conv.h", "!cuda.tf32_convolutions || ", ""),
     ("cuda/grouped_conv/grouped_conv.h", "block.fused_moments(plan.splits, width, pixels, statistics)", "block.fused_moments(plan.splits, width, pixels + 1, statistics)"),
     ("dual_path/dual_path_cuda.h", " || args.width_a != args.width_b) return", ") return"),
-    ("dual_path/dual_path_cuda.h", "first ? g.stride[0] : 1", "1"),
     ("dual_path/dual_path_backward_cuda.cpp", "!has_rows_of(16, this->const_matrix(a), args.width_a) ? a.clone() : a", "false ? a.clone() : a"),
     ("dual_path/dual_path_backward_cuda.cpp", "args.a_pixels(i), args.width_a, sum.params", "args.a_pixels(i), args.width_a"),
 ]  # fmt: skip

@@ -130,9 +130,9 @@ def _dense_block(size: tuple[int, ...], memory: MemoryMode, groups: int = 0, act
     return _Case(n.made, fast, plain)
 
 
-def _dual_path_stage(memory: DualPathMemoryMode) -> _Case:
+def _dual_path_stage(memory: DualPathMemoryMode, width: int = 32, groups: int = 4, stride: int = 1) -> _Case:
     n = _Numbers(2)
-    channels, width, residual, growth, blocks, groups, dense = 24, 32, 32, 8, 2, 4, 16
+    channels, residual, growth, blocks, dense = 24, 32, 8, 2, 16
     n.normal("input", 2, channels, 9, 7, shift=0.5)
     n.norm("projection", channels)
     n.weight("projection.conv", residual + dense, channels, 1, 1)
@@ -161,11 +161,13 @@ def _dual_path_stage(memory: DualPathMemoryMode) -> _Case:
 
     def fast(t: dict[str, Tensor]) -> Tensor:
         x, made, projection = arguments(t)
-        return ops.dual_path_stage(x, made, residual_channels=residual, projection=projection, memory=memory)[0]
+        return ops.dual_path_stage(
+            x, made, residual_channels=residual, projection=projection, stride=stride, memory=memory
+        )[0]
 
     def plain(t: dict[str, Tensor]) -> Tensor:
         x, made, projection = arguments(t)
-        return reference.dual_path_stage(x, made, residual_channels=residual, projection=projection)[0]
+        return reference.dual_path_stage(x, made, residual_channels=residual, projection=projection, stride=stride)[0]
 
     return _Case(n.made, fast, plain)
 
@@ -256,6 +258,7 @@ OPERATORS: dict[str, Callable[[], _Case]] = {
     "dense_block, batch norm, SiLU": lambda: _dense_block((9, 7), "balanced", act="silu"),
     "dense_block, group norm, PReLU": lambda: _dense_block((9, 7), "min", groups=4, act="prelu"),
     "dual_path_stage": lambda: _dual_path_stage("balanced"),
+    "dual_path_stage, strided": lambda: _dual_path_stage("min", 48, 16, 2),  # groups that chunks of channels cut
     "dual_path_stage, reversible": lambda: _dual_path_stage("reversible"),
     "residual_dense_block": _residual_dense_block,
     "norm_relu_max_pool": _norm_relu_max_pool,

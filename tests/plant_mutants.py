@@ -20,10 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Kernels alone first: they say what is wrong in the least time.
 FILES = ["tests/emulation/test_conv1x1_kernels.py", "tests/emulation/test_dense_block_conv_kernels.py"]
+FILES += ["tests/emulation/test_grouped_conv_kernels.py"]
 FILES += ["tests/test_mean_join.py", "tests/test_residual_dense_block.py", "tests/test_norm_relu_max_pool.py"]
 FILES += ["tests/test_dual_path.py", "tests/test_dense_block.py", "tests/test_sync_batch_norm.py"]
 FILES += ["tests/test_fused_blocks.py", "tests/test_general_blocks.py", "tests/test_presets_bytes.py"]
 FILES += ["tests/test_dense_block_inference.py", "tests/test_freeze.py", "tests/test_grouped_conv.py"]
+FILES += ["tests/test_memory_modes.py"]
 
 
 def build(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_model
+from benchmarks import cuda_model, grouped_conv_model
 from benchmarks.cuda_run import Report, Stage, go_through
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,3 +92,14 @@ def test_predicted_times_grow_with_the_work():
 def test_a_kernel_that_streams_takes_its_bytes():
     """4.3 GB at 4.3 TB/s are a millisecond, at 80 % of that one and a quarter."""
     assert cuda_model.stream(4.3e9) == pytest.approx(1.25e-3)
+
+
+def test_which_grouped_convolutions_the_count_favours():
+    """As csrc/cuda/grouped_conv/grouped_conv.h chooses, see test_which_grouped_convolutions_are_fused."""
+    chosen = {
+        (size, exact): [g for g in grouped_conv_model.CHANNELS if grouped_conv_model.is_default(g, size, exact)]
+        for size, exact in ((2, False), (4, False), (4, True))
+    }
+    everything = list(grouped_conv_model.CHANNELS)
+    assert chosen == {(2, False): everything, (4, False): [2, 3, 4, 6, 8, 12], (4, True): everything}
+    assert [grouped_conv_model.window(g) for g in (2, 3, 8, 12, 16, 24, 32)] == [1, 3, 1, 3, 2, 3, 4]

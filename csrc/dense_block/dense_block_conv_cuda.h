@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "cuda/block_forward.h"
-#include "cuda/conv1x1/conv1x1_launch.h"
+#include "cuda/conv1x1/conv1x1.h"
 #include "cuda/kernel_choice.h"
 #include "dense_block/dense_block.h"
 #include "dense_block/dense_block_conv_launch.h"
@@ -89,24 +89,15 @@ template <typename T>
 WeightSum<accumulate_t<T>> fused_conv_weight_gradient(const CudaBlockForward<T>& block, const ConvPlan& plan,
                                                       const at::Tensor& d, const at::Tensor& z,
                                                       const NormParams<accumulate_t<T>>& norm, const at::Tensor& like) {
-  const int64_t b = z.size(1), k = like.size(0), count = k * 9 * b;
-  WeightSum<accumulate_t<T>> sum;
-  if constexpr (!std::is_same_v<T, double>) {
-    // A single split is the gradient, channels innermost.
-    const bool as_like = plan.splits > 1 && like.is_non_overlapping_and_dense() && like.stride(2) == 3 * like.stride(3);
-    sum.to = as_like ? at::empty_strided(like.sizes(), like.strides(), block.options.dtype(block.accumulate()))
-                     : block.numbers({k, 3, 3, b}).permute({0, 3, 1, 2});
-    if (plan.splits > 1) {
-      sum.partial = block.numbers({plan.splits, count});
-      const at::Tensor to = sum.to.flatten(2);
-      sum.params = {
-          block.sums(sum.partial), plan.splits, count, block.sums(to), 9, b, to.stride(0), to.stride(2), to.stride(1)};
-    }
-    check_launch(launch_conv_weight_gradient<T>({block.const_data(d), block.const_data(z), norm, int(b), int(k),
-                                                 block.sums(plan.splits > 1 ? sum.partial : sum.to)},
-                                                plan, block.cuda.stream));
+  if constexpr (std::is_same_v<T, double>) {
+    return {};
+  } else {
+    const WeightSum<float> sum = sum_of_3x3(block, plan.splits, like);
+    check_launch(launch_conv_weight_gradient<T>(
+        {block.const_data(d), block.const_data(z), norm, int(z.size(1)), int(like.size(0)), sum.target()}, plan,
+        block.cuda.stream));
+    return sum;
   }
-  return sum;
 }
 
 }  // namespace fastdense

@@ -76,7 +76,7 @@ class ForwardBlock {
 
   __device__ void run() {
     load_weight();
-    for_each_tile(plan_, *this);
+    for_each_tile<TilePlace>(plan_, *this);
     if (p_.moments.partial) write_moments();
   }
 

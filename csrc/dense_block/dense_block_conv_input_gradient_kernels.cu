@@ -69,7 +69,7 @@ class InputGradientBlock {
 
   __device__ void run() {
     load_weight();
-    for_each_tile(plan_, *this);
+    for_each_tile<TilePlace>(plan_, *this);
     write_sums();
   }
 

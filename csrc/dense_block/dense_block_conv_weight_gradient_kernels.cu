@@ -52,7 +52,7 @@ class WeightGradientBlock {
 
   __device__ void run() {
     load_norm();
-    for_each_tile(plan_, *this);
+    for_each_tile<TilePlace>(plan_, *this);
     write_sums();
   }
 

@@ -87,37 +87,66 @@ class Backward : CudaStage<T> {
   void block(int64_t i) {
     const DualPathBlockArgs& block = args.blocks[size_t(i)];
     const NormParams<A> norm_a = norm_of(block.norm_a, block.stats_a), norm_b = norm_of(block.norm_b, block.stats_b);
-    const at::Tensor a = bottleneck_a(i, norm_a), da = this->rows_of(conv_b_backward(i, a, norm_b));
-    grads_.norm_backward(block.norm_b, norm_b, {this->data(da), args.width_a}, {this->const_data(a), args.width_a},
-                         args.a_pixels(i), args.width_a);
+    const at::Tensor a = bottleneck_a(i, norm_a), da = conv_b_backward(i, a, norm_b);
     grads_.conv1x1_backward(block.conv_a, this->conv_a(i), block.norm_a, norm_a, da, segments(i));
   }
 
   // The saved output of conv_a, or the same recomputed.
   at::Tensor bottleneck_a(int64_t i, const NormParams<A>& norm) const {
-    if (saved_.a.size(0) > 0) return saved_.a.narrow(0, args.a_row(i), args.a_pixels(i));
+    if (saved_.a.size(0) > 0) {
+      const at::Tensor a = saved_.a.narrow(0, args.a_row(i), args.a_pixels(i));
+      // Our own kernels read 16 bytes at once; what hooks on saved tensors give may lie anywhere.
+      return this->plans(i) && !has_rows_of(16, this->const_matrix(a), args.width_a) ? a.clone() : a;
+    }
     const at::Tensor a = a_again_.narrow(0, 0, args.a_pixels(i));
     this->make_a(i, this->sources(i, residual_before(i), out_), norm, a);
     return a;
   }
 
-  // conv_c, norm_c and conv_b; returns the gradient of conv_b's input [N, ra, spatial].
+  // conv_c, norm_c, conv_b and norm_b; returns the gradient [rows, ra] of a.
   at::Tensor conv_b_backward(int64_t i, const at::Tensor& a, const NormParams<A>& norm_b) {
     const DualPathBlockArgs& block = args.blocks[size_t(i)];
     const NormParams<A> norm_c = norm_of(block.norm_c, block.stats_c);
-    const at::Tensor u = this->activated_image(i, a, norm_b);
+    const bool is_own = bool(this->plans(i));
+    const at::Tensor u = is_own ? at::Tensor() : this->activated_image(i, a, norm_b);
     const at::Tensor b = saved_.b.size(0) > 0 ? saved_.b.narrow(0, i * pixels, pixels)
+                         : is_own             ? this->make_b(i, a, norm_b, {}, {})
                                               : this->rows_of(to_channels_last(this->convolution(i, u)));
     const at::Tensor dv = empty_channels_last(this->image_sizes(args.width_b, false), this->options);
     const Matrix<const T> from{this->const_data(b), args.width_b};
     merge_backward(i, from, norm_c, this->rows_of(dv));
     grads_.norm_backward(block.norm_c, norm_c, {this->data(dv), args.width_b}, from, pixels, args.width_b);
+    return is_own ? own_gradients(i, a, norm_b, this->rows_of(dv)) : library_gradients(i, a, norm_b, dv, u);
+  }
+
+  // conv_b and norm_b by our own kernels, from the gradient of b.
+  at::Tensor own_gradients(int64_t i, const at::Tensor& a, const NormParams<A>& norm, const at::Tensor& d) {
+    const DualPathBlockArgs& block = args.blocks[size_t(i)];
+    const GroupedPlans<T>& own = this->plans(i);
+    const at::Tensor da = at::empty({args.a_pixels(i), args.width_a}, this->options);
+    const at::Tensor partial = grouped_conv_input_gradient<T>(*this, own.input_gradient, this->conv_b_shape(i), d,
+                                                              this->conv_b(i), a, norm, da);
+    WeightSum<A> sum;
     const bool needed = grads_.needs(block.conv_b.at);
-    const auto [du, dweight, none] = at::convolution_backward(dv, u, this->conv_b(i), at::OptionalIntArrayRef(),
-                                                              this->stride(i), this->half_kernel(), this->ones(), false,
-                                                              this->zeros(), args.groups, {true, needed, false});
+    if (needed) sum = grouped_conv_weight_gradient<T>(*this, own.weight_gradient, d, a, norm, block.conv_b.weight);
+    grads_.norm_backward(block.norm_b, norm, partial, {this->data(da), args.width_a},
+                         {this->const_data(a), args.width_a}, args.a_pixels(i), args.width_a, sum.params);
+    if (needed) grads_.set(block.conv_b.at, sum.to);
+    return da;
+  }
+
+  at::Tensor library_gradients(int64_t i, const at::Tensor& a, const NormParams<A>& norm, const at::Tensor& d,
+                               const at::Tensor& u) {
+    const DualPathBlockArgs& block = args.blocks[size_t(i)];
+    const bool needed = grads_.needs(block.conv_b.at);
+    const auto [du, dweight, none] =
+        at::convolution_backward(d, u, this->conv_b(i), at::OptionalIntArrayRef(), this->stride(i), this->half_kernel(),
+                                 this->ones(), false, this->zeros(), args.groups, {true, needed, false});
     if (needed) grads_.set(block.conv_b.at, dweight);
-    return to_channels_last(du);
+    const at::Tensor da = this->rows_of(to_channels_last(du));
+    grads_.norm_backward(block.norm_b, norm, {this->data(da), args.width_a}, {this->const_data(a), args.width_a},
+                         args.a_pixels(i), args.width_a);
+    return da;
   }
 
   // conv_c, chunk by chunk: dv = gradient of relu(norm_c(b)).  In reversible mode the residual path steps back.

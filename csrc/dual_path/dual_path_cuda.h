@@ -9,6 +9,7 @@
 #include <ATen/ops/mm.h>
 
 #include "cuda/conv1x1/conv1x1.h"
+#include "cuda/grouped_conv/grouped_conv.h"
 #include "dual_path/dual_path_ops.h"
 
 namespace fastdense {
@@ -40,6 +41,9 @@ class CudaStage : public CudaBlockForward<T> {
     check_image_pixels("dual_path_stage", args.in_pixels() / std::max<int64_t>(1, args.batch));
     fill_three(args.kernel, kernel_);
     for (size_t d = 0; d < spatial_dims(); ++d) half_kernel_.push_back(kernel_[d] / 2);
+    if (args.spatial.size() != 2 || kernel_[0] != 3 || kernel_[1] != 3 || args.width_a != args.width_b) return;
+    first_plans_ = GroupedPlans<T>(conv_b_shape(0), cuda);
+    other_plans_ = args.strided() && args.num_blocks() > 1 ? GroupedPlans<T>(conv_b_shape(1), cuda) : first_plans_;
   }
 
   // Weights of the projection and of the blocks from `first` on.
@@ -88,6 +92,34 @@ class CudaStage : public CudaBlockForward<T> {
     });
   }
 
+  // Of our own kernels for conv_b of block i; none where the library has it.
+  const GroupedPlans<T>& plans(int64_t i) const { return i == 0 ? first_plans_ : other_plans_; }
+  GroupedShape conv_b_shape(int64_t i) const {
+    const PoolGeometry& g = args.sampled;
+    const bool first = i == 0;
+    return {args.batch,  first ? g.size[0] : g.pooled(0), first ? g.size[1] : g.pooled(1), first ? g.stride[0] : 1,
+            args.groups, args.width_a / args.groups};
+  }
+
+  // b [pixels, rb] = conv_b(relu(norm(a))) of block i, into `b` if it is defined, and mean and variance of its columns
+  // where wanted; the same in forward and, when b was not saved, backward.
+  at::Tensor make_b(int64_t i, const at::Tensor& a, const NormParams<A>& norm, at::Tensor b,
+                    const BatchStatistics<A>& statistics) const {
+    if (const GroupedPlans<T>& own = plans(i)) {
+      if (!b.defined()) b = at::empty({pixels, args.width_b}, this->options);
+      grouped_conv<T>(*this, own.forward, a, norm, conv_b(i), b, statistics);
+      return b;
+    }
+    const at::Tensor image = convolution(i, activated_image(i, a, norm));
+    if (b.defined()) {
+      b.view(image.movedim(1, -1).sizes()).copy_(image.movedim(1, -1));
+    } else {
+      b = rows_of(to_channels_last(image));
+    }
+    if (statistics.mean) this->statistics(this->matrix(b), pixels, args.width_b, statistics);
+    return b;
+  }
+
   // The input of conv_b of block i, relu(norm_b(a)), as a packed image.
   at::Tensor activated_image(int64_t i, const at::Tensor& a, const NormParams<A>& norm) const {
     const at::Tensor u = empty_channels_last(image_sizes(args.width_a, i == 0), this->options);
@@ -126,6 +158,7 @@ class CudaStage : public CudaBlockForward<T> {
   std::vector<int64_t> first_stride_, ones_, zeros_, half_kernel_;
   std::vector<at::Tensor> conv_a_, conv_b_, conv_c_;
   at::Tensor conv_w_;
+  GroupedPlans<T> first_plans_, other_plans_;  // of the first block, which may have a stride, and of those behind it
 };
 
 }  // namespace fastdense

@@ -85,17 +85,10 @@ class Forward : CudaStage<T> {
     const at::Tensor a = keep_.bottlenecks ? o_.a.narrow(0, args.a_row(i), rows) : one_a_.narrow(0, 0, rows);
     this->make_a(i, this->sources(i, this->matrix(in), out_), norm_a, a);
     if (!block.norm_b.frozen()) this->statistics(this->matrix(a), rows, args.width_a, statistics_from(block.stats_b));
-    const at::Tensor b = bottleneck_b(i, this->convolution(i, this->activated_image(i, a, norm_b)));
-    if (!block.norm_c.frozen()) this->statistics(this->matrix(b), pixels, args.width_b, statistics_from(block.stats_c));
+    const at::Tensor b =
+        this->make_b(i, a, norm_b, keep_.bottlenecks ? o_.b.narrow(0, i * pixels, pixels) : at::Tensor(),
+                     block.norm_c.frozen() ? BatchStatistics<A>{} : statistics_from(block.stats_c));
     merge(i, b, residual);
-  }
-
-  // [pixels, rb]
-  at::Tensor bottleneck_b(int64_t i, const at::Tensor& image) const {
-    if (!keep_.bottlenecks) return this->rows_of(to_channels_last(image));
-    const at::Tensor b = o_.b.narrow(0, i * pixels, pixels);
-    b.view(image.movedim(1, -1).sizes()).copy_(image.movedim(1, -1));
-    return b;
   }
 
   // Chunk by chunk conv_c, whose first columns are added to the residual path and whose last are dense channels, and

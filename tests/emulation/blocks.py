@@ -28,6 +28,9 @@ SOURCES += [
     f"csrc/dense_block/dense_block_conv_{stem}_kernels.cu" for stem in ("forward", "input_gradient", "weight_gradient")
 ]
 SOURCES += [
+    f"csrc/cuda/grouped_conv/grouped_conv_{stem}.cu" for stem in ("forward", "input_gradient", "weight_gradient")
+]
+SOURCES += [
     "csrc/core/activation_args.cpp",
     "csrc/cuda/kernel_choice.cpp",
     "csrc/core/sync_batch_norm.cpp",

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
 
 #include <type_traits>
 
@@ -60,7 +61,25 @@ template <typename A>
 struct WeightSum {
   at::Tensor to, partial;
   SumPartialsParams<A> params;
+  A* target() const { return (partial.defined() ? partial : to).template mutable_data_ptr<A>(); }
 };
+
+// For the gradient of a weight [k, b, 3, 3], in its layout, from so many partial sums [k][9][b]; target() is where
+// these go.
+template <typename T>
+WeightSum<accumulate_t<T>> sum_of_3x3(const CudaBlockForward<T>& block, int64_t splits, const at::Tensor& like) {
+  const int64_t k = like.size(0), b = like.size(1), count = k * 9 * b;
+  WeightSum<accumulate_t<T>> sum;
+  // A single one is the gradient, channels innermost.
+  const bool as_like = splits > 1 && like.is_non_overlapping_and_dense() && like.stride(2) == 3 * like.stride(3);
+  sum.to = as_like ? at::empty_strided(like.sizes(), like.strides(), block.options.dtype(block.accumulate()))
+                   : block.numbers({k, 3, 3, b}).permute({0, 3, 1, 2});
+  if (splits == 1) return sum;
+  sum.partial = block.numbers({splits, count});
+  const at::Tensor to = sum.to.flatten(2);
+  sum.params = {block.sums(sum.partial), splits, count, block.sums(to), 9, b, to.stride(0), to.stride(2), to.stride(1)};
+  return sum;
+}
 
 // Partial sums of the norm's gradient [splits, 2, columns], and the gradient of the weight unless it is not wanted.
 template <typename A>

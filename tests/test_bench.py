@@ -104,6 +104,11 @@ def test_against_adds_engines_to_what_is_compared_in_eval_mode():
     assert config.variants == (*COMPARED_IN_EVAL, "onnxruntime", "compile")
 
 
+def test_dual_path_networks_are_not_frozen_unless_asked():
+    config = make_config(make_parser().parse_args(["bench", "--mode=eval", "--model=dpn68"]))
+    assert config.variants == tuple(name for name in COMPARED_IN_EVAL if name != "frozen")
+
+
 @pytest.mark.usefixtures("forked_workers")
 def test_a_budget_is_a_variant():
     config = dataclasses.replace(TINY, variants=("plain", "budget"), budget="1GiB")

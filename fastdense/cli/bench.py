@@ -112,6 +112,16 @@ def check_eval(variants: tuple[str, ...], options: argparse.Namespace) -> None:
             raise InputError(f"bench: expected --mode eval, --device cpu and --dtype float32 with {name}")
 
 
+def compared(model: str, mode: str) -> tuple[str, ...]:
+    """The variants that are compared where none are asked for."""
+    from fastdense.models import memory_modes
+
+    if mode != "eval":
+        return COMPARED_VARIANTS
+    has_dual_paths = memory_modes(model) == DUAL_PATH_MEMORY_MODES  # which cannot be frozen
+    return tuple(name for name in COMPARED_IN_EVAL if name != "frozen" or not has_dual_paths)
+
+
 def make_config(options: argparse.Namespace) -> BenchConfig:
     """Checks the options and fills in what depends on the model."""
     import torch
@@ -122,7 +132,7 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
     if options.model not in known_nets():
         raise InputError(f"bench: expected --model to be one of {', '.join(known_nets())}, got {options.model!r}")
     net = Net(options.model, options.depth, options.growth_rate)
-    variants = options.variants or (COMPARED_IN_EVAL if options.mode == "eval" else COMPARED_VARIANTS)
+    variants = options.variants or compared(options.model, options.mode)
     variants += tuple(name for name in options.against or () if name not in variants)
     if options.memory:
         unwanted = [v for v in options.variants or () if v in DUAL_PATH_MEMORY_MODES and v not in options.memory]

@@ -37,6 +37,9 @@ struct Gemm {
   static constexpr int64_t kAlign = 1;
   // Depth worked on at once: kGemmBlock x kPanel values of a panel stay in L1 while the rows of the chunk pass by.
   static constexpr int64_t kGemmBlock = 256;
+  // Columns of the left factor of multiply_transposed that stay in L2 while the panels pass by; a multiple of
+  // kTileRows.
+  static constexpr int64_t kTransposedBlock = 192;
 
   // panel[r, i] = value(r, i) for i < columns.
   template <typename Value>
@@ -83,8 +86,10 @@ struct Gemm {
   // C[m, n] += L[rows, m]^T * R[rows, n]
   static void multiply_transposed(int64_t rows, int64_t m, int64_t n, const Transposed& left, const Operand* panels,
                                   RowMajor<A> c) {
-    for (int64_t j = 0; j < n; j += kPanel)
-      column(m, rows, {left.data, 1, left.ld}, panels + j * rows, c.from(0, j), true);
+    for (int64_t i = 0; i < m; i += kTransposedBlock)
+      for (int64_t j = 0; j < n; j += kPanel)
+        column(m - i < kTransposedBlock ? m - i : kTransposedBlock, rows, {left.data + i, 1, left.ld},
+               panels + j * rows, c.from(i, j), true);
   }
 
  private:

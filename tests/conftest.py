@@ -4,6 +4,7 @@
 import gc
 import os
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ from tests.cases.processes import Processes
 # oneDNN's bfloat16 kernels for AMX read past the last channel of a strided view: what lies there, NaN perhaps, is
 # multiplied by zero. The emulated CUDA code convolves such views; fastdense's CPU code does not.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+# A shell starts what runs in the background deaf to Ctrl-C, and so would be the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same few examples in every run, or many new ones: make fuzz.
 patient = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

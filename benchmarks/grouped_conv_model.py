@@ -22,11 +22,8 @@ from typing import NamedTuple
 from benchmarks.cuda_model import CLOCK, MEMORY, PROCESSORS
 
 BYTES_A_CYCLE = 0.8 * MEMORY / CLOCK / PROCESSORS
-SHARED, LOAD, STORE = (
-    128,
-    4,
-    0.25,
-)  # bytes a cycle; cycles of ldmatrix, and of a word that a warp stores for 128 numbers
+SHARED = 128  # bytes a cycle
+LOAD, STORE = 4, 0.25  # cycles of ldmatrix, and of a word that a warp stores for 128 numbers
 PRODUCT = 16 * 8 * 16 / 2048
 MULTIPLY_ADDS = 128 * 0.75
 HALO = 1.4

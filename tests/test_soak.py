@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fifty training steps in one process leave no tensor and no Python object behind; ``make soak`` takes more."""
+"""A hundred training steps in one process leave no tensor and no Python object behind; ``make soak`` takes more."""
 
 import gc
 
@@ -9,7 +9,7 @@ from benchmarks.soak import NETWORKS, training
 from tests.cases.allocator import watched_allocator
 
 WARM = 10
-WINDOWS, STEPS = 4, 10
+WINDOWS, STEPS = 3, 30
 
 
 @pytest.mark.usefixtures("one_thread")

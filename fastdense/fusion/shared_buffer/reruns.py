@@ -20,7 +20,7 @@ from fastdense.fusion.shared_buffer.shortcuts import End, Shortcut
 
 _CHANGED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: "
-    "fastdense runs the layers of a dense block again in the backward pass, and {} has changed since the forward pass"
+    "fastdense runs the layers of a block again in the backward pass, and {} has changed since the forward pass"
 )
 
 # Why modules cannot be watched for changes between the passes.

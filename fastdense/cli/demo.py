@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     from fastdense.bench.tables import print_bench
 
     config = BenchConfig(
-        net=Net("densenet121"), variants=COMPARED_VARIANTS, steps=5, warmup=2, memory_steps=2, threads=options.threads
+        net=Net("densenet121"), variants=COMPARED_VARIANTS, steps=3, warmup=1, memory_steps=2, threads=options.threads
     )
     try:
         with progress("bench DenseNet-121", count_ticks(config)) as tick:
@@ -72,7 +72,7 @@ def train_digits(out: Path, threads: int) -> TrainResult:
         model="densenet_cifar",
         model_kwargs={"depth": 22, "growth_rate": 12},
         data="digits",
-        epochs=30,
+        epochs=15,
         out=out,
         threads=threads,
         fresh=True,

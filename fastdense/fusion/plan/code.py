@@ -145,13 +145,13 @@ def _methods_of(kind: type) -> frozenset[str]:
 def _function_of(value: Any) -> types.FunctionType | None:
     """The function in a method, property, partial or wrapper."""
     for _ in range(10):
-        if isinstance(value, types.FunctionType):
+        if value is None or isinstance(value, types.FunctionType):
             return value
-        if isinstance(value, staticmethod | classmethod | types.MethodType):
+        if isinstance(value, (staticmethod, classmethod, types.MethodType)):
             value = value.__func__
         elif isinstance(value, property):
             value = value.fget
-        elif isinstance(value, functools.partial | functools.partialmethod):
+        elif isinstance(value, (functools.partial, functools.partialmethod)):
             value = value.func
         else:
             value = getattr(value, "__wrapped__", None) if callable(value) else None

@@ -72,9 +72,12 @@ test: export OMP_NUM_THREADS ?= $(THREADS)
 test: build lint  ## lint, then run the tests (PYTEST_ARGS="-q -k name")
 	@$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
-# What torch, oneDNN, MKL and fastdense then find; one thread, where sums have one order, and two.
+# What torch, oneDNN, MKL and fastdense then find; one thread, where sums have one order, and two. What torch.compile
+# kept for the processor as it is does not compile there.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FASTDENSE_SIMD=avx2
+AVX2 += TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-avx2
 SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 FASTDENSE_SIMD=baseline
+SSE += TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-sse
 
 test-isa: build  ## run the tests as on processors without AVX-512 and without AVX2
 	@failed=; for threads in 1 2; do for isa in "$(AVX2)" "$(SSE)"; do \

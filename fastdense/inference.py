@@ -27,7 +27,7 @@ def freeze(model: Model) -> Model:
     """Folds and packs the weights of a converted model's dense blocks once, for faster inference, in place.
 
     Without it every call packs all weights anew. A frozen block keeps a copy of its weights, in the layout that the
-    processor's instructions want: about as many bytes as its 1x1 convolutions have, and four times those of its 3x3
+    processor's instructions want: about as many bytes as its 1x1 convolutions have, and five times those of its 3x3
     convolutions; :func:`report` shows them. Outputs are the same to rounding. They are used by calls that want no
     gradient, as under :class:`torch.inference_mode` or :class:`torch.no_grad`, on the CPU, in the type of the weights.
 

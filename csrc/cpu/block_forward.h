@@ -93,13 +93,15 @@ class BlockForward {
 
   // weight [n, depth] (or its transpose) in panels for the kernels; its data is at panels_of().
   at::Tensor pack(const A* weight, int64_t depth, int64_t n, int64_t depth_stride, int64_t column_stride) const {
-    const int64_t panels = (n + kernels.panel - 1) / kernels.panel;
-    at::Tensor packed = bytes(panels * kernels.panel * padded_depth(depth) * kernels.operand_bytes);
-    void* out = packed.mutable_data_ptr();
-    for_each_worker(panels, [&](int64_t, int64_t panel) {
+    at::Tensor packed = bytes(padded(n) * padded_depth(depth) * kernels.operand_bytes);
+    pack_to(packed.mutable_data_ptr(), weight, depth, n, depth_stride, column_stride);
+    return packed;
+  }
+  void pack_to(void* out, const A* weight, int64_t depth, int64_t n, int64_t depth_stride,
+               int64_t column_stride) const {
+    for_each_worker(padded(n) / kernels.panel, [&](int64_t, int64_t panel) {
       kernels.pack(weight, depth, n, depth_stride, column_stride, panel, panel + 1, out);
     });
-    return packed;
   }
 
   // A 1x1 convolution [n, depth, 1...] for forward products.

@@ -139,10 +139,10 @@ def _infer(plan: BlockPlan, contiguous: bool, input: Tensor) -> Tensor | None:
         return None
     if records_gradient(input, (weight for weight in flat.weights if weight is not None)):
         return None
-    packed: list[Tensor] = []
+    packed = None
     if plan.freezer is not None and not torch.is_autocast_enabled("cpu"):
         packed = plan.freezer.packed(flat, input.dtype)
-    if not packed and not is_worth_packing(input):
+    if packed is None and not is_worth_packing(input):
         return None
     return run_inference(input, flat, packed, contiguous=contiguous)
 

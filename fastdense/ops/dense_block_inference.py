@@ -2,7 +2,7 @@
 """Dense blocks in inference: frozen norms, nothing kept for backward, weights that may be packed once."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,37 +15,53 @@ from fastdense.ops.fakes import register_fake
 WORTH_PACKING = 768
 
 
-def pack_block(flat: FlatBlock, in_channels: int) -> list[Tensor]:
+class PackedBlock(NamedTuple):
+    """Weights as the operator takes them, and what :func:`pack_block` made of them."""
+
+    weights: list[Tensor]
+    tensors: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
+def pack_block(flat: FlatBlock, in_channels: int) -> PackedBlock:
     """The weights of a block as :func:`run_inference` reads them.
 
-    norm2 is folded into conv1, 3x3 convolutions are transformed for Winograd's F(4x4, 3x3). Panels are as this
-    processor's instructions want them: they are never stored.
+    norm2 is folded into conv1, 3x3 convolutions are kept as they are for small images, and transformed for Winograd's
+    F(4x4, 3x3). Panels are as this processor's instructions want them: they are never stored.
     """
     weights = fill_absent(flat.weights, torch.empty(0))
-    return torch.ops.fastdense.pack_dense_block(
+    tensors = torch.ops.fastdense.pack_dense_block(
         weights, flat.eps, in_channels, flat.num_layers, flat.bottleneck, flat.tail
     )
+    return PackedBlock(weights, tensors)
 
 
-def run_inference(input: Tensor, flat: FlatBlock, packed: Sequence[Tensor] = (), *, contiguous: bool = False) -> Tensor:
+def run_inference(
+    input: Tensor, flat: FlatBlock, packed: PackedBlock | None = None, *, contiguous: bool = False
+) -> Tensor:
     """The output of :func:`fastdense.ops.dense_block` where all norms have running statistics.
 
-    The same to rounding: norm2 is folded into conv1 and 3x3 convolutions go by Winograd's F(4x4, 3x3).
+    The same to rounding: norm2 is folded into conv1 and 3x3 convolutions of all but small images go by
+    Winograd's F(4x4, 3x3).
 
     Args:
         input: ``[N, C0, spatial]`` on the CPU.
         flat: the block, of ReLU and batch norms, without dropout.
-        packed: what :func:`pack_block` made of these weights; empty to pack them for this call.
+        packed: what :func:`pack_block` made of these weights; None to pack them for this call.
         contiguous: whether the result is.
 
     Reference:
         A. Lavin, S. Gray. Fast Algorithms for Convolutional Neural Networks. CVPR 2016, arXiv:1509.09308, section 4.2.
     """
     check_input("dense_block_inference", input)
-    weights = fill_absent(flat.weights, input)
+    if packed is None:
+        packed = PackedBlock(fill_absent(flat.weights, input), [])
     input = cast_input("dense_block_inference", input, flat.devices, flat.conv_dtypes)
     return torch.ops.fastdense.dense_block_inference(
-        input, weights, flat.eps, flat.num_layers, flat.bottleneck, flat.tail, packed, contiguous
+        input, packed.weights, flat.eps, flat.num_layers, flat.bottleneck, flat.tail, packed.tensors, contiguous
     )
 
 

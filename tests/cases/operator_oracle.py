@@ -109,8 +109,7 @@ def _dense_block_inference(input, weights, eps, num_layers, bottleneck, tail, pa
 
 def _pack_dense_block(weights, eps, in_channels, num_layers, bottleneck, tail) -> Results:
     """Panels are as the processor wants them; scale and shift of norm1, and the shift of norm2, are numbers."""
-    reader, results = _Reader(weights, eps), [None]
-    sizes = []
+    reader, numbers, sizes = _Reader(weights, eps), [], []
 
     def coefficients(channels: int) -> Tensor:
         norm = reader.norm()
@@ -122,12 +121,11 @@ def _pack_dense_block(weights, eps, in_channels, num_layers, bottleneck, tail) -
     for _ in range(num_layers):
         channels = in_channels + sum(sizes)
         scale_and_shift, first = coefficients(channels), reader.conv()
-        bias = coefficients(first.shape[0])[1] if bottleneck else torch.empty(0, dtype=torch.float64)
+        numbers += [scale_and_shift, coefficients(first.shape[0])[1]] if bottleneck else [scale_and_shift]
         sizes.append((reader.conv() if bottleneck else first).shape[0])
-        results += [scale_and_shift, None, bias, None]
     if tail != "none":
-        results.append(coefficients(in_channels + sum(sizes)))
-    return results + [None] * (tail == "transition")
+        numbers.append(coefficients(in_channels + sum(sizes)))
+    return [None, torch.cat([n.flatten() for n in numbers]), None]
 
 
 def _dual_path_stage(

@@ -35,6 +35,7 @@ struct Gemm {
   using V = Vec<A>;
   static constexpr int64_t kPanel = 2 * V::kLanes;
   static constexpr int64_t kAlign = 1;
+  static constexpr int64_t kLine = 64 / int64_t(sizeof(A));  // of the cache
   // Depth worked on at once: kGemmBlock x kPanel values of a panel stay in L1 while the rows of the chunk pass by.
   static constexpr int64_t kGemmBlock = 256;
   // Columns of the left factor of multiply_transposed that stay in L2 while the panels pass by; a multiple of
@@ -66,9 +67,14 @@ struct Gemm {
                        RowMajor<A> c, bool accumulate = false) {
     for (int64_t k = 0; k < depth; k += kGemmBlock) {
       const int64_t block = depth - k < kGemmBlock ? depth - k : kGemmBlock;
-      for (int64_t j = 0; j < n; j += kPanel)
-        column(rows, block, {left.data + k, left.ld, 1}, panels + j * depth + k * kPanel, c.from(0, j),
-               accumulate || k > 0);
+      for (int64_t j = 0; j < n; j += kPanel) {
+        // The next panel, the next block of the first one, or what lies behind them all.
+        const int64_t at = j * depth + k * kPanel;
+        const int64_t next = j + kPanel < n      ? at + depth * kPanel
+                             : k + block < depth ? (k + block) * kPanel
+                                                 : at + block * kPanel;
+        column(rows, block, {left.data + k, left.ld, 1}, panels + at, c.from(0, j), accumulate || k > 0, next - at);
+      }
     }
   }
 
@@ -89,7 +95,7 @@ struct Gemm {
     for (int64_t i = 0; i < m; i += kTransposedBlock)
       for (int64_t j = 0; j < n; j += kPanel)
         column(m - i < kTransposedBlock ? m - i : kTransposedBlock, rows, {left.data + i, 1, left.ld},
-               panels + j * rows, c.from(i, j), true);
+               panels + j * rows, c.from(i, j), true, 0);
   }
 
  private:
@@ -99,9 +105,10 @@ struct Gemm {
     int64_t row_stride, step;
   };
 
-  // C[Rows, kPanel] (+)= sum_k L(i, k) * panel[k, :]
-  template <int Rows>
-  static void tile(int64_t depth, Left left, const A* panel, RowMajor<A> c, bool accumulate) {
+  // C[Rows, kPanel] (+)= sum_k L(i, k) * panel[k, :].  kFetch: what lies `next` numbers behind the panel goes into
+  // cache meanwhile.
+  template <int Rows, bool kFetch = false>
+  static void tile(int64_t depth, Left left, const A* panel, RowMajor<A> c, bool accumulate, int64_t next = 0) {
     V sum[Rows][2];
 #pragma GCC unroll 12
     for (int i = 0; i < Rows; ++i) {
@@ -110,6 +117,8 @@ struct Gemm {
     }
     for (int64_t k = 0; k < depth; ++k) {
       const V p0 = V::load(panel + k * kPanel), p1 = V::load(panel + k * kPanel + V::kLanes);
+      if constexpr (kFetch)
+        for (int64_t line = 0; line < kPanel; line += kLine) __builtin_prefetch(panel + k * kPanel + next + line);
 #pragma GCC unroll 12
       for (int i = 0; i < Rows; ++i) {
         const V l = V::splat(left.data[i * left.row_stride + k * left.step]);
@@ -132,18 +141,28 @@ struct Gemm {
 
   // The last, short tile of a column of tiles.
   template <int Rows>
-  static void short_tile(int64_t rows, int64_t depth, Left left, const A* panel, RowMajor<A> c, bool accumulate) {
+  static void short_tile(int64_t rows, int64_t depth, Left left, const A* panel, RowMajor<A> c, bool accumulate,
+                         int64_t next) {
     if constexpr (Rows > 0) {
-      if (rows == Rows) return tile<Rows>(depth, left, panel, c, accumulate);
-      short_tile<Rows - 1>(rows, depth, left, panel, c, accumulate);
+      if (rows != Rows) return short_tile<Rows - 1>(rows, depth, left, panel, c, accumulate, next);
+      next != 0 ? tile<Rows, true>(depth, left, panel, c, accumulate, next)
+                : tile<Rows>(depth, left, panel, c, accumulate);
     }
   }
 
-  static void column(int64_t rows, int64_t depth, Left left, const A* panel, RowMajor<A> c, bool accumulate) {
+  // The first tile waits for the panel to come from memory, unless the one before has fetched it, `next` numbers
+  // behind; with few rows that is most of the time.
+  static void column(int64_t rows, int64_t depth, Left left, const A* panel, RowMajor<A> c, bool accumulate,
+                     int64_t next) {
     const auto from = [&](int64_t row) { return Left{left.data + row * left.row_stride, left.row_stride, left.step}; };
     int64_t i = 0;
+    if (next != 0 && rows >= kTileRows) {
+      tile<kTileRows, true>(depth, left, panel, c, accumulate, next);
+      next = 0;
+      i = kTileRows;
+    }
     for (; i + kTileRows <= rows; i += kTileRows) tile<kTileRows>(depth, from(i), panel, c.from(i, 0), accumulate);
-    short_tile<kTileRows - 1>(rows - i, depth, from(i), panel, c.from(i, 0), accumulate);
+    short_tile<kTileRows - 1>(rows - i, depth, from(i), panel, c.from(i, 0), accumulate, next);
   }
 };
 

@@ -6,23 +6,23 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastdense._C import WeightVersions
 from fastdense.ops.dense_block import FlatBlock
+from fastdense.ops.dense_block_inference import PackedBlock
 
 
 class FrozenWeights(NamedTuple):
     """The packed weights of a block, and what they were packed from."""
 
     flat: FlatBlock
-    packed: list[Tensor]
+    packed: PackedBlock
     dtype: torch.dtype
     versions: WeightVersions
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.packed)
+        return self.packed.nbytes
 
 
 class Freezer:
@@ -34,16 +34,16 @@ class Freezer:
     def __init__(self) -> None:
         self.kept: FrozenWeights | None = None
 
-    def packed(self, flat: FlatBlock, dtype: torch.dtype) -> list[Tensor]:
-        """The packed weights of a plan, in its type; none where anything is not what it was."""
+    def packed(self, flat: FlatBlock, dtype: torch.dtype) -> PackedBlock | None:
+        """The packed weights of a plan, in its type; None where anything is not what it was."""
         kept = self.kept
         if kept is None or kept.dtype != dtype or len(kept.flat.weights) != len(flat.weights):  # the block alone
-            return []
+            return None
         if kept.flat is not flat and _are_equal(kept.flat, flat):  # modules were read anew
             self.kept = kept = kept._replace(flat=flat)
         if kept.flat is not flat or not kept.versions.hold():
             self.kept = None
-            return []
+            return None
         return kept.packed
 
     @property

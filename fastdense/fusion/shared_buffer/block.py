@@ -70,7 +70,7 @@ def run_shared(module: nn.Module, read: Callable[[nn.Module], Block], input: Any
 def _owners(module: nn.Module) -> Owners:
     kept = state_of(module).kept
     if kept is not None and kept.plan is not None:
-        return Owners((module,), kept.modules)
+        return Owners((module,), kept.modules, kept.sources)
     if runs_without_numbers():
         return Owners((module,))
     raise NotFusible(OF_A_GRAPH)

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdense.fusion.base import FusedModule, fall_back, find_wrapped, gives_contiguous, is_traced, run_plain
+from fastdense.fusion.base import (
+    FusedModule,
+    check_no_transforms,
+    fall_back,
+    find_wrapped,
+    gives_contiguous,
+    is_traced,
+    run_plain,
+)
 from fastdense.fusion.checks import CONVS, NORMS, SAMPLE_NORMS, NotFusible, check_no_hooks
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, read_tail, run_block
 from fastdense.fusion.dense_layers import is_activation, read_block
@@ -141,6 +149,7 @@ def _is_in_front_of_stem(sequence: nn.Module, modules: list[nn.Module], at: int,
     if not behind or not isinstance(behind[0], NORMS) or behind[0].training or not (row := _row(modules, at + 1)):
         return False
     try:
+        check_no_transforms()
         check_no_hooks(conv, "it")
         end = at + 1 + _run_of(sequence, at + 1, row).modules
     except NotFusible:

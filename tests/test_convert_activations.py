@@ -266,6 +266,11 @@ def test_activations_by_name():
         DenseBlock(2, 6, 4, act="rulu")
     with pytest.raises(ValueError, match=r"Transition: expected act to have arguments of gelu, got \{'slope': 1\}"):
         Transition(6, 4, act=("gelu", {"slope": 1}))
+    for act in (nn.GELU, nn.GELU(), ("leaky_relu", 0.1), None):
+        with pytest.raises(
+            ValueError, match="DenseLayer: expected act to be a name, or a name and a dict of arguments"
+        ):
+            DenseBlock(2, 6, 4, act=act)
 
 
 def test_compiled_nets_run_fused():

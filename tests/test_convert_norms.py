@@ -335,6 +335,9 @@ def test_norms_by_name():
         DenseBlock(2, 6, 4, norm="layer")
     with pytest.raises(ValueError, match=r"Transition: expected norm to have arguments of group, got \{'slope': 1\}"):
         Transition(6, 4, norm=("group", {"slope": 1}))
+    for norm in (nn.BatchNorm2d, ("group", 8), 8):
+        with pytest.raises(ValueError, match="DenseLayer: expected norm to be a name, or a name and a dict of argum"):
+            DenseBlock(2, 6, 4, norm=norm)
     with pytest.raises(ValueError, match="num_channels"):
         DenseBlock(2, 6, 4, norm=("group", {"num_groups": 4}))
 

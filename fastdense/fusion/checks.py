@@ -116,6 +116,11 @@ def _own_methods(module: nn.Module) -> list[str]:
     return [name for name in state if isinstance(getattr(kind, name, None), types.FunctionType | property)]
 
 
+def forward_of(module: nn.Module) -> Any:
+    """The forward of a module's class; None of TorchScript's, whose classes have none to ask for."""
+    return None if isinstance(module, torch.jit.ScriptModule) else type(module).forward
+
+
 def is_known_class(module: nn.Module, known: tuple[tuple[str, str], ...]) -> bool:
     """Whether ``module`` is of a known class, or of a subclass that leaves its methods alone."""
     for base in type(module).__mro__:

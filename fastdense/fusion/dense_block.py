@@ -20,7 +20,7 @@ from fastdense.fusion.batch_statistics import (
     update_norms,
 )
 from fastdense.fusion.channel_order import PrependedFeatures, check_groups
-from fastdense.fusion.checks import INSTANCE_NORMS, NotFusible, check_fits, check_no_global_hooks
+from fastdense.fusion.checks import INSTANCE_NORMS, NotFusible, check_fits, check_no_global_hooks, forward_of
 from fastdense.fusion.dense_layers import (
     Layer,
     Tail,
@@ -251,6 +251,6 @@ def _run_recomputed(modules: Sequence[Any], memory: MemoryMode, contiguous: bool
 def read_tail(behind: nn.Module) -> Tail:
     """The tail that a module makes of the block in front of it."""
     check_no_global_hooks()
-    if type(behind).forward is FusedTransition.forward:
+    if forward_of(behind) is FusedTransition.forward:
         return read_transition(behind)
     return read_last_norm(behind)

@@ -20,6 +20,7 @@ from fastdense.fusion.checks import (
     check_no_global_hooks,
     check_no_hooks,
     class_name,
+    forward_of,
 )
 from fastdense.fusion.dense_layers import Layer, check_alike, check_norms_fit, is_activation, read_activation
 from fastdense.fusion.equivalence import (
@@ -128,7 +129,7 @@ def looks_like_dense_block(module: nn.Module) -> bool:
     layers or more but where the last one of each makes the same ``k``. Modules that run one behind the other never look
     like this.
     """
-    if type(module).forward is nn.Module.forward:  # a list
+    if forward_of(module) in (None, nn.Module.forward):  # a list
         return False
     return _grow(layer for _, layer in _layer_modules(module))
 

@@ -17,7 +17,7 @@ from fastdense.fusion.base import (
     is_traced,
     run_plain,
 )
-from fastdense.fusion.checks import CONVS, NORMS, SAMPLE_NORMS, NotFusible, check_no_hooks
+from fastdense.fusion.checks import CONVS, NORMS, SAMPLE_NORMS, NotFusible, check_no_hooks, forward_of
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, read_tail, run_block
 from fastdense.fusion.dense_layers import is_activation, read_block
 from fastdense.fusion.dual_path import FusedDualPathBlock, plan_stages, run_stages
@@ -117,12 +117,12 @@ def _check_own_code(sequence: nn.Module) -> None:
 def _row(modules: list[nn.Module], at: int) -> tuple[nn.Module, ...]:
     """The modules that may run as one, the last of which may be what ends them; none for what runs by itself."""
     first = modules[at]
-    forward = type(first).forward
+    forward = forward_of(first)
     end = at + 1
     if forward in (FusedDenseBlock.forward, FusedInferredBlock.forward):
         end += 1
     elif forward in (FusedDualPathBlock.forward, FusedSRDenseBlock.forward):
-        while end < len(modules) and type(modules[end]).forward is forward:
+        while end < len(modules) and forward_of(modules[end]) is forward:
             end += 1
     elif isinstance(first, (*NORMS, *SAMPLE_NORMS)):
         while end < at + 3 and end < len(modules) and (type(modules[end]) in POOLS or is_activation(modules[end])):

@@ -52,7 +52,9 @@ def run_shared(module: nn.Module, read: Callable[[nn.Module], Block], input: Any
     """The forward of such a block, whose layers ``read`` finds."""
     if wrapped := find_wrapped(input):
         return torch.overrides.handle_torch_function(run_shared, wrapped, module, read, input)
-    if torch.compiler.is_compiling() or is_traced(input) or input.is_inference() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or is_traced(input) or not isinstance(input, torch.Tensor):
+        return run_plain(module, input)
+    if input.is_inference() or not torch.is_grad_enabled():
         return run_plain(module, input)
     try:
         check_no_transforms()

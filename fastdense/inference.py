@@ -33,7 +33,8 @@ def freeze(model: Model) -> Model:
 
     What torch sees of a change thaws a block at its next call, which then runs as before ``freeze``: ``model.train()``,
     ``load_state_dict``, a step of an optimizer, moving or casting, hooks. Writes through ``.data``, ``.numpy()`` or to
-    parameters made under :class:`torch.inference_mode` leave no trace: call :func:`thaw` first, or ``freeze`` again.
+    parameters made under :class:`torch.inference_mode` leave no trace, nor do those of ``torch.distributed``, such as
+    ``broadcast``: call :func:`thaw` first, or ``freeze`` again.
     Copies, pickles and ``state_dict`` do not have the packed weights. Threads share them.
 
     Args:
@@ -76,7 +77,7 @@ def freeze(model: Model) -> Model:
     thaw(model)
     for freezer, frozen in made:
         if freezer is not None:
-            freezer.kept = frozen
+            freezer.freeze(frozen)
     return model
 
 

@@ -44,7 +44,23 @@ def test_info(capsys):
         (["bench", "--model", "nope"], "expected --model to be one of"),
         (["bench", "--batch", "0"], "expected --batch to be at least 1"),
         (["bench", "--sweep", "depth", "--depths", "41"], "6 n \\+ 4"),
+        (["bench", "--depth", "40"], "bench: expected --depth with --model densenet_cifar, got densenet121"),
+        (["plan", "--growth-rate", "24"], "plan: expected --growth-rate with --model densenet_cifar, got densenet121"),
+        (["plan", "--model", "rrdbnet"], "plan: expected --model to be one of densenet121"),
+        (["plan", "--model", "resnet_cifar"], "plan: expected --model to be one of densenet121"),
+        (["plan", "--plot", "x.foo"], "--plot to end in .png, .svg, .pdf, got x.foo"),
+        (["plan", "--budget", "150%"], "budget to be at most 100% of the device's memory, got '150%'"),
         (["train", "--model", "nope"], "expected --model to be one of"),
+        (
+            ["train", "--model", "resnet_cifar", "--depth", "20"],
+            "expected --depth with --model densenet_cifar, got resnet_cifar; --set depth=20 is for other models",
+        ),
+        (["train", "--set", "depth=abc"], "densenet_cifar: expected depth to be a positive integer, got 'abc'"),
+        (
+            ["train", "--model", "resnet_cifar", "--set", "depth=2.5"],
+            "expected depth to be a positive integer, got 2.5",
+        ),
+        (["train", "--model", "highway_mlp", "--set", "depth=x"], "expected depth to be a positive integer, got 'x'"),
         (["train", "--batch", "0"], "train: expected batch to be at least 1, got 0"),
         (["train", "--data", "no-such-folder"], "no-such-folder"),
         (
@@ -69,6 +85,14 @@ def test_bad_options_exit_with_2(option, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", *option])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["bench", "plan", "train", "selftest"])
+def test_a_device_that_is_not_there(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["--out", str(tmp_path)] if command == "train" else []
+    assert main([command, "--device", "cuda", *arguments]) == 2
+    assert "cuda" in capsys.readouterr().err
 
 
 def test_lists_of_numbers():

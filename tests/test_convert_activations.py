@@ -211,6 +211,29 @@ def test_layers_as_people_write_them(layer):
     assert fused_calls(fast, x) == [(3, "none")]
 
 
+class LimitedLayer(FunctionLayer):
+    function = staticmethod(F.relu6)
+
+
+class ClampedLayer(FunctionLayer):
+    function = staticmethod(lambda x: x.clamp(0, 6))
+
+
+@pytest.mark.parametrize("layer", [LimitedLayer, ClampedLayer])
+def test_functions_that_are_relu_of_small_numbers(layer):
+    plain = randomise(plain_sequence(3, layer)).double()
+    with torch.no_grad():
+        for module in plain.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.mul_(20)
+    plain = nn.Sequential(nn.Conv2d(3, 6, 1), plain).double()
+    fast = fastdense.convert(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 13, 11, dtype=torch.float64)
+    for mode in ("train", "eval"):
+        assert_same(step(getattr(fast, mode)(), x), step(getattr(plain, mode)(), x))
+    assert fused_calls(fast, x) == [(3, "none")]
+
+
 def plain_twin(module: nn.Module) -> nn.Module:
     return fastdense.restore(copy.deepcopy(module))
 
@@ -243,6 +266,11 @@ def test_activations_by_name():
         DenseBlock(2, 6, 4, act="rulu")
     with pytest.raises(ValueError, match=r"Transition: expected act to have arguments of gelu, got \{'slope': 1\}"):
         Transition(6, 4, act=("gelu", {"slope": 1}))
+    for act in (nn.GELU, nn.GELU(), ("leaky_relu", 0.1), None):
+        with pytest.raises(
+            ValueError, match="DenseLayer: expected act to be a name, or a name and a dict of arguments"
+        ):
+            DenseBlock(2, 6, 4, act=act)
 
 
 def test_compiled_nets_run_fused():

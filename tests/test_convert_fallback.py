@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import timm.layers
+import torch
 import torchvision.models.densenet as tv_densenet
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -357,6 +358,34 @@ def test_timm_blur_pool_in_a_transition_stays_plain():
         plain, fast = pair(timm_net, aa_layer=timm.layers.BlurPool2d, stem_type="deep", aa_stem_only=False)
         assert_same(step(fast, x), step(plain, x))
     assert fused_calls(fast, x) == [(2, "none"), (3, "norm_relu")]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("memory", ["balanced", "min"])
+def test_scripted_modules_beside_blocks_and_inside(memory):
+    def change(net):
+        net.features.relu0 = torch.jit.script(nn.Sigmoid())
+        net.features.pool0 = nn.Sequential(net.features.pool0, torch.jit.script(nn.Tanh()))
+        first_layer(net).relu2 = torch.jit.script(nn.ReLU())
+
+    with one_warning(f"{BLOCK} stays plain: denselayer1.relu2 is a RecursiveScriptModule"):
+        plain, fast = pair(memory=memory, change=change)
+    x = images()
+    assert_same(step(fast, x), step(plain, x))
+    assert fused_calls(fast, x) == [(0, "transition"), (3, "norm")]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripted_models_have_no_blocks():
+    with pytest.raises(ValueError, match=r"expected model to contain dense, .* got RecursiveScriptModule with none"):
+        fastdense.convert(torch.jit.script(torchvision_net()))
+
+
+@pytest.mark.parametrize("given", [None, [1, 2], 3.0, ()], ids=str)
+def test_what_is_no_tensor_raises_as_of_plain_modules(given):
+    for net in (torchvision_net(), fastdense.convert(torchvision_net())):
+        with fastdense_warnings(), pytest.raises(TypeError, match="expected Tensor as element 0 in argument 0"):
+            net.features.denseblock1(given)
 
 
 def test_warnings_of_convert_point_at_its_caller():

@@ -76,6 +76,24 @@ def test_layers_that_are_no_known_sequence_stay_plain():
     assert_same(step(fast, x), step(plain, x))
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_activations_in_place_of_what_others_read_run_plain(when, memory):
+    """Without a norm in between they change the features that the block hands on."""
+
+    def change(net: nn.Module) -> None:
+        for layer in net.features.denseblock1.children():
+            layer.layers.norm1, layer.layers.relu1 = nn.Identity(), nn.LeakyReLU(0.1, inplace=True)
+
+    with fastdense_warnings() as messages:
+        plain, fast = pair(monai_net, memory, change=change, when=when)
+        x = volume(3)
+        for mode in ("train", "eval"):
+            assert_same(step(getattr(fast, mode)(), x), step(getattr(plain, mode)(), x))
+    assert any("layers.relu1 works in place behind an Identity" in message for message in messages)
+    assert fused_calls(fast, x) == [(0, "transition"), *FUSED[1:]]
+
+
 def test_an_unused_dropout_in_a_layer_is_not_taken_for_its_own():
     import torchvision.models.densenet as tv_densenet
 

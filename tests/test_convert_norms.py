@@ -126,6 +126,27 @@ def test_no_norms():
         assert fused_calls(fast, x) == FUSED
 
 
+class Skipping(nn.Module):
+    """Reads what the transition reads as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.transition = Transition(8, 4)
+        self.transition.norm, self.transition.relu = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = x * 1
+        return torch.cat([self.transition(x).flatten(1), x.flatten(1)], 1)
+
+
+def test_transitions_in_place_of_what_others_read():
+    fast = Skipping().double()
+    plain = fastdense.restore(copy.deepcopy(fast))
+    x = torch.randn(2, 8, 6, 5, dtype=torch.float64)
+    with one_warning("Transition runs as plain modules: relu works in place behind an Identity"):
+        assert_same(step(fast, x), step(plain, x))
+
+
 def test_instance_norms_beside_none():
     def change(net):
         with_norms(net, MAKERS["instance"])
@@ -185,6 +206,51 @@ def test_an_empty_batch_does_what_plain_modules_do():
     x = images()[:0]
     with fastdense_warnings():
         assert fast(x).shape == plain(x).shape
+
+
+def of_another_size(net):
+    """Torch runs it, with a warning, as it has neither weights nor statistics."""
+    with_norms(net, nn.InstanceNorm2d)
+    first_layer(net).norm2 = nn.InstanceNorm2d(3)
+    net.features.transition1.norm = nn.InstanceNorm2d(2)
+
+
+def of_another_size_at_the_end(net):
+    with_norms(net, nn.InstanceNorm2d)
+    net.features.norm5 = nn.InstanceNorm2d(2)
+
+
+@pytest.mark.filterwarnings("ignore:input's size at dim=1 does not match num_features")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (of_another_size, ["norm2 has num_features 3, and reads 24 channels", "norm has num_features 2, and reads 20"]),
+        (of_another_size_at_the_end, []),
+    ],
+)
+def test_instance_norms_of_another_size(change, said):
+    plain, fast = pair(change=change, when="after")
+    x = images()
+    with fastdense_warnings() as messages:
+        for mode in ("train", "eval"):
+            assert_same(step(getattr(fast, mode)(), x), step(getattr(plain, mode)(), x))
+    assert len(messages) >= len(said) and all(any(words in message for message in messages) for words in said)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda layer: setattr(layer, "norm1", nn.BatchNorm1d(8).double()), "expected 2D or 3D input"),
+        (lambda layer: setattr(layer, "norm2", nn.BatchNorm3d(24).double()), "expected 5D input"),
+        (lambda layer: setattr(layer, "norm2", nn.InstanceNorm1d(24)), "expected 2D or 3D input"),
+        (lambda layer: setattr(layer.norm1, "eps", 0.0), "eps must be positive"),
+        (lambda layer: setattr(layer.norm2, "eps", -1e-5), "eps must be positive"),
+    ],
+)
+def test_what_torch_refuses_is_refused(change, error):
+    for net in pair(change=lambda net: change(first_layer(net)), when="after"):
+        with fastdense_warnings(), pytest.raises(ValueError, match=error):
+            net(images())
 
 
 class NormLayer(SequenceLayer):
@@ -269,6 +335,9 @@ def test_norms_by_name():
         DenseBlock(2, 6, 4, norm="layer")
     with pytest.raises(ValueError, match=r"Transition: expected norm to have arguments of group, got \{'slope': 1\}"):
         Transition(6, 4, norm=("group", {"slope": 1}))
+    for norm in (nn.BatchNorm2d, ("group", 8), 8):
+        with pytest.raises(ValueError, match="DenseLayer: expected norm to be a name, or a name and a dict of argum"):
+            DenseBlock(2, 6, 4, norm=norm)
     with pytest.raises(ValueError, match="num_channels"):
         DenseBlock(2, 6, 4, norm=("group", {"num_groups": 4}))
 

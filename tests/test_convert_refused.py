@@ -84,6 +84,42 @@ class Scaled(Layer):
         return super().join(x, new * self.gamma)
 
 
+class Clipped(Layer):
+    """ReLU of a limited range: only large numbers tell."""
+
+    limit = 20.0
+
+    def forward(self, x):
+        out = self.conv1(F.relu(self.bn1(x)).clamp(max=self.limit))
+        return self.join(x, self.conv2(F.relu(self.bn2(out)).clamp(max=self.limit)))
+
+
+class ClippedFar(Clipped):
+    limit = 65504.0
+
+
+class ClippedSamples(Clipped):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.bn1, self.bn2 = nn.InstanceNorm2d(channels), nn.InstanceNorm2d(self.bn2.num_features)
+
+
+class ClippedInput(Layer):
+    def forward(self, x):
+        return self.join(x, super().forward(x.clamp(-30, 30))[:, -K:])
+
+
+class ClippedFeatures(Layer):
+    def join(self, x, new):
+        return super().join(x, new.clamp(-30, 30))
+
+
+class OtherSoftplus(Layer):
+    def forward(self, x):
+        out = self.conv1(F.softplus(self.bn1(x), 1, 10))
+        return self.join(x, self.conv2(F.softplus(self.bn2(out), 1, 10)))
+
+
 class PostActivation(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -119,6 +155,12 @@ PLAIN = {
     "mixed orders": (of(Skipping), NOT_RESULTS),
     "gradient stopped": (of(Detached), NOT_RESULTS),
     "other in eval": (of(EvalOnly), NOT_RESULTS),
+    "clipped": (of(Clipped), NOT_RESULTS),
+    "clipped far": (of(ClippedFar), NOT_RESULTS),
+    "clipped input": (of(ClippedInput), NOT_RESULTS),
+    "clipped features": (of(ClippedFeatures), NOT_RESULTS),
+    "clipped behind norms without weights": (of(ClippedSamples), NOT_RESULTS),
+    "softplus with another threshold": (of(OtherSoftplus), NOT_RESULTS),
     "dropout inside": (of(TwiceDropped), NOT_RESULTS),
     "dropout in eval": (of(AlwaysDropped), "its dropout has more than one rate, or is active in eval mode"),
     "random": (of(Rare), "its forward draws random numbers"),

@@ -175,6 +175,27 @@ def test_surgery_runs_plain_and_fused_again_once_taken_back(name):
     assert fused_calls(fast, x) == FUSED
 
 
+@pytest.mark.parametrize("memory", ["balanced", "recompute"])
+def test_sizes_as_one_number_are_those_of_all_axes(memory):
+    """As torch takes them, and as people write them into convolutions and pools that exist."""
+    plain, fast = pair(memory=memory)
+    for net in (plain, fast):
+        for module in net.modules():
+            names = ("stride", "padding", "dilation", "kernel_size") if isinstance(module, nn.Conv2d) else ()
+            for name in names:
+                setattr(module, name, getattr(module, name)[0])
+        net.features.transition1.pool.stride = (2,)
+        net.features.pool0.padding = (1,)
+    x = images()
+    assert_same(step(fast, x), step(plain, x))
+    assert fused_calls(fast.eval(), x) == FUSED
+    fast.train()
+    for net in (plain, fast):
+        first_layer(net).conv2.padding = first_layer(net).conv2.dilation = 2
+    with one_warning(BLOCK, "conv2 is Conv2d(kernel_size=3, stride=1, padding=2, dilation=2, groups=1"):
+        assert_same(step(fast, x), step(plain, x))
+
+
 def test_a_frozen_layer_stays_fused():
     plain, fast = pair()
     for net in (plain, fast):

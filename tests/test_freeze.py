@@ -4,6 +4,7 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -81,10 +82,10 @@ def test_gradients_are_those_of_the_weights():
     assert frozen_bytes(fast) > 0
 
 
-def _step(net: nn.Module) -> None:
+def _step(net: nn.Module, make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, **options: bool) -> None:
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
-    torch.optim.SGD(net.parameters(), 0.1).step()
+    make(net.parameters(), 0.1, **options).step()
 
 
 def _train_and_write(net: nn.Module) -> None:
@@ -124,6 +125,9 @@ def _write_a_weight(net: nn.Module) -> None:
 
 THAWS = {
     "a step": _step,
+    "a step, fused": partial(_step, fused=True),
+    "a step of Adam, fused": partial(_step, make=torch.optim.Adam, fused=True),
+    "a step of Adam, foreach": partial(_step, make=torch.optim.Adam, foreach=True),
     "training, and hidden writes in it": _train_and_write,
     "load_state_dict": _load,
     "load_state_dict(assign=True)": partial(_load, assign=True),
@@ -146,6 +150,15 @@ def test_a_change_is_seen_at_the_next_call(change):
     fastdense.freeze(fast)
     assert frozen_bytes(fast) == before
     same(plain, fast, x)
+
+
+def test_a_step_on_another_model_is_none_of_its_business():
+    """As of a student beside its frozen teacher."""
+    _, fast, _ = made()
+    _, other, _ = made()
+    bytes_before = frozen_bytes(fast)
+    _step(other, fused=True)
+    assert frozen_bytes(fast) == bytes_before > 0 == frozen_bytes(other)
 
 
 def test_other_types():

@@ -158,6 +158,14 @@ def test_gradients_of_each_sample(name):
     compare(lambda net: each(net, parameters_of(net), x), plain, fast)
 
 
+@pytest.mark.parametrize("name", [*BLOCKS, "timm"])
+def test_samples_without_gradients(name):
+    plain, fast, x = frozen_pair(name)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            compare(lambda net: vmap(net)(x[:, None]), plain, fast)
+
+
 @pytest.mark.parametrize("name", BLOCKS[:3])
 def test_ensembles_and_jacobians(name):
     plain, fast, x = frozen_pair(name)

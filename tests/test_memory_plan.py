@@ -172,12 +172,16 @@ def test_what_is_printed():
     "change, message",
     [
         ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 2.5}, "batch_size to be an integer of at least 1, got 2.5"),
         ({"budget": "eight"}, "budget"),
         ({"budget": -1}, "budget"),
         ({"budget": "0%"}, "budget"),
+        ({"budget": "101%"}, "budget to be at most 100% of the device's memory, got '101%'"),
+        ({"input_shape": 32}, r"input_shape to be \[channels, spatial\] of one image, got 32"),
         ({"input_shape": (3, 0, 32)}, "input_shape"),
         ({"input_shape": ()}, "input_shape"),
         ({"optimizer_state": -1.0}, "optimizer_state"),
+        ({"optimizer_state": "adam"}, "optimizer_state to be a number of at least 0, got 'adam'"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -185,6 +189,14 @@ def test_bad_arguments(change, message):
     arguments = {"input_shape": shape, "batch_size": 2, "budget": "1GiB"} | change
     with pytest.raises(ValueError, match=message):
         plan_memory(model, arguments.pop("input_shape"), **arguments)
+
+
+def test_what_cannot_be_trained_has_no_plan():
+    model, shape = made("DenseNet-BC")
+    with pytest.raises(TypeError, match="expected loss to be a function of the model's output, got 3"):
+        plan_memory(model, shape, batch_size=2, budget="1GiB", loss=3)
+    with pytest.raises(ValueError, match="expected model to have parameters that require grad, got none"):
+        largest_batch(model.requires_grad_(False), shape, budget="1GiB")
 
 
 def test_plans_are_of_the_model_as_it_is():

@@ -64,5 +64,11 @@ def test_reasons_of_this_moment():
     assert runs(report(net))[0] == ("features.denseblock1", "fused")
 
 
+@pytest.mark.parametrize("shape", [64, (), (3, 64.0, 64), (3, -64, 64), "3x64x64"], ids=str)
+def test_shapes_that_are_none(shape):
+    with pytest.raises(ValueError, match=r"report: expected input_shape to be \[channels, spatial\] of one image, got"):
+        report(torchvision_net(), shape)
+
+
 def test_example():
     assert doctest.testmod(fastdense.fusion.report, optionflags=doctest.ELLIPSIS).failed == 0

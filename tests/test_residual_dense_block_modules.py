@@ -193,6 +193,15 @@ def test_blocks_of_other_libraries(make, recwarn):
     assert not recwarn.list
 
 
+def test_a_factor_of_many_digits(recwarn):
+    block, x = BasicBlock(1 / 3).double(), torch.randn(1, 6, 5, 5, dtype=torch.float64)
+    expected = block(x)
+    model = fastdense.convert(nn.ModuleList([block]))
+    assert fastdense.report(model).rows[0].runs == "fused"
+    torch.testing.assert_close(model[0](x), expected, rtol=1e-11, atol=1e-11)
+    assert not recwarn.list
+
+
 def test_a_factor_that_changes_after_conversion_is_seen(recwarn):
     block, x = BasicBlock().double(), torch.randn(1, 6, 5, 5, dtype=torch.float64)
     model = fastdense.convert(nn.ModuleList([block]))
@@ -225,6 +234,21 @@ class Dropping(BasicBlock):
         return super().forward(nn.functional.dropout(x, 0.5, self.training))
 
 
+class Clipped(BasicBlock):
+    """Its activation differs from a LeakyReLU for large numbers alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.lrelu = nn.Sequential(self.lrelu, nn.Hardtanh(-40, 40))
+
+
+class Detached(BasicBlock):
+    """The numbers of a residual dense block, but other gradients."""
+
+    def forward(self, x):
+        return super().forward(x) + x - x.detach()
+
+
 class TwoInputs(BasicBlock):
     def forward(self, x, y):
         return super().forward(x) + y
@@ -235,6 +259,8 @@ class TwoInputs(BasicBlock):
     [
         (Attention, "its results differ from those of a residual dense block"),
         (Dropping, "its forward draws random numbers"),
+        (Clipped, "its results differ from those of a residual dense block"),
+        (Detached, "its results differ from those of a residual dense block"),
         (TwoInputs, "it fails when called with one tensor: .*missing 1 required positional argument"),
     ],
 )

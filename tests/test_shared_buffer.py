@@ -244,6 +244,22 @@ def test_other_modules_before_the_backward_pass_raise(change):
         out.sum().backward()
 
 
+FACTOR = 1.0
+
+
+class OfAGlobal(Layer):
+    def forward(self, x):
+        return super().forward(x) * FACTOR
+
+
+def test_another_global_variable_before_the_backward_pass_raises(monkeypatch):
+    _, fast = pair(layer=OfAGlobal)
+    out = fast(images())
+    monkeypatch.setattr(f"{__name__}.FACTOR", 2.0)
+    with pytest.raises(RuntimeError, match=r"a variable that the code of a .*Block reads has changed since"):
+        out.sum().backward()
+
+
 def test_an_output_that_is_changed_in_place_raises():
     _, fast = pair()
     out = fast(images())

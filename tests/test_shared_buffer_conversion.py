@@ -69,6 +69,15 @@ class Twice(Block):
         return x
 
 
+class Clipped(Block):
+    """What it does between layers shows where numbers are large."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1).clamp(-50, 50)
+        return x
+
+
 PLAIN = {
     "captured": (lambda: Block(Captured), "it reads a tensor that requires grad and is none of its parameters"),
     "hidden": (lambda: Block(Hidden), "has modules or parameters that are not registered"),
@@ -76,6 +85,7 @@ PLAIN = {
     "python's random": (lambda: Block(PythonsRandom), "its forward draws random numbers"),
     "counting": (lambda: Block(Counting), "its forward changes its attributes"),
     "reversed": (Reversed, "its results differ from those of layers that each read all features before them"),
+    "clipped": (Clipped, "its results differ from those of layers that each read all features before them"),
     "twice": (Twice, "its forward does not call each layer once, in order"),
 }
 

@@ -143,11 +143,17 @@ def test_blocks_of_other_libraries_are_found(slope, recwarn):
     assert not recwarn.list
 
 
-def test_what_computes_something_else_stays_plain():
-    model = nn.ModuleList([WithoutInput(5)])
+class Clipped(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-40, 40)
+
+
+@pytest.mark.parametrize("make", [WithoutInput, Clipped])
+def test_what_computes_something_else_stays_plain(make):
+    model = nn.ModuleList([make(5)])
     with pytest.warns(
         UserWarning,
         match="0 stays plain: its results differ from its input, concatenated with the features of its layers",
     ):
         fastdense.convert(model)
-    assert type(model[0]) is WithoutInput
+    assert type(model[0]) is make

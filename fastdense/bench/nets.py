@@ -135,7 +135,8 @@ PLAIN_LAYOUTS = ("plain", "plain-channels-last")
 
 def known_nets() -> list[str]:
     """Names that `plain_model` accepts."""
-    return sorted({*_TORCHVISION, *_TIMM, *_MORE_BLOCKS, "densenet_cifar", *models.list()})
+    own = [name for name in models.list() if not models.is_super_resolution(name)]
+    return sorted({*_TORCHVISION, *_TIMM, *_MORE_BLOCKS, "densenet_cifar", *own})
 
 
 def plain_model(net: Net, *, memory_efficient: bool = False) -> nn.Module:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fastdense._choices import DEVICES, DTYPES
-from fastdense._support import extra
+from fastdense._support import InputError, extra
 
 # What commands on pictures say of files, in their help.
 FILES = """Pictures are turned upright. Types of samples (8 and 16 bits, 32-bit and floating-point TIFF), alpha, frames,
@@ -41,6 +41,16 @@ def add_model(parser: argparse.ArgumentParser, default: str | None, shown: str, 
     model.add_argument(
         "--growth-rate", type=int, default=12, metavar="K", help="channels a layer adds, densenet_cifar (default: 12)"
     )
+    parser.set_defaults(of_cifar={"depth": depth, "growth_rate": 12})
+
+
+def check_of_cifar(command: str, options: argparse.Namespace, hint: str = "") -> None:
+    """Raises InputError where another model is to have a depth or growth rate that only densenet_cifar takes so."""
+    for name, default in options.of_cifar.items():
+        given = getattr(options, name)
+        if options.model != "densenet_cifar" and given != default:
+            option = name.replace("_", "-")
+            raise InputError(f"{command}: expected --{option} with --model densenet_cifar, got {options.model}{hint}")
 
 
 def add_classifier(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from fastdense._choices import (
     SWEEP_VARIANTS,
 )
 from fastdense._support import InputError, Interrupted, check_output, write_json
-from fastdense.cli.arguments import Commands, add_command, add_machine, add_model, names, numbers
+from fastdense.cli.arguments import Commands, add_command, add_machine, add_model, check_of_cifar, names, numbers
 from fastdense.cli.terminal import console, progress
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
 
     if options.model not in known_nets():
         raise InputError(f"bench: expected --model to be one of {', '.join(known_nets())}, got {options.model!r}")
+    check_of_cifar("bench", options)
     net = Net(options.model, options.depth, options.growth_rate)
     variants = options.variants or compared(options.model, options.mode)
     variants += tuple(name for name in options.against or () if name not in variants)

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastdense._support import InputError
-from fastdense.cli.arguments import Commands, add_command, add_machine, add_model
+from fastdense._support import InputError, check_output
+from fastdense.cli.arguments import Commands, add_command, add_machine, add_model, check_of_cifar
 
 HELP = """Fit a training step into a budget of memory, in the least time.
 
@@ -61,9 +61,18 @@ def run(options: argparse.Namespace) -> int:
     from fastdense.bench import Net
     from fastdense.bench.nets import known_nets, plain_model
     from fastdense.memory.plan import InsufficientMemory, largest_batch, memory_front, plan_memory
+    from fastdense.models import memory_modes
 
-    if options.model not in known_nets():
-        raise InputError(f"plan: expected --model to be one of {', '.join(known_nets())}, got {options.model!r}")
+    known = [name for name in known_nets() if memory_modes(name)]
+    if options.model not in known:
+        raise InputError(f"plan: expected --model to be one of {', '.join(known)}, got {options.model!r}")
+    check_of_cifar("plan", options)
+    if options.growth_rate < 1:
+        raise InputError(f"plan: expected --growth-rate to be at least 1, got {options.growth_rate}")
+    if options.plot is not None:
+        check_output("plan: expected --plot", options.plot, (".png", ".svg", ".pdf"))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("plan: device 'cuda' is not available; use --device cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastdense._choices import AUGMENTATIONS, SCHEDULES, TRAIN_MEMORY
 from fastdense._support import InputError
-from fastdense.cli.arguments import Commands, add_command, add_machine, add_model, assignment
+from fastdense.cli.arguments import Commands, add_command, add_machine, add_model, assignment, check_of_cifar
 
 HELP = """Train a model on pictures or digits.
 
@@ -114,6 +114,7 @@ def _classify(options: argparse.Namespace) -> int:
     if options.model not in models.list():
         known = ", ".join(models.list())
         raise InputError(f"train: expected --model to be one of {known}, got {options.model!r}")
+    check_of_cifar("train", options, "; --set depth=20 is for other models")
     config = TrainConfig(
         model=options.model,
         model_kwargs=model_kwargs(options),

@@ -153,7 +153,9 @@ def gives_contiguous(input: Any) -> bool:
 
     Operators put channels innermost: a contiguous result costs a copy, made before running statistics move.
     """
-    first = input[0] if isinstance(input, tuple) else input
+    first = input[0] if isinstance(input, tuple) and input else input
+    if not isinstance(first, Tensor):
+        raise NotFusible(f"it is given a {type(first).__name__}, not a tensor")
     return first.dim() < 4 or first.stride(1) != 1 or first.is_contiguous()
 
 

@@ -116,6 +116,11 @@ def _own_methods(module: nn.Module) -> list[str]:
     return [name for name in state if isinstance(getattr(kind, name, None), types.FunctionType | property)]
 
 
+def forward_of(module: nn.Module) -> Any:
+    """The forward of a module's class; None of TorchScript's, whose classes have none to ask for."""
+    return None if isinstance(module, torch.jit.ScriptModule) else type(module).forward
+
+
 def is_known_class(module: nn.Module, known: tuple[tuple[str, str], ...]) -> bool:
     """Whether ``module`` is of a known class, or of a subclass that leaves its methods alone."""
     for base in type(module).__mro__:
@@ -157,23 +162,38 @@ def check_conv(
     if type(conv) not in CONVS:
         raise NotFusible(f"{name} is a {class_name(conv)}, not a Conv1d, Conv2d or Conv3d")
     check_no_hooks(conv, name)
+    kernels = list(conv.weight.shape[2:])
+    dims = len(kernels)
     plain = (
         (conv.bias is None or bias)
         and (conv.groups == 1 or grouped)
-        and all(s == stride for s in conv.stride)
-        and all(d == 1 for d in conv.dilation)
+        and all(s == stride for s in per_axis(conv.stride, dims))
+        and all(d == 1 for d in per_axis(conv.dilation, dims))
         and conv.padding_mode == "zeros"
-        and all(k % 2 == 1 and (kernel is None or k == kernel) for k in conv.kernel_size)
+        and all(k % 2 == 1 and (kernel is None or k == kernel) for k in kernels)
         and (
             conv.padding == "same" and stride == 1
             if isinstance(conv.padding, str)
-            else all(p == k // 2 for p, k in zip(conv.padding, conv.kernel_size, strict=True))
+            else per_axis(conv.padding, dims) == [k // 2 for k in kernels]
         )
     )
     if not plain:
         wanted = ("" if bias else "no bias, ") + f"stride {stride}, " + ("" if grouped else "groups 1, ")
-        raise NotFusible(f"{name} is {conv}: expected {wanted}'same' zero padding")
+        raise NotFusible(f"{name} is {_settings(conv)}: expected {wanted}'same' zero padding")
     return conv
+
+
+def _settings(conv: Any) -> str:
+    """What torch prints, which it cannot where a size is one number."""
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    values = ", ".join(f"{name}={getattr(conv, name)!r}" for name in names)
+    return f"{class_name(conv)}({values}, bias={conv.bias is not None})"
+
+
+def per_axis(size: Any, dims: int) -> list[int]:
+    """A size of a convolution or pool for each axis: torch takes one number for all of them as well."""
+    sizes = [size] if isinstance(size, int) else list(size)
+    return sizes * dims if len(sizes) == 1 else sizes
 
 
 def fused_activation(norm: nn.Module) -> nn.Module | None:
@@ -205,7 +225,13 @@ def check_norm(norm: Any, name: str, *, any_activation: bool = False) -> Any:
     counter = norm.num_batches_tracked
     if norm.running_mean is not None and (counter is None or counter.dtype is not torch.int64):
         raise NotFusible(f"{name} has running statistics without a num_batches_tracked of type int64")
+    _check_eps(norm, name)
     return norm
+
+
+def _check_eps(norm: Any, name: str) -> None:
+    if not norm.eps > 0:
+        raise NotFusible(f"{name} has eps {norm.eps}, expected a number above 0")
 
 
 def check_dense_norm(norm: Any, name: str, *, any_activation: bool = True) -> Any:
@@ -215,7 +241,20 @@ def check_dense_norm(norm: Any, name: str, *, any_activation: bool = True) -> An
     check_no_hooks(norm, name)
     if type(norm) in INSTANCE_NORMS and norm.track_running_stats != (norm.running_mean is not None):
         raise NotFusible(f"{name} has a track_running_stats that does not tell whether it has running statistics")
+    _check_eps(norm, name)
     return norm
+
+
+def check_fits(norm: Any, name: str, channels: int, dims: int) -> None:
+    """Raises NotFusible for a norm of other dimensions, which torch refuses, or of other channels than it reads.
+
+    An instance norm without weights runs on any number of channels, with a warning by torch.
+    """
+    for own, kinds in enumerate(zip(NORMS[:3], INSTANCE_NORMS, strict=True), 1):
+        if isinstance(norm, kinds) and own != dims:
+            raise NotFusible(f"{name} is a {class_name(norm)} in front of a convolution of {dims} dimensions")
+    if type(norm) in INSTANCE_NORMS and norm.num_features != channels:
+        raise NotFusible(f"{name} has num_features {norm.num_features}, and reads {channels} channels")
 
 
 def check_norm_relu(module: nn.Module, norm: str, relu: str, where: str) -> Any:

@@ -9,7 +9,15 @@ from torch import nn
 
 from fastdense._choices import DUAL_PATH_MEMORY_MODES, MEMORY_MODES, SHARED_BUFFER_MODES, DualPathMemoryMode
 from fastdense.fusion.base import FusedModule, fused_class
-from fastdense.fusion.checks import NORMS, NotFusible, NotFusibleInTraining, check_methods, check_module, is_known_class
+from fastdense.fusion.checks import (
+    NORMS,
+    NotFusible,
+    NotFusibleInTraining,
+    check_methods,
+    check_module,
+    forward_of,
+    is_known_class,
+)
 from fastdense.fusion.dense_block import FusedDenseBlock, FusedTransition, RecomputedTransition
 from fastdense.fusion.dense_layers import BLOCKS, is_transition, read_block, read_transition
 from fastdense.fusion.dual_path import FusedDualPathBlock
@@ -83,7 +91,7 @@ def convert(model: Model, *, memory: DualPathMemoryMode = "balanced") -> Model:
     """
     check_module("convert", model)
     for module in model.modules():
-        if type(module).forward is SharedBuffer.forward:  # which another mode, or an edit, may have made another kind
+        if forward_of(module) is SharedBuffer.forward:  # which another mode, or an edit, may have made another kind
             module.__class__ = plain_class(type(module))
     found = find(model)
     if not any(kind.is_block for _, _, kind in found):

@@ -20,10 +20,11 @@ from fastdense.fusion.batch_statistics import (
     update_norms,
 )
 from fastdense.fusion.channel_order import PrependedFeatures, check_groups
-from fastdense.fusion.checks import INSTANCE_NORMS, NotFusible, check_no_global_hooks
+from fastdense.fusion.checks import INSTANCE_NORMS, NotFusible, check_fits, check_no_global_hooks, forward_of
 from fastdense.fusion.dense_layers import (
     Layer,
     Tail,
+    check_leaves_input,
     check_one_kind,
     draw_factors,
     layer_weights,
@@ -89,6 +90,8 @@ def plan_block(
                 next_offset += layer.conv2.weight.shape[1]
     if tail is not None:
         norms.append((tail.norm, 0))
+        if layers:
+            check_fits(tail.norm, "the norm behind it", channels, layers[0].conv2.weight.dim() - 2)
         if order is not None:
             check_groups([tail.norm])
     norms = [(norm, offset) for norm, offset in norms if type(norm) is not nn.Identity]
@@ -229,6 +232,7 @@ class FusedTransition(FusedModule):
 
 
 def _plan_transition(transition: nn.Module) -> BlockPlan:
+    check_leaves_input(transition, "norm", "relu", "")
     return plan_block([], read_transition(transition))
 
 
@@ -247,6 +251,6 @@ def _run_recomputed(modules: Sequence[Any], memory: MemoryMode, contiguous: bool
 def read_tail(behind: nn.Module) -> Tail:
     """The tail that a module makes of the block in front of it."""
     check_no_global_hooks()
-    if type(behind).forward is FusedTransition.forward:
+    if forward_of(behind) is FusedTransition.forward:
         return read_transition(behind)
     return read_last_norm(behind)

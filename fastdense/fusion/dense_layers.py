@@ -14,12 +14,14 @@ from fastdense.fusion.checks import (
     NotFusibleInTraining,
     check_conv,
     check_dense_norm,
+    check_fits,
     check_no_global_hooks,
     check_no_hooks,
     child,
     class_name,
     fused_activation,
     is_known_class,
+    per_axis,
 )
 from fastdense.ops import Activation, LayerWeights, NormWeights, TailWeights
 from fastdense.plain.stochastic_depth import StochasticDepth
@@ -174,6 +176,7 @@ def read_layer(module: Any, name: str) -> Layer:
         if type(module) is not nn.Sequential or list(module._modules)[:6] != known:
             raise NotFusible(f"{name}.layers is not a sequence of {', '.join(known)}")
         known = [*known, "dropout"]
+        check_leaves_input(module, "norm1", "relu1", where)
     children = {key for key, value in module.__dict__["_modules"].items() if value is not None}
     depth = read_stochastic_depth(module, where)
     unknown = children - set(known) - ({"stochastic_depth"} if depth is not None else set())
@@ -185,7 +188,26 @@ def read_layer(module: Any, name: str) -> Layer:
         conv1 = check_conv(child(module, "conv1"), f"{where}conv1", 1, bias=True)
         norm2, act2 = _read_norm(module, "norm2", "relu2", where)
     conv2 = check_conv(child(module, "conv2"), f"{where}conv2", None, bias=True)
-    return Layer(norm1, conv1, norm2, conv2, _drop_rate(module, where), depth, act1, act2)
+    layer = Layer(norm1, conv1, norm2, conv2, _drop_rate(module, where), depth, act1, act2)
+    check_norms_fit(layer, f"{where}norm1", f"{where}norm2")
+    return layer
+
+
+def check_norms_fit(layer: Layer, norm1: str, norm2: str) -> None:
+    """Raises NotFusible where norms, of the given names, do not fit the convolutions that read them."""
+    _check_in_front(layer.norm1, norm1, layer.conv1 or layer.conv2)
+    if layer.norm2 is not None:
+        _check_in_front(layer.norm2, norm2, layer.conv2)
+
+
+def _check_in_front(norm: Any, name: str, conv: nn.Conv2d) -> None:
+    check_fits(norm, name, conv.weight.shape[1], conv.weight.dim() - 2)
+
+
+def check_leaves_input(module: nn.Module, norm: str, act: str, where: str) -> None:
+    """Raises NotFusible where an activation in place changes what the module was given, as no norm copies it."""
+    if type(child(module, norm)) is nn.Identity and getattr(child(module, act), "inplace", False):
+        raise NotFusible(f"{where}{act} works in place behind an Identity, and so on what others read")
 
 
 def _read_norm(module: nn.Module, norm: str, act: str, where: str) -> tuple[Any, Activation]:
@@ -266,13 +288,13 @@ def read_transition(module: nn.Module) -> Tail:
         raise NotFusible(f"its modules are {', '.join(module._modules)}: expected norm, relu, conv, pool")
     norm, act = _read_norm(module, "norm", "relu", "")
     conv = check_conv(child(module, "conv"), "conv", 1, bias=True)
+    _check_in_front(norm, "norm", conv)
     pool: Any = child(module, "pool")
     if type(pool) not in _POOLS:
         raise NotFusible(f"pool is a {type(pool).__name__}, not an average pool")
     check_no_hooks(pool, "pool")
-    kernel, stride, padding = (
-        {size} if isinstance(size, int) else set(size) for size in (pool.kernel_size, pool.stride, pool.padding)
-    )
+    dims = _POOLS.index(type(pool)) + 1
+    kernel, stride, padding = (set(per_axis(size, dims)) for size in (pool.kernel_size, pool.stride, pool.padding))
     if not (kernel == stride == {2} and padding == {0}) or pool.ceil_mode:
         raise NotFusible(f"pool is {pool}: expected kernel and stride 2 without padding")
     if getattr(pool, "divisor_override", None) is not None:

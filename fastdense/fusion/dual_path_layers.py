@@ -10,6 +10,7 @@ from torch import nn
 from fastdense.fusion.checks import (
     NotFusible,
     check_conv,
+    check_fits,
     check_no_global_hooks,
     check_no_hooks,
     check_norm_relu,
@@ -127,6 +128,7 @@ def _read_norm_conv(module: Any, name: str, kernel: int | None, *, stride: int =
     norm = _read_norm(module, name, _CONVOLUTIONS, {"bn", "conv"})
     inner: Any = child(module, name)
     conv = check_conv(child(inner, "conv"), f"{name}.conv", kernel, stride=stride, grouped=grouped)
+    check_fits(norm, f"{name}.bn", norm.num_features, conv.weight.dim() - 2)
     return NormConv(norm, (conv,))
 
 

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import types
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -170,6 +171,9 @@ class Step(NamedTuple):
         """Whether tensors are the same to nine digits of each one's norm."""
         return all(_near(a, b) for a, b in zip(self.tensors, other.tensors, strict=True))
 
+    def is_finite(self) -> bool:
+        return all(bool(t.isfinite().all()) for t in self.tensors if t is not None)
+
 
 def _near(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None or a.shape != b.shape:
@@ -177,7 +181,73 @@ def _near(a: Tensor | None, b: Tensor | None) -> bool:
     return bool((a.double() - b.double()).norm() <= 1e-9 * b.double().norm())
 
 
-def one_step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, watch: TorchDispatchMode) -> Step:
+class Situation(NamedTuple):
+    """A mode, and the factor of all parameters and of the input.
+
+    Some functions, such as relu6 and relu, or clamps of features, differ where numbers are large, and only there.
+    """
+
+    training: bool
+    factor: float = 1.0
+
+
+# Large numbers in training alone: in eval mode norms do not take them back, and they would grow from layer to layer.
+_SITUATIONS = (Situation(True), Situation(False), Situation(True, 2.0**3), Situation(True, 2.0**20))
+
+
+class Trial(NamedTuple):
+    """A copy, what it reads, and what watches each pass."""
+
+    twin: nn.Module
+    input: Tensor
+    watch: Callable[[], AbstractContextManager[Any]]
+
+    def steps(self, forward: Callable[[Tensor], Any]) -> dict[Situation, Step]:
+        """What ``forward`` makes in every situation that keeps its numbers finite."""
+        made = {}
+        for situation in _SITUATIONS:
+            step = self._step(forward, situation)
+            if situation.factor == 1 and not self._step(forward, situation).agrees(step):
+                raise NotFusible("its results differ from run to run")
+            if situation.factor == 1 or step.is_finite():
+                made[situation] = step
+        return made
+
+    def agrees(self, forward: Callable[[Tensor], Any], made: dict[Situation, Step]) -> bool:
+        """Whether ``forward`` makes the same."""
+        return all(self._step(forward, situation).agrees(step) for situation, step in made.items())
+
+    def _step(self, forward: Callable[[Tensor], Any], situation: Situation) -> Step:
+        """One pass; statistics and parameters are put back."""
+        self.twin.train(situation.training)
+        with _multiplied(self.twin, situation.factor):
+            return _one_step(self.twin, forward, self.input * situation.factor, self.watch())
+
+
+@contextlib.contextmanager
+def _multiplied(module: nn.Module, factor: float) -> Iterator[None]:
+    """Within it all parameters are multiplied by a power of two; norms that have no weight get it as their weight."""
+    if factor == 1:
+        yield
+        return
+    norms: list[Any] = [inner for inner in module.modules() if isinstance(inner, NORMS + SAMPLE_NORMS)]
+    bare = [norm for norm in norms if norm.weight is None]
+    parameters = list(module.parameters())
+    torch._foreach_mul_([p.data for p in parameters], factor)
+    for norm in bare:
+        channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+        norm.weight = nn.Parameter(torch.full([channels], factor, dtype=torch.float64))
+    try:
+        yield
+    finally:
+        for norm in bare:
+            norm.weight = None
+        torch._foreach_mul_([p.data for p in parameters], 1 / factor)
+
+
+def _one_step(
+    module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, watch: AbstractContextManager[Any]
+) -> Step:
     """One pass that ``watch`` sees; the statistics are put back."""
     before = [buffer.clone() for buffer in module.buffers()]
     x = x.clone().requires_grad_()
@@ -229,9 +299,9 @@ class NoRandomNumbers(TorchDispatchMode):
 class Dropouts(TorchFunctionMode):
     """Puts a known mask in the place of every dropout of single features, and collects their rates."""
 
-    def __init__(self) -> None:
+    def __init__(self, rates: set[float]) -> None:
         super().__init__()
-        self.rates: set[float] = set()
+        self.rates = rates
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not nn.functional.dropout:

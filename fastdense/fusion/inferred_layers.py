@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads dense blocks of unknown classes: inferred from the widths of their layers, then checked numerically."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,18 @@ from fastdense.fusion.checks import (
     check_no_global_hooks,
     check_no_hooks,
     class_name,
+    forward_of,
 )
-from fastdense.fusion.dense_layers import Layer, check_alike, is_activation, read_activation
+from fastdense.fusion.dense_layers import Layer, check_alike, check_norms_fit, is_activation, read_activation
 from fastdense.fusion.equivalence import (
     Dropouts,
     NoRandomNumbers,
-    Step,
+    Situation,
+    Trial,
     code_of,
     double_copy,
     isolated,
     masked,
-    one_step,
     plain_forward,
     random_input,
     tried,
@@ -127,7 +129,7 @@ def looks_like_dense_block(module: nn.Module) -> bool:
     layers or more but where the last one of each makes the same ``k``. Modules that run one behind the other never look
     like this.
     """
-    if type(module).forward is nn.Module.forward:  # a list
+    if forward_of(module) in (None, nn.Module.forward):  # a list
         return False
     return _grow(layer for _, layer in _layer_modules(module))
 
@@ -248,7 +250,9 @@ def _read_layer(found: list[tuple[str, nn.Module]], shared: list[tuple[str, nn.M
     # In the order of the norms, or one for both; the equivalence check decides.
     own = [(where, part) for where, part in found if _activates(part)]
     acts = [read_activation(part, where) for where, part in own or shared] or [Activation()]
-    return Layer(norm1, conv1, norm2, conv2, 0.0, None, acts[0], acts[-1])
+    layer = Layer(norm1, conv1, norm2, conv2, 0.0, None, acts[0], acts[-1])
+    check_norms_fit(layer, parts[0][0], parts[-2][0])
+    return layer
 
 
 def _activates(module: nn.Module) -> bool:
@@ -261,48 +265,40 @@ def _try_out(module: nn.Module) -> _Form:
         twin = double_copy(module)
         layers = _read_layers(twin)
         x = random_input(layers[0].conv2, (layers[0].conv1 or layers[0].conv2).in_channels)
-        forward = plain_forward(twin)
-        made, rates, before = [], [], code_of(twin)
-        for mode in (True, False):
-            twin.train(mode)
-            with Dropouts() as dropouts:
-                made.append(_step(twin, forward, x))
-                again = _step(twin, forward, x)
-            rates.append(dropouts.rates)
-            if not again.agrees(made[-1]):
-                raise NotFusible("its results differ from run to run")
+        rates: dict[bool, set[float]] = {True: set(), False: set()}
+        trial = Trial(twin, x, lambda: _watch(rates[twin.training]))
+        before = code_of(twin)
+        made = trial.steps(plain_forward(twin))
         if code_of(twin) != before:
             raise NotFusible("its forward changes its attributes")
-        if len(rates[0]) > 1 or rates[1]:
+        if len(rates[True]) > 1 or rates[False]:
             raise NotFusible("its dropout has more than one rate, or is active in eval mode")
+        drop_rate = max(rates[True], default=0.0)
         functions = [None] if any(_activates(inner) for inner in twin.modules()) else _FUNCTIONS
         for function, prepends_features in itertools.product(functions, (False, True)):
-            acting = _with_function(layers, function)
-            if all(
-                _step(twin.train(mode), _definition(acting, prepends_features, mode and bool(rates[0])), x).agrees(
-                    plain
-                )
-                for mode, plain in zip((True, False), made, strict=True)
-            ):
-                return _Form(prepends_features, max(rates[0], default=0.0), function, made[0].moves_twice)
+            form = _Form(prepends_features, drop_rate, function, made[Situation(True)].moves_twice)
+            if trial.agrees(_definition(twin, layers, form), made):
+                return form
     raise NotFusible(
         "its results differ from those of a dense block: norm, activation and convolution on all earlier features"
     )
 
 
-def _definition(layers: list[Layer], prepends_features: bool, dropped: bool) -> Callable[[Tensor], Tensor]:
+def _definition(twin: nn.Module, layers: list[Layer], form: _Form) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        for layer in layers:
+        for layer in _with_function(layers, form.function):
             new = activate(layer.norm1(x), layer.act1)
             if layer.conv1 is not None and layer.norm2 is not None:
                 new = activate(layer.norm2(layer.conv1(new)), layer.act2)
             new = layer.conv2(new)
-            new = masked(new) if dropped else new
-            x = torch.cat([new, x] if prepends_features else [x, new], 1)
+            new = masked(new) if form.drop_rate > 0 and twin.training else new
+            x = torch.cat([new, x] if form.prepends_features else [x, new], 1)
         return x
 
     return forward
 
 
-def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> Step:
-    return one_step(module, forward, x, NoRandomNumbers())
+@contextlib.contextmanager
+def _watch(rates: set[float]) -> Iterator[None]:
+    with Dropouts(rates), NoRandomNumbers():
+        yield

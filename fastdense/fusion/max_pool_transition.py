@@ -52,7 +52,7 @@ def looks_like_max_pool_transition(modules: Sequence[nn.Module]) -> bool:
     if not (isinstance(modules[1], nn.ReLU) or is_activation(modules[1])):
         return False
     conv: Any = modules[2]
-    return all(isinstance(m, k) for m, k in zip(modules[2:], kinds, strict=True)) and set(conv.kernel_size) == {1}
+    return all(isinstance(m, k) for m, k in zip(modules[2:], kinds, strict=True)) and conv.weight.shape[2:].numel() == 1
 
 
 def read_max_pool_transition(module: nn.Module) -> list[Any]:

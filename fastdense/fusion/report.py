@@ -12,7 +12,7 @@ from fastdense.fusion.checks import NotFusible, check_module
 from fastdense.fusion.convert import Pattern, find, forget_equivalence_checks, restore
 from fastdense.fusion.inferred_layers import count_layers
 from fastdense.fusion.plan.state import STATE, memory_of, state_of
-from fastdense.fusion.saved_memory import saved_bytes_per_image
+from fastdense.fusion.saved_memory import check_image_shape, saved_bytes_per_image
 from fastdense.fusion.shared_buffer.block import SharedBuffer
 from fastdense.fusion.shared_buffer.layers import about_shared_buffer
 
@@ -85,6 +85,7 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
 
     Raises:
         TypeError: if ``model`` is no module.
+        ValueError: an ``input_shape`` that is no shape.
 
     Example:
         >>> import fastdense
@@ -99,6 +100,8 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
         saved for backward, per image: ... MiB; by plain modules: ... MiB (ratio 0..., ... MiB less)
     """
     check_module("report", model)
+    if input_shape is not None:
+        input_shape = check_image_shape("report", input_shape)
     rows = [_row(name, module, kind) for name, module, kind in find(model)]
     forget_equivalence_checks(model)
     if input_shape is None:

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdense.fusion.checks import NotFusible, check_conv, check_no_global_hooks, check_no_hooks
-from fastdense.fusion.equivalence import NoRandomNumbers, double_copy, isolated, plain_forward, random_input, tried
+from fastdense.fusion.equivalence import (
+    NoRandomNumbers,
+    Situation,
+    Step,
+    Trial,
+    double_copy,
+    isolated,
+    plain_forward,
+    random_input,
+    tried,
+)
 from fastdense.fusion.plan.state import plain_class
 from fastdense.ops import ConvWeights
 from fastdense.plain.residual_dense_block import PlainResidualDenseBlock
@@ -104,7 +114,7 @@ def read_residual_block(module: nn.Module) -> ResidualLayers:
     its results. It is checked again when one of its numbers has changed.
     """
     convs = _convolutions(module)
-    kernel = 1 if tuple(convs[-1][1].kernel_size) == (1, 1) else 3
+    kernel = 1 if convs[-1][1].weight.shape[2:].numel() == 1 else 3
     weights = _read_weights(module, [3] * (len(convs) - 1) + [kernel])
     slope, scale = _factors(module)
     return ResidualLayers(weights[:-1], weights[-1], slope, scale)
@@ -147,58 +157,49 @@ def _slope(activation: Any) -> float:
     return float(getattr(activation, "negative_slope", 0.0))
 
 
-class _Equivalence(NamedTuple):
-    """What a copy of a module with random weights made of a random input, in training and in eval mode."""
+class _Tried(NamedTuple):
+    """A copy of a module with random weights, its convolutions, and what it made."""
 
+    trial: Trial
     convs: list[Any]
-    input: Tensor
-    results: list[Any]
+    made: dict[Situation, Step]
     slopes: Sequence[float]
 
 
-def _try_module(module: nn.Module) -> _Equivalence:
+def _try_module(module: nn.Module) -> _Tried:
     activations = (inner for inner in module.modules() if type(inner) in (nn.ReLU, nn.LeakyReLU))
     slopes = sorted({_slope(activation) for activation in activations}) or _SLOPES
     twin = double_copy(module)
     convs = [conv for _, conv in _convolutions(twin)]
-    x = random_input(convs[0], convs[0].in_channels)
-    forward = plain_forward(twin)
-    results = []
-    for mode in (True, False):
-        twin.train(mode)
-        with NoRandomNumbers():
-            out, again = forward(x.clone()), forward(x.clone())
-        if isinstance(out, Tensor) and not torch.equal(out, again):
-            raise NotFusible("its results differ from run to run")
-        results.append(out)
-    return _Equivalence(convs, x, results, slopes)
+    trial = Trial(twin, random_input(convs[0], convs[0].in_channels), NoRandomNumbers)
+    return _Tried(trial, convs, trial.steps(plain_forward(twin)), slopes)
 
 
 def _try_out(module: nn.Module) -> tuple[float, float]:
-    """Slope and factor with which the definition makes the module's results."""
-    with isolated(), torch.no_grad():
-        check = _try_module(module)
-        *layers, fusion = check.convs
-        for slope in check.slopes:
-            features = _grow(layers, check.input, slope)
-            fused = F.conv2d(features, fusion.weight, fusion.bias, padding=fusion.kernel_size[0] // 2)
-            scale = _factor(check.results, fused, check.input)
-            if scale is not None:
+    """Slope and factor with which the definition makes the module's results and gradients."""
+    with isolated():
+        trial, convs, made, slopes = _try_module(module)
+        x, found = trial.input, made[Situation(True)].tensors[0]
+        for slope in slopes:
+            with torch.no_grad():
+                scale = _factor(found, _fused(convs, x, slope), x)
+            if trial.agrees(lambda x: scale * _fused(convs, x, slope) + x, made):  # noqa: B023
                 return slope, scale
     raise NotFusible("its results differ from those of a residual dense block")
 
 
+def _fused(convs: list[Any], x: Tensor, slope: float) -> Tensor:
+    *layers, fusion = convs
+    return F.conv2d(_grow(layers, x, slope), fusion.weight, fusion.bias, padding=fusion.weight.shape[2] // 2)
+
+
 def _try_out_growing(module: nn.Module) -> float:
-    """The slope with which the definition makes the module's results."""
-    with isolated(), torch.no_grad():
-        check = _try_module(module)
-        channels = check.input.shape[1]
-        for slope in check.slopes:
-            expected = _grow(check.convs, check.input, slope, channels)
-            if all(
-                isinstance(out, Tensor) and out.shape == expected.shape and torch.allclose(out, expected, 1e-8, 1e-8)
-                for out in check.results
-            ):
+    """The slope with which the definition makes the module's results and gradients."""
+    with isolated():
+        trial, convs, made, slopes = _try_module(module)
+        channels = trial.input.shape[1]
+        for slope in slopes:
+            if trial.agrees(lambda x: _grow(convs, x, slope, channels), made):  # noqa: B023
                 return slope
     raise NotFusible("its results differ from its input, concatenated with the features of its layers")
 
@@ -213,11 +214,8 @@ def _grow(convs: list[Any], x: Tensor, slope: float, first: int = 0) -> Tensor:
     return features
 
 
-def _factor(found: list[Any], fused: Tensor, x: Tensor) -> float | None:
-    """The one factor with which every result is ``factor * fused + x``, to nine digits, or None."""
-    first = found[0]
-    if not isinstance(first, Tensor) or first.shape != x.shape:
-        return None
-    factor = round(float(((first - x) * fused).sum() / fused.square().sum()), 9)
-    same = all(torch.allclose(out, factor * fused + x, rtol=1e-8, atol=1e-8) for out in found)
-    return factor if same else None
+def _factor(found: Tensor | None, fused: Tensor, x: Tensor) -> float:
+    """The factor with which ``found`` is ``factor * fused + x``, if there is one."""
+    if found is None or found.shape != x.shape:
+        raise NotFusible("its output does not have the shape of its input")
+    return round(float(((found - x) * fused).sum() / fused.square().sum()), 12)

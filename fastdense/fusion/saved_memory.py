@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+def check_image_shape(op: str, shape: Any) -> tuple[int, ...]:
+    """The shape of one image as a tuple; raises ValueError for what is no such shape."""
+    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"{op}: expected input_shape to be [channels, spatial] of one image, got {shape!r}")
+    return sizes
+
+
 def saved_bytes_per_image(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Bytes saved for backward that grow with the batch, in eval mode: nothing is dropped at random.
 

@@ -8,8 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdense.fusion.base import FusedModule, fall_back, find_wrapped, gives_contiguous, is_traced, run_plain
-from fastdense.fusion.checks import CONVS, NORMS, SAMPLE_NORMS, NotFusible, check_no_hooks
+from fastdense.fusion.base import (
+    FusedModule,
+    check_no_transforms,
+    fall_back,
+    find_wrapped,
+    gives_contiguous,
+    is_traced,
+    run_plain,
+)
+from fastdense.fusion.checks import CONVS, NORMS, SAMPLE_NORMS, NotFusible, check_no_hooks, forward_of
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, read_tail, run_block
 from fastdense.fusion.dense_layers import is_activation, read_block
 from fastdense.fusion.dual_path import FusedDualPathBlock, plan_stages, run_stages
@@ -109,12 +117,12 @@ def _check_own_code(sequence: nn.Module) -> None:
 def _row(modules: list[nn.Module], at: int) -> tuple[nn.Module, ...]:
     """The modules that may run as one, the last of which may be what ends them; none for what runs by itself."""
     first = modules[at]
-    forward = type(first).forward
+    forward = forward_of(first)
     end = at + 1
     if forward in (FusedDenseBlock.forward, FusedInferredBlock.forward):
         end += 1
     elif forward in (FusedDualPathBlock.forward, FusedSRDenseBlock.forward):
-        while end < len(modules) and type(modules[end]).forward is forward:
+        while end < len(modules) and forward_of(modules[end]) is forward:
             end += 1
     elif isinstance(first, (*NORMS, *SAMPLE_NORMS)):
         while end < at + 3 and end < len(modules) and (type(modules[end]) in POOLS or is_activation(modules[end])):
@@ -141,6 +149,7 @@ def _is_in_front_of_stem(sequence: nn.Module, modules: list[nn.Module], at: int,
     if not behind or not isinstance(behind[0], NORMS) or behind[0].training or not (row := _row(modules, at + 1)):
         return False
     try:
+        check_no_transforms()
         check_no_hooks(conv, "it")
         end = at + 1 + _run_of(sequence, at + 1, row).modules
     except NotFusible:

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from fastdense.fusion.base import check_no_transforms, check_runs_here
 from fastdense.fusion.batch_statistics import group_name, process_group_of, read_update, update_norms
-from fastdense.fusion.checks import CONVS, SAMPLE_NORMS, NotFusible, check_no_hooks, check_norm, has_fused_relu
+from fastdense.fusion.checks import (
+    CONVS,
+    SAMPLE_NORMS,
+    NotFusible,
+    check_fits,
+    check_no_hooks,
+    check_norm,
+    has_fused_relu,
+    per_axis,
+)
 from fastdense.fusion.dense_layers import is_activation, norm_weights
 from fastdense.fusion.max_pool_transition import POOLS, check_unobserved, is_recomputable, run_recomputed
 from fastdense.ops import norm_relu_max_pool
@@ -72,6 +81,7 @@ def read_stem(modules: Sequence[nn.Module]) -> Stem:
             raise NotFusible("its norm moves running statistics of samples")
         return Stem(found, None)
     check_norm(found[0], "norm")
+    check_fits(found[0], "norm", found[0].num_features, POOLS.index(type(found[-1])) + 1)
     has_relu = len(found) == 2 or type(found[1]) is nn.ReLU
     return Stem(found, _pool_sizes(found[-1]) if has_relu else None)
 
@@ -101,7 +111,9 @@ def run_stem(stem: Stem, contiguous: bool, input: Tensor) -> Tensor:
         out, statistics = norm_relu_max_pool(input, weights, *stem.pool, process_group=group_name(group))
         count = count_pixels(input)
     else:
-        convolution = Convolution(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        dims = conv.weight.dim() - 2
+        stride, padding, dilation = (per_axis(size, dims) for size in (conv.stride, conv.padding, conv.dilation))
+        convolution = Convolution(conv.weight, conv.bias, stride, padding, dilation, conv.groups)
         out, statistics, count = conv_norm_relu_max_pool(
             input, convolution, weights, *stem.pool, process_group=group_name(group)
         )
@@ -124,8 +136,7 @@ def _pool_sizes(pool: Any) -> PoolSizes | None:
     if pool.ceil_mode or pool.return_indices:
         return None
     kernel_size, stride, padding, dilation = (
-        [size] * dims if isinstance(size, int) else list(size)
-        for size in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        per_axis(size, dims) for size in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     )
     if set(dilation) != {1} or math.prod(kernel_size) > MAX_WINDOW:
         return None

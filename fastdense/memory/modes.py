@@ -67,7 +67,7 @@ def set_memory(model: Model, memory: DualPathMemoryMode | Mapping[str, DualPathM
         ``model``.
 
     Raises:
-        TypeError: if ``model`` is no module.
+        TypeError: if ``model`` is no module, or ``memory`` neither a mode nor a mapping.
         ValueError: no fused blocks in the model; a name of no block; a mode that a block does not have. Nothing is
             changed then.
 
@@ -80,6 +80,8 @@ def set_memory(model: Model, memory: DualPathMemoryMode | Mapping[str, DualPathM
     blocks = fused_blocks(model)
     if not blocks:
         raise ValueError("set_memory: expected model to have fused blocks, got none; call fastdense.convert(model)")
+    if not isinstance(memory, str | Mapping):
+        raise TypeError(f"set_memory: expected memory to be a mode, or a dict of names and modes, got {memory!r}")
     modes = {"": memory} if isinstance(memory, str) else dict(memory)
     chosen: dict[str, str] = {}
     for name in sorted(modes, key=len):

@@ -127,7 +127,7 @@ def plan_memory(
         InsufficientMemory: if no modes fit; the message names the least budget and the largest batch that fit.
         ValueError: no fused blocks, a shape or a batch size or a budget that is none, blocks that run more than once
             in a step.
-        TypeError: if ``model`` is no module.
+        TypeError: if ``model`` is no module, or ``loss`` no function.
 
     Note:
         The steps draw random numbers, and the generators are put back behind them; do not draw in another thread
@@ -142,7 +142,7 @@ def plan_memory(
     """
     check_module("plan_memory", model)
     if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"plan_memory: expected batch_size to be at least 1, got {batch_size!r}")
+        raise ValueError(f"plan_memory: expected batch_size to be an integer of at least 1, got {batch_size!r}")
     return _Measured.of("plan_memory", model, input_shape, options).plan(batch_size, budget)
 
 

@@ -20,10 +20,12 @@ def read_budget(budget: int | float | str, device: torch.device) -> int:
     """Bytes of a number, of "8GiB", "500 MB" and the like, or of "80%" of the device's memory.
 
     Raises:
-        ValueError: what is none of these, or not above 0.
+        ValueError: what is none of these, not above 0, or above 100%.
     """
     written = _AMOUNT.fullmatch(str(budget)) if isinstance(budget, str) else None
     if written is not None and written[2] == "%":
+        if float(written[1]) > 100:
+            raise ValueError(f"expected budget to be at most 100% of the device's memory, got {budget!r}")
         amount = float(written[1]) / 100 * device_memory(device)
     elif written is not None and written[2].lower() in _UNITS:
         amount = float(written[1]) * _UNITS[written[2].lower()]

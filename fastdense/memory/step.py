@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
+from fastdense.fusion.saved_memory import check_image_shape
+
 Loss = Callable[[Any], Tensor]
 # Larger batches are not run, but follow from these two.
 BATCHES = (2, 8)
@@ -50,11 +52,13 @@ class StepSetting(NamedTuple):
     @classmethod
     def of(cls, op: str, model: nn.Module, input_shape: Sequence[int], options: StepOptions) -> "StepSetting":
         """Checks what was asked for; errors begin with ``op``."""
-        shape, optimizer_state = tuple(input_shape), options.get("optimizer_state", 1.0)
-        if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ValueError(f"{op}: expected input_shape to be [channels, spatial] of one image, got {input_shape!r}")
-        if not 0 <= optimizer_state < float("inf"):
-            raise ValueError(f"{op}: expected optimizer_state to be at least 0, got {optimizer_state!r}")
+        shape, optimizer_state = check_image_shape(op, input_shape), options.get("optimizer_state", 1.0)
+        if not isinstance(optimizer_state, int | float) or not 0 <= optimizer_state < float("inf"):
+            raise ValueError(f"{op}: expected optimizer_state to be a number of at least 0, got {optimizer_state!r}")
+        if options.get("loss") is not None and not callable(options["loss"]):
+            raise TypeError(f"{op}: expected loss to be a function of the model's output, got {options['loss']!r}")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"{op}: expected model to have parameters that require grad, got none")
         unknown = options.keys() - StepOptions.__annotations__.keys()
         if unknown:
             raise TypeError(f"{op}: expected options out of {', '.join(StepOptions.__annotations__)}, got {unknown}")

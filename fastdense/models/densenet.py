@@ -27,6 +27,7 @@ from fastdense.models.weights import (
 )
 from fastdense.nn import DenseBlock, DenseFeatures, Transition, linear_decay
 from fastdense.plain.activation import ActivationName, make_activation
+from fastdense.plain.arguments import check_positive
 from fastdense.plain.norm import NormName, make_norm
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -274,6 +275,7 @@ def densenet_cifar(
         769162
     """
     convolutions = 6 if bottleneck else 3
+    check_positive("densenet_cifar", depth=depth)
     if depth < 4 + convolutions or (depth - 4) % convolutions:
         raise ValueError(f"densenet_cifar: expected depth to be 4 plus a multiple of {convolutions}, got {depth!r}")
     in_channels = 2 * growth_rate if bottleneck else 16

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdense.models.recipe import keeps_recipe
 from fastdense.nn.highway import HighwayConv2d, HighwayLinear
+from fastdense.plain.arguments import check_positive
 from fastdense.plain.stochastic_depth import check_choice, check_probability
 
 
@@ -135,6 +136,7 @@ class HighwayMlp(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
+        check_positive("HighwayMlp", depth=depth)
         if depth < 2:
             raise ValueError(f"HighwayMlp: expected depth to be at least 2, got {depth!r}")
         check_choice("HighwayMlp", "activation", activation, ("relu", "tanh"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdense._choices import SurvivalMode, SurvivalScale
 from fastdense.models.recipe import keeps_recipe
+from fastdense.plain.arguments import check_positive
 from fastdense.plain.stochastic_depth import StochasticDepth, check_choice, linear_decay
 
 ShortcutKind = Literal["subsample", "average"]
@@ -141,6 +142,7 @@ class ResNet(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        check_positive("ResNet", depth=depth)
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"ResNet: expected depth to be 2 plus a positive multiple of 6, got {depth!r}")
         per_stage = (depth - 2) // 6

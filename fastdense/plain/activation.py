@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from fastdense.plain.arguments import name_and_arguments
+
 # A name, or a name and the arguments of its class, as MONAI writes it.
 ActivationName = str | tuple[str, Mapping[str, Any]]
 
@@ -37,8 +39,8 @@ def make_activation(op: str, act: ActivationName) -> nn.Module:
     Raises:
         ValueError: unknown names, arguments that the class does not take.
     """
-    name, arguments = (act, {}) if isinstance(act, str) else act
-    lower = str(name).lower()
+    name, arguments = name_and_arguments(op, "act", act)
+    lower = name.lower()
     lower = _OTHER_NAMES.get(lower, lower)
     if lower not in _CLASSES:
         raise ValueError(f"{op}: expected act to be one of {', '.join(_CLASSES)}, got {name!r}")

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from fastdense.plain.arguments import name_and_arguments
+
 # A name, or a name and the arguments of its class, as MONAI writes it.
 NormName = str | tuple[str, Mapping[str, Any]]
 
@@ -32,13 +34,13 @@ def make_norm(op: str, norm: NormName, channels: int, spatial_dims: int, **of_ba
     Raises:
         ValueError: unknown names, arguments that the class does not take, groups that do not divide the channels.
     """
-    name, given = (norm, {}) if isinstance(norm, str) else norm
+    name, given = name_and_arguments(op, "norm", norm)
     kinds: dict[str, Callable[..., nn.Module]] = {
         "batch": _BATCH[spatial_dims - 1],
         "instance": _INSTANCE[spatial_dims - 1],
         "group": _group,
     }
-    lower = str(name).lower()
+    lower = name.lower()
     if lower not in kinds:
         raise ValueError(f"{op}: expected norm to be one of {', '.join(kinds)}, got {name!r}")
     arguments = of_batch_norm if lower == "batch" else {k: v for k, v in of_batch_norm.items() if k == "eps"}

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import weakref
+from typing import Any, NamedTuple
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastdense._C import WeightVersions
 from fastdense.ops.dense_block import FlatBlock
@@ -34,6 +37,12 @@ class Freezer:
     def __init__(self) -> None:
         self.kept: FrozenWeights | None = None
 
+    def freeze(self, frozen: FrozenWeights) -> None:
+        """Keeps packed weights until something tells that they are not what they were."""
+        self.kept = frozen
+        _freezers.add(self)
+        _watch_optimizers()
+
     def packed(self, flat: FlatBlock, dtype: torch.dtype) -> PackedBlock | None:
         """The packed weights of a plan, in its type; None where anything is not what it was."""
         kept = self.kept
@@ -51,6 +60,24 @@ class Freezer:
         """Bytes of packed weights that are of use."""
         kept = self.kept
         return kept.nbytes if kept is not None and kept.versions.hold() else 0
+
+
+# Those that have frozen something.
+_freezers: weakref.WeakSet[Freezer] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Thaws what has parameters of the optimizer: fused ones write them without a new version."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for freezer in list(_freezers):
+        kept = freezer.kept
+        if kept is not None and any(id(weight) in stepped for weight in kept.flat.weights):
+            freezer.kept = None
 
 
 def _are_equal(first: FlatBlock, second: FlatBlock) -> bool:

@@ -52,7 +52,9 @@ def run_shared(module: nn.Module, read: Callable[[nn.Module], Block], input: Any
     """The forward of such a block, whose layers ``read`` finds."""
     if wrapped := find_wrapped(input):
         return torch.overrides.handle_torch_function(run_shared, wrapped, module, read, input)
-    if torch.compiler.is_compiling() or is_traced(input) or input.is_inference() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or is_traced(input) or not isinstance(input, torch.Tensor):
+        return run_plain(module, input)
+    if input.is_inference() or not torch.is_grad_enabled():
         return run_plain(module, input)
     try:
         check_no_transforms()
@@ -70,7 +72,7 @@ def run_shared(module: nn.Module, read: Callable[[nn.Module], Block], input: Any
 def _owners(module: nn.Module) -> Owners:
     kept = state_of(module).kept
     if kept is not None and kept.plan is not None:
-        return Owners((module,), kept.modules)
+        return Owners((module,), kept.modules, kept.sources)
     if runs_without_numbers():
         return Owners((module,))
     raise NotFusible(OF_A_GRAPH)

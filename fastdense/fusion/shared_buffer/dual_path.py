@@ -20,6 +20,8 @@ from fastdense.fusion.base import run_plain
 from fastdense.fusion.checks import NotFusible, check_no_global_hooks, child
 from fastdense.fusion.dual_path_layers import split_of
 from fastdense.fusion.equivalence import double_copy, isolated, random_input, tried
+from fastdense.fusion.plan.code import Sources
+from fastdense.fusion.plan.kept import read_sources
 from fastdense.fusion.plan.state import state_of
 from fastdense.fusion.shared_buffer.layers import Form, Layer, distinct_parameters, first_convolution, read_layer
 from fastdense.fusion.shared_buffer.reruns import (
@@ -32,7 +34,7 @@ from fastdense.fusion.shared_buffer.reruns import (
     runs_without_numbers,
 )
 from fastdense.fusion.shared_buffer.shortcuts import End, Watch
-from fastdense.fusion.shared_buffer.trial import OwnNumbers, agrees, observed
+from fastdense.fusion.shared_buffer.trial import OwnNumbers, observed
 
 
 class Stage(NamedTuple):
@@ -42,13 +44,14 @@ class Stage(NamedTuple):
     layers: list[Layer]
     parameters: list[Tensor]  # of all blocks, each once
     fingerprint: Fingerprint
+    sources: Sources
 
 
 def plan_stage(blocks: Sequence[nn.Module]) -> Stage:
     """Reads blocks in a row; raises NotFusible where their modules cannot run twice."""
     fingerprint = Fingerprint(tuple(blocks), [])
     layers = [read_shared_dual_path(block) for block in blocks]
-    return Stage(tuple(blocks), layers, distinct_parameters(layers), fingerprint)
+    return Stage(tuple(blocks), layers, distinct_parameters(layers), fingerprint, read_sources(blocks))
 
 
 def read_shared_dual_path(block: nn.Module) -> Layer:
@@ -73,7 +76,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
 
 def run_stage(stage: Stage, input: Tensor) -> Tensor:
     """The output ``[r; d]`` of a stage, to which gradients flow through one autograd function."""
-    owners = Owners(stage.blocks, stage.fingerprint if stage.fingerprint.is_kept else None)
+    owners = Owners(stage.blocks, stage.fingerprint if stage.fingerprint.is_kept else None, stage.sources)
     return SharedBuffer.apply(_StageRun(stage.layers, stage.parameters, owners, True), input, *stage.parameters)
 
 
@@ -174,8 +177,8 @@ def _try_out(module: nn.Module) -> Form:
         conv = first_convolution(inner for inner in [child(module, "c1x1_a")] if inner is not None)
         twin = double_copy(module)
         x = random_input(conv, conv.in_channels)
-        form, made = observed(twin, lambda x: plain_paths(twin, x, split_of(twin)), x, lambda: _observe(twin, x))
-        if agrees(twin, lambda x: _run_twin(twin, form, x), x, made):
+        form, trial, made = observed(twin, lambda x: plain_paths(twin, x, split_of(twin)), x, lambda: _observe(twin, x))
+        if trial.agrees(lambda x: _run_twin(twin, form, x), made):
             return form
     raise NotFusible("its results differ from those of a dual path block")
 

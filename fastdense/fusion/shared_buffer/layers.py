@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdense._choices import SHARED_BUFFER_MODES
-from fastdense.fusion.checks import CONVS, NORMS, NotFusible, check_no_global_hooks, check_no_hooks
+from fastdense.fusion.checks import CONVS, NORMS, NotFusible, check_no_global_hooks, check_no_hooks, forward_of
 from fastdense.fusion.shared_buffer.shortcuts import End
 
 
@@ -116,6 +116,8 @@ def _places(owner: dict[str, Any]) -> Iterator[Place]:
 
 def _check_registered(module: nn.Module, where: str) -> None:
     """Raises NotFusible where a module holds others, or tensors with gradients, that only its own code knows."""
+    if forward_of(module) is None:
+        raise NotFusible(f"{where} is of TorchScript, and cannot be watched for changes")
     registered = ("_parameters", "_buffers", "_modules")
     for name, value in module.__dict__.items():
         if name not in registered and any(_is_hidden(item) for item in _items(value)):

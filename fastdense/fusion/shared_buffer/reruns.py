@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdense._C import Fingerprint
 from fastdense.fusion.equivalence import leaves_of
+from fastdense.fusion.plan.code import Sources
 from fastdense.fusion.shared_buffer.layers import Layer
 from fastdense.fusion.shared_buffer.shortcuts import End, Shortcut
 
@@ -33,10 +34,12 @@ class Owners(NamedTuple):
     Args:
         modules: none where the layers are of a trial.
         fingerprint: of the modules; None where nothing has numbers, and so nobody will ask for them.
+        sources: the code of the modules, and what it reads.
     """
 
     modules: tuple[nn.Module, ...] = ()
     fingerprint: Fingerprint | None = None
+    sources: Sources | None = None
 
 
 class Read(NamedTuple):
@@ -136,6 +139,8 @@ class Run:
         fingerprint, modules = self.owners.fingerprint, self.owners.modules
         if fingerprint is not None and not fingerprint.holds(modules):
             raise RuntimeError(_CHANGED.format(f"a {type(modules[0]).__name__}"))
+        if self.owners.sources is not None and not self.owners.sources.still_holds():
+            raise RuntimeError(_CHANGED.format(f"a variable that the code of a {type(modules[0]).__name__} reads"))
 
     def _go_back(self, saved: Sequence[Tensor], grad: Tensor, reruns: "Reruns") -> Tensor | None:
         raise NotImplementedError

@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdense.fusion.checks import NotFusible
 from fastdense.fusion.equivalence import (
+    Situation,
     Step,
+    Trial,
     code_of,
     double_copy,
     isolated,
-    one_step,
     plain_forward,
     random_input,
     tried,
@@ -57,10 +58,10 @@ def _try_out(module: nn.Module) -> Form:
         conv = first_convolution(layers)
         x = random_input(conv, conv.in_channels)
         forward = plain_forward(twin)
-        seen, made = observed(twin, forward, x, lambda: _observe(layers, forward, x))
+        seen, trial, made = observed(twin, forward, x, lambda: _observe(layers, forward, x))
         for prepends in (False, True):
             form = seen._replace(prepends=prepends)
-            if agrees(twin, _shared(named, form), x, made):
+            if trial.agrees(_shared(named, form), made):
                 return form
     raise NotFusible("its results differ from those of layers that each read all features before them")
 
@@ -71,24 +72,16 @@ def _shared(named: list[tuple[str, nn.Module]], form: Form) -> Callable[[Tensor]
 
 def observed(
     twin: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, observe: Callable[[], Form]
-) -> tuple[Form, list[Step]]:
-    """How a module calls its layers, as ``observe`` sees, and its steps in training and in eval mode."""
-    forms, made, before = [], [], code_of(twin)
+) -> tuple[Form, Trial, dict[Situation, Step]]:
+    """How a module calls its layers, as ``observe`` sees, and its steps."""
+    trial, before, forms = Trial(twin, x, OwnNumbers), code_of(twin), []
     for mode in (True, False):
         twin.train(mode)
         forms.append(observe())
-        made.append(_step(twin, forward, x))
-        if not _step(twin, forward, x).agrees(made[-1]):
-            raise NotFusible("its results differ from run to run")
+    made = trial.steps(forward)
     if code_of(twin) != before:
         raise NotFusible("its forward changes its attributes")
-    return _common(*forms)._replace(moves_twice=made[0].moves_twice), made
-
-
-def agrees(twin: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, made: list[Step]) -> bool:
-    """Whether ``forward`` makes the same steps."""
-    modes = zip((True, False), made, strict=True)
-    return all(_step(twin.train(mode), forward, x).agrees(step) for mode, step in modes)
+    return _common(*forms)._replace(moves_twice=made[Situation(True)].moves_twice), trial, made
 
 
 def _observe(layers: list[nn.Module], forward: Callable[[Tensor], Any], x: Tensor) -> Form:
@@ -131,10 +124,6 @@ def _common(first: Form, second: Form) -> Form:
     if first._replace(ends=()) != second._replace(ends=()):
         raise NotFusible("its layers are called otherwise in eval mode")
     return first._replace(ends=tuple(ends))
-
-
-def _step(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> Step:
-    return one_step(module, forward, x, OwnNumbers())
 
 
 class OwnNumbers(TorchDispatchMode):

@@ -166,7 +166,7 @@ CUDA_MUTANTS = [
     ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "inside && takes_lead(value, best[i])", "takes_lead(value, best[i])"),
     ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "inside && takes_lead(value, best[i])", "inside && value >= best[i]"),
     ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "(begin > before ? begin - before : 0)", "0"),
-    ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "if (pixels[r] != kNoPixel) body", "body"),
+    ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "if (pixels[r] == kNoPixel) return;", ""),
     ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "int64_t(blockIdx.z) * gridDim.y + blockIdx.y", "int64_t(blockIdx.z)"),
     ("norm_relu_max_pool/norm_relu_max_pool_kernels.cu", "dy[i] * (load(x.v[i]) - mean_[i])", "dy[i] * load(x.v[i])"),
     ("norm_relu_max_pool/norm_relu_max_pool_windows.h", "if (w1 < kWindow && w2 < kWindow)", "if (true)"),

@@ -77,6 +77,14 @@ class PoolForward : public PoolChannels<NormPoolForwardParams<T>, V> {
   ImageChannels<uint8_t, V> indices_{};
 };
 
+// Whether the backward pass reads all pixels of a cell before their gradients: from compute capability 10.0 on, its
+// registers would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kBackwardReadsAhead = false;
+#else
+constexpr bool kBackwardReadsAhead = true;
+#endif
+
 // Base of the two that go from cell to cell of the input: its gradient dy in front of the pool.
 template <typename P, typename T, int V, typename Windows>
 class PoolCells : public PoolChannels<P, V> {
@@ -96,15 +104,19 @@ class PoolCells : public PoolChannels<P, V> {
 
  protected:
   // body(pixel, x of it, dy)
-  template <typename Body>
+  template <bool kReadsAhead, typename Body>
   __device__ void each_pixel(uint32_t cell, const Body& body) const {
     uint32_t pixels[Windows::kCellPixels];
     Windows::find_pixels(p_.shape.g, cell, pixels);
     Vector<T, V> x[Windows::kCellPixels];
+    if constexpr (kReadsAhead) {
 #pragma unroll
-    for (int r = 0; r < Windows::kCellPixels; ++r) x[r] = x_[pixels[r] == kNoPixel ? 0 : pixels[r]];
+      for (int r = 0; r < Windows::kCellPixels; ++r) x[r] = x_[pixels[r] == kNoPixel ? 0 : pixels[r]];
+    }
     Windows::template gather<V, A>(p_.shape.g, gradients_, cell, [&](int r, const A(&dy)[V]) {
-      if (pixels[r] != kNoPixel) body(pixels[r], x[r], dy);
+      if (pixels[r] == kNoPixel) return;
+      if constexpr (!kReadsAhead) x[r] = x_[pixels[r]];
+      body(pixels[r], x[r], dy);
     });
   }
 
@@ -125,7 +137,7 @@ class PoolSums : public PoolCells<NormPoolSumsParams<T>, T, V, Windows> {
   __device__ PoolSums(const Params& p, int64_t first, int count) : Base(p, first), mean_(p.mean, first, count) {}
 
   __device__ void row(uint32_t cell) {
-    this->each_pixel(cell, [&](uint32_t, const Vector<T, V>& x, const A(&dy)[V]) {
+    this->template each_pixel<true>(cell, [&](uint32_t, const Vector<T, V>& x, const A(&dy)[V]) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         state_.first(i) += dy[i];
@@ -162,7 +174,7 @@ class PoolBackward : public PoolCells<NormPoolBackwardParams<T>, T, V, Windows> 
     dx_ = this->channels(p_.dx, n, p_.shape.g.pixels());
   }
   __device__ void row(uint32_t cell) const {
-    this->each_pixel(cell, [&](uint32_t pixel, const Vector<T, V>& x, const A(&dy)[V]) {
+    this->template each_pixel<kBackwardReadsAhead>(cell, [&](uint32_t pixel, const Vector<T, V>& x, const A(&dy)[V]) {
       Vector<T, V> dx;
 #pragma unroll
       for (int i = 0; i < V; ++i)

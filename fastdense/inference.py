@@ -127,8 +127,7 @@ def _frozen(plan: BlockPlan) -> FrozenWeights:
     dtypes = set(flat.conv_dtypes)
     if [device.type for device in flat.devices] != ["cpu"] or len(dtypes) != 1:
         raise NotFusible("only blocks on the CPU, whose convolutions have one type, are packed")
-    weights = [weight for weight in flat.weights if weight is not None]
-    versions = WeightVersions(weights)  # before reading them
+    versions = WeightVersions(flat.weights)  # before reading them
     with torch.no_grad():
         packed = pack_block(flat, plan.in_channels)
     return FrozenWeights(flat, packed, dtypes.pop(), versions)

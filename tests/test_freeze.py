@@ -152,6 +152,50 @@ def test_a_change_is_seen_at_the_next_call(change):
     same(plain, fast, x)
 
 
+@pytest.fixture
+def swaps_parameters():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swaps_parameters")
+@pytest.mark.parametrize("change", ["load_state_dict", "load_state_dict(assign=True)"])
+def test_loading_may_swap_tensors(change):
+    plain, fast, x = made()
+    same(plain, fast, x)
+    for net in (plain, fast):
+        THAWS[change](net)
+    assert frozen_bytes(fast) == 0
+    same(plain, fast, x)
+
+
+@pytest.mark.usefixtures("swaps_parameters")
+def test_casting_may_swap_tensors():
+    plain, fast, x = made()
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        plain.to(dtype), fast.to(dtype)
+        with torch.no_grad():
+            assert relative(fast(x.to(dtype)), plain(x.to(dtype))) <= bound
+        assert frozen_bytes(fast) == 0
+        fastdense.freeze(fast)
+        with torch.no_grad():
+            assert relative(fast(x.to(dtype)), plain(x.to(dtype))) <= bound
+    assert frozen_bytes(fast) > 0
+
+
+def test_tensors_swapped_by_hand():
+    """The old ones live on, and nobody writes to them."""
+    plain, fast, x = made()
+    same(plain, fast, x)
+    others = []
+    for net in (plain, fast):
+        weight = net.features.denseblock1.denselayer1.conv2.weight
+        others.append(nn.Parameter(weight.detach() * 1.5))
+        torch.utils.swap_tensors(weight, others[-1])
+    same(plain, fast, x)
+
+
 def test_a_step_on_another_model_is_none_of_its_business():
     """As of a student beside its frozen teacher."""
     _, fast, _ = made()

@@ -233,3 +233,10 @@ def test_exports_that_cannot_be(
     assert main(["export", str(tmp_path / "net.pt2"), "--weights", checkpoint]) == 1
     assert "expected a relative error of at most 0.0001 of the exported network, got 5.0e-01" in capsys.readouterr().out
     assert not (tmp_path / "net.pt2").exists()
+
+
+def test_export_writes_no_other_opset(trained: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "net.onnx"
+    assert main(["export", str(path), f"--weights={trained.out / 'checkpoint.pt'}", "--opset=3"]) == 2
+    assert "export: expected --opset to be one that torch can write for this network, got 3" in capsys.readouterr().err
+    assert not path.exists()

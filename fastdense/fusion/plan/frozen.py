@@ -23,6 +23,10 @@ class FrozenWeights(NamedTuple):
     dtype: torch.dtype
     versions: WeightVersions
 
+    def hold(self) -> bool:
+        """Whether nothing has been written to the weights since."""
+        return self.versions.hold(self.flat.weights)
+
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes
@@ -50,7 +54,7 @@ class Freezer:
             return None
         if kept.flat is not flat and _are_equal(kept.flat, flat):  # modules were read anew
             self.kept = kept = kept._replace(flat=flat)
-        if kept.flat is not flat or not kept.versions.hold():
+        if kept.flat is not flat or not kept.hold():
             self.kept = None
             return None
         return kept.packed
@@ -59,7 +63,7 @@ class Freezer:
     def nbytes(self) -> int:
         """Bytes of packed weights that are of use."""
         kept = self.kept
-        return kept.nbytes if kept is not None and kept.versions.hold() else 0
+        return kept.nbytes if kept is not None and kept.hold() else 0
 
 
 # Those that have frozen something.

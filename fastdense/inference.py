@@ -67,7 +67,7 @@ def freeze(model: Model) -> Model:
             )
     made = []
     reason = ""
-    for plan in _plans(model):
+    for plan in plans_of_blocks(model):
         try:
             made.append((plan.freezer, _frozen(plan)))
         except NotFusible as error:
@@ -100,7 +100,7 @@ def thaw(model: Model) -> Model:
     return model
 
 
-def _plans(model: nn.Module) -> Iterator[BlockPlan]:
+def plans_of_blocks(model: nn.Module) -> Iterator[BlockPlan]:
     """The plans of all blocks, of each as the model runs it: with what reads it, where that is known."""
     found = set()
     for module in model.modules():

@@ -15,6 +15,7 @@ from fastdense.fusion.plan.state import STATE, memory_of, state_of
 from fastdense.fusion.saved_memory import check_image_shape, saved_bytes_per_image
 from fastdense.fusion.shared_buffer.block import SharedBuffer
 from fastdense.fusion.shared_buffer.layers import about_shared_buffer
+from fastdense.inference import plans_of_blocks
 
 
 class ReportRow(NamedTuple):
@@ -102,7 +103,8 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
     check_module("report", model)
     if input_shape is not None:
         input_shape = check_image_shape("report", input_shape)
-    rows = [_row(name, module, kind) for name, module, kind in find(model)]
+    frozen = _frozen_bytes(model)
+    rows = [_row(name, module, kind, frozen) for name, module, kind in find(model)]
     forget_equivalence_checks(model)
     if input_shape is None:
         return Report(tuple(rows), None, None)
@@ -111,7 +113,16 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
     return Report(tuple(rows), saved_bytes_per_image(restore(now), input_shape), kept)
 
 
-def _row(name: str, module: nn.Module, kind: Pattern) -> ReportRow:
+def _frozen_bytes(model: nn.Module) -> dict[int, int]:
+    """By the id of a freezer: bytes of the packed weights that a call of the model uses."""
+    used = {}
+    for plan in plans_of_blocks(model):
+        if plan.freezer is not None and plan.infers and plan.flat is not None:
+            used[id(plan.freezer)] = plan.freezer.nbytes(plan.flat)
+    return used
+
+
+def _row(name: str, module: nn.Module, kind: Pattern, frozen: dict[int, int]) -> ReportRow:
     layers = count_layers(module) if kind.name == "block" else 0
     runs = "shared buffer" if isinstance(module, SharedBuffer) else "fused"
     reason = ""
@@ -128,5 +139,5 @@ def _row(name: str, module: nn.Module, kind: Pattern) -> ReportRow:
         reason = "not converted: call fastdense.convert(model)"
     if not reason and type(module).forward is not kind.mixin.forward:
         reason = "its class overrides forward"
-    kept = state_of(module).freezer.nbytes if STATE in module.__dict__ and not module.training else 0
+    kept = frozen.get(id(state_of(module).freezer), 0) if STATE in module.__dict__ and not reason else 0
     return ReportRow(name or type(module).__name__, kind.name, "plain" if reason else runs, layers, reason, kept)

@@ -59,11 +59,12 @@ class Freezer:
             return None
         return kept.packed
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of packed weights that are of use."""
+    def nbytes(self, flat: FlatBlock) -> int:
+        """Bytes of packed weights that are of use to a plan."""
         kept = self.kept
-        return kept.nbytes if kept is not None and kept.hold() else 0
+        if kept is None or len(kept.flat.weights) != len(flat.weights) or not _are_equal(kept.flat, flat):
+            return 0
+        return kept.nbytes if kept.hold() else 0
 
 
 # Those that have frozen something.

@@ -221,6 +221,11 @@ def test_exports_that_cannot_be(
     checkpoint = str(trained.out / "checkpoint.pt")
     for arguments, message in (
         (["net.bin", f"--weights={checkpoint}"], "export: expected OUT to end in .onnx, .pt2, got net.bin"),
+        (
+            ["net.pt2", "--weights=runs/none.pt"],
+            "export: expected --weights to be a checkpoint, a folder of save_pretr",
+        ),
+        (["net.pt2", "--weights=/none"], "export: expected --weights to be a checkpoint, a folder of save_pretrained"),
         (["net.pt2"], "export: expected --weights that know their network, or --model, got neither"),
         (["net.pt2", f"--weights={checkpoint}", "--opset=18"], "export: expected --opset with OUT that ends in .onnx"),
         (["net.pt2", f"--weights={checkpoint}", "--size=1"], "export: expected --size to be large enough, got 1"),

@@ -86,7 +86,7 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: an ``input_shape`` that is no shape.
+        ValueError: an ``input_shape`` that is no shape, or that the model does not run on.
 
     Example:
         >>> import fastdense
@@ -109,8 +109,13 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
     if input_shape is None:
         return Report(tuple(rows), None, None)
     now = copy.deepcopy(model).to("meta")
-    kept = saved_bytes_per_image(now, input_shape)
-    return Report(tuple(rows), saved_bytes_per_image(restore(now), input_shape), kept)
+    try:
+        kept = saved_bytes_per_image(now, input_shape)
+        plain = saved_bytes_per_image(restore(now), input_shape)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"report: expected the model to run on input_shape, got {input_shape}: {reason}") from error
+    return Report(tuple(rows), plain, kept)
 
 
 def _frozen_bytes(model: nn.Module) -> dict[int, int]:

@@ -67,7 +67,7 @@ def freeze(model: Model) -> Model:
             )
     made = []
     reason = ""
-    for plan in _plans(model):
+    for plan in plans_of_blocks(model):
         try:
             made.append((plan.freezer, _frozen(plan)))
         except NotFusible as error:
@@ -100,7 +100,7 @@ def thaw(model: Model) -> Model:
     return model
 
 
-def _plans(model: nn.Module) -> Iterator[BlockPlan]:
+def plans_of_blocks(model: nn.Module) -> Iterator[BlockPlan]:
     """The plans of all blocks, of each as the model runs it: with what reads it, where that is known."""
     found = set()
     for module in model.modules():
@@ -127,8 +127,7 @@ def _frozen(plan: BlockPlan) -> FrozenWeights:
     dtypes = set(flat.conv_dtypes)
     if [device.type for device in flat.devices] != ["cpu"] or len(dtypes) != 1:
         raise NotFusible("only blocks on the CPU, whose convolutions have one type, are packed")
-    weights = [weight for weight in flat.weights if weight is not None]
-    versions = WeightVersions(weights)  # before reading them
+    versions = WeightVersions(flat.weights)  # before reading them
     with torch.no_grad():
         packed = pack_block(flat, plan.in_channels)
     return FrozenWeights(flat, packed, dtypes.pop(), versions)

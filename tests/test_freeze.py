@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fastdense
 from tests.cases.converted import pair, randomise, timm_net, torchvision_net
@@ -152,6 +153,50 @@ def test_a_change_is_seen_at_the_next_call(change):
     same(plain, fast, x)
 
 
+@pytest.fixture
+def swaps_parameters():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swaps_parameters")
+@pytest.mark.parametrize("change", ["load_state_dict", "load_state_dict(assign=True)"])
+def test_loading_may_swap_tensors(change):
+    plain, fast, x = made()
+    same(plain, fast, x)
+    for net in (plain, fast):
+        THAWS[change](net)
+    assert frozen_bytes(fast) == 0
+    same(plain, fast, x)
+
+
+@pytest.mark.usefixtures("swaps_parameters")
+def test_casting_may_swap_tensors():
+    plain, fast, x = made()
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        plain.to(dtype), fast.to(dtype)
+        with torch.no_grad():
+            assert relative(fast(x.to(dtype)), plain(x.to(dtype))) <= bound
+        assert frozen_bytes(fast) == 0
+        fastdense.freeze(fast)
+        with torch.no_grad():
+            assert relative(fast(x.to(dtype)), plain(x.to(dtype))) <= bound
+    assert frozen_bytes(fast) > 0
+
+
+def test_tensors_swapped_by_hand():
+    """The old ones live on, and nobody writes to them."""
+    plain, fast, x = made()
+    same(plain, fast, x)
+    others = []
+    for net in (plain, fast):
+        weight = net.features.denseblock1.denselayer1.conv2.weight
+        others.append(nn.Parameter(weight.detach() * 1.5))
+        torch.utils.swap_tensors(weight, others[-1])
+    same(plain, fast, x)
+
+
 def test_a_step_on_another_model_is_none_of_its_business():
     """As of a student beside its frozen teacher."""
     _, fast, _ = made()
@@ -257,6 +302,52 @@ def test_the_report_has_a_column():
     assert rows["features.denseblock1"] > 0 and rows["features.denseblock2"] > 0
     assert "frozen" in str(fastdense.report(fast)).splitlines()[0]
     assert "frozen" not in str(fastdense.report(fastdense.thaw(fast)))
+
+
+def _block_with(change: Callable[[nn.Module], object]) -> Callable[[nn.Module], object]:
+    return lambda net: change(net.features.denseblock1.denselayer1)
+
+
+def _give_a_bias(layer: nn.Module) -> None:
+    layer.conv1.bias = nn.Parameter(torch.full((layer.conv1.out_channels,), 0.1, dtype=torch.float64))
+
+
+# Edits that stop the use of packed weights, and what undoes them.
+UNUSED = {
+    "a bias": (_block_with(_give_a_bias), _block_with(lambda layer: setattr(layer.conv1, "bias", None))),
+    "another activation": (
+        _block_with(lambda layer: setattr(layer, "relu1", nn.GELU())),
+        _block_with(lambda layer: setattr(layer, "relu1", nn.ReLU(inplace=True))),
+    ),
+    "pruning": (
+        _block_with(lambda layer: prune.identity(layer.conv2, "weight")),
+        _block_with(lambda layer: prune.remove(layer.conv2, "weight")),
+    ),
+    "a hook of the block": (
+        lambda net: net.features.denseblock1.register_forward_hook(lambda *_: None),
+        lambda net: net.features.denseblock1._forward_hooks.clear(),
+    ),
+    "a hook behind it": (
+        lambda net: net.features.transition1.conv.register_forward_hook(lambda *_: None),
+        lambda net: net.features.transition1.conv._forward_hooks.clear(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+@pytest.mark.filterwarnings("ignore:fastdense. .* runs as plain modules")
+def test_the_report_counts_what_is_of_use(name):
+    plain, fast, x = made()
+    edit, undo = UNUSED[name]
+    for net in (plain, fast):
+        edit(net)
+    assert [row.frozen_bytes for row in fastdense.report(fast).rows if row.name == "features.denseblock1"] == [0]
+    same(plain, fast, x)
+    for net in (plain, fast):
+        undo(net)
+    same(plain, fast, x)
+    fastdense.freeze(fast)
+    assert [row.frozen_bytes > 0 for row in fastdense.report(fast).rows if row.name == "features.denseblock1"] == [True]
 
 
 def test_what_cannot_be_frozen_is_refused():

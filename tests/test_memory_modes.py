@@ -309,6 +309,8 @@ def test_what_is_not_converted_has_no_modes():
         fastdense.set_memory("net", "min")
     with pytest.raises(TypeError, match="expected memory to be a mode, or a dict of names and modes, got 3"):
         fastdense.set_memory(pair()[1], 3)
+    with pytest.raises(TypeError, match="expected names of blocks to be strings, got 1"):
+        fastdense.set_memory(pair()[1], {1: "min"})
 
 
 def test_compiled_models_save_what_min_saves():

@@ -173,6 +173,7 @@ def test_what_is_printed():
     [
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 2.5}, "batch_size to be an integer of at least 1, got 2.5"),
+        ({"batch_size": True}, "batch_size to be an integer of at least 1, got True"),
         ({"budget": "eight"}, "budget"),
         ({"budget": -1}, "budget"),
         ({"budget": "0%"}, "budget"),

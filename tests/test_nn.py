@@ -65,6 +65,7 @@ def features(
     [
         (lambda: DenseBlock(0, 8), "DenseBlock: expected num_layers to be a positive integer, got 0"),
         (lambda: DenseBlock(2.5, 8), "DenseBlock: expected num_layers to be a positive integer, got 2.5"),
+        (lambda: DenseBlock(True, 8), "DenseBlock: expected num_layers to be a positive integer, got True"),
         (lambda: DenseBlock(2, 0), "DenseLayer: expected in_channels to be a positive integer, got 0"),
         (lambda: DenseBlock(2, 8, -1), "DenseLayer: expected growth_rate to be a positive integer, got -1"),
         (lambda: DenseBlock(2, 8, bn_size=0), "DenseLayer: expected bn_size to be a positive integer, got 0"),

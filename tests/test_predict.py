@@ -221,6 +221,11 @@ def test_exports_that_cannot_be(
     checkpoint = str(trained.out / "checkpoint.pt")
     for arguments, message in (
         (["net.bin", f"--weights={checkpoint}"], "export: expected OUT to end in .onnx, .pt2, got net.bin"),
+        (
+            ["net.pt2", "--weights=runs/none.pt"],
+            "export: expected --weights to be a checkpoint, a folder of save_pretr",
+        ),
+        (["net.pt2", "--weights=/none"], "export: expected --weights to be a checkpoint, a folder of save_pretrained"),
         (["net.pt2"], "export: expected --weights that know their network, or --model, got neither"),
         (["net.pt2", f"--weights={checkpoint}", "--opset=18"], "export: expected --opset with OUT that ends in .onnx"),
         (["net.pt2", f"--weights={checkpoint}", "--size=1"], "export: expected --size to be large enough, got 1"),
@@ -233,3 +238,10 @@ def test_exports_that_cannot_be(
     assert main(["export", str(tmp_path / "net.pt2"), "--weights", checkpoint]) == 1
     assert "expected a relative error of at most 0.0001 of the exported network, got 5.0e-01" in capsys.readouterr().out
     assert not (tmp_path / "net.pt2").exists()
+
+
+def test_export_writes_no_other_opset(trained: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "net.onnx"
+    assert main(["export", str(path), f"--weights={trained.out / 'checkpoint.pt'}", "--opset=3"]) == 2
+    assert "export: expected --opset to be one that torch can write for this network, got 3" in capsys.readouterr().err
+    assert not path.exists()

@@ -70,5 +70,12 @@ def test_shapes_that_are_none(shape):
         report(torchvision_net(), shape)
 
 
+def test_a_shape_that_the_model_does_not_run_on():
+    with pytest.raises(
+        ValueError, match=r"report: expected the model to run on input_shape, got \(1, 64, 64\): .*3 chan"
+    ):
+        report(torchvision_net(), (1, 64, 64))
+
+
 def test_example():
     assert doctest.testmod(fastdense.fusion.report, optionflags=doctest.ELLIPSIS).failed == 0

@@ -208,6 +208,15 @@ def test_existing_checkpoint_asks_for_resume_or_fresh(trained: TrainConfig) -> N
     assert not torch.equal(weights(trained.out)["classifier.weight"], before["classifier.weight"])
 
 
+def test_resuming_what_never_began_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny(tmp_path / "new", resume=True)
+    begun = train(config, progress=False)
+    words = f"fastdense: no checkpoint {config.out / 'checkpoint.pt'} to resume: the run starts from the beginning"
+    assert words in capsys.readouterr().err
+    assert train(config, progress=False).history == begun.history
+    assert words not in capsys.readouterr().err
+
+
 def test_resuming_a_finished_run_reports_it_again(trained: TrainConfig) -> None:
     first = json.loads((trained.out / "metrics.json").read_text())
     result = train(dataclasses.replace(trained, resume=True), progress=False)

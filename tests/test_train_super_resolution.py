@@ -175,9 +175,11 @@ def test_a_checkpoint_is_not_overwritten(pictures):
         train_super_resolution(config(pictures, steps=1, resume=True), progress=False)
 
 
-def test_a_resumed_run_keeps_its_rate(pictures):
-    train_super_resolution(config(pictures, steps=1, lr=0.02), progress=False)
+def test_a_resumed_run_keeps_its_rate(pictures, capsys):
+    train_super_resolution(config(pictures, steps=1, lr=0.02, resume=True), progress=False)
+    assert "checkpoint.pt to resume: the run starts from the beginning" in capsys.readouterr().err
     train_super_resolution(config(pictures, steps=1, resume=True), progress=False)
+    assert "starts from the beginning" not in capsys.readouterr().err
     metrics = json.loads((pictures.parent / "out" / "metrics.json").read_text())
     assert metrics["config"]["lr"] == 0.02
 

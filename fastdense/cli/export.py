@@ -97,6 +97,7 @@ def to_onnx(classifier: Classifier, images: Tensor, opset: int | None) -> bytes:
     import torch
 
     with extra("export"):
+        import onnx
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "model.onnx"
@@ -112,6 +113,12 @@ def to_onnx(classifier: Classifier, images: Tensor, opset: int | None) -> bytes:
             external_data=False,
             verbose=False,
         )
+        made = next(o.version for o in onnx.load(path).opset_import if o.domain == "")
+        if opset is not None and made != opset:
+            raise InputError(
+                "export: expected --opset to be one that torch can write for this network, "
+                f"got {opset}: it wrote {made}"
+            )
         return path.read_bytes()
 
 

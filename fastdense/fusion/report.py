@@ -15,6 +15,7 @@ from fastdense.fusion.plan.state import STATE, memory_of, state_of
 from fastdense.fusion.saved_memory import check_image_shape, saved_bytes_per_image
 from fastdense.fusion.shared_buffer.block import SharedBuffer
 from fastdense.fusion.shared_buffer.layers import about_shared_buffer
+from fastdense.inference import plans_of_blocks
 
 
 class ReportRow(NamedTuple):
@@ -85,7 +86,7 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: an ``input_shape`` that is no shape.
+        ValueError: an ``input_shape`` that is no shape, or that the model does not run on.
 
     Example:
         >>> import fastdense
@@ -102,16 +103,31 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
     check_module("report", model)
     if input_shape is not None:
         input_shape = check_image_shape("report", input_shape)
-    rows = [_row(name, module, kind) for name, module, kind in find(model)]
+    frozen = _frozen_bytes(model)
+    rows = [_row(name, module, kind, frozen) for name, module, kind in find(model)]
     forget_equivalence_checks(model)
     if input_shape is None:
         return Report(tuple(rows), None, None)
     now = copy.deepcopy(model).to("meta")
-    kept = saved_bytes_per_image(now, input_shape)
-    return Report(tuple(rows), saved_bytes_per_image(restore(now), input_shape), kept)
+    try:
+        kept = saved_bytes_per_image(now, input_shape)
+        plain = saved_bytes_per_image(restore(now), input_shape)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"report: expected the model to run on input_shape, got {input_shape}: {reason}") from error
+    return Report(tuple(rows), plain, kept)
 
 
-def _row(name: str, module: nn.Module, kind: Pattern) -> ReportRow:
+def _frozen_bytes(model: nn.Module) -> dict[int, int]:
+    """By the id of a freezer: bytes of the packed weights that a call of the model uses."""
+    used = {}
+    for plan in plans_of_blocks(model):
+        if plan.freezer is not None and plan.infers and plan.flat is not None:
+            used[id(plan.freezer)] = plan.freezer.nbytes(plan.flat)
+    return used
+
+
+def _row(name: str, module: nn.Module, kind: Pattern, frozen: dict[int, int]) -> ReportRow:
     layers = count_layers(module) if kind.name == "block" else 0
     runs = "shared buffer" if isinstance(module, SharedBuffer) else "fused"
     reason = ""
@@ -128,5 +144,5 @@ def _row(name: str, module: nn.Module, kind: Pattern) -> ReportRow:
         reason = "not converted: call fastdense.convert(model)"
     if not reason and type(module).forward is not kind.mixin.forward:
         reason = "its class overrides forward"
-    kept = state_of(module).freezer.nbytes if STATE in module.__dict__ and not module.training else 0
+    kept = frozen.get(id(state_of(module).freezer), 0) if STATE in module.__dict__ and not reason else 0
     return ReportRow(name or type(module).__name__, kind.name, "plain" if reason else runs, layers, reason, kept)

@@ -67,7 +67,7 @@ def set_memory(model: Model, memory: DualPathMemoryMode | Mapping[str, DualPathM
         ``model``.
 
     Raises:
-        TypeError: if ``model`` is no module, or ``memory`` neither a mode nor a mapping.
+        TypeError: if ``model`` is no module, or ``memory`` neither a mode nor a mapping of strings.
         ValueError: no fused blocks in the model; a name of no block; a mode that a block does not have. Nothing is
             changed then.
 
@@ -83,6 +83,8 @@ def set_memory(model: Model, memory: DualPathMemoryMode | Mapping[str, DualPathM
     if not isinstance(memory, str | Mapping):
         raise TypeError(f"set_memory: expected memory to be a mode, or a dict of names and modes, got {memory!r}")
     modes = {"": memory} if isinstance(memory, str) else dict(memory)
+    if odd := [name for name in modes if not isinstance(name, str)]:
+        raise TypeError(f"set_memory: expected names of blocks to be strings, got {odd[0]!r}")
     chosen: dict[str, str] = {}
     for name in sorted(modes, key=len):
         inside = [block for block in blocks if name in ("", block.name) or block.name.startswith(f"{name}.")]

@@ -141,7 +141,7 @@ def plan_memory(
         >>> plan.apply()
     """
     check_module("plan_memory", model)
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"plan_memory: expected batch_size to be an integer of at least 1, got {batch_size!r}")
     return _Measured.of("plan_memory", model, input_shape, options).plan(batch_size, budget)
 

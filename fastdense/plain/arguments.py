@@ -7,7 +7,7 @@ from typing import Any
 
 def check_positive(op: str, **sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{op}: expected {name} to be a positive integer, got {size!r}")
 
 

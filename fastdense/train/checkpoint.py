@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,11 @@ from fastdense.models.weights.sources import CHECKPOINT
 FORMAT = f"{CHECKPOINT}3"
 
 _REMEDY = "delete it, or start anew with --fresh (resume off)"
+
+
+def say_that_there_is_none(path: Path) -> None:
+    """Tells who wants to resume that the run starts from the beginning."""
+    print(f"fastdense: no checkpoint {path} to resume: the run starts from the beginning", file=sys.stderr)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -113,6 +113,8 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
         if config.resume and path.exists() and processes.is_first:
             fingerprint = config.completed({}).fingerprint(data) | {"processes": processes.world}
             saved = checkpoint.load(path, fingerprint, tuple(CHANGEABLE))
+        elif config.resume and processes.is_first:
+            checkpoint.say_that_there_is_none(path)
         saved = processes.gather(saved)[0]
         config = config.completed(saved["config"] if saved else {})
         run = _Run(config, data, processes, path, progress, interrupts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from fastdense.train.samples import TEST_CROP, Transform, centre_crop, middle_sq
 _SIZE = 224
 _PUBLISHED = ("IMAGENET1K_V1", "DEFAULT")
 _TIMM = "timm/"
+_FILES = (".pt", ".pth", ".bin", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,7 @@ def load_classifier(
         assert path is not None and weights is not None
         if path.is_file():
             made = _of_checkpoint(op, path, given)
-        elif path.is_dir() or weights.count("/") == 1:
+        elif path.is_dir() or _may_be_a_repository(weights):
             made = _of_data(*load_pretrained(op, weights, kwargs=given))
         else:
             raise InputError(
@@ -237,6 +239,11 @@ def _of_name(op: str, name: str, weights: str | None, kwargs: Mapping[str, Any])
             from torchvision.models import DenseNet121_Weights
         made = dataclasses.replace(made, classes=tuple(DenseNet121_Weights.DEFAULT.meta["categories"]))
     return made
+
+
+def _may_be_a_repository(weights: str) -> bool:
+    """Whether a name may be OWNER/NAME of the hub: a file that is not there is no reason to ask it."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", weights) is not None and Path(weights).suffix not in _FILES
 
 
 def _make(op: str, name: str, kwargs: Mapping[str, Any]) -> nn.Module:

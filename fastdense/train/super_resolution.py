@@ -213,6 +213,8 @@ def _train_alone(config: SuperResolutionConfig, path: Path, progress: bool) -> S
     saved = None
     if config.resume and path.exists():
         saved = checkpoint.load(path, config.fingerprint(), may_change=("lr",))
+    elif config.resume:
+        checkpoint.say_that_there_is_none(path)
     if config.lr is None:
         config = dataclasses.replace(config, lr=saved["config"]["lr"] if saved else 1e-3)
     run = _Run(config, path)

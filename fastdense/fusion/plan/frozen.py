@@ -23,6 +23,10 @@ class FrozenWeights(NamedTuple):
     dtype: torch.dtype
     versions: WeightVersions
 
+    def hold(self) -> bool:
+        """Whether nothing has been written to the weights since."""
+        return self.versions.hold(self.flat.weights)
+
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes
@@ -50,16 +54,17 @@ class Freezer:
             return None
         if kept.flat is not flat and _are_equal(kept.flat, flat):  # modules were read anew
             self.kept = kept = kept._replace(flat=flat)
-        if kept.flat is not flat or not kept.versions.hold():
+        if kept.flat is not flat or not kept.hold():
             self.kept = None
             return None
         return kept.packed
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of packed weights that are of use."""
+    def nbytes(self, flat: FlatBlock) -> int:
+        """Bytes of packed weights that are of use to a plan."""
         kept = self.kept
-        return kept.nbytes if kept is not None and kept.versions.hold() else 0
+        if kept is None or len(kept.flat.weights) != len(flat.weights) or not _are_equal(kept.flat, flat):
+            return 0
+        return kept.nbytes if kept.hold() else 0
 
 
 # Those that have frozen something.

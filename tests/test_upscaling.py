@@ -128,6 +128,10 @@ def test_errors():
     for shape in ((1, 1, 4, 4), (3, 4, 4), (1, 3, 0, 4)):
         with pytest.raises(ValueError, match=r"upscale: expected pictures to have shape \[N, 3, H, W\]"):
             upscale(net, torch.zeros(shape))
+    with pytest.raises(TypeError, match="upscale: expected net to be a network for super-resolution, got Conv2d"):
+        upscale(torch.nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(TypeError, match="upscale: expected pictures to be a tensor, got str"):
+        upscale(net, "in.png")
 
 
 def test_nothing_is_recorded_for_gradients():

@@ -92,8 +92,13 @@ def upscale(
         ``[N, out_colours, scale * H, scale * W]``.
 
     Raises:
+        TypeError: ``net`` is no network for super-resolution, or ``pictures`` no tensor.
         ValueError: shapes that do not fit; a ``max_memory`` that is too small.
     """
+    if not hasattr(net, "colours"):
+        raise TypeError(f"upscale: expected net to be a network for super-resolution, got {type(net).__name__}")
+    if not isinstance(pictures, Tensor):
+        raise TypeError(f"upscale: expected pictures to be a tensor, got {type(pictures).__name__}")
     if pictures.dim() != 4 or pictures.shape[1] != net.colours or 0 in pictures.shape:
         raise ValueError(
             f"upscale: expected pictures to have shape [N, {net.colours}, H, W] with positive sizes, "

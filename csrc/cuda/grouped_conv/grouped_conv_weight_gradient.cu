@@ -25,7 +25,7 @@ class WeightSums {
   static constexpr int kPairs = (kTaps * kWindow + 1) / 2, kDepth = kGroupedSteps;
 
  public:
-  static constexpr int kNumbers = 4 * kPairs;
+  static FASTDENSE_HD constexpr int count() { return 4 * kPairs; }
   static constexpr int kPixelsAtOnce = 2 * kDepth;
 
   static FASTDENSE_HD Owners owners(int channels, int) { return {channels / kChunkNumbers<T> * 32}; }
@@ -100,7 +100,7 @@ class WeightSums {
 template <int kSide>
 class WeightSums<float, kSide> {
  public:
-  static constexpr int kNumbers = 3 * kSide * kSide;
+  static FASTDENSE_HD constexpr int count() { return 3 * kSide * kSide; }
   static constexpr int kPixelsAtOnce = 1;
 
   static FASTDENSE_HD Owners owners(int channels, int group) { return {3 * (channels / kSide) * (group / kSide)}; }
@@ -245,15 +245,15 @@ class WeightGradientBlock {
     float* const own = sums_.numbers();
     for (int lane = 1; lane < owners_.lanes; ++lane)
 #pragma unroll
-      for (int first = 0; first < Sums::kNumbers; first += kAtOnce) {
+      for (int first = 0; first < Sums::count(); first += kAtOnce) {
         __syncthreads();  // the workspace is free
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i)
-          if (lane_ == lane && first + i < Sums::kNumbers) workspace[i] = own[first + i];
+          if (lane_ == lane && first + i < Sums::count()) workspace[i] = own[first + i];
         __syncthreads();  // the lane's sums are there
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i)
-          if (lane_ == 0 && first + i < Sums::kNumbers) own[first + i] += workspace[i];
+          if (lane_ == 0 && first + i < Sums::count()) own[first + i] += workspace[i];
       }
   }
 

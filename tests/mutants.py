@@ -73,7 +73,7 @@ MUTANTS = [
     ("dense_block_inference/dense_block_inference_cpu.cpp", "images.first * pooled * n", "0"),
     ("dense_block_inference/dense_block_inference_packed_cpu.cpp", "take(numbers, b)", "take(numbers, 0)"),
     ("dense_block_inference/dense_block_inference_packed_cpu.cpp", "isa == int64_t(current_isa())", "true"),
-    ("python/weight_versions.cpp", "weight.is_inference() ? 0 : weight._version()", "0"),
+    ("python/weight_versions.cpp", "tensor.is_inference() ? 0 : tensor._version()", "0"),
     ("bicubic/bicubic_short_impl.h", "_mm512_add_epi32(sum, half), _mm", "sum, _mm"),
     ("bicubic/bicubic_short_impl.h", "_mm512_set1_epi16(2 * kShorts)", "_mm512_set1_epi16(kShorts)"),
     ("bicubic/bicubic_short_impl.h", "load_bytes(in + m.start[o] + k, m.taps - k)", "load_bytes(in + m.start[o], m.taps - k)"),

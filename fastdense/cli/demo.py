@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     from fastdense.bench.tables import print_bench
 
     config = BenchConfig(
-        net=Net("densenet121"), variants=COMPARED_VARIANTS, steps=3, warmup=1, memory_steps=2, threads=options.threads
+        net=Net("densenet121"), variants=COMPARED_VARIANTS, steps=3, warmup=2, memory_steps=2, threads=options.threads
     )
     try:
         with progress("bench DenseNet-121", count_ticks(config)) as tick:

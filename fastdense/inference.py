@@ -32,9 +32,9 @@ def freeze(model: Model) -> Model:
     gradient, as under :class:`torch.inference_mode` or :class:`torch.no_grad`, on the CPU, in the type of the weights.
 
     What torch sees of a change thaws a block at its next call, which then runs as before ``freeze``: ``model.train()``,
-    ``load_state_dict``, a step of an optimizer, moving or casting, hooks. Writes through ``.data``, ``.numpy()`` or to
-    parameters made under :class:`torch.inference_mode` leave no trace, nor do those of ``torch.distributed``, such as
-    ``broadcast``: call :func:`thaw` first, or ``freeze`` again.
+    ``load_state_dict``, a step of an optimizer, moving or casting. While a hook is there, calls run as if nothing were
+    frozen. Writes through ``.data``, ``.numpy()`` or to parameters made under :class:`torch.inference_mode` leave no
+    trace, nor do those of ``torch.distributed``, such as ``broadcast``: call :func:`thaw` first, or ``freeze`` again.
     Copies, pickles and ``state_dict`` do not have the packed weights. Threads share them.
 
     Args:

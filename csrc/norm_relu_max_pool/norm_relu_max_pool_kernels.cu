@@ -77,13 +77,17 @@ class PoolForward : public PoolChannels<NormPoolForwardParams<T>, V> {
   ImageChannels<uint8_t, V> indices_{};
 };
 
-// Whether the backward pass reads all pixels of a cell before their gradients: from compute capability 10.0 on, its
-// registers would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool kBackwardReadsAhead = false;
+// Whether the backward pass reads all pixels of a cell before their gradients.  From compute capability 10.0 on, its
+// registers would spill.  The emulation does both.
+__device__ inline bool backward_reads_ahead([[maybe_unused]] uint32_t cell) {
+#if defined(FASTDENSE_EMULATE)
+  return cell % 2 == 0;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return false;
 #else
-constexpr bool kBackwardReadsAhead = true;
+  return true;
 #endif
+}
 
 // Base of the two that go from cell to cell of the input: its gradient dy in front of the pool.
 template <typename P, typename T, int V, typename Windows>
@@ -104,18 +108,18 @@ class PoolCells : public PoolChannels<P, V> {
 
  protected:
   // body(pixel, x of it, dy)
-  template <bool kReadsAhead, typename Body>
-  __device__ void each_pixel(uint32_t cell, const Body& body) const {
+  template <typename Body>
+  __device__ void each_pixel(uint32_t cell, bool reads_ahead, const Body& body) const {
     uint32_t pixels[Windows::kCellPixels];
     Windows::find_pixels(p_.shape.g, cell, pixels);
     Vector<T, V> x[Windows::kCellPixels];
-    if constexpr (kReadsAhead) {
+    if (reads_ahead) {
 #pragma unroll
       for (int r = 0; r < Windows::kCellPixels; ++r) x[r] = x_[pixels[r] == kNoPixel ? 0 : pixels[r]];
     }
     Windows::template gather<V, A>(p_.shape.g, gradients_, cell, [&](int r, const A(&dy)[V]) {
       if (pixels[r] == kNoPixel) return;
-      if constexpr (!kReadsAhead) x[r] = x_[pixels[r]];
+      if (!reads_ahead) x[r] = x_[pixels[r]];
       body(pixels[r], x[r], dy);
     });
   }
@@ -137,7 +141,7 @@ class PoolSums : public PoolCells<NormPoolSumsParams<T>, T, V, Windows> {
   __device__ PoolSums(const Params& p, int64_t first, int count) : Base(p, first), mean_(p.mean, first, count) {}
 
   __device__ void row(uint32_t cell) {
-    this->template each_pixel<true>(cell, [&](uint32_t, const Vector<T, V>& x, const A(&dy)[V]) {
+    this->each_pixel(cell, true, [&](uint32_t, const Vector<T, V>& x, const A(&dy)[V]) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         state_.first(i) += dy[i];
@@ -174,7 +178,7 @@ class PoolBackward : public PoolCells<NormPoolBackwardParams<T>, T, V, Windows> 
     dx_ = this->channels(p_.dx, n, p_.shape.g.pixels());
   }
   __device__ void row(uint32_t cell) const {
-    this->template each_pixel<kBackwardReadsAhead>(cell, [&](uint32_t pixel, const Vector<T, V>& x, const A(&dy)[V]) {
+    this->each_pixel(cell, backward_reads_ahead(cell), [&](uint32_t pixel, const Vector<T, V>& x, const A(&dy)[V]) {
       Vector<T, V> dx;
 #pragma unroll
       for (int i = 0; i < V; ++i)

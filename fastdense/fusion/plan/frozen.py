@@ -78,10 +78,10 @@ def _watch_optimizers() -> None:
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Thaws what has parameters of the optimizer: fused ones write them without a new version."""
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for freezer in list(_freezers):
-        kept = freezer.kept
-        if kept is not None and any(id(weight) in stepped for weight in kept.flat.weights):
+    frozen = [(freezer, freezer.kept) for freezer in list(_freezers) if freezer.kept is not None]
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]} if frozen else set()
+    for freezer, kept in frozen:
+        if any(id(weight) in stepped for weight in kept.flat.weights):
             freezer.kept = None
 
 

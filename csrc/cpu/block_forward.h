@@ -7,8 +7,10 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <type_traits>
+#include <vector>
 
 #include "core/batch_norm_math.h"
 #include "core/storage.h"
@@ -23,6 +25,16 @@ struct RowSets {
   RowSets(int64_t rows) : rows(rows) {}  // NOLINT: all rows are one set
   RowSets(int64_t count, int64_t rows) : count(count), rows(rows) {}
   int64_t count = 1, rows;
+};
+
+// A set of rows in pieces, which begin at multiples of `multiple`.
+struct Chunks {
+  int64_t rows, count, multiple;
+  int64_t begin(int64_t chunk) const {
+    const int64_t step = count * multiple;
+    return std::min(rows, (chunk * rows + step - 1) / step * multiple);
+  }
+  int64_t size(int64_t chunk) const { return begin(chunk + 1) - begin(chunk); }
 };
 
 template <typename T>
@@ -50,35 +62,28 @@ class BlockForward {
 
   static at::Tensor bytes(int64_t count) { return at::empty({count}, at::TensorOptions().dtype(at::kByte)); }
 
-  // body(worker, chunk, first row, rows) for chunks of at most `most` rows.  Worker w always gets the same run of
-  // chunks, whichever thread runs it, so sums per worker do not depend on scheduling.
-  template <typename Body>
-  void for_each_chunk(int64_t rows, int64_t most, const Body& body) const {
-    const int64_t step = chunk_step(rows, most), chunks = num_chunks(rows, most);
-    for_each_worker(chunks, [&](int64_t worker, int64_t chunk) {
-      body(worker, chunk, chunk * step, std::min(step, rows - chunk * step));
-    });
-  }
-
-  // body(worker, chunk, set, first row, rows): no chunk has rows of two sets.
+  // body(worker, chunk, set, first row, rows) for chunks of at most `most` rows, none of which has rows of two sets.
+  // Worker w always gets the same run of chunks, whichever thread runs it, so sums per worker do not depend on
+  // scheduling.
   template <typename Body>
   void for_each_chunk(const RowSets& sets, int64_t most, const Body& body) const {
-    const int64_t step = chunk_step(sets, most), chunks = num_chunks(sets, most);
-    for_each_worker(sets.count * chunks, [&](int64_t worker, int64_t unit) {
-      const int64_t set = unit / chunks, row = unit % chunks * step;
-      body(worker, unit, set, set * sets.rows + row, std::min(step, sets.rows - row));
-    });
+    const Chunks chunks = this->chunks(sets, most);
+    for_each_worker(sets.count * chunks.count, of_chunk(sets, chunks, body));
   }
 
-  // Of a set.
-  int64_t num_chunks(const RowSets& sets, int64_t most) const {
-    const int64_t step = chunk_step(sets, most);
-    return (sets.rows + step - 1) / step;
+  // The same for bodies that keep nothing for their worker; see share_units().
+  template <typename Body>
+  void share_chunks(const RowSets& sets, int64_t most, const Body& body) const {
+    const Chunks chunks = this->chunks(sets, most);
+    share_units(sets.count * chunks.count, of_chunk(sets, chunks, body));
   }
 
-  int64_t chunk_count(const RowSets& sets, int64_t most, int64_t chunk) const {
-    const int64_t step = chunk_step(sets, most);
-    return std::min(step, sets.rows - chunk * step);
+  // Of a set: enough of them for all workers, of the same number of tiles where there are many rows.
+  Chunks chunks(const RowSets& sets, int64_t most) const {
+    const int64_t shares = sets.count < workers ? workers : 1;
+    const int64_t least = std::max<int64_t>(1, (sets.rows + most - 1) / most);
+    const int64_t count = std::min((least + shares - 1) / shares * shares, std::max<int64_t>(1, sets.rows));
+    return {sets.rows, count, sets.rows >= 4 * kernels.tile_rows * count ? kernels.tile_rows : 1};
   }
 
   // body(worker, unit) for all units; contiguous runs of units per worker.
@@ -91,6 +96,26 @@ class BlockForward {
     });
   }
 
+  // The same for bodies whose results do not depend on who runs them: cores are never equally fast, so a worker who is
+  // done with his run goes on with what is left of the others'.
+  template <typename Body>
+  void share_units(int64_t units, const Body& body) const {
+    struct alignas(64) Next {  // a cache line each
+      std::atomic<int64_t> unit;
+    };
+    const int64_t used = std::min(workers, units);
+    std::vector<Next> next(static_cast<size_t>(used));
+    for (int64_t worker = 0; worker < used; ++worker) next[size_t(worker)].unit = worker * units / used;
+    at::parallel_for(0, used, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker)
+        for (int64_t away = 0; away < used; ++away) {
+          const int64_t of = (worker + away) % used, last = (of + 1) * units / used;
+          for (int64_t unit; (unit = next[size_t(of)].unit.fetch_add(1, std::memory_order_relaxed)) < last;)
+            body(worker, unit);
+        }
+    });
+  }
+
   // weight [n, depth] (or its transpose) in panels for the kernels; its data is at panels_of().
   at::Tensor pack(const A* weight, int64_t depth, int64_t n, int64_t depth_stride, int64_t column_stride) const {
     at::Tensor packed = bytes(padded(n) * padded_depth(depth) * kernels.operand_bytes);
@@ -99,7 +124,7 @@ class BlockForward {
   }
   void pack_to(void* out, const A* weight, int64_t depth, int64_t n, int64_t depth_stride,
                int64_t column_stride) const {
-    for_each_worker(padded(n) / kernels.panel, [&](int64_t, int64_t panel) {
+    share_units(padded(n) / kernels.panel, [&](int64_t, int64_t panel) {
       kernels.pack(weight, depth, n, depth_stride, column_stride, panel, panel + 1, out);
     });
   }
@@ -224,12 +249,13 @@ class BlockForward {
   // Statistics of n columns of x[rows, ld].
   void statistics(const T* x, int64_t ld, const RowSets& sets, int64_t n, A* mean, A* var, int64_t next = 0) const {
     constexpr int64_t kRows = 1024;
-    at::Tensor partial = temporary<double>({sets.count * num_chunks(sets, kRows), 2, n});
+    const Chunks chunks = this->chunks(sets, kRows);
+    at::Tensor partial = temporary<double>({sets.count * chunks.count, 2, n});
     double* p = partial.mutable_data_ptr<double>();
-    for_each_chunk(sets, kRows, [&](int64_t, int64_t chunk, int64_t, int64_t row, int64_t count) {
+    share_chunks(sets, kRows, [&](int64_t, int64_t chunk, int64_t, int64_t row, int64_t count) {
       kernels.moments(x + row * ld, ld, count, n, p + 2 * chunk * n, p + (2 * chunk + 1) * n);
     });
-    combine(partial, n, [&](int64_t u) { return chunk_count(sets, kRows, u); }, mean, var, sets.count, next);
+    combine(partial, n, [&](int64_t chunk) { return chunks.size(chunk); }, mean, var, sets.count, next);
   }
 
   const Conv1x1Kernels<T>& kernels;
@@ -249,14 +275,13 @@ class BlockForward {
     return {A(total.mean), A(total.m2 / total.count)};
   }
 
-  // Enough chunks for all workers, equal in size, and rows a multiple of every tile where there are many.
-  int64_t chunk_step(const RowSets& sets, int64_t most) const {
-    const int64_t rows = sets.rows, shares = sets.count < workers ? workers : 1;
-    const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
-    const int64_t balanced = (chunks + shares - 1) / shares * shares;
-    const int64_t step = (rows + balanced - 1) / balanced;
-    const int64_t multiple = std::max<int64_t>(kernels.align, 12), whole = (step + multiple - 1) / multiple * multiple;
-    return std::max<int64_t>(1, step > 48 && whole <= most ? whole : step);
+  // body(worker, chunk, set, first row, rows) for a chunk, counted through all sets.
+  template <typename Body>
+  static auto of_chunk(const RowSets& sets, const Chunks& chunks, const Body& body) {
+    return [&sets, chunks, &body](int64_t worker, int64_t unit) {
+      const int64_t set = unit / chunks.count, chunk = unit % chunks.count;
+      body(worker, unit, set, set * sets.rows + chunks.begin(chunk), chunks.size(chunk));
+    };
   }
 
   int64_t workspace_bytes_ = 0;

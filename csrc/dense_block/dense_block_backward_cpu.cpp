@@ -133,10 +133,9 @@ class Backward : BlockBackward<T> {
     if (!d_.defined()) d_ = this->bytes(pixels_ * k * kernels.operand_bytes);
     void* out = d_.mutable_data_ptr();
     const Dropout dropout = conv_.dropout(seed_, l);
-    this->for_each_chunk(sets_, 4 * kernels.backward_rows,
-                         [&](int64_t, int64_t, int64_t set, int64_t row, int64_t rows) {
-                           conv_.kernels.finalise(corrected(corrections, c, k, set), row, rows, dropout, out);
-                         });
+    this->share_chunks(sets_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t set, int64_t row, int64_t rows) {
+      conv_.kernels.finalise(corrected(corrections, c, k, set), row, rows, dropout, out);
+    });
     return d_;
   }
 
@@ -152,10 +151,9 @@ class Backward : BlockBackward<T> {
     const at::Tensor corrections = this->take(corrections_, 0, n, pixels_);
     this->grads()[0] = empty_channels_last(args_.sizes(n), this->options());
     T* dx = static_cast<T*>(this->grads()[0].mutable_data_ptr());
-    this->for_each_chunk(sets_, 4 * kernels.backward_rows,
-                         [&](int64_t, int64_t, int64_t set, int64_t row, int64_t rows) {
-                           kernels.finalise(corrected(corrections, 0, n, set), row, rows, dx);
-                         });
+    this->share_chunks(sets_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t set, int64_t row, int64_t rows) {
+      kernels.finalise(corrected(corrections, 0, n, set), row, rows, dx);
+    });
   }
 
   void layer(int64_t l) {

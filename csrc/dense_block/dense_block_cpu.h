@@ -112,10 +112,10 @@ class Bottleneck {
 
   // All rows; partial [chunks, 2, b]: mean and M2 of each chunk, or nullptr.
   void make_all(const RowSets& pixels, T* z, double* partial) const {
-    block_.for_each_chunk(pixels, block_.kernels.chunk_rows(prefix_.channels),
-                          [&](int64_t worker, int64_t chunk, int64_t set, int64_t row, int64_t rows) {
-                            make(worker, set, row, rows, z, partial ? partial + 2 * chunk * width : nullptr);
-                          });
+    block_.share_chunks(pixels, block_.kernels.chunk_rows(prefix_.channels),
+                        [&](int64_t worker, int64_t chunk, int64_t set, int64_t row, int64_t rows) {
+                          make(worker, set, row, rows, z, partial ? partial + 2 * chunk * width : nullptr);
+                        });
   }
 
   const int64_t width;

@@ -63,12 +63,12 @@ class Forward : BlockForward<T> {
 
   void bottleneck(const LayerArgs& layer, const Source<T>& prefix, const Coefficients& c1, T* z, bool statistics,
                   int64_t first) {
-    const int64_t b = args_.width, most = kernels.chunk_rows(layer.channels);
-    const int64_t units = statistics ? sets_.count * this->num_chunks(sets_, most) : 0;
-    at::Tensor partial = this->template temporary<double>({units, 2, b});
+    const int64_t b = args_.width;
+    const Chunks chunks = this->chunks(sets_, kernels.chunk_rows(layer.channels));
+    at::Tensor partial = this->template temporary<double>({statistics ? sets_.count * chunks.count : 0, 2, b});
     Bottleneck<T>(*this, layer, prefix, c1)
         .make_all(sets_, z, statistics ? partial.mutable_data_ptr<double>() : nullptr);
-    const auto count = [&](int64_t u) { return this->chunk_count(sets_, most, u); };
+    const auto count = [&](int64_t chunk) { return chunks.size(chunk); };
     if (statistics) this->combine(partial, b, count, mean_ + first, var_ + first, sets_.count, next_);
   }
 
@@ -86,7 +86,7 @@ class Forward : BlockForward<T> {
     const void* w = this->panels_of(panels);
     const Dropout dropout = conv_.dropout(seed_, l);
     const at::Tensor bias = this->bias_of(layer.bias2);
-    this->for_each_worker(units, [&](int64_t worker, int64_t unit) {
+    this->share_units(units, [&](int64_t worker, int64_t unit) {
       const int64_t begin = unit % slabs * planes;
       double* moments = statistics ? p + 2 * unit * k : nullptr;
       const int64_t image = unit / slabs;
@@ -114,7 +114,7 @@ class Forward : BlockForward<T> {
     const NormActivation<T> act(args_.tail_act, ld_);
     const Source<T> source = act.of(this->source(x_, ld_, c));
     const at::Tensor panels = this->pack_forward(args_.tail_conv.weight), bias = this->bias_of(args_.tail_bias);
-    this->for_each_chunk(
+    this->share_chunks(
         row_sets(args_, args_.batch * args_.pool.pixels()), most,
         [&](int64_t worker, int64_t, int64_t set, int64_t row, int64_t rows) {
           kernels.conv1x1({this->of_set(source, c, set)}, &args_.pool, row, rows, this->panels_of(panels),
@@ -126,7 +126,7 @@ class Forward : BlockForward<T> {
     const Coefficients c = norm_of(args_.tail_norm, 0, ld_);
     const NormActivation<T> act(args_.tail_act, ld_);
     const Source<T> source = act.of(this->source(x_, ld_, c));
-    this->for_each_chunk(sets_, kernels.chunk_rows(ld_), [&](int64_t, int64_t, int64_t set, int64_t row, int64_t rows) {
+    this->share_chunks(sets_, kernels.chunk_rows(ld_), [&](int64_t, int64_t, int64_t set, int64_t row, int64_t rows) {
       kernels.norm(this->of_set(source, c, set), args_.tail == Tail::kNormRelu, row, rows, out);
     });
   }

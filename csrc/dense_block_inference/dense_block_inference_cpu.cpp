@@ -114,7 +114,7 @@ class Packer : BlockForward<T> {
     const int64_t n = conv.size(0), depth = conv.size(1), panel = this->kernels.panel;
     const int64_t bytes = sizes_.conv_squares(depth, panel);
     const A* w = weight.template const_data_ptr<A>();
-    this->for_each_worker((n + panel - 1) / panel, [&](int64_t, int64_t unit) {
+    this->share_units((n + panel - 1) / panel, [&](int64_t, int64_t unit) {
       squares_.pack(w + unit * panel * depth * 9, depth, n - unit * panel, panels_ + at + unit * bytes);
     });
   }
@@ -168,10 +168,11 @@ class Inference : BlockForward<T> {
 
   void run() const {
     if (!by_image_) return block(0, {0, args_.batch});
-    this->for_each_worker(this->workers, [&](int64_t, int64_t worker) {
-      const int64_t end = (worker + 1) * args_.batch / this->workers;
-      for (int64_t first = worker * args_.batch / this->workers; first < end; first += group_)
-        block(worker, {first, std::min(group_, end - first)});
+    const int64_t most = (args_.batch + this->workers - 1) / this->workers;
+    const int64_t groups = this->workers * ((most + group_ - 1) / group_);
+    this->share_units(groups, [&](int64_t worker, int64_t unit) {
+      const int64_t first = unit * args_.batch / groups, end = (unit + 1) * args_.batch / groups;
+      if (end > first) block(worker, {first, end - first});
     });
   }
 
@@ -181,7 +182,7 @@ class Inference : BlockForward<T> {
   // body(worker, unit) for all units: by all workers where they share the images, else by the one that has them.
   template <typename Body>
   void share(int64_t worker, int64_t units, const Body& body) const {
-    if (!by_image_) return this->for_each_worker(units, body);
+    if (!by_image_) return this->share_units(units, body);
     for (int64_t unit = 0; unit < units; ++unit) body(worker, unit);
   }
 

@@ -122,7 +122,7 @@ class Backward : BlockBackward<T> {
     const Sums sums = this->norm_gradients(block.norm_c, cc);
     at::Tensor memory;
     const NormBackward<T> norm_c = this->norm_backward(block.norm_c, cc, sums, dvp, bp, pixels_, memory);
-    this->for_each_chunk(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
+    this->share_chunks(pixels_, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t, int64_t row, int64_t rows) {
       kernels.norm_input_gradient(norm_c, row, rows, dvp);
     });
     if (is_reversible() && i > 0) reverse(i, bp, cc);
@@ -166,11 +166,12 @@ class Backward : BlockBackward<T> {
     const int64_t depth = dy.columns(), n = source.channels;
     const at::Tensor panels = this->pack_backward(conv.weight, 0, n);
     const at::Tensor dweight = this->worker_gradients(this->needs(conv.at), depth, n);
-    this->for_each_chunk(pixels_, kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
-      kernels.conv1x1_backward(source, pool, row, rows, dy, this->panels_of(panels),
-                               this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
-                               this->workspace(worker));
-    });
+    this->for_each_chunk(pixels_, kernels.backward_rows,
+                         [&](int64_t worker, int64_t, int64_t, int64_t row, int64_t rows) {
+                           kernels.conv1x1_backward(source, pool, row, rows, dy, this->panels_of(panels),
+                                                    this->epilogue(worker, gradient, ld, accumulate, mean, dweight),
+                                                    this->workspace(worker));
+                         });
     if (this->needs(conv.at)) this->set(conv.at, this->total(dweight, depth, n));
   }
 
@@ -187,7 +188,7 @@ class Backward : BlockBackward<T> {
     const Source<T> source = this->source(a, args_.width_a, c);
     const at::Tensor none = this->worker_gradients(false, 0, 0);
     this->for_each_chunk(args_.a_pixels(i), kernels.backward_rows,
-                         [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+                         [&](int64_t worker, int64_t, int64_t, int64_t row, int64_t rows) {
                            kernels.norm_backward(source, true, row, rows, du,
                                                  this->epilogue(worker, du, args_.width_a, false, c.mean(), none),
                                                  this->workspace(worker));
@@ -224,7 +225,7 @@ class Backward : BlockBackward<T> {
       const at::Tensor dweight = this->worker_gradients(needed, args_.width_a, s.n);
       const Source<T> source = this->source(s.x.data, s.x.ld, c, s.first, s.n);
       this->for_each_chunk(
-          args_.a_pixels(i), kernels.backward_rows, [&](int64_t worker, int64_t, int64_t row, int64_t rows) {
+          args_.a_pixels(i), kernels.backward_rows, [&](int64_t worker, int64_t, int64_t, int64_t row, int64_t rows) {
             kernels.conv1x1_norm_backward(
                 source, row, rows, norm_b, this->panels_of(panels),
                 this->epilogue(worker, s.gradient.data, s.gradient.ld, true, c.mean() + s.first, dweight),
@@ -267,9 +268,9 @@ class Backward : BlockBackward<T> {
     // In place where the gradient has a tensor of its own.
     this->grads()[0] = args_.projection ? input_gradient_ : empty_channels_last(args_.sizes(n, true), this->options());
     T* dx = static_cast<T*>(this->grads()[0].mutable_data_ptr());
-    this->for_each_chunk(
+    this->share_chunks(
         args_.in_pixels(), 4 * kernels.backward_rows,
-        [&](int64_t, int64_t, int64_t row, int64_t rows) { kernels.finalise(gradient, row, rows, dx); });
+        [&](int64_t, int64_t, int64_t, int64_t row, int64_t rows) { kernels.finalise(gradient, row, rows, dx); });
   }
 
   const DualPathArgs& args_;

@@ -118,10 +118,10 @@ class DualPathBlocks {
     if (own(i)) return {};
     const at::Tensor u = at::empty({args_.a_pixels(i), args_.width_a}, options);
     const Source<T> source = block_.source(a, args_.width_a, c);
-    block_.for_each_chunk(args_.a_pixels(i), block_.kernels.chunk_rows(args_.width_a),
-                          [&](int64_t, int64_t, int64_t row, int64_t count) {
-                            block_.kernels.norm(source, true, row, count, static_cast<T*>(u.mutable_data_ptr()));
-                          });
+    block_.share_chunks(args_.a_pixels(i), block_.kernels.chunk_rows(args_.width_a),
+                        [&](int64_t, int64_t, int64_t, int64_t row, int64_t count) {
+                          block_.kernels.norm(source, true, row, count, static_cast<T*>(u.mutable_data_ptr()));
+                        });
     return u;
   }
 
@@ -133,12 +133,12 @@ class DualPathBlocks {
     const at::Tensor panels = block_.pack_forward(weight);
     // Both what a chunk reads and what it makes stay in cache.
     const int64_t most = block_.kernels.chunk_rows(std::max(sources.channels(), targets.columns()));
-    const int64_t chunks = block_.num_chunks(pixels, most);
+    const Chunks chunks = block_.chunks(pixels, most);
     at::Tensor partial[2];
     Target<T>* target[2] = {&targets.first, &targets.second};
     for (int t = 0; t < 2; ++t)
-      partial[t] = block_.template temporary<double>({statistics[t].mean ? chunks : 0, 2, target[t]->columns});
-    block_.for_each_chunk(pixels, most, [&](int64_t worker, int64_t chunk, int64_t row, int64_t count) {
+      partial[t] = block_.template temporary<double>({statistics[t].mean ? chunks.count : 0, 2, target[t]->columns});
+    block_.share_chunks(pixels, most, [&](int64_t worker, int64_t chunk, int64_t, int64_t row, int64_t count) {
       Targets<T> to = targets;
       Target<T>* each[2] = {&to.first, &to.second};
       for (int t = 0; t < 2; ++t) {
@@ -148,7 +148,7 @@ class DualPathBlocks {
       }
       block_.kernels.conv1x1(sources, pool, row, count, block_.panels_of(panels), to, block_.workspace(worker));
     });
-    const auto count = [&](int64_t chunk) { return block_.chunk_count(pixels, most, chunk); };
+    const auto count = [&](int64_t chunk) { return chunks.size(chunk); };
     for (int t = 0; t < 2; ++t)
       if (statistics[t].mean)
         block_.combine(partial[t], target[t]->columns, count, statistics[t].mean, statistics[t].var);

@@ -35,7 +35,7 @@ void batch_statistics(const BlockForward<T>& block, const NormPoolArgs& args, co
   if (args.layout.channels_last) return block.statistics(x, c, args.values(), c, mean, var);
   const at::Tensor partial = BlockForward<T>::template temporary<double>({args.batch, 2, c});
   double* p = partial.mutable_data_ptr<double>();
-  block.for_each_worker(args.batch * c, [&](int64_t, int64_t plane) {
+  block.share_units(args.batch * c, [&](int64_t, int64_t plane) {
     const Moments<double> m = plane_moments(block.kernels, x + plane * pixels, pixels);
     double* to = p + plane / c * 2 * c + plane % c;
     to[0] = m.mean;
@@ -52,15 +52,20 @@ NormPool<T> norm_pool(const NormPoolArgs& args, const typename BlockForward<T>::
           c.rstd(),      static_cast<const T*>(x.const_data_ptr())};
 }
 
-// body(worker, unit, workspace) for all units.
-template <typename T, typename Body>
-void for_each_unit(const BlockForward<T>& block, const NormPool<T>& pool, int64_t units, const Body& body) {
+template <typename T>
+class NormPoolWorkspace {
   using A = accumulate_t<T>;
-  const int64_t numbers = norm_pool_kernels<T>(current_isa()).workspace(pool);
-  const at::Tensor workspace = BlockForward<T>::template temporary<A>({block.workers, numbers});
-  A* memory = workspace.template mutable_data_ptr<A>();
-  block.for_each_worker(units, [&](int64_t worker, int64_t unit) { body(worker, unit, memory + worker * numbers); });
-}
+
+ public:
+  NormPoolWorkspace(const BlockForward<T>& block, const NormPool<T>& pool)
+      : numbers_(norm_pool_kernels<T>(current_isa()).workspace(pool)),
+        memory_(BlockForward<T>::template temporary<A>({block.workers, numbers_})) {}
+  A* of(int64_t worker) const { return memory_.template mutable_data_ptr<A>() + worker * numbers_; }
+
+ private:
+  const int64_t numbers_;
+  const at::Tensor memory_;
+};
 
 struct CpuEngine {
   using Guard = c10::Device;  // nothing to guard
@@ -76,8 +81,9 @@ struct CpuEngine {
     const NormPoolForward<T> p{norm_pool<T>(args, c, x), static_cast<T*>(o.y.mutable_data_ptr()),
                                o.indices.dim() > 1 ? o.indices.mutable_data_ptr<uint8_t>() : nullptr};
     const auto& kernels = norm_pool_kernels<T>(current_isa());
-    for_each_unit<T>(block, p, p.pooled_lines(args.batch),
-                     [&](int64_t, int64_t line, A* memory) { kernels.forward(p, line, memory); });
+    const NormPoolWorkspace<T> workspace(block, p);
+    block.share_units(p.pooled_lines(args.batch),
+                      [&](int64_t worker, int64_t line) { kernels.forward(p, line, workspace.of(worker)); });
   }
 
   template <typename T>
@@ -105,10 +111,11 @@ struct CpuEngine {
                           A(0)};
     const auto& kernels = norm_pool_kernels<T>(current_isa());
     const at::Tensor no_weights = block.worker_gradients(false, 0, 0);
+    const NormPoolWorkspace<T> workspace(block, p);
     if (!args.norm.frozen() || needs[1] || needs[2])
-      for_each_unit<T>(block, p, p.pooled_lines(args.batch), [&](int64_t worker, int64_t line, A* memory) {
+      block.for_each_worker(p.pooled_lines(args.batch), [&](int64_t worker, int64_t line) {
         const auto epilogue = block.epilogue(worker, nullptr, 0, false, nullptr, no_weights);
-        kernels.sums(p, line, epilogue.sum, epilogue.weighted, memory);
+        kernels.sums(p, line, epilogue.sum, epilogue.weighted, workspace.of(worker));
       });
     const auto sums = block.norm_gradients(args.norm, c);
     at::Tensor memory;
@@ -119,8 +126,8 @@ struct CpuEngine {
     p.inv_count = terms.inv_count;
     block.grads()[0] = args.layout.empty(saved.input.sizes(), saved.input.options());
     p.dx = static_cast<T*>(block.grads()[0].mutable_data_ptr());
-    for_each_unit<T>(block, p, p.gradient_units(args.batch),
-                     [&](int64_t, int64_t unit, A* workspace) { kernels.input_gradient(p, unit, workspace); });
+    block.share_units(p.gradient_units(args.batch),
+                      [&](int64_t worker, int64_t unit) { kernels.input_gradient(p, unit, workspace.of(worker)); });
     return block.grads();
   }
 };

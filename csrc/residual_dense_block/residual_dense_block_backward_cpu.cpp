@@ -77,8 +77,8 @@ class Backward : BlockBackward<T> {
     dx = empty_channels_last(args_.sizes(n), this->options());
     if (!args_.fusion) return (void)dx.copy_(gradient.narrow(1, 0, n));
     T* out = static_cast<T*>(dx.mutable_data_ptr());
-    this->for_each_chunk(
-        args_.pixels(), 4 * this->kernels.backward_rows, [&](int64_t, int64_t, int64_t row, int64_t rows) {
+    this->share_chunks(
+        args_.pixels(), 4 * this->kernels.backward_rows, [&](int64_t, int64_t, int64_t, int64_t row, int64_t rows) {
           convolution_.kernels.input_gradient(g_, ld_, grad_output, row, rows, n, A(args_.outer_scale), out);
         });
   }

@@ -42,13 +42,13 @@ class ResidualConvolution {
   // body(worker, tile) for all tiles.
   template <typename Body>
   void for_each_tile(const Tiles& t, const Body& body) const {
-    block_.for_each_worker(args_.batch * t.down * t.across, [&](int64_t worker, int64_t unit) {
-      Tile tile{unit / (t.down * t.across), unit / t.across % t.down * t.first.rows, t.first.rows,
-                unit % t.across * t.first.columns, t.first.columns};
-      tile.rows = std::min(tile.rows, args_.height - tile.row);
-      tile.columns = std::min(tile.columns, args_.width - tile.column);
-      if (tile.rows > 0 && tile.columns > 0) body(worker, tile);
-    });
+    block_.for_each_worker(args_.batch * t.down * t.across, of_tile(t, body));
+  }
+
+  // The same for bodies that keep nothing for their worker.
+  template <typename Body>
+  void share_tiles(const Tiles& t, const Body& body) const {
+    block_.share_units(args_.batch * t.down * t.across, of_tile(t, body));
   }
 
   at::Tensor pack(const ResidualLayerArgs& layer, bool reversed) const {
@@ -59,6 +59,17 @@ class ResidualConvolution {
   }
 
  private:
+  template <typename Body>
+  auto of_tile(const Tiles& t, const Body& body) const {
+    return [this, &t, &body](int64_t worker, int64_t unit) {
+      Tile tile{unit / (t.down * t.across), unit / t.across % t.down * t.first.rows, t.first.rows,
+                unit % t.across * t.first.columns, t.first.columns};
+      tile.rows = std::min(tile.rows, args_.height - tile.row);
+      tile.columns = std::min(tile.columns, args_.width - tile.column);
+      if (tile.rows > 0 && tile.columns > 0) body(worker, tile);
+    };
+  }
+
   static int64_t ceil(int64_t n, int64_t by) { return std::max<int64_t>(1, (n + by - 1) / by); }
   static int64_t even(int64_t n) { return n + n % 2; }
 

@@ -44,7 +44,7 @@ class Forward : BlockForward<T> {
  private:
   void conv(const ResidualLayerArgs& layer, const Finish<T>& finish) {
     const at::Tensor panels = convolution_.pack(layer, false);
-    convolution_.for_each_tile(convolution_.tiles(layer.channels), [&](int64_t worker, const Tile& tile) {
+    convolution_.share_tiles(convolution_.tiles(layer.channels), [&](int64_t worker, const Tile& tile) {
       convolution_.kernels.conv({x_ + layer.first, ld_, layer.channels}, layer.geometry, tile, this->panels_of(panels),
                                 finish, this->workspace(worker));
     });

@@ -22,7 +22,7 @@ at::Tensor pack_conv2d_weight(const BlockForward<T>& block, const Kernels& kerne
   const int64_t bytes = kernels.products(g) * block.padded_depth(depth) * panel * block.kernels.operand_bytes;
   at::Tensor packed = block.bytes(block.padded(n) / panel * bytes);
   uint8_t* to = packed.mutable_data_ptr<uint8_t>();
-  block.for_each_worker(block.padded(n) / panel, [&](int64_t, int64_t unit) {
+  block.share_units(block.padded(n) / panel, [&](int64_t, int64_t unit) {
     const int64_t first = unit * panel;
     kernels.pack(w + first * column_stride, g, reversed, depth, n - first, depth_stride, column_stride,
                  to + unit * bytes);
@@ -39,7 +39,7 @@ at::Tensor sum_conv2d_weight_gradient(const BlockForward<T>& block, const Kernel
   at::Tensor total = BlockForward<T>::template temporary<A>(conv.sizes());
   const A* from = by_worker.template const_data_ptr<A>();
   A* to = total.template mutable_data_ptr<A>();
-  block.for_each_worker(k, [&](int64_t, int64_t row) {
+  block.share_units(k, [&](int64_t, int64_t row) {
     kernels.weight_gradient(from + row * ld, by_worker.size(0), g, k, n, ld, to + row * per_row);
   });
   return total;

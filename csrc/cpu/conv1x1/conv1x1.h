@@ -24,12 +24,15 @@ constexpr int64_t kForwardBytes = 192 * 1024;
 template <typename T>
 constexpr int64_t kBackwardRows = sizeof(typename Gemm<T>::Operand) == 2 ? 384 : 192;
 
+// Rows of a tile of a product.
+template <typename T>
+constexpr int64_t kRowMultiple = Gemm<T>::kAlign > 1 ? Gemm<T>::kAlign : kTileRows;
+
 template <typename T>
 constexpr int64_t chunk_rows(int64_t channels) {
-  constexpr int64_t kMultiple = Gemm<T>::kAlign > 1 ? Gemm<T>::kAlign : kTileRows;
   const int64_t fit = kForwardBytes / int64_t(sizeof(typename Gemm<T>::Operand)) / (channels > 0 ? channels : 1);
   const int64_t rows = fit < 48 ? 48 : fit > 384 ? 384 : fit;
-  return rows / kMultiple * kMultiple;
+  return rows / kRowMultiple<T> * kRowMultiple<T>;
 }
 
 template <typename T, typename A = accumulate_t<T>>

@@ -119,6 +119,7 @@ struct Conv1x1Kernels {
   int64_t align;          // their depth, and the depth of dweight, is padded to a multiple
   int64_t operand_bytes;  // of an element
   int64_t backward_rows;  // rows of a backward chunk, at most
+  int64_t tile_rows;      // rows that a product works on at once; backward_rows and chunk_rows are multiples
 
   // panels[n / panel][padded depth][panel] = w[k * depth_stride + j * column_stride], zero beyond depth and n
   void (*pack)(const A* w, int64_t depth, int64_t n, int64_t depth_stride, int64_t column_stride, int64_t first_panel,

@@ -118,6 +118,7 @@ const Conv1x1Kernels<T>& conv1x1_kernels() {
                                             Gemm<T>::kAlign,
                                             sizeof(typename Gemm<T>::Operand),
                                             kBackwardRows<T>,
+                                            kRowMultiple<T>,
                                             pack<T>,
                                             moments<T>,
                                             conv1x1<T>,

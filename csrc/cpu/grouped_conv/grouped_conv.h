@@ -40,7 +40,7 @@ class GroupedConvolution3x3 {
     const int64_t columns = conv_.groups * conv_.out;
     const at::Tensor partial =
         block_.template temporary<double>({statistics.mean ? conv_.images * stripes_ : 0, 2, columns});
-    for_each_unit(
+    const auto body = of_unit(
         [&](int64_t worker, int64_t, const OutputRows& rows, int64_t bundle) {
           kernels_.forward(conv_, rows, bundle, source, of_bundle(packed, bundle), out, workspace(worker));
         },
@@ -52,6 +52,7 @@ class GroupedConvolution3x3 {
           block_.kernels.moments(out + line * conv_.out_width() * columns + begin, columns,
                                  rows.count * conv_.out_width(), n, mean, mean + columns);
         });
+    block_.share_units(units(), body);
     const auto count = [&](int64_t stripe) { return rows_of(stripe).count * conv_.out_width(); };
     if (statistics.mean) block_.combine(partial, columns, count, statistics.mean, statistics.var);
   }
@@ -64,7 +65,7 @@ class GroupedConvolution3x3 {
     const at::Tensor packed = pack(weight, true);
     const at::Tensor partial = at::zeros({needs_weight ? parts_ : 0, layout_.bundles * layout_.weights},
                                          at::TensorOptions().dtype(BlockForward<T>::kAccumulate));
-    for_each_unit(
+    const auto body = of_unit(
         [&](int64_t worker, int64_t part, const OutputRows& rows, int64_t bundle) {
           BackwardEpilogue<T> to = epilogue(worker);
           if (needs_weight)
@@ -72,6 +73,7 @@ class GroupedConvolution3x3 {
           kernels_.backward(conv_, rows, bundle, source, dy, of_bundle(packed, bundle), to, workspace(worker));
         },
         [](auto...) {});
+    block_.for_each_worker(units(), body);
     return needs_weight ? unpack(partial, weight) : at::Tensor();
   }
 
@@ -80,7 +82,7 @@ class GroupedConvolution3x3 {
     const at::Tensor plain = block_.accumulate_type(weight);
     const T* from = plain.template const_data_ptr<T>();
     at::Tensor packed = block_.template temporary<T>({layout_.bundles, layout_.weights});
-    block_.for_each_worker(layout_.bundles, [&](int64_t, int64_t bundle) {
+    block_.share_units(layout_.bundles, [&](int64_t, int64_t bundle) {
       kernels_.pack(from, conv_, reversed, bundle, packed.template mutable_data_ptr<T>() + bundle * layout_.weights);
     });
     return packed;
@@ -95,7 +97,7 @@ class GroupedConvolution3x3 {
     const T* from = packed.template const_data_ptr<T>();
     at::Tensor out = block_.template temporary<T>(weight.sizes());
     T* to = out.template mutable_data_ptr<T>();
-    block_.for_each_worker(layout_.bundles, [&](int64_t, int64_t bundle) {
+    block_.share_units(layout_.bundles, [&](int64_t, int64_t bundle) {
       kernels_.unpack(from + bundle * layout_.weights, conv_, bundle, to);
     });
     return out;
@@ -106,12 +108,13 @@ class GroupedConvolution3x3 {
     return {stripe / stripes_, first, std::min(layout_.rows, conv_.out_height() - first)};
   }
 
-  // body(worker, part, its rows, bundle): a unit is one part of the stripes of all images and a run of bundles,
-  // so that sums of a part do not depend on the worker.  done(stripe, its rows, first bundle, end) after such a run.
+  // What is done for a unit, one part of the stripes of all images and a run of bundles, so that sums of a part do not
+  // depend on the worker: body(worker, part, its rows, bundle) for each.  done(stripe, its rows, first bundle, end)
+  // after such a run.
   template <typename Body, typename Done>
-  void for_each_unit(const Body& body, const Done& done) const {
-    const int64_t stripes = conv_.images * stripes_;
-    block_.for_each_worker(bundle_runs_ * parts_, [&](int64_t worker, int64_t unit) {
+  auto of_unit(const Body& body, const Done& done) const {
+    return [this, body, done](int64_t worker, int64_t unit) {
+      const int64_t stripes = conv_.images * stripes_;
       const int64_t part = unit % parts_, first = unit / parts_ * bundles_at_once_;
       const int64_t end = std::min(first + bundles_at_once_, layout_.bundles);
       for (int64_t stripe = part * stripes / parts_; stripe < (part + 1) * stripes / parts_; ++stripe) {
@@ -119,8 +122,9 @@ class GroupedConvolution3x3 {
         for (int64_t bundle = first; bundle < end; ++bundle) body(worker, part, rows, bundle);
         done(stripe, rows, first, end);
       }
-    });
+    };
   }
+  int64_t units() const { return bundle_runs_ * parts_; }
 
   void* workspace(int64_t worker) const {
     return workspace_.mutable_data_ptr<uint8_t>() + worker * layout_.workspace_bytes;

@@ -30,6 +30,12 @@ void define(torch::Library& m) {
       "_dual_path_stage_backward(Tensor grad_output, Tensor input, Tensor out, Tensor residuals, Tensor a, Tensor b, "
       "Tensor mean, Tensor var, Tensor[] weights, float[] eps, int num_blocks, bool projection, "
       "int residual_channels, int stride, bool[] needs_grad, str process_group) -> Tensor[]");
+  m.def(
+      "pack_dual_path_stage(Tensor[] weights, float[] eps, int in_channels, int num_blocks, bool projection, "
+      "int residual_channels, int stride) -> Tensor[]");
+  m.def(
+      "dual_path_stage_inference(Tensor input, Tensor[] weights, float[] eps, int num_blocks, bool projection, "
+      "int residual_channels, int stride, Tensor[] packed, bool contiguous=False) -> Tensor");
   m.def("dual_path_merge(Tensor input, Tensor features, int residual_channels) -> Tensor");
   m.def("dual_path_split(Tensor input, SymInt channels, int residual_channels) -> (Tensor, Tensor)");
   m.def(

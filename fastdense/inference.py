@@ -1,35 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the weights of dense blocks packed, for inference."""
+"""Keeps the weights of dense blocks and dual path stages packed, for inference."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from fastdense._C import WeightVersions
-from fastdense.fusion import dense_block, inferred_block
+from fastdense.fusion import dense_block, dual_path, inferred_block
 from fastdense.fusion.base import plan_of
 from fastdense.fusion.checks import NORMS, NotFusible, check_module
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock
+from fastdense.fusion.dual_path import FusedDualPathBlock, StagePlan, StagesPlan
 from fastdense.fusion.inferred_block import FusedInferredBlock, FusedInferredLayers
 from fastdense.fusion.plan.frozen import FrozenWeights
 from fastdense.fusion.plan.state import state_of
-from fastdense.fusion.sequential import FusedSequential, block_plans
+from fastdense.fusion.sequential import FusedSequential, runs_of
+from fastdense.ops.arguments import PackedWeights
+from fastdense.ops.dense_block import FlatBlock
 from fastdense.ops.dense_block_inference import pack_block
+from fastdense.ops.dual_path import FlatStage, pack_stage
 
 Model = TypeVar("Model", bound=nn.Module)
-_BLOCKS = (FusedDenseBlock, FusedInferredLayers)
+_BLOCKS = (FusedDenseBlock, FusedInferredLayers, FusedDualPathBlock)
 
 
 def freeze(model: Model) -> Model:
-    """Folds and packs the weights of a converted model's dense blocks once, for faster inference, in place.
+    """Folds and packs the weights of a converted model's blocks once, for faster inference, in place.
 
-    Without it every call packs all weights anew. A frozen block keeps a copy of its weights, in the layout that the
-    processor's instructions want: about as many bytes as its 1x1 convolutions have, and five times those of its 3x3
-    convolutions; :func:`report` shows them. Outputs are the same to rounding. They are used by calls that want no
-    gradient, as under :class:`torch.inference_mode` or :class:`torch.no_grad`, on the CPU, in the type of the weights.
+    Without it every call packs all weights anew. A frozen dense block, or row of dual path blocks, keeps a copy of its
+    weights, in the layout that the processor's instructions want: about as many bytes as its 1x1 convolutions have,
+    and five times those of a dense block's 3x3 convolutions; :func:`report` shows them. Outputs are the same to
+    rounding. They are used by calls that want no gradient, as under :class:`torch.inference_mode` or
+    :class:`torch.no_grad`, on the CPU, in the type of the weights.
 
     What torch sees of a change thaws a block at its next call, which then runs as before ``freeze``: ``model.train()``,
     ``load_state_dict``, a step of an optimizer, moving or casting. While a hook is there, calls run as if nothing were
@@ -45,8 +50,8 @@ def freeze(model: Model) -> Model:
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: no converted dense blocks; a block in training mode; or no block that can be frozen, with the
-            reason: those with batch norm and ReLU, without dropout in eval mode, on the CPU can.
+        ValueError: no converted dense or dual path blocks; a block in training mode; or no block that can be frozen,
+            with the reason: those with batch norm and ReLU, without dropout in eval mode, on the CPU can.
 
     Example:
         >>> import torch, torchvision, fastdense
@@ -58,7 +63,8 @@ def freeze(model: Model) -> Model:
     blocks = {name: block for name, block in model.named_modules() if isinstance(block, _BLOCKS)}
     if not blocks:
         raise ValueError(
-            "freeze: expected model to have converted dense blocks, got none; call fastdense.convert(model)"
+            "freeze: expected model to have converted dense or dual path blocks, got none; "
+            "call fastdense.convert(model)"
         )
     for name, block in blocks.items():
         if block.training or any(inner.training for inner in block.modules() if isinstance(inner, NORMS)):
@@ -67,7 +73,7 @@ def freeze(model: Model) -> Model:
             )
     made = []
     reason = ""
-    for plan in plans_of_blocks(model):
+    for plan in freezable_plans(model):
         try:
             made.append((plan.freezer, _frozen(plan)))
         except NotFusible as error:
@@ -100,28 +106,36 @@ def thaw(model: Model) -> Model:
     return model
 
 
-def plans_of_blocks(model: nn.Module) -> Iterator[BlockPlan]:
-    """The plans of all blocks, of each as the model runs it: with what reads it, where that is known."""
-    found = set()
+def freezable_plans(model: nn.Module) -> Iterator[BlockPlan | StagePlan]:
+    """The plans of all dense blocks and dual path stages, of each as the model runs it: with what reads it, where that
+    is known."""
+    found: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, FusedSequential):
-            for plan in block_plans(module):
-                found.add(id(plan.freezer))
-                yield plan
+            for modules, run in runs_of(module):
+                found.update(modules)
+                yield from run.plans
     for module in model.modules():
-        if isinstance(module, _BLOCKS) and id(state_of(module).freezer) not in found:
+        if isinstance(module, _BLOCKS) and module not in found:
             with contextlib.suppress(NotFusible):
-                yield _plan_alone(module)
+                yield from _plans_alone(module)
 
 
-def _plan_alone(block: nn.Module) -> BlockPlan:
+def _plans_alone(block: nn.Module) -> Sequence[BlockPlan | StagePlan]:
+    if isinstance(block, FusedDualPathBlock):
+        plan = plan_of(block, dual_path.plan)
+        return plan.stages if isinstance(plan, StagesPlan) else ()
     if isinstance(block, FusedInferredLayers):
-        return plan_of(block, inferred_block.plan_layers).block
-    return plan_of(block, inferred_block.plan if isinstance(block, FusedInferredBlock) else dense_block.plan)
+        return (plan_of(block, inferred_block.plan_layers).block,)
+    return (plan_of(block, inferred_block.plan if isinstance(block, FusedInferredBlock) else dense_block.plan),)
 
 
-def _frozen(plan: BlockPlan) -> FrozenWeights:
+def _frozen(plan: BlockPlan | StagePlan) -> FrozenWeights:
     flat = plan.flat
+    if isinstance(plan, StagePlan) and plan.row is None:
+        raise NotFusible(
+            "dual path blocks with stochastic depth or two last convolutions, as in dpn68b, are not packed"
+        )
     if not plan.infers or flat is None:
         raise NotFusible("only blocks of batch norms with running statistics and ReLU, without dropout, are packed")
     dtypes = set(flat.conv_dtypes)
@@ -129,5 +143,9 @@ def _frozen(plan: BlockPlan) -> FrozenWeights:
         raise NotFusible("only blocks on the CPU, whose convolutions have one type, are packed")
     versions = WeightVersions(flat.weights)  # before reading them
     with torch.no_grad():
-        packed = pack_block(flat, plan.in_channels)
+        packed = _packed(flat, plan.in_channels)
     return FrozenWeights(flat, packed, dtypes.pop(), versions)
+
+
+def _packed(flat: FlatBlock | FlatStage, in_channels: int) -> PackedWeights:
+    return pack_stage(flat, in_channels) if isinstance(flat, FlatStage) else pack_block(flat, in_channels)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn.utils import prune
@@ -24,6 +25,17 @@ def hand_written() -> nn.Module:
     return randomise(nn.Sequential(nn.Conv2d(3, 10, 3), layers, nn.BatchNorm2d(28)).double())
 
 
+def dual_path(**options: object) -> nn.Module:
+    sizes = {"k_sec": (2, 2, 2, 2), "inc_sec": (4, 4, 4, 4), "k_r": 8, "groups": 4, "num_init_features": 6}
+    return randomise(timm.models.dpn.DPN(num_classes=5, small=True, **{**sizes, **options}).double())
+
+
+def own_dual_path(**options: float) -> nn.Module:
+    sizes = {"stem_channels": 6, "width": 8, "groups": 2, "blocks": (2, 2), "growth_rates": (4, 4)}
+    net = fastdense.models.DPN(residual_channels=16, num_classes=5, **sizes, **options)
+    return randomise(fastdense.restore(net).double())
+
+
 def cifar() -> nn.Module:
     return randomise(fastdense.restore(fastdense.models.densenet_cifar(10)).double())
 
@@ -35,6 +47,10 @@ NETS = {
     "MONAI 3-D": (monai_net, VOLUMES[3]),
     "without bottleneck": (cifar, (2, 3, 32, 32)),
     "hand-written": (hand_written, (2, 3, 11, 12)),
+    "dual path": (dual_path, (2, 3, 64, 48)),
+    "own dual path": (own_dual_path, (2, 3, 64, 48)),
+    "dual path, one channel a group": (partial(dual_path, groups=8), (2, 3, 64, 48)),
+    "dual path, groups of the library": (partial(dual_path, k_r=64, groups=1), (2, 3, 64, 48)),
 }
 
 
@@ -151,6 +167,89 @@ def test_a_change_is_seen_at_the_next_call(change):
     fastdense.freeze(fast)
     assert frozen_bytes(fast) == before
     same(plain, fast, x)
+
+
+def _replace_a_stage_block(net: nn.Module) -> None:
+    net.features.conv3_2.c1x1_c.conv = copy.deepcopy(net.features.conv3_2.c1x1_c.conv)
+    with torch.no_grad():
+        net.features.conv3_2.c1x1_c.conv.weight.mul_(1.5)
+
+
+@torch.no_grad()
+def _write_a_stage_statistic(net: nn.Module) -> None:
+    net.features.conv4_2.c3x3_b.bn.running_var.mul_(3)
+
+
+@torch.no_grad()
+def _write_a_grouped_weight(net: nn.Module) -> None:
+    net.features.conv2_2.c3x3_b.conv.weight.add_(0.5)
+
+
+STAGE_THAWS = {
+    name: change
+    for name, change in THAWS.items()
+    if change not in (_write_a_statistic, _write_a_weight, _replace_a_layer)
+} | {
+    "a running statistic": _write_a_stage_statistic,
+    "a grouped weight": _write_a_grouped_weight,
+    "another convolution": _replace_a_stage_block,
+}
+
+
+@pytest.mark.parametrize("change", STAGE_THAWS)
+def test_a_change_of_a_dual_path_stage_is_seen_at_the_next_call(change):
+    plain, fast, x = made("dual path")
+    before = frozen_bytes(fast)
+    for net in (plain, fast):
+        STAGE_THAWS[change](net)
+    same(plain, fast, x)
+    assert frozen_bytes(fast) < before
+    fastdense.freeze(fast)
+    assert frozen_bytes(fast) == before
+    same(plain, fast, x)
+
+
+def test_frozen_stages_give_the_same_bits():
+    _, fast, x = made("dual path")
+    with torch.no_grad():
+        frozen = fast(x)
+        assert torch.equal(frozen, fastdense.thaw(fast)(x))
+
+
+def test_a_stage_of_which_one_block_trains_is_not_used():
+    plain, fast, x = made("dual path")
+    for net in (plain, fast):
+        net.features.conv3_2.train()
+    same(plain, fast, x)
+    for a, b in zip(fast.buffers(), plain.buffers(), strict=True):
+        assert relative(a.double(), b.double() + (b == 0)) <= 1e-10 or torch.equal(a, b)
+    for net in (plain, fast):
+        net.eval()
+    same(plain, fast, x)
+
+
+def test_blocks_of_a_stage_run_alone_use_their_own_weights():
+    """The first block keeps the weights of its stage: called alone, it is another one."""
+    plain, fast, _ = made("dual path")
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for a, b in zip(fast.features.conv2_1(x), plain.features.conv2_1(x), strict=True):
+            assert relative(a, b) <= 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:fastdense. .* runs as plain modules")
+def test_hooks_in_a_frozen_stage_are_called():
+    plain, fast, x = made("dual path")
+    seen = []
+    fast.features.conv3_2.c1x1_a.register_forward_hook(lambda *_: seen.append(1))
+    same(plain, fast, x)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("net", [dual_path(b=True), own_dual_path(survival=0.5)], ids=["joined", "depth"])
+def test_stages_that_are_planned_in_each_call_are_refused(net):
+    with pytest.raises(ValueError, match="stochastic depth or two last convolutions, as in dpn68b, are not packed"):
+        fastdense.freeze(fastdense.convert(net).eval())
 
 
 @pytest.fixture

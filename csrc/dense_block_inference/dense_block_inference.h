@@ -2,7 +2,7 @@
 // Front half of dense blocks in inference: all norms are frozen and nothing is kept for backward.
 //
 // Weights are folded and packed first.  pack_dense_block gives
-//   header  [1] int64  the instruction set; panels mean nothing to another one, and are never stored
+//   header             see cpu/packed.h
 //   numbers            for each layer scale and shift of norm1 [2, channels], which differ between the layers that read
 //                      a channel, and norm2's shift [b]; then scale and shift of the tail's norm
 //   panels  bytes      for each layer norm2's scale times conv1, conv2 for products of its taps and, where it is 3x3,

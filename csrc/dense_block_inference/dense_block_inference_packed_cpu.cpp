@@ -2,33 +2,14 @@
 #include "dense_block_inference/dense_block_inference.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 
 #include <utility>
 
 #include "core/checks.h"
 #include "core/huge_pages.h"
-#include "cpu/simd/isa.h"
+#include "cpu/packed.h"
 
 namespace fastdense {
-namespace {
-
-void check_on_cpu(const char* op, const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef shape) {
-  check_dtype(op, name, t, dtype);
-  check_shape(op, name, t, shape);
-  TORCH_CHECK_VALUE(t.device().is_cpu() || t.is_meta(), op, ": expected ", name, " to be on the CPU, got ", t.device());
-}
-
-void check_header(const char* op, const at::Tensor& t) {
-  check_on_cpu(op, "packed header", t, at::kLong, {1});
-  if (t.is_meta()) return;
-  const int64_t isa = *t.contiguous().const_data_ptr<int64_t>();
-  TORCH_CHECK_VALUE(isa == int64_t(current_isa()), op, ": expected packed to be made for ", isa_name(current_isa()),
-                    ", got instruction set ", isa, "; pack again");
-}
-
-}  // namespace
-
 void check_inference(const char* op, const DenseBlockArgs& args) {
   TORCH_CHECK_VALUE(!args.layers.empty(), op, ": expected num_layers to be at least 1, got 0");
   for (const LayerArgs& layer : args.layers)
@@ -65,15 +46,14 @@ PackedBlock empty_packed(const PackedLayout& layout, const at::TensorOptions& op
 }
 
 std::vector<at::Tensor> to_list(const PackedBlock& packed) {
-  const auto header = at::full({1}, int64_t(current_isa()), packed.numbers.options().dtype(at::kLong));
-  return {header, packed.numbers, packed.panels};
+  return {packed_header(packed.numbers.options()), packed.numbers, packed.panels};
 }
 
 PackedBlock read_packed(const char* op, const PackedLayout& layout, at::TensorList list, at::ScalarType dtype) {
   check_entries(op, "packed", list.size(), 3);
-  check_header(op, list[0]);
-  check_on_cpu(op, "packed numbers", list[1], dtype, {layout.numbers});
-  check_on_cpu(op, "packed panels", list[2], at::kByte, {layout.bytes});
+  check_packed_header(op, list[0]);
+  check_packed(op, "packed numbers", list[1], dtype, {layout.numbers});
+  check_packed(op, "packed panels", list[2], at::kByte, {layout.bytes});
   return {layout, list[1].contiguous(), list[2].contiguous()};
 }
 

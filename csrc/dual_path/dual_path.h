@@ -68,6 +68,11 @@ struct DualPathArgs {
   // Pixels that conv_a of block i (from 0) works on, and where its rows of `a` start.
   int64_t a_pixels(int64_t i) const { return i == 0 ? in_pixels() : pixels(); }
   int64_t a_row(int64_t i) const { return i == 0 ? 0 : in_pixels() + (i - 1) * pixels(); }
+  // Norms with the convolution behind each, counted in their order: the projection's, then three for each block.
+  int64_t pairs() const { return projection + 3 * num_blocks(); }
+  int64_t pair_a(int64_t i) const { return projection + 3 * i; }
+  int64_t pair_b(int64_t i) const { return pair_a(i) + 1; }
+  int64_t pair_c(int64_t i) const { return pair_a(i) + 2; }
   bool any_batch_statistics() const;
   // Backward leaves out the blocks below the lowest one with a parameter or input that needs a gradient; `needs` is
   // that of the input and of every weight.

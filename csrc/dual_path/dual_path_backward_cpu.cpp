@@ -179,7 +179,7 @@ class Backward : BlockBackward<T> {
   void reverse(int64_t i, const T* b, const Coefficients& c) {
     T* residual = static_cast<T*>(residual_.mutable_data_ptr());
     const at::Tensor weight = args_.blocks[size_t(i)].conv_c.weight.narrow(0, 0, args_.residual).neg();
-    blocks_.conv1x1(weight, {this->source(b, args_.width_b, c)}, nullptr, pixels_,
+    blocks_.conv1x1(this->pack_forward(weight), {this->source(b, args_.width_b, c)}, nullptr, pixels_,
                     {{residual, args_.residual, args_.residual, nullptr, nullptr, residual, args_.residual}}, {});
   }
 

@@ -10,6 +10,7 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/block_forward.h"
 #include "cpu/grouped_conv/grouped_conv.h"
@@ -109,8 +110,8 @@ class DualPathBlocks {
   // a = conv_a(act(sources)), and the batch statistics [ra] of the result where wanted.
   void make_a(int64_t i, const Sources<T>& sources, T* a, const BatchStatistics<A>& statistics) const {
     const DualPathBlockArgs& block = args_.blocks[size_t(i)];
-    conv1x1(block.conv_a.weight, sources, nullptr, args_.a_pixels(i), {{a, args_.width_a, args_.width_a}},
-            {statistics});
+    conv1x1(panels(args_.pair_a(i), block.conv_a), sources, nullptr, args_.a_pixels(i),
+            {{a, args_.width_a, args_.width_a}}, {statistics});
   }
 
   // u = relu(norm_b(a)) for the library's convolution of block i; our own kernels make it as they read a.
@@ -127,10 +128,9 @@ class DualPathBlocks {
 
   using Statistics = BatchStatistics<A>;
 
-  // Targets of act(sources) * weight for `pixels` rows, and the batch statistics of each where wanted.
-  void conv1x1(const at::Tensor& weight, const Sources<T>& sources, const PoolGeometry* pool, int64_t pixels,
+  // Targets of act(sources) * panels for `pixels` rows, and the batch statistics of each where wanted.
+  void conv1x1(const at::Tensor& panels, const Sources<T>& sources, const PoolGeometry* pool, int64_t pixels,
                Targets<T> targets, std::array<Statistics, 2> statistics) const {
-    const at::Tensor panels = block_.pack_forward(weight);
     // Both what a chunk reads and what it makes stay in cache.
     const int64_t most = block_.kernels.chunk_rows(std::max(sources.channels(), targets.columns()));
     const Chunks chunks = block_.chunks(pixels, most);
@@ -160,8 +160,9 @@ class DualPathBlocks {
     if constexpr (kHasOwn)
       if (const auto& convolution = own(i)) {
         if (!b.defined()) b = at::empty({args_.pixels(), args_.width_b}, options);
-        convolution->forward(args_.blocks[size_t(i)].conv_b.weight, block_.source(a, args_.width_a, c),
-                             static_cast<T*>(b.mutable_data_ptr()), statistics);
+        convolution->forward(packed_.empty() ? convolution->pack_forward(args_.blocks[size_t(i)].conv_b.weight)
+                                             : packed_[size_t(2 * args_.pair_b(i) + 1)],
+                             block_.source(a, args_.width_a, c), static_cast<T*>(b.mutable_data_ptr()), statistics);
         return b;
       }
     const at::Tensor y = library.forward(i, u);
@@ -175,6 +176,19 @@ class DualPathBlocks {
     return b;
   }
 
+  // From now on weights are what pack() made of them, a list of coefficients and panels of each pair.
+  void take_packed(at::TensorList packed) { packed_ = packed.vec(); }
+
+  // Scale and shift of the norm of a pair, by its batch statistics where it is not frozen.
+  Coefficients coefficients(int64_t pair, const NormArgs& norm, const A* mean, const A* var, int64_t n) const {
+    if (packed_.empty()) return block_.coefficients(norm, mean, var, n);
+    return {packed_[size_t(2 * pair)], n};
+  }
+  // The 1x1 convolution of a pair as products read it.
+  at::Tensor panels(int64_t pair, const ConvArgs& conv) const {
+    return packed_.empty() ? block_.pack_forward(conv.weight) : packed_[size_t(2 * pair + 1)];
+  }
+
   // For types that have kernels of our own.
   static constexpr bool kHasOwn = std::is_same_v<T, A>;
   using Own = GroupedConvolution3x3<std::conditional_t<kHasOwn, T, float>>;
@@ -186,6 +200,7 @@ class DualPathBlocks {
   const DualPathArgs& args_;
   const BlockForward<T>& block_;
   std::optional<Own> first_, others_;  // of the first block, which may have a stride, and of those behind it
+  std::vector<at::Tensor> packed_;     // empty where weights are packed for each use
 };
 
 }  // namespace fastdense

@@ -5,6 +5,7 @@ Blocks that no operator can run go on a shared buffer where the memory mode is o
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from fastdense.fusion.batch_statistics import (
     update_norms,
 )
 from fastdense.fusion.checks import NotFusible, has_no_hooks
-from fastdense.fusion.dense_layers import draw_factors
+from fastdense.fusion.dense_layers import draw_factors, takes_statistics
 from fastdense.fusion.dual_path_layers import (
     DualPath,
     NormConv,
@@ -34,7 +35,8 @@ from fastdense.fusion.dual_path_layers import (
     read_dual_path_block,
     split_of,
 )
-from fastdense.fusion.plan.state import memory_of
+from fastdense.fusion.plan.frozen import Freezer
+from fastdense.fusion.plan.state import memory_of, state_of
 from fastdense.fusion.shared_buffer.dual_path import (
     Stage,
     check_stages,
@@ -46,8 +48,8 @@ from fastdense.fusion.shared_buffer.dual_path import (
 from fastdense.fusion.shared_buffer.layers import about_shared_buffer
 from fastdense.fusion.shared_buffer.reruns import needs_gradient
 from fastdense.ops import BatchStatistics
-from fastdense.ops.arguments import copy_running, count_pixels
-from fastdense.ops.dual_path import FlatStage, flatten_stage, run_flat_stage
+from fastdense.ops.arguments import copy_running, count_pixels, records_gradient
+from fastdense.ops.dual_path import FlatStage, flatten_stage, run_flat_stage, run_stage_inference
 from fastdense.plain.stochastic_depth import statistics_move_if
 
 # Both paths in one tensor, or as a tuple of two tensors; the library's own blocks know the former only.
@@ -76,6 +78,20 @@ class StagePlan(NamedTuple):
     blocks: list[DualPath]
     synchronised: list[Any]
     row: RowPlan | None
+    freezer: Freezer  # of the first block's module
+
+    @property
+    def flat(self) -> FlatStage | None:
+        return self.row.flat if self.row is not None else None
+
+    @property
+    def infers(self) -> bool:
+        """Whether all norms are frozen, and what is computed the same in each pass."""
+        return self.row is not None and not any(takes_statistics(part.norm) for b in self.blocks for part in _parts(b))
+
+    @property
+    def in_channels(self) -> int:
+        return self.blocks[0].a.norm.num_features
 
 
 class StagesPlan(NamedTuple):
@@ -108,10 +124,10 @@ class FusedDualPathBlock(FusedModule):
     """A dual path block; a row of them in a :class:`fastdense.fusion.sequential.FusedSequential` runs as stages."""
 
     def forward(self, x: Paths) -> Paths:
-        return run_fused(self, _plan, run_stages, x)
+        return run_fused(self, plan, run_stages, x)
 
 
-def _plan(block: nn.Module) -> StagesPlan | SharedPlan:
+def plan(block: nn.Module) -> StagesPlan | SharedPlan:
     return plan_stages([block])
 
 
@@ -151,7 +167,9 @@ def _plan_fused(row: Sequence[Any]) -> StagesPlan:
             stages[-1].append(block)
         else:
             stages.append([block])
-    return StagesPlan([_plan_stage(blocks) for blocks in stages], split_of(row[sum(map(len, stages)) - 1]))
+    ends = list(itertools.accumulate(map(len, stages)))
+    plans = [_plan_stage(blocks, row[end - len(blocks)]) for blocks, end in zip(stages, ends, strict=True)]
+    return StagesPlan(plans, split_of(row[ends[-1] - 1]))
 
 
 def _plan_shared(row: Sequence[Any], reason: str) -> SharedPlan:
@@ -190,11 +208,12 @@ def _is_fusible(module: nn.Module) -> bool:
     return True
 
 
-def _plan_stage(blocks: list[DualPath]) -> StagePlan:
+def _plan_stage(blocks: list[DualPath], first: nn.Module) -> StagePlan:
     norms = [(part.norm, 0) for block in blocks for part in _parts(block)]
     draws = any(block.depth is not None for block in blocks)
     joins = any(len(part.convs) > 1 for block in blocks for part in _parts(block))
-    return StagePlan(blocks, synchronised(norms), None if draws or joins else _plan_row(blocks, [1.0] * len(blocks)))
+    row = None if draws or joins else _plan_row(blocks, [1.0] * len(blocks))
+    return StagePlan(blocks, synchronised(norms), row, state_of(first).freezer)
 
 
 def _plan_row(blocks: list[DualPath], factors: list[Factor]) -> RowPlan:
@@ -265,6 +284,8 @@ def _parts(block: DualPath) -> list[NormConv]:
 def _run_stage(x: Tensor, stage: StagePlan, memory: DualPathMemoryMode, contiguous: bool, group: Any) -> Tensor:
     """One operator call for all blocks, or for each row of blocks between those that stochastic depth leaves out."""
     if stage.row is not None:
+        if (inferred := _infer(x, stage, stage.row.flat, contiguous)) is not None:
+            return inferred
         return _run_row(x, stage.row, memory, contiguous, group)
     blocks = stage.blocks
     factors = draw_factors(block.depth for block in blocks)
@@ -279,6 +300,18 @@ def _run_stage(x: Tensor, stage: StagePlan, memory: DualPathMemoryMode, contiguo
             x = _left_out(x, blocks[index])
         begin = index + 1
     return x.contiguous() if contiguous else x
+
+
+def _infer(x: Tensor, stage: StagePlan, flat: FlatStage, contiguous: bool) -> Tensor | None:
+    """The output by weights that :func:`fastdense.freeze` keeps; None where there are none, or they are of no use."""
+    if stage.freezer.kept is None or not stage.infers or x.device.type != "cpu":
+        return None
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    if records_gradient(x, (weight for weight in flat.weights if weight is not None)):
+        return None
+    packed = stage.freezer.packed(flat, x.dtype)
+    return None if packed is None else run_stage_inference(x, flat, packed, contiguous=contiguous)
 
 
 def _left_out(x: Tensor, block: DualPath) -> Tensor:

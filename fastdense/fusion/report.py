@@ -15,7 +15,7 @@ from fastdense.fusion.plan.state import STATE, memory_of, state_of
 from fastdense.fusion.saved_memory import check_image_shape, saved_bytes_per_image
 from fastdense.fusion.shared_buffer.block import SharedBuffer
 from fastdense.fusion.shared_buffer.layers import about_shared_buffer
-from fastdense.inference import plans_of_blocks
+from fastdense.inference import freezable_plans
 
 
 class ReportRow(NamedTuple):
@@ -121,7 +121,7 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
 def _frozen_bytes(model: nn.Module) -> dict[int, int]:
     """By the id of a freezer: bytes of the packed weights that a call of the model uses."""
     used = {}
-    for plan in plans_of_blocks(model):
+    for plan in freezable_plans(model):
         if plan.freezer is not None and plan.infers and plan.flat is not None:
             used[id(plan.freezer)] = plan.freezer.nbytes(plan.flat)
     return used

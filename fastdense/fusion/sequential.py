@@ -20,7 +20,7 @@ from fastdense.fusion.base import (
 from fastdense.fusion.checks import CONVS, NORMS, SAMPLE_NORMS, NotFusible, check_no_hooks, forward_of
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock, plan_block, read_tail, run_block
 from fastdense.fusion.dense_layers import is_activation, read_block
-from fastdense.fusion.dual_path import FusedDualPathBlock, plan_stages, run_stages
+from fastdense.fusion.dual_path import FusedDualPathBlock, StagePlan, StagesPlan, plan_stages, run_stages
 from fastdense.fusion.inferred_block import FusedInferredBlock
 from fastdense.fusion.inferred_layers import read_inferred_block
 from fastdense.fusion.max_pool_transition import POOLS
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
     modules: int
     call: Callable[[bool, Tensor], Any]
-    block: BlockPlan | None = None  # where it is a dense block and what reads it
+    plans: tuple[BlockPlan | StagePlan, ...] = ()  # of a dense block and what reads it, or of dual path stages
 
 
 class FusedSequential(FusedModule):
@@ -82,22 +82,25 @@ class FusedSequential(FusedModule):
         return input.contiguous() if contiguous and isinstance(input, Tensor) else input
 
 
-def block_plans(sequence: nn.Module) -> Iterator[BlockPlan]:
-    """Plans of the dense blocks that a sequence runs with what reads them."""
+def runs_of(sequence: nn.Module) -> Iterator[tuple[Sequence[nn.Module], Run]]:
+    """What a sequence runs as one operator: dense blocks with what reads them, and dual path blocks in a row."""
     try:
         _check_own_code(sequence)
     except NotFusible:
         return
     modules = list(sequence.__dict__["_modules"].values())
-    for at, module in enumerate(modules):
-        row = _row(modules, at) if isinstance(module, FusedDenseBlock) else ()
+    at = 0
+    while at < len(modules):
+        row = _row(modules, at) if isinstance(modules[at], FusedDenseBlock | FusedDualPathBlock) else ()
+        end = at + 1
         if row:
             try:
-                plan = _run_of(sequence, at, row).block
+                run = _run_of(sequence, at, row)
+                end = at + run.modules
+                yield modules[at:end], run
             except NotFusible:
-                continue
-            if plan is not None:
-                yield plan
+                pass
+        at = end
 
 
 def _check_own_code(sequence: nn.Module) -> None:
@@ -180,10 +183,11 @@ def _read(row: Sequence[nn.Module]) -> Run:
     memory = memory_of(first)
     if isinstance(first, FusedDenseBlock):
         pair = _plan_pair(first, row[1])
-        return Run(2, partial(run_block, pair, memory), pair)
+        return Run(2, partial(run_block, pair, memory), (pair,))
     if isinstance(first, FusedDualPathBlock):
         stages = plan_stages(row)
-        return Run(stages.modules, partial(run_stages, stages, memory))
+        plans = tuple(stages.stages) if isinstance(stages, StagesPlan) else ()
+        return Run(stages.modules, partial(run_stages, stages, memory), plans)
     if isinstance(first, FusedSRDenseBlock):
         blocks = plan_growing(row)
         return Run(blocks.blocks, partial(run_growing, blocks, memory))

@@ -9,6 +9,7 @@ from fastdense.ops.dense_block import LayerWeights, TailWeights, dense_block
 from fastdense.ops.dense_block_inference import run_inference as run_inference
 from fastdense.ops.dropout_mask import dropout_mask
 from fastdense.ops.dual_path import DualPathWeights, ProjectionWeights, dual_path_stage
+from fastdense.ops.dual_path import run_stage_inference as run_stage_inference
 from fastdense.ops.dual_path_merge import dual_path_merge, dual_path_split
 from fastdense.ops.flops import register_flops
 from fastdense.ops.highway_gate import highway_gate

@@ -51,6 +51,20 @@ class NormWeights(NamedTuple):
     groups: int = 0
 
 
+class PackedWeights(NamedTuple):
+    """Weights as an operator for inference takes them, and what was made of them once.
+
+    Panels are as this processor's instructions want them: they are never stored.
+    """
+
+    weights: list[Tensor]
+    tensors: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
 class BatchStatistics(NamedTuple):
     """Mean and biased variance of the channels that an operator's norms read, in the operator's order.
 

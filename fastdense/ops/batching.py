@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-# Operators without a rule: one writes to its arguments, one draws one mask a seed, and two never run under a vmap.
-WITHOUT = ("update_running_stats_", "dropout_mask", "dense_block_inference", "pack_dense_block")
+# Operators without a rule: one writes to its arguments, one draws one mask a seed, and four never run under a vmap.
+WITHOUT = (
+    "update_running_stats_",
+    "dropout_mask",
+    "dense_block_inference",
+    "pack_dense_block",
+    "dual_path_stage_inference",
+    "pack_dual_path_stage",
+)
 
 _LIBRARY = torch.library.Library("fastdense", "FRAGMENT")
 

@@ -11,8 +11,13 @@ from fastdense._extension import _C
 HINT = "this build is for the CPU only; to run on a GPU, build again with FORCE_CUDA=1"  # as setup.py says
 
 
-# In every build: the dense block itself runs on CUDA devices.
-CPU_ONLY = ("dense_block_inference", "pack_dense_block")
+# In every build, with the operator that runs on CUDA devices too.
+CPU_ONLY = {
+    "dense_block_inference": "dense_block",
+    "pack_dense_block": "dense_block",
+    "dual_path_stage_inference": "dual_path_stage",
+    "pack_dual_path_stage": "dual_path_stage",
+}
 
 
 def _refuse(op: str, hint: str, *arguments: Any, **options: Any) -> NoReturn:
@@ -23,6 +28,6 @@ _library = torch.library.Library("fastdense", "IMPL", "CUDA")  # kept: its end w
 for _name in torch._C._dispatch_get_all_op_names():
     _op = _name.removeprefix("fastdense::")
     if _op in CPU_ONLY:
-        _library.impl(_name, partial(_refuse, _op, "use fastdense.ops.dense_block"))
+        _library.impl(_name, partial(_refuse, _op, f"use fastdense.ops.{CPU_ONLY[_op]}"))
     elif _op != _name and _C.build_info()["cuda"] is None:
         _library.impl(_name, partial(_refuse, _op, HINT))

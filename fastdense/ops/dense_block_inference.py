@@ -2,12 +2,19 @@
 """Dense blocks in inference: frozen norms, nothing kept for backward, weights that may be packed once."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdense.ops.arguments import cast_input, check_input, count_pixels, empty_channels_last, fill_absent
+from fastdense.ops.arguments import (
+    PackedWeights,
+    cast_input,
+    check_input,
+    count_pixels,
+    empty_channels_last,
+    fill_absent,
+)
 from fastdense.ops.dense_block import FlatBlock, out_sizes
 from fastdense.ops.fakes import register_fake
 
@@ -15,32 +22,21 @@ from fastdense.ops.fakes import register_fake
 WORTH_PACKING = 768
 
 
-class PackedBlock(NamedTuple):
-    """Weights as the operator takes them, and what :func:`pack_block` made of them."""
-
-    weights: list[Tensor]
-    tensors: list[Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors)
-
-
-def pack_block(flat: FlatBlock, in_channels: int) -> PackedBlock:
+def pack_block(flat: FlatBlock, in_channels: int) -> PackedWeights:
     """The weights of a block as :func:`run_inference` reads them.
 
     norm2 is folded into conv1, 3x3 convolutions are kept as they are for small images, and transformed for Winograd's
-    F(4x4, 3x3). Panels are as this processor's instructions want them: they are never stored.
+    F(4x4, 3x3).
     """
     weights = fill_absent(flat.weights, torch.empty(0))
     tensors = torch.ops.fastdense.pack_dense_block(
         weights, flat.eps, in_channels, flat.num_layers, flat.bottleneck, flat.tail
     )
-    return PackedBlock(weights, tensors)
+    return PackedWeights(weights, tensors)
 
 
 def run_inference(
-    input: Tensor, flat: FlatBlock, packed: PackedBlock | None = None, *, contiguous: bool = False
+    input: Tensor, flat: FlatBlock, packed: PackedWeights | None = None, *, contiguous: bool = False
 ) -> Tensor:
     """The output of :func:`fastdense.ops.dense_block` where all norms have running statistics.
 
@@ -58,7 +54,7 @@ def run_inference(
     """
     check_input("dense_block_inference", input)
     if packed is None:
-        packed = PackedBlock(fill_absent(flat.weights, input), [])
+        packed = PackedWeights(fill_absent(flat.weights, input), [])
     input = cast_input("dense_block_inference", input, flat.devices, flat.conv_dtypes)
     return torch.ops.fastdense.dense_block_inference(
         input, packed.weights, flat.eps, flat.num_layers, flat.bottleneck, flat.tail, packed.tensors, contiguous

@@ -11,6 +11,7 @@ from fastdense._choices import DUAL_PATH_MEMORY_MODES, DualPathMemoryMode
 from fastdense.ops.arguments import (
     BatchStatistics,
     NormWeights,
+    PackedWeights,
     Parameters,
     cast_input,
     check_batch_norms,
@@ -188,6 +189,57 @@ def flatten_stage(
     )
 
 
+def pack_stage(flat: FlatStage, in_channels: int) -> PackedWeights:
+    """The weights of a stage as :func:`run_stage_inference` reads them, with the scales and shifts of its norms."""
+    weights = fill_absent(flat.weights, torch.empty(0))
+    tensors = torch.ops.fastdense.pack_dual_path_stage(
+        weights, flat.eps, in_channels, flat.num_blocks, flat.projection, flat.residual_channels, flat.stride
+    )
+    return PackedWeights(weights, tensors)
+
+
+def run_stage_inference(input: Tensor, flat: FlatStage, packed: PackedWeights, *, contiguous: bool = False) -> Tensor:
+    """The output of :func:`fastdense.ops.dual_path_stage` where all norms have running statistics, to the last bit.
+
+    Args:
+        input: ``[N, C_in, spatial]`` on the CPU.
+        flat: the stage.
+        packed: what :func:`pack_stage` made of its weights.
+        contiguous: whether the result is.
+    """
+    op = "dual_path_stage_inference"
+    check_input(op, input)
+    input = cast_input(op, input, flat.devices, flat.conv_dtypes)
+    return torch.ops.fastdense.dual_path_stage_inference(
+        input,
+        packed.weights,
+        flat.eps,
+        flat.num_blocks,
+        flat.projection,
+        flat.residual_channels,
+        flat.stride,
+        packed.tensors,
+        contiguous,
+    )
+
+
+def empty_stage_output(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    num_blocks: int,
+    projection: bool,
+    residual_channels: int,
+    stride: int,
+) -> Tensor:
+    """A tensor like the output of a stage, ``[N, R + D0 + n * K, spatial / stride]``, without numbers."""
+    batch, in_channels, *spatial = input.shape
+    read = weights[4].shape[0] if projection else in_channels
+    growth = weights[19 if projection else 14].shape[0] - residual_channels
+    return empty_channels_last(
+        input, [batch, read + num_blocks * growth, *((size - 1) // stride + 1 for size in spatial)]
+    )
+
+
 @register_fake("dual_path_stage")
 def _(
     input: Tensor,
@@ -212,9 +264,7 @@ def _(
         pixels = pixels * ((size - 1) // stride + 1)
     channels = [in_channels] + [read + i * growth for i in range(1, num_blocks)]
     statistics = sum(channels) + num_blocks * (width_a + width_b) + (in_channels if projection else 0)
-    out = empty_channels_last(
-        input, [batch, read + num_blocks * growth, *((size - 1) // stride + 1 for size in spatial)]
-    )
+    out = empty_stage_output(input, weights, num_blocks, projection, residual_channels, stride)
     bottlenecks = memory in ("balanced", "reversible")
     residuals = input.new_empty([num_blocks - 1 if memory in ("balanced", "min") else 0, pixels, residual_channels])
     a = input.new_empty([in_pixels + (num_blocks - 1) * pixels if bottlenecks else 0, width_a])
@@ -243,6 +293,28 @@ def _(
     process_group: str,
 ) -> list[Tensor]:
     return fake_gradients(input, weights, needs_grad)
+
+
+@register_fake("dual_path_stage_inference")
+def _(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    eps: Sequence[float],
+    num_blocks: int,
+    projection: bool,
+    residual_channels: int,
+    stride: int,
+    packed: Sequence[Tensor],
+    contiguous: bool = False,
+) -> Tensor:
+    out = empty_stage_output(input, weights, num_blocks, projection, residual_channels, stride)
+    return out.contiguous() if contiguous else out
+
+
+@register_fake("pack_dual_path_stage")
+def _(weights: Sequence[Tensor], *how: Any) -> list[Tensor]:
+    known = [weight.new_empty([int(size) for size in weight.shape]) for weight in weights]  # panels of known sizes
+    return torch.ops.fastdense.pack_dual_path_stage(known, *how)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -134,6 +134,7 @@ def _register(counter: ModuleType) -> None:
         "dense_block_inference": dense_block,
         "dual_path_stage": dual_path_stage,
         "_dual_path_stage_backward": dual_path_stage_backward,
+        "dual_path_stage_inference": dual_path_stage,
         "residual_dense_block": residual_dense_block,
         "_residual_dense_block_backward": residual_dense_block_backward,
     }
@@ -157,6 +158,7 @@ _WITHOUT_PRODUCTS = (
     "mean_join",
     "norm_relu_max_pool",
     "pack_dense_block",
+    "pack_dual_path_stage",
     "update_running_stats_",
 )
 

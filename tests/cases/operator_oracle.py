@@ -146,6 +146,24 @@ def _dual_path_stage(
     return [out, None, None, None, None, None]
 
 
+def _dual_path_stage_inference(input, weights, eps, *arguments) -> Results:
+    *options, _packed, _contiguous = arguments
+    return _dual_path_stage(input, weights, eps, *options, "nothing", "")[:1]
+
+
+def _pack_dual_path_stage(weights, eps, in_channels, num_blocks, projection, residual_channels, stride) -> Results:
+    """Panels are as the processor wants them; scale, shift, mean and 1 / deviation of the norms are numbers."""
+    reader, packed = _Reader(weights, eps), [None]
+    for _ in range(3 * num_blocks + projection):
+        norm, conv = reader.norm(), reader.conv()
+        del conv
+        rstd = 1 / (norm.running_var + norm.eps).sqrt()
+        scale = rstd if norm.weight is None else norm.weight * rstd
+        shift = (0 * rstd if norm.bias is None else norm.bias) - norm.running_mean * scale
+        packed += [torch.stack([scale, shift, norm.running_mean, rstd])[None], None]
+    return packed
+
+
 def _residual_dense_block(
     input, weights, first_channels, fusion, negative_slope, scale, outer, outer_scale, *_layout_and_mode
 ) -> Results:
@@ -273,6 +291,8 @@ _ORACLES: dict[str, Callable[..., Results]] = {
     "pack_dense_block": _pack_dense_block,
     "dual_path_stage": _dual_path_stage,
     "_dual_path_stage_backward": _dual_path_stage_backward,
+    "dual_path_stage_inference": _dual_path_stage_inference,
+    "pack_dual_path_stage": _pack_dual_path_stage,
     "residual_dense_block": _residual_dense_block,
     "_residual_dense_block_backward": _residual_dense_block_backward,
     "norm_relu_max_pool": _norm_relu_max_pool,

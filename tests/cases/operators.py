@@ -90,6 +90,27 @@ def dual_path_samples():
         )
 
 
+def dual_path_inference_samples(name: str):
+    from fastdense.ops.arguments import fill_absent
+    from fastdense.ops.dual_path import flatten_stage
+
+    for case in (
+        StageCase(stride=2, frozen=("",)),
+        StageCase(projection=False, size=(6,), frozen=("",)),
+        StageCase(size=(4, 3, 2), dtype=torch.float32, frozen=("",)),
+    ):
+        stage = Stage(case)
+        flat = flatten_stage(stage.blocks, stage.projection, case.residual_channels, case.stride)
+        weights = [w.detach() for w in fill_absent(flat.weights, stage.input)]
+        options = (case.num_blocks, case.projection, case.residual_channels, case.stride)
+        channels = stage.input.shape[1]
+        if name == "pack_dual_path_stage":
+            yield weights, flat.eps, channels, *options
+        else:
+            packed = torch.ops.fastdense.pack_dual_path_stage(weights, flat.eps, channels, *options)
+            yield stage.input.detach(), weights, flat.eps, *options, packed, case.projection
+
+
 def residual_dense_block_samples(name: str):
     for case in (
         ResidualCase(outer=True),
@@ -151,6 +172,8 @@ def samples(name: str):
                 yield grad, buffer, *saved, parameters, eps, *options, block.input.shape[1], needs, "", *activations
     elif name in ("dense_block_inference", "pack_dense_block"):
         yield from inference_samples(name)
+    elif name in ("dual_path_stage_inference", "pack_dual_path_stage"):
+        yield from dual_path_inference_samples(name)
     elif name == "dual_path_stage":
         for stage, weights, eps, options in dual_path_samples():
             yield stage.input, weights, eps, *options, stage.case.memory, "", stage.case.projection

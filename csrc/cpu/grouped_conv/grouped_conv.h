@@ -34,9 +34,12 @@ class GroupedConvolution3x3 {
     parts_ = std::min(wanted, conv.images * stripes_);
   }
 
+  at::Tensor pack_forward(const at::Tensor& weight) const { return pack(weight, false); }
+  std::vector<int64_t> packed_sizes() const { return {layout_.bundles, layout_.weights}; }
+
   // out [pixels, groups * out] = the convolution of relu(norm(source)), and its batch statistics where wanted.
-  void forward(const at::Tensor& weight, const Source<T>& source, T* out, const BatchStatistics<T>& statistics) const {
-    const at::Tensor packed = pack(weight, false);
+  // `packed`: what pack_forward() made of the weight.
+  void forward(const at::Tensor& packed, const Source<T>& source, T* out, const BatchStatistics<T>& statistics) const {
     const int64_t columns = conv_.groups * conv_.out;
     const at::Tensor partial =
         block_.template temporary<double>({statistics.mean ? conv_.images * stripes_ : 0, 2, columns});

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a frozen block keeps folded and packed."""
+"""Weights that a frozen block, or a stage of dual path blocks, keeps folded and packed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastdense._C import WeightVersions
+from fastdense.ops.arguments import PackedWeights
 from fastdense.ops.dense_block import FlatBlock
-from fastdense.ops.dense_block_inference import PackedBlock
+from fastdense.ops.dual_path import FlatStage
+
+Flat = FlatBlock | FlatStage
 
 
 class FrozenWeights(NamedTuple):
-    """The packed weights of a block, and what they were packed from."""
+    """The packed weights of a block or a stage, and what they were packed from."""
 
-    flat: FlatBlock
-    packed: PackedBlock
+    flat: Flat
+    packed: PackedWeights
     dtype: torch.dtype
     versions: WeightVersions
 
@@ -47,7 +50,7 @@ class Freezer:
         _freezers.add(self)
         _watch_optimizers()
 
-    def packed(self, flat: FlatBlock, dtype: torch.dtype) -> PackedBlock | None:
+    def packed(self, flat: Flat, dtype: torch.dtype) -> PackedWeights | None:
         """The packed weights of a plan, in its type; None where anything is not what it was."""
         kept = self.kept
         if kept is None or kept.dtype != dtype or len(kept.flat.weights) != len(flat.weights):  # the block alone
@@ -59,7 +62,7 @@ class Freezer:
             return None
         return kept.packed
 
-    def nbytes(self, flat: FlatBlock) -> int:
+    def nbytes(self, flat: Flat) -> int:
         """Bytes of packed weights that are of use to a plan."""
         kept = self.kept
         if kept is None or len(kept.flat.weights) != len(flat.weights) or not _are_equal(kept.flat, flat):
@@ -85,6 +88,6 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             freezer.kept = None
 
 
-def _are_equal(first: FlatBlock, second: FlatBlock) -> bool:
+def _are_equal(first: Flat, second: Flat) -> bool:
     same = all(a is b for a, b in zip(first.weights, second.weights, strict=True))
     return same and first._replace(weights=[]) == second._replace(weights=[])

@@ -75,6 +75,8 @@ MUTANTS = [
     ("cpu/packed.h", "isa == int64_t(current_isa())", "true"),
     ("cpu/block_forward.h", "(chunk * rows + step - 1) / step * multiple", "chunk * rows / step * multiple"),
     ("cpu/block_forward.h", "(worker + away) % used, last", "worker, last"),
+    ("dual_path/dual_path_backward_cpu.cpp", "begin * this->padded_depth(depth) * kernels.operand_bytes", "0"),
+    ("dual_path/dual_path_backward_cpu.cpp", "ld = this->padded(n);", "ld = kColumns;"),
     ("dual_path/dual_path.h", "return pair_a(i) + 2;", "return pair_a(i) + 1;"),
     ("python/weight_versions.cpp", "tensor.is_inference() ? 0 : tensor._version()", "0"),
     ("bicubic/bicubic_short_impl.h", "_mm512_add_epi32(sum, half), _mm", "sum, _mm"),

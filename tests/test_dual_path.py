@@ -103,6 +103,43 @@ def test_parity_of_a_larger_stage():
     check(Stage(case))
 
 
+# Gradients of conv_a that are larger than L2 go by columns: 300 residual channels are no multiple of what goes at once.
+WIDE = StageCase(
+    batch=2, residual_channels=300, growth_rate=24, first_dense=50, in_channels=60, width=96, groups=32,
+    width_behind=32, size=(9, 8),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": "reversible", "stride": 2},
+        {"memory": "min", "frozen": ("1.norm_a",)},
+        {"projection": False, "affine": False, "frozen": ("2.norm_b",)},
+    ],
+    ids=str,
+)
+def test_parity_of_a_wide_stage(options, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(Stage(replace(WIDE, **options)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("part", ["input", "1.norm_a.weight", "1.conv_a", "2.norm_a.bias"])
+def test_only_what_needs_a_gradient_gets_one_in_a_wide_stage(part):
+    check_one_gradient(Stage(WIDE), part)
+
+
+def test_wide_stages_are_bit_identical():
+    check_bit_identical(
+        Stage(replace(WIDE, width=192, dtype=torch.float32)), ["balanced", "min", "recompute", "balanced"]
+    )
+
+
 def test_three_strided_dimensions_and_an_uneven_stride(device):
     check(Stage(StageCase(size=(5, 4, 3), stride=2, memory="reversible", device=device)))
     check(Stage(StageCase(size=(11, 8), stride=3, device=device)))

@@ -100,6 +100,11 @@ class BlockBackward : public BlockForward<T> {
     return at::zeros({needed ? this->workers : 0, this->padded_depth(depth), this->padded(n)},
                      at::TensorOptions().dtype(Base::kAccumulate));
   }
+  // The sums alone, zeroed, for a pass in which each channel has one worker.
+  Sums channel_sums() {
+    sums_.zero_();
+    return worker_sums(0);
+  }
   // Of worker_gradients(), those of one worker, or nullptr.
   static A* of_worker(const at::Tensor& gradients, int64_t worker) {
     return gradients.size(0) == 0 ? nullptr

@@ -93,10 +93,14 @@ class Backward : BlockBackward<T> {
     const Coefficients cb = coefficients_of(block.norm_b, block.stats_b, args_.width_a);
     const T* a = bottleneck_a(i, ca);
     const at::Tensor du = conv_b(i, a, cb);
-    const T* dup = static_cast<const T*>(du.const_data_ptr());
+    T* dup = static_cast<T*>(du.mutable_data_ptr());
     const Sums sums = this->norm_gradients(block.norm_b, cb);
     at::Tensor memory;
-    conv_a(i, ca, this->norm_backward(block.norm_b, cb, sums, dup, a, args_.a_pixels(i), memory));
+    const NormBackward<T> norm_b = this->norm_backward(block.norm_b, cb, sums, dup, a, args_.a_pixels(i), memory);
+    // A weight's gradient that is larger than L2 is walked through by columns.
+    constexpr int64_t kLarge = 256 * 1024;
+    const bool by_columns = std::is_same_v<T, A> && args_.width_a * block.channels * int64_t(sizeof(A)) > kLarge;
+    by_columns ? conv_a_by_columns(i, ca, norm_b, dup) : conv_a(i, ca, norm_b);
   }
 
   // The saved output of conv_a, or the same recomputed.
@@ -216,12 +220,16 @@ class Backward : BlockBackward<T> {
             {{out_ + r, ld_}, r, c - r, {g_ + r, ld_}, &corrections_, r}};
   }
 
+  at::Tensor weights_of(const DualPathBlockArgs& block, const Segment& s) const {
+    return this->pack_backward(block.conv_a.weight, s.first, s.n);
+  }
+
   void conv_a(int64_t i, const Coefficients& c, const NormBackward<T>& norm_b) {
     const DualPathBlockArgs& block = args_.blocks[size_t(i)];
     const bool needed = this->needs(block.conv_a.at);
     std::vector<at::Tensor> dweights, dnorms, dbiases;
     for (const Segment& s : segments(i)) {
-      const at::Tensor panels = this->pack_backward(block.conv_a.weight, s.first, s.n);
+      const at::Tensor panels = weights_of(block, s);
       const at::Tensor dweight = this->worker_gradients(needed, args_.width_a, s.n);
       const Source<T> source = this->source(s.x.data, s.x.ld, c, s.first, s.n);
       this->for_each_chunk(
@@ -240,6 +248,67 @@ class Backward : BlockBackward<T> {
     if (needed) this->set(block.conv_a.at, at::cat(dweights, 1));
     this->set_norm(block.norm_a, at::cat(dnorms), at::cat(dbiases));
   }
+
+  // The same, as many columns at once as have their part of the weight's gradient in cache beside some rows of dz.  No
+  // sum goes over workers then, so that they share the blocks of columns as they get done.  `dz`: norm_b.dv.
+  void conv_a_by_columns(int64_t i, const Coefficients& c, const NormBackward<T>& norm_b, T* dz) {
+    constexpr int64_t kColumns = 64, kBytes = 160 * 1024;
+    const DualPathBlockArgs& block = args_.blocks[size_t(i)];
+    const int64_t pixels = args_.a_pixels(i), depth = args_.width_a;
+    this->share_chunks(pixels, 4 * kernels.backward_rows, [&](int64_t, int64_t, int64_t, int64_t row, int64_t rows) {
+      kernels.norm_input_gradient(norm_b, row, rows, dz);
+    });
+    const bool needed = this->needs(block.conv_a.at);
+    const Sums sums = this->channel_sums();
+    const std::vector<Segment> segments = this->segments(i);
+    std::vector<ColumnBlock> blocks;
+    for (const Segment& s : segments) {
+      const at::Tensor panels = weights_of(block, s);
+      for (int64_t begin = 0; begin < s.n; begin += kColumns)
+        blocks.push_back({&s, begin, std::min(kColumns, s.n - begin), panels});
+    }
+    const at::Tensor dweight = at::zeros({needed ? int64_t(blocks.size()) : 0, this->padded_depth(depth), kColumns},
+                                         at::TensorOptions().dtype(Base::kAccumulate));
+    const int64_t fit = kBytes / int64_t(sizeof(T)) / depth / kernels.tile_rows * kernels.tile_rows;
+    const int64_t most = std::clamp(fit, kernels.tile_rows, kernels.backward_rows);
+    this->share_units(int64_t(blocks.size()), [&](int64_t worker, int64_t unit) {
+      const auto& [s, begin, n, panels] = blocks[size_t(unit)];
+      const int64_t channel = s->first + begin;
+      const Source<T> source = this->source(s->x.data + begin, s->x.ld, c, channel, n);
+      const auto* w = static_cast<const uint8_t*>(this->panels_of(panels)) +
+                      begin * this->padded_depth(depth) * kernels.operand_bytes;
+      const BackwardEpilogue<T> epilogue{s->gradient.data + begin,
+                                         s->gradient.ld,
+                                         true,
+                                         c.mean() + channel,
+                                         sums.sum + channel,
+                                         sums.weighted + channel,
+                                         this->of_worker(dweight, unit)};
+      for (int64_t row = 0; row < pixels; row += most)
+        kernels.conv1x1_backward(source, nullptr, row, std::min(most, pixels - row), {{dz, depth, depth}}, w, epilogue,
+                                 this->workspace(worker));
+    });
+    if (needed) {
+      std::vector<at::Tensor> columns;
+      for (size_t unit = 0; unit < blocks.size(); ++unit) {
+        const int64_t n = blocks[unit].n, height = dweight.size(1), ld = this->padded(n);
+        const at::Tensor part = dweight[int64_t(unit)].flatten().narrow(0, 0, height * ld).view({height, ld});
+        columns.push_back(part.narrow(0, 0, depth).narrow(1, 0, n));
+      }
+      this->set(block.conv_a.at, at::cat(columns, 1));
+    }
+    this->norm_gradients(block.norm_a, c);
+    for (const Segment& s : segments)
+      this->defer(block.norm_a, c, {sums.sum + s.first, sums.weighted + s.first, 0}, s.first, s.n, pixels,
+                  *s.corrections, s.channel);
+  }
+
+  // Columns [begin, begin + n) of a segment, whose weights are in `panels`.
+  struct ColumnBlock {
+    const Segment* segment;
+    int64_t begin, n;
+    at::Tensor panels;
+  };
 
   // The split.
   void projection() {

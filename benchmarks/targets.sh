@@ -31,4 +31,4 @@ measure dpn92-bfloat16 --model dpn92 --batch 4 --dtype bfloat16 --steps 5 --memo
   --variants plain,plain-channels-last,balanced,min
 measure dpn68 --model dpn68 --batch 8 --steps 5 --memory-batches 0 --variants plain,plain-channels-last,balanced
 measure dpn92-eval --model dpn92 --mode eval --batch 4 --steps 9 --memory-batches 0 \
-  --variants plain,plain-channels-last,balanced
+  --variants plain,plain-channels-last,balanced,frozen

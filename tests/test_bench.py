@@ -104,9 +104,10 @@ def test_against_adds_engines_to_what_is_compared_in_eval_mode():
     assert config.variants == (*COMPARED_IN_EVAL, "onnxruntime", "compile")
 
 
-def test_dual_path_networks_are_not_frozen_unless_asked():
-    config = make_config(make_parser().parse_args(["bench", "--mode=eval", "--model=dpn68"]))
-    assert config.variants == tuple(name for name in COMPARED_IN_EVAL if name != "frozen")
+@pytest.mark.parametrize(("model", "is_frozen"), [("dpn68", True), ("dpn68b", False), ("densenet121", True)])
+def test_what_cannot_be_frozen_is_not_unless_asked(model, is_frozen):
+    config = make_config(make_parser().parse_args(["bench", "--mode=eval", f"--model={model}"]))
+    assert config.variants == tuple(name for name in COMPARED_IN_EVAL if name != "frozen" or is_frozen)
 
 
 @pytest.mark.usefixtures("forked_workers")

@@ -118,8 +118,8 @@ def compared(model: str, mode: str) -> tuple[str, ...]:
 
     if mode != "eval":
         return COMPARED_VARIANTS
-    has_dual_paths = memory_modes(model) == DUAL_PATH_MEMORY_MODES  # which cannot be frozen
-    return tuple(name for name in COMPARED_IN_EVAL if name != "frozen" or not has_dual_paths)
+    is_b = memory_modes(model) == DUAL_PATH_MEMORY_MODES and model.endswith("b")  # with two last convolutions
+    return tuple(name for name in COMPARED_IN_EVAL if name != "frozen" or not is_b)
 
 
 def make_config(options: argparse.Namespace) -> BenchConfig:

@@ -4,9 +4,12 @@
 import contextlib
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
+from timm.layers import ConvNormAct
+from timm.models.dpn import DPN
 from torch import Tensor, nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +28,7 @@ from tests.cases.converted import (
     torchvision_net,
 )
 from tests.cases.monai import monai_net, volume
+from tests.cases.random_block import relative
 
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]
 
@@ -347,3 +351,97 @@ def test_frozen_statistics_that_move_before_backward():
         out.sum().backward()
         results.append(y.grad)
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+# --- a convolution, norm and activation in one module, as dual path networks have them -------------------
+
+
+class Subclass(ConvNormAct):
+    """With code of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.5
+
+
+def dual_path_net(change: Callable[[nn.Module], None] = lambda net: None, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"k_sec": (1, 1, 1, 1), "inc_sec": (4, 4, 4, 4), "k_r": 8, "groups": 2, "num_init_features": 6}
+    net = DPN(num_classes=5, small=True, **sizes, **options)
+    change(net)
+    return randomise(net.double())
+
+
+def own_dual_path_net(**options: object) -> nn.Module:
+    sizes = {"stem_channels": 6, "width": 8, "groups": 2, "blocks": (1, 1), "growth_rates": (4, 4)}
+    net = fastdense.models.DPN(residual_channels=8, num_classes=5, **sizes, **options)
+    return randomise(fastdense.restore(net).double())
+
+
+@pytest.mark.parametrize("make", [dual_path_net, own_dual_path_net])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_convolution_norm_and_activation_in_one_module(make, layout, training):
+    plain, fast = pair(make)
+    for net in (plain, fast):
+        net.to(memory_format=layout).train(training)
+    x = images(size=32).to(memory_format=layout)
+    with stem_calls(1, 1):
+        actual = step(fast, x)
+    assert_same(actual, step(plain, x))
+    with torch.inference_mode(), stem_calls(1):
+        assert relative(fast.eval()(x), plain.eval()(x)) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["conv1_1", "conv1_1.conv", "conv1_1.bn", "conv1_1.bn.act", "conv1_pool"])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_a_convolution_norm_and_activation_are_called(name, register):
+    plain, fast = pair(dual_path_net)
+    logs = [], []
+    for net, log in zip((plain, fast), logs, strict=True):
+        getattr(net.features.get_submodule(name), register)(lambda *args, log=log: log.append(len(args)))
+    x = images(size=32)
+    with stem_calls(int(name == "conv1_1.conv"), int(name == "conv1_1.conv")):
+        actual = step(fast, x)
+    assert_same(actual, step(plain, x))
+    assert logs[0] == logs[1] and len(logs[0]) == 1
+
+
+def _give_another_class(net: nn.Module) -> None:
+    net.features.conv1_1.__class__ = Subclass
+
+
+def _blur(net: nn.Module) -> None:
+    net.features.conv1_1.aa = nn.AvgPool2d(3, 1, 1)
+
+
+def _exchange_activation(net: nn.Module) -> None:
+    net.features.conv1_1.bn.act = nn.SiLU()
+
+
+def _drop_the_norm(net: nn.Module) -> None:
+    net.features.conv1_1.bn = nn.Sequential()
+
+
+@pytest.mark.parametrize("change", [_give_another_class, _blur, _exchange_activation, _drop_the_norm])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_other_modules_of_a_stem_run_as_they_are(change, after):
+    plain, fast = pair(dual_path_net if after else partial(dual_path_net, change))
+    if after:
+        change(plain), change(fast)
+    x = images(size=32)
+    with stem_calls(0):
+        actual = step(fast, x)
+    assert_same(actual, step(plain, x))
+
+
+def test_code_of_a_stem_that_changes_is_seen(monkeypatch):
+    plain, fast = pair(dual_path_net)
+    x = images(size=32)
+    with stem_calls(1, 1):
+        step(fast, x)
+    forward = ConvNormAct.forward
+    monkeypatch.setattr(ConvNormAct, "forward", lambda self, x: forward(self, x) * 2)
+    plain, fast = pair(dual_path_net)
+    with stem_calls(0), pytest.warns(UserWarning, match=r"ConvNormAct\.forward has been replaced"):
+        actual = step(fast, x)
+    assert_same(actual, step(plain, x))

@@ -28,7 +28,7 @@ from fastdense.fusion.plan.code import find_sources
 from fastdense.fusion.plan.kept import Kept, check_compiled_code, check_function_modes, check_sources, keep
 from fastdense.fusion.plan.state import memory_of, plain_class, state_of
 from fastdense.fusion.residual_dense_block import FusedSRDenseBlock, plan_growing, run_growing
-from fastdense.fusion.stem import read_stem, run_stem
+from fastdense.fusion.stem import is_conv_norm_act, read_stem, run_stem
 
 
 class Run(NamedTuple):
@@ -111,10 +111,15 @@ def _check_own_code(sequence: nn.Module) -> None:
     state = state_of(sequence)
     if state.kept is None or not state.kept.still_holds():
         stems = (*CONVS, *NORMS, *SAMPLE_NORMS, *POOLS)
-        children = sequence.children()
-        own = [type(module) for module in children if isinstance(module, stems) or is_activation(module)]
+        children = [c for child in sequence.children() for c in (child, *_inner(child))]
+        own = [type(child) for child in children if isinstance(child, stems) or is_activation(child) or _inner(child)]
         state.kept = find_sources(frozenset([plain_class(type(sequence)), *own]))
     check_sources(state.kept)
+
+
+def _inner(module: nn.Module) -> list[nn.Module]:
+    """The modules of a stem's convolution, norm and activation in one module."""
+    return list(module.children()) if is_conv_norm_act(module) else []
 
 
 def _row(modules: list[nn.Module], at: int) -> tuple[nn.Module, ...]:
@@ -130,6 +135,8 @@ def _row(modules: list[nn.Module], at: int) -> tuple[nn.Module, ...]:
     elif isinstance(first, (*NORMS, *SAMPLE_NORMS)):
         while end < at + 3 and end < len(modules) and (type(modules[end]) in POOLS or is_activation(modules[end])):
             end += 1
+    elif is_conv_norm_act(first):
+        end += end < len(modules) and type(modules[end]) in POOLS
     elif type(first) in CONVS and end < len(modules) and isinstance(modules[end], (*NORMS, *SAMPLE_NORMS)):
         end += len(_row(modules, end))
         if end == at + 1 or not _is_recomputed(modules[end:]):
@@ -192,7 +199,7 @@ def _read(row: Sequence[nn.Module]) -> Run:
         blocks = plan_growing(row)
         return Run(blocks.blocks, partial(run_growing, blocks, memory))
     stem = read_stem(row)
-    return Run(len(stem.modules) + (stem.conv is not None), partial(run_stem, stem))
+    return Run(stem.length, partial(run_stem, stem))
 
 
 def _plan_pair(block: nn.Module, behind: nn.Module) -> BlockPlan:

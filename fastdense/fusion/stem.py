@@ -18,6 +18,7 @@ from fastdense.fusion.checks import (
     check_no_hooks,
     check_norm,
     has_fused_relu,
+    is_known_class,
     per_axis,
 )
 from fastdense.fusion.dense_layers import is_activation, norm_weights
@@ -39,16 +40,23 @@ class PoolSizes(NamedTuple):
 class Stem(NamedTuple):
     """A norm, its activation unless that is inside, and a max pool; its sizes where the operator can run all three.
 
-    ``conv`` is the convolution in front where it runs with them, and again in backward.
+    ``conv`` is the convolution in front where it runs with them, and again in backward; ``front`` the one of a module
+    that holds it, the norm and perhaps the activation, and runs by itself.
     """
 
     modules: list[Any]
     pool: PoolSizes | None
     conv: Any = None
+    front: Any = None
 
     @property
     def norm(self) -> Any:
         return self.modules[0]
+
+    @property
+    def length(self) -> int:
+        """How many modules of a row it takes."""
+        return 2 if self.front is not None else len(self.modules) + (self.conv is not None)
 
     def takes(self, input: Tensor) -> bool:
         """Whether the operator runs in place of the modules: the pool, and dimensions and types as torch has them."""
@@ -60,9 +68,28 @@ class Stem(NamedTuple):
         return has_axes and (mixed or types <= {input.dtype})
 
 
+_CONV_NORM_ACTS = (("timm.layers.conv_bn_act", "ConvNormAct"), ("fastdense.models.dpn", "ConvNormAct"))
+
+
+def is_conv_norm_act(module: nn.Module) -> bool:
+    """Whether a module is a convolution, its norm and an activation."""
+    return is_known_class(module, _CONV_NORM_ACTS)
+
+
+def _read_conv_norm_act(module: nn.Module, pool: Sequence[nn.Module]) -> Stem:
+    inner = {name: child for name, child in module.__dict__["_modules"].items() if child is not None}
+    if list(inner) not in (["conv", "bn"], ["conv", "bn", "act"]):
+        raise NotFusible(f"its sub-modules are {', '.join(inner)}")
+    check_no_hooks(module, "it")
+    front, *behind = inner.values()
+    return read_stem([*behind, *pool])._replace(front=front)
+
+
 def read_stem(modules: Sequence[nn.Module]) -> Stem:
-    """The stem that ``modules`` begin with: the norm, or a convolution in front of it."""
+    """The stem that ``modules`` begin with: the norm, a convolution in front of it, or what holds both."""
     conv: Any = modules[0]
+    if is_conv_norm_act(conv):
+        return _read_conv_norm_act(conv, modules[1:2])
     if type(conv) in CONVS:
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             raise NotFusible("its convolution has padding that depends on the input")
@@ -89,6 +116,8 @@ def read_stem(modules: Sequence[nn.Module]) -> Stem:
 def run_stem(stem: Stem, contiguous: bool, input: Tensor) -> Tensor:
     """One operator call for a norm, ReLU and max pool, where it knows the pool; else they are run again in backward."""
     check_no_transforms()
+    if stem.front is not None:
+        input = stem.front(input)
     conv = stem.conv
     if conv is not None and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
         input = conv(input)

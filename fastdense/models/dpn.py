@@ -26,7 +26,7 @@ _EPS = 1e-3  # of every norm, as in the authors' framework
 _POOL = 7  # side of the last map at 224, and of test-time pooling's windows
 
 
-class _Stem(nn.Module):
+class ConvNormAct(nn.Module):
     """Strided convolution, norm, activation."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: NormName, act: nn.Module) -> None:
@@ -107,7 +107,7 @@ class DPN(nn.Module):
         if not 0 <= drop_rate <= 1:
             raise ValueError(f"DPN: expected drop_rate to be a probability in [0, 1], got {drop_rate!r}")
         features: OrderedDict[str, nn.Module] = OrderedDict()
-        features["conv1_1"] = _Stem(
+        features["conv1_1"] = ConvNormAct(
             image_channels, stem_channels, stem_kernel, norm, _make_activation(act, activation, inplace=True)
         )
         features["conv1_pool"] = nn.MaxPool2d(3, stride=2, padding=1)

@@ -74,7 +74,7 @@ MUTANTS = [
     ("dense_block_inference/dense_block_inference_packed_cpu.cpp", "take(numbers, b)", "take(numbers, 0)"),
     ("cpu/packed.h", "isa == int64_t(current_isa())", "true"),
     ("cpu/block_forward.h", "(chunk * rows + step - 1) / step * multiple", "chunk * rows / step * multiple"),
-    ("cpu/block_forward.h", "(worker + away) % used, last", "worker, last"),
+    ("cpu/block_forward.h", "int64_t away = 0; away", "int64_t away = 1; away"),
     ("dual_path/dual_path_backward_cpu.cpp", "begin * this->padded_depth(depth) * kernels.operand_bytes", "0"),
     ("dual_path/dual_path_backward_cpu.cpp", "ld = this->padded(n);", "ld = kColumns;"),
     ("dual_path/dual_path.h", "return pair_a(i) + 2;", "return pair_a(i) + 1;"),

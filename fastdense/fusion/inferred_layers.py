@@ -28,14 +28,13 @@ from fastdense.fusion.equivalence import (
     NoRandomNumbers,
     Situation,
     Trial,
-    code_of,
     double_copy,
     isolated,
     masked,
     plain_forward,
     random_input,
-    tried,
 )
+from fastdense.fusion.plan.outcome import code_of, tried
 from fastdense.ops import Activation
 from fastdense.reference import activate
 

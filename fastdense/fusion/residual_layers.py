@@ -18,8 +18,8 @@ from fastdense.fusion.equivalence import (
     isolated,
     plain_forward,
     random_input,
-    tried,
 )
+from fastdense.fusion.plan.outcome import tried
 from fastdense.fusion.plan.state import plain_class
 from fastdense.ops import ConvWeights
 from fastdense.plain.residual_dense_block import PlainResidualDenseBlock
@@ -209,7 +209,8 @@ def _grow(convs: list[Any], x: Tensor, slope: float, first: int = 0) -> Tensor:
     features = x
     for at, conv in enumerate(convs):
         read = features[:, first if at else 0 :]
-        new = F.leaky_relu(F.conv2d(read, conv.weight, conv.bias, padding=1), slope)
+        new = F.conv2d(read, conv.weight, conv.bias, padding=1)
+        new = F.relu(new) if slope == 0 else F.leaky_relu(new, slope)  # which makes NaN of -inf with slope 0
         features = torch.cat([features, new], 1)
     return features
 

@@ -268,11 +268,19 @@ def test_an_output_that_is_changed_in_place_raises():
         out.sum().backward()
 
 
+def test_a_batch_of_gradients_raises():
+    _, fast = pair()
+    x = images().requires_grad_()
+    out = fast(x)
+    with pytest.raises(RuntimeError, match="takes no batch of gradients"):
+        torch.autograd.grad(out, x, torch.ones(2, *out.shape).to(out), is_grads_batched=True)
+
+
 def test_double_backward_raises():
     _, fast = pair()
     x = images().requires_grad_()
     (grad,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="a block on a shared buffer: double backward is not supported"):
         grad.sum().backward()
 
 

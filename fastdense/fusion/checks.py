@@ -190,6 +190,12 @@ def _settings(conv: Any) -> str:
     return f"{class_name(conv)}({values}, bias={conv.bias is not None})"
 
 
+def is_pointwise(conv: Any) -> bool:
+    """Whether a convolution is 1x1, by its settings: a parametrized weight may change where it is read."""
+    kernel = conv.kernel_size
+    return set(kernel if isinstance(kernel, tuple | list) else (kernel,)) == {1}
+
+
 def per_axis(size: Any, dims: int) -> list[int]:
     """A size of a convolution or pool for each axis: torch takes one number for all of them as well."""
     sizes = [size] if isinstance(size, int) else list(size)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense.fusion.checks import NotFusible, check_conv, check_no_global_hooks, check_no_hooks
+from fastdense.fusion.checks import NotFusible, check_conv, check_no_global_hooks, check_no_hooks, is_pointwise
 from fastdense.fusion.equivalence import (
     NoRandomNumbers,
     Situation,
@@ -114,7 +114,7 @@ def read_residual_block(module: nn.Module) -> ResidualLayers:
     its results. It is checked again when one of its numbers has changed.
     """
     convs = _convolutions(module)
-    kernel = 1 if convs[-1][1].weight.shape[2:].numel() == 1 else 3
+    kernel = 1 if is_pointwise(convs[-1][1]) else 3
     weights = _read_weights(module, [3] * (len(convs) - 1) + [kernel])
     slope, scale = _factors(module)
     return ResidualLayers(weights[:-1], weights[-1], slope, scale)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from fastdense._C import Fingerprint
 from fastdense.fusion.equivalence import leaves_of
 from fastdense.fusion.plan.code import Sources
+from fastdense.fusion.plan.kept import IN_TURN
 from fastdense.fusion.shared_buffer.layers import Layer
 from fastdense.fusion.shared_buffer.shortcuts import End, Shortcut
 from fastdense.ops.autograd import refuse_double_backward
@@ -173,7 +174,7 @@ class SharedBuffer(torch.autograd.Function):
                 "fastdense: a block on a shared buffer takes no batch of gradients (is_grads_batched, vectorize=True); "
                 "call fastdense.restore(model) for plain modules"
             )
-        with torch.no_grad():
+        with torch.no_grad(), IN_TURN:
             grads = ctx.run.backward(saved, grad, ctx.needs_input_grad[1:])
         return (None, *refuse_double_backward("a block on a shared buffer", grads, [grad, *saved]))
 

@@ -130,6 +130,14 @@ class PostActivation(nn.Module):
         return torch.cat([x, self.conv2(F.relu(self.bn(self.conv1(x))))], 1)
 
 
+def sharing(layers):
+    """All layers have one second norm."""
+    made = plain_sequence(layers)
+    for layer in made:
+        layer.bn2 = made[0].bn2
+    return made
+
+
 def with_module(change):
     """A block of sequences that a function edits."""
 
@@ -166,6 +174,7 @@ PLAIN = {
     "random": (of(Rare), "its forward draws random numbers"),
     "python's random": (of(RarePython), "its forward draws random numbers"),
     "counting": (of(Counting), "its forward changes its attributes"),
+    "a norm of all layers": (sharing, "0 and 1 share a BatchNorm2d"),
     "layer scale": (of(Scaled), "0 has parameters of its own"),
     "post-activation": (of(PostActivation), "0 is Conv2d, BatchNorm2d, Conv2d: expected norm, convolution"),
     "a list of layers that needs lists": (of(NewLayer), "it fails when called with one tensor"),

@@ -70,6 +70,21 @@ class EvalOnly(Layer):
         return super().join(x, new if self.training else new * 0.9)
 
 
+class OtherWithoutGradients(Layer):
+    def join(self, x, new):
+        return super().join(x, new if torch.is_grad_enabled() else new * 2)
+
+
+class OtherInInference(Layer):
+    def join(self, x, new):
+        return super().join(x, new * 2 if torch.is_inference_mode_enabled() else new)
+
+
+class OtherForLeaves(Layer):
+    def join(self, x, new):
+        return super().join(x, new if new.requires_grad else new * 2)
+
+
 class AlwaysDropped(Layer):
     def join(self, x, new):
         return super().join(x, F.dropout(new, 0.5))
@@ -163,6 +178,9 @@ PLAIN = {
     "mixed orders": (of(Skipping), NOT_RESULTS),
     "gradient stopped": (of(Detached), NOT_RESULTS),
     "other in eval": (of(EvalOnly), NOT_RESULTS),
+    "other without gradients": (of(OtherWithoutGradients), "its results are others without gradients"),
+    "other in inference mode": (of(OtherInInference), "its results are others without gradients"),
+    "other where nothing requires grad": (of(OtherForLeaves), "its results are others without gradients"),
     "clipped": (of(Clipped), NOT_RESULTS),
     "clipped far": (of(ClippedFar), NOT_RESULTS),
     "clipped input": (of(ClippedInput), NOT_RESULTS),

@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
@@ -149,7 +150,23 @@ class Trial(NamedTuple):
                 raise NotFusible("its results differ from run to run")
             if situation.factor == 1 or step.is_finite():
                 made[situation] = step
+        if not self.runs_its_code:  # on a shared buffer it runs without gradients as it is
+            self._check_inference(forward, made[Situation(False)])
         return made
+
+    def _check_inference(self, forward: Callable[[Tensor], Any], step: Step) -> None:
+        """Raises NotFusible where ``forward`` makes something else without gradients than ``step`` did in eval mode."""
+        self.twin.eval()
+        try:
+            with warnings.catch_warnings(), torch.inference_mode(), self.watch():
+                warnings.simplefilter("ignore")  # of checkpoints that have nothing to do
+                out = forward(self.input.clone())
+        except NotFusible:
+            raise
+        except Exception:
+            return
+        if not isinstance(out, Tensor) or not _near(out, step.tensors[0]):
+            raise NotFusible("its results are others without gradients")
 
     def agrees(self, forward: Callable[[Tensor], Any], made: dict[Situation, Step]) -> bool:
         """Whether ``forward`` makes the same; raises NotFusible where only NaN or infinities make a difference."""

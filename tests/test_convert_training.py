@@ -20,6 +20,7 @@ from tests.cases.converted import (
     Calls,
     assert_bit_equal,
     assert_same,
+    fastdense_warnings,
     first_layer,
     fused_calls,
     images,
@@ -114,6 +115,18 @@ def test_running_statistics_without_a_counter_stay_plain():
     x = images()
     with one_warning(BLOCK, "denselayer1.norm1 has running statistics without a num_batches_tracked"):
         assert_same(step(fast, x), step(plain, x))
+
+
+def test_a_counter_without_running_statistics_still_counts():
+    def change(net):
+        for norm in norms(net):
+            norm.running_mean = norm.running_var = None
+
+    plain, fast = pair(change=change, when="after")
+    x = images()
+    with fastdense_warnings() as messages:
+        assert_same(step(fast, x), step(plain, x))
+    assert any("norm1 has a num_batches_tracked without running statistics" in message for message in messages)
 
 
 def freeze(net: nn.Module, frozen) -> None:

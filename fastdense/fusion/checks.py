@@ -231,6 +231,8 @@ def check_norm(norm: Any, name: str, *, any_activation: bool = False) -> Any:
     counter = norm.num_batches_tracked
     if norm.running_mean is not None and (counter is None or counter.dtype is not torch.int64):
         raise NotFusible(f"{name} has running statistics without a num_batches_tracked of type int64")
+    if norm.running_mean is None and counter is not None and norm.track_running_stats:
+        raise NotFusible(f"{name} has a num_batches_tracked without running statistics")
     _check_eps(norm, name)
     return norm
 

@@ -256,6 +256,28 @@ def test_two_forwards_before_one_backward(memory):
     assert_same(made[1], made[0])
 
 
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_a_plain_and_a_fused_forward_before_one_backward(plain_first):
+    """Plain batch norms save their running statistics for backward, and fused ones move them meanwhile."""
+    plain, fast = pair()
+    x, y = images(), images(3)
+
+    def run(net, x):
+        made = []
+        for is_plain, image in ((plain_first, x), (not plain_first, y)):
+            layer = first_layer(net).conv1
+            handle = layer.register_forward_hook(lambda *_: None) if is_plain else None
+            made.append(net(image).square().sum())
+            if handle is not None:
+                handle.remove()
+        return torch.stack(made)
+
+    expected = step(plain, x, run=partial(run, plain))
+    with one_warning("denselayer1.conv1 has hooks"):
+        actual = step(fast, x, run=partial(run, fast))
+    assert_same(actual, expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("memory", MEMORY)
 def test_an_outer_checkpoint_changes_nothing_and_counts_once(memory, use_reentrant):

@@ -39,7 +39,7 @@ _MODULES = {
     "nn.stem": ("fusion.stem",),
     "nn.stochastic_depth": ("plain.stochastic_depth",),
     "nn.structure": ("fusion.checks", "fusion.dense_layers"),
-    "nn.trial": ("fusion.equivalence",),
+    "nn.trial": ("fusion.equivalence", "fusion.plan.outcome"),
     "quality": ("sr.quality",),
     "upscaling": ("sr.upscaling",),
 }

@@ -70,6 +70,21 @@ class EvalOnly(Layer):
         return super().join(x, new if self.training else new * 0.9)
 
 
+class OtherWithoutGradients(Layer):
+    def join(self, x, new):
+        return super().join(x, new if torch.is_grad_enabled() else new * 2)
+
+
+class OtherInInference(Layer):
+    def join(self, x, new):
+        return super().join(x, new * 2 if torch.is_inference_mode_enabled() else new)
+
+
+class OtherForLeaves(Layer):
+    def join(self, x, new):
+        return super().join(x, new if new.requires_grad else new * 2)
+
+
 class AlwaysDropped(Layer):
     def join(self, x, new):
         return super().join(x, F.dropout(new, 0.5))
@@ -130,6 +145,14 @@ class PostActivation(nn.Module):
         return torch.cat([x, self.conv2(F.relu(self.bn(self.conv1(x))))], 1)
 
 
+def sharing(layers):
+    """All layers have one second norm."""
+    made = plain_sequence(layers)
+    for layer in made:
+        layer.bn2 = made[0].bn2
+    return made
+
+
 def with_module(change):
     """A block of sequences that a function edits."""
 
@@ -155,6 +178,9 @@ PLAIN = {
     "mixed orders": (of(Skipping), NOT_RESULTS),
     "gradient stopped": (of(Detached), NOT_RESULTS),
     "other in eval": (of(EvalOnly), NOT_RESULTS),
+    "other without gradients": (of(OtherWithoutGradients), "its results are others without gradients"),
+    "other in inference mode": (of(OtherInInference), "its results are others without gradients"),
+    "other where nothing requires grad": (of(OtherForLeaves), "its results are others without gradients"),
     "clipped": (of(Clipped), NOT_RESULTS),
     "clipped far": (of(ClippedFar), NOT_RESULTS),
     "clipped input": (of(ClippedInput), NOT_RESULTS),
@@ -166,6 +192,7 @@ PLAIN = {
     "random": (of(Rare), "its forward draws random numbers"),
     "python's random": (of(RarePython), "its forward draws random numbers"),
     "counting": (of(Counting), "its forward changes its attributes"),
+    "a norm of all layers": (sharing, "0 and 1 share a BatchNorm2d"),
     "layer scale": (of(Scaled), "0 has parameters of its own"),
     "post-activation": (of(PostActivation), "0 is Conv2d, BatchNorm2d, Conv2d: expected norm, convolution"),
     "a list of layers that needs lists": (of(NewLayer), "it fails when called with one tensor"),

@@ -20,6 +20,7 @@ from tests.cases.converted import (
     Calls,
     assert_bit_equal,
     assert_same,
+    fastdense_warnings,
     first_layer,
     fused_calls,
     images,
@@ -114,6 +115,18 @@ def test_running_statistics_without_a_counter_stay_plain():
     x = images()
     with one_warning(BLOCK, "denselayer1.norm1 has running statistics without a num_batches_tracked"):
         assert_same(step(fast, x), step(plain, x))
+
+
+def test_a_counter_without_running_statistics_still_counts():
+    def change(net):
+        for norm in norms(net):
+            norm.running_mean = norm.running_var = None
+
+    plain, fast = pair(change=change, when="after")
+    x = images()
+    with fastdense_warnings() as messages:
+        assert_same(step(fast, x), step(plain, x))
+    assert any("norm1 has a num_batches_tracked without running statistics" in message for message in messages)
 
 
 def freeze(net: nn.Module, frozen) -> None:
@@ -241,6 +254,28 @@ def test_two_forwards_before_one_backward(memory):
     for net in (plain, fast):
         made.append(step(net, x, run=lambda x, net=net: net(x).sum(0) * net(y).sum(0) + net(x * 2).sum(0)))
     assert_same(made[1], made[0])
+
+
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_a_plain_and_a_fused_forward_before_one_backward(plain_first):
+    """Plain batch norms save their running statistics for backward, and fused ones move them meanwhile."""
+    plain, fast = pair()
+    x, y = images(), images(3)
+
+    def run(net, x):
+        made = []
+        for is_plain, image in ((plain_first, x), (not plain_first, y)):
+            layer = first_layer(net).conv1
+            handle = layer.register_forward_hook(lambda *_: None) if is_plain else None
+            made.append(net(image).square().sum())
+            if handle is not None:
+                handle.remove()
+        return torch.stack(made)
+
+    expected = step(plain, x, run=partial(run, plain))
+    with one_warning("denselayer1.conv1 has hooks"):
+        actual = step(fast, x, run=partial(run, fast))
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

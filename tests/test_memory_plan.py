@@ -229,6 +229,31 @@ def test_what_has_no_blocks_has_no_plan():
         plan_memory("net", (2,), batch_size=2, budget="1GiB")
 
 
+def test_errors_begin_with_the_function():
+    plain, shape = nn.Conv2d(3, 3, 1), (3, 32, 32)
+    model = fastdense.models.densenet_cifar(10)
+    for ask, options in ((plan_memory, {"batch_size": 2}), (largest_batch, {})):
+        for budget in ("eight", "101%", 0, True):
+            with pytest.raises(ValueError, match=f"^{ask.__name__}: expected budget to be"):
+                ask(model, shape, budget=budget, **options)
+        with pytest.raises(ValueError, match=f"^{ask.__name__}: expected model to have fused blocks"):
+            ask(plain, shape, budget="1GiB", **options)
+    for ask, options in ((plan_memory, {"budget": "1GiB"}), (memory_front, {})):
+        for batch in (0, True, 2.0):
+            with pytest.raises(ValueError, match=f"^{ask.__name__}: expected batch_size to be an integer"):
+                ask(model, shape, batch_size=batch, **options)
+
+
+def test_a_model_of_unknown_sizes_is_refused():
+    model = nn.Sequential(fastdense.nn.DenseBlock(1, 4, 4), nn.Flatten(), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"^plan_memory: expected a model that has run once, as 2\.weight"):
+        plan_memory(model, (4, 8, 8), batch_size=2, budget="1GiB")
+    with pytest.raises(ValueError, match=r"^report: expected a model that has run once, as 2\.weight"):
+        fastdense.report(model, (4, 8, 8))
+    model(torch.zeros(2, 4, 8, 8))
+    assert fastdense.report(model, (4, 8, 8)).kept_bytes
+
+
 def test_blocks_that_run_twice_are_refused():
     block = fastdense.nn.DenseBlock(2, 8, 4)
 
@@ -309,12 +334,12 @@ def test_the_choice_is_the_best_of_all(seed):
     ],
 )
 def test_budgets(text, expected):
-    assert read_budget(text, torch.device("cpu")) == expected
+    assert read_budget("op", text, torch.device("cpu")) == expected
 
 
 def test_a_share_of_the_device():
     whole = device_memory(torch.device("cpu"))
-    assert read_budget("50%", torch.device("cpu")) == int(whole / 2)
+    assert read_budget("op", "50%", torch.device("cpu")) == int(whole / 2)
     assert whole > 2**27
     assert show_bytes(3 * 2**30) == "3.00 GiB"
     assert show_bytes(2**19) == "0.5 MiB"

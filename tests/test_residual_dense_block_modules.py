@@ -4,6 +4,7 @@
 import copy
 import importlib
 import io
+import warnings
 from pathlib import Path
 
 import pytest
@@ -289,3 +290,29 @@ def test_real_weights_give_the_picture_of_plain_concatenation(stem):
         expected = fastdense.restore(model)(x)
     assert (made - expected).abs().max() <= 1e-5
     assert made.shape == (1, 3, 48, 64) and 0.3 < made.mean() / x.mean() < 1.5
+
+
+def max_pool_transition() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.MaxPool2d(2)).double()
+
+
+@pytest.mark.parametrize("make", [lambda: plain(module()), max_pool_transition])
+def test_a_parametrization_is_computed_as_often_as_by_plain_modules(make):
+    """Spectral norm takes a step of its power iteration where the weight is read."""
+    x, made = torch.ones(2, 6, 5, 4, dtype=torch.float64), []
+    for convert in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(make())
+        if convert:
+            fastdense.convert(nn.ModuleList([net, ResidualDenseBlock(6, 4, 3)]))
+        torch.manual_seed(1)
+        for conv in [inner for inner in net.modules() if isinstance(inner, nn.Conv2d)]:
+            nn.utils.parametrizations.spectral_norm(conv)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made.append([step(net.train(mode), x) for mode in (True, True, False)])
+    assert [
+        "has a parametrization" in str(w.message) or "is a ParametrizedConv2d" in str(w.message) for w in caught
+    ] == [True]
+    for plain_step, fast_step in zip(*made, strict=True):
+        assert_same(fast_step, plain_step)

@@ -15,7 +15,7 @@ import fastdense
 from fastdense.fusion.shared_buffer.block import SharedBuffer
 from fastdense.nn import SharedBufferBlock
 from tests.cases.any_layers import C0, FORMS, LAYERS, Block, K, Layer
-from tests.cases.converted import assert_bit_equal, assert_same, step
+from tests.cases.converted import assert_bit_equal, assert_same, one_warning, step
 from tests.cases.shared_buffer import SCALE, images, is_shared, pair, seeded_step
 
 pytestmark = [pytest.mark.filterwarnings("error:fastdense"), pytest.mark.usefixtures("one_thread")]
@@ -268,11 +268,19 @@ def test_an_output_that_is_changed_in_place_raises():
         out.sum().backward()
 
 
+def test_a_batch_of_gradients_raises():
+    _, fast = pair()
+    x = images().requires_grad_()
+    out = fast(x)
+    with pytest.raises(RuntimeError, match="takes no batch of gradients"):
+        torch.autograd.grad(out, x, torch.ones(2, *out.shape).to(out), is_grads_batched=True)
+
+
 def test_double_backward_raises():
     _, fast = pair()
     x = images().requires_grad_()
     (grad,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="a block on a shared buffer: double backward is not supported"):
         grad.sum().backward()
 
 
@@ -356,6 +364,28 @@ def test_shared_buffer_block():
         assert type(twin) is SharedBufferBlock
         assert [(row.runs, row.reason) for row in fastdense.report(twin).rows] == [("shared buffer", "")]
         assert_bit_equal(seeded_step(twin, x), seeded_step(block, x))
+
+
+@pytest.mark.parametrize("at", [lambda block: block, lambda block: nn.Sequential(block, nn.Conv2d(12, 2, 1))])
+def test_shared_buffer_block_with_fused_blocks_in_it(at):
+    """A second run of a fused block would draw other dropout masks than the first."""
+    torch.manual_seed(0)
+    inner = fastdense.nn.DenseBlock(2, 4, 4, drop_rate=0.5)
+    block = SharedBufferBlock([at(inner), nn.GroupNorm(1, 16 if at(inner) is inner else 6)]).double()
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+
+    def run(x):
+        torch.manual_seed(1)
+        return block(x).square().sum()
+
+    with one_warning("is fused itself"):
+        run(x.requires_grad_())
+    (grad,) = torch.autograd.grad(run(x), x)
+    along, step = torch.randn_like(x), 1e-6
+    with torch.no_grad():
+        ahead, behind = x + step * along, x - step * along
+    difference = (run(ahead.requires_grad_()) - run(behind.requires_grad_())).item() / (2 * step)
+    assert (grad * along).sum().item() == pytest.approx(difference, rel=1e-6)
 
 
 def test_shared_buffer_block_refuses_captured_tensors_in_the_backward_pass():

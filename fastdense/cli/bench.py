@@ -98,8 +98,10 @@ def check_budget(budget: str | None, device: str, mode: str) -> None:
     if budget is None or mode != "train":
         raise InputError("bench: the variant budget needs --budget SIZE, and --mode train")
     try:
-        read_budget(budget, torch.device(device))
-    except (ValueError, RuntimeError) as error:
+        read_budget("bench", budget, torch.device(device))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    except RuntimeError as error:
         raise InputError(f"bench: {error}") from error
 
 

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     from fastdense import convert, report
     from fastdense.bench import Net
     from fastdense.bench.nets import known_nets, plain_model
-    from fastdense.memory.plan import InsufficientMemory, largest_batch, memory_front, plan_memory
+    from fastdense.memory.plan import largest_batch, memory_front, plan_memory
     from fastdense.models import memory_modes
 
     known = [name for name in known_nets() if memory_modes(name)]
@@ -90,10 +90,8 @@ def run(options: argparse.Namespace) -> int:
             if batch == 0:
                 raise InputError(f"plan: not even one image fits into {options.budget}")
         plan = plan_memory(model, shape, batch_size=batch, budget=options.budget, **how)
-    except InsufficientMemory as error:
-        raise InputError(str(error)) from error
     except ValueError as error:
-        raise InputError(f"plan: {error}") from error
+        raise InputError(str(error)) from error
     if options.json:
         print(json.dumps(plan.to_dict() | {"model": options.model, "shape": shape}, indent=2))
     else:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastdense.fusion.checks import NotFusible
-from fastdense.fusion.plan.kept import check_compiled_code, check_function_modes, keep
+from fastdense.fusion.plan.kept import IN_TURN, check_compiled_code, check_function_modes, keep
 from fastdense.fusion.plan.state import STATE, is_own, memory_of, plain_class, renewed, state_of
 from fastdense.ops.arguments import devices, is_exporting, missing_kernels
 
@@ -91,10 +91,11 @@ def plan_of(module: nn.Module, read: Callable[[Any], Plan]) -> Plan:
         return read(module)
     check_function_modes()
     state, modules = state_of(module), (module,)
-    kept = state.kept
-    if kept is None or not kept.still_holds(modules):
-        kept = keep(modules, lambda: read(module), kept)
-        state.kept = kept.to_store()
+    with IN_TURN:
+        kept = state.kept
+        if kept is None or not kept.still_holds(modules):
+            kept = keep(modules, lambda: read(module), kept)
+            state.kept = kept.to_store()
     return kept.get()
 
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of fused norms: shared between processes, and the running statistics they move."""
 
+import contextlib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -97,14 +99,27 @@ def update_norms(update: StatisticsUpdate, statistics: BatchStatistics, count: i
         if statistics.mean.dim() == 2:
             count //= statistics.mean.shape[0]
             statistics = BatchStatistics(statistics.mean.mean(0), statistics.var.mean(0))
-        update_running_stats_(
-            update.running_mean,
-            update.running_var,
-            update.num_batches_tracked,
-            statistics.mean.detach(),
-            statistics.var.detach(),
-            update.offsets,
-            update.momentum,
-            count,
-            total_count(count, group, statistics.mean.device),
-        )
+        with _as_plain_norms_move(update):
+            update_running_stats_(
+                update.running_mean,
+                update.running_var,
+                update.num_batches_tracked,
+                statistics.mean.detach(),
+                statistics.var.detach(),
+                update.offsets,
+                update.momentum,
+                count,
+                total_count(count, group, statistics.mean.device),
+            )
+
+
+def _as_plain_norms_move(update: StatisticsUpdate) -> AbstractContextManager[None]:
+    """Within it, running statistics keep their versions, as when torch's batch norm moves them.
+
+    It saves them for its backward pass, which would else raise where the same norm ran plain in one forward pass and
+    fused in the next.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    moved = (t for t in (*update.running_mean, *update.running_var) if not t.is_inference())
+    return torch.autograd._unsafe_preserve_version_counter(tuple(moved))

@@ -190,6 +190,12 @@ def _settings(conv: Any) -> str:
     return f"{class_name(conv)}({values}, bias={conv.bias is not None})"
 
 
+def is_pointwise(conv: Any) -> bool:
+    """Whether a convolution is 1x1, by its settings: a parametrized weight may change where it is read."""
+    kernel = conv.kernel_size
+    return set(kernel if isinstance(kernel, tuple | list) else (kernel,)) == {1}
+
+
 def per_axis(size: Any, dims: int) -> list[int]:
     """A size of a convolution or pool for each axis: torch takes one number for all of them as well."""
     sizes = [size] if isinstance(size, int) else list(size)
@@ -225,6 +231,8 @@ def check_norm(norm: Any, name: str, *, any_activation: bool = False) -> Any:
     counter = norm.num_batches_tracked
     if norm.running_mean is not None and (counter is None or counter.dtype is not torch.int64):
         raise NotFusible(f"{name} has running statistics without a num_batches_tracked of type int64")
+    if norm.running_mean is None and counter is not None and norm.track_running_stats:
+        raise NotFusible(f"{name} has a num_batches_tracked without running statistics")
     _check_eps(norm, name)
     return norm
 

@@ -36,6 +36,7 @@ from fastdense.fusion.dual_path_layers import (
     split_of,
 )
 from fastdense.fusion.plan.frozen import Freezer
+from fastdense.fusion.plan.kept import IN_TURN
 from fastdense.fusion.plan.state import memory_of, state_of
 from fastdense.fusion.shared_buffer.dual_path import (
     Stage,
@@ -239,7 +240,8 @@ def _plan_row(blocks: list[DualPath], factors: list[Factor]) -> RowPlan:
 def run_stages(plan: StagesPlan | SharedPlan, memory: DualPathMemoryMode, contiguous: bool, x: Paths) -> Paths:
     """Stages one after the other; what keeps any of them from being fused is found before the first has run."""
     if isinstance(plan, SharedPlan):
-        return _run_shared(plan, contiguous, x)
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else IN_TURN:
+            return _run_shared(plan, contiguous, x)
     if isinstance(x, tuple):
         x = torch.cat(x, 1)
     check_runs_here("dual_path_stage", x)

@@ -3,10 +3,11 @@
 
 import contextlib
 import copy
-import types
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,106 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdense.fusion.base import run_plain
 from fastdense.fusion.checks import CONVS, NORMS, SAMPLE_NORMS, NotFusible
-from fastdense.fusion.plan.code import Sources
-from fastdense.fusion.plan.kept import read_sources
-from fastdense.fusion.plan.state import STATE, state_of
-
-Outcome = TypeVar("Outcome")
-
-
-# Attributes of every module, and the one that conversion itself sets.
-_NOT_OF_CODE = frozenset([*nn.Module().__dict__, STATE])
-
-
-_VALUES = (int, float, str, type(None), type, types.FunctionType, types.BuiltinFunctionType)
-
 
 # The check takes about 30 bytes for each number: no more than 1 GB.
 _MOST_NUMBERS = 2**25
-
-
-class Code(NamedTuple):
-    """What decides what the code of a module does: classes; numbers, words, functions and plain tensors by place."""
-
-    classes: list[type]
-    attributes: dict[tuple[int, str], Any]
-
-    def still_holds(self, now: "Code") -> bool:
-        """Attributes that came later do not matter to code that ran without them; FSDP adds some."""
-        return self.classes == now.classes and all(
-            place in now.attributes and now.attributes[place] == value for place, value in self.attributes.items()
-        )
-
-
-def code_of(module: nn.Module) -> Code:
-    """Norms and convolutions are left out: they are read at each call. So is the class of the module itself."""
-    code = Code([], {})
-    for at, inner in enumerate(module.modules()):
-        if isinstance(inner, CONVS + NORMS + SAMPLE_NORMS):
-            continue
-        if inner is not module:
-            code.classes.append(type(inner))
-        for name, value in inner.__dict__.items():
-            if name not in _NOT_OF_CODE:
-                _note(code.attributes, at, name, value, depth=2)
-    return code
-
-
-def _note(attributes: dict[tuple[int, str], Any], at: int, name: str, value: Any, depth: int) -> None:
-    if isinstance(value, Tensor):
-        attributes[at, name] = (id(value), None if value.is_inference() else value._version)
-    elif isinstance(value, _VALUES):
-        attributes[at, name] = value
-    elif isinstance(value, list | tuple) and all(isinstance(item, _VALUES) for item in value):
-        attributes[at, name] = tuple(value)
-    elif depth > 0:  # what a dict or an object holds, as configurations are
-        is_dict = isinstance(value, dict)  # of which the compiler does not read the module
-        items = value if is_dict else getattr(value, "__dict__", {})
-        if is_dict or not (isinstance(value, nn.Module) or type(value).__module__.partition(".")[0] == "torch"):
-            for key, item in items.items():
-                _note(attributes, at, f"{name}.{key}", item, depth - 1)
-
-
-def tried(module: nn.Module, attempt: Callable[[nn.Module], Outcome], place: str = "outcome") -> Outcome:
-    """What ``attempt`` finds out, or the reason why nothing: remembered until the module's code may do other things.
-
-    It is remembered in an attribute of the module's state.
-    """
-    if "forward" in module.__dict__:
-        raise NotFusible("its forward was replaced on the instance")
-    code, state = code_of(module), state_of(module)
-    known = getattr(state, place)
-    sources = None if torch.compiler.is_compiling() else read_sources((module,), known and known.sources)
-    if known is None or not known.still_holds(code, sources):
-        if any(p.is_meta for p in module.parameters()):
-            raise NotFusible("its weights are on the meta device; convert after loading them")
-        found: Any
-        try:
-            if sources is not None and sources.draws:
-                raise NotFusible("its forward draws random numbers")
-            found = attempt(module)
-            if sources is not None and not sources.still_holds():
-                sources = None
-                raise NotFusible("its forward changes what its code reads")
-        except NotFusible as reason:
-            found = str(reason)
-        known = _Known(code, sources, found)
-        setattr(state, place, known)
-    if isinstance(known.found, str):
-        raise NotFusible(known.found)
-    return known.found
-
-
-class _Known(NamedTuple):
-    """What a trial has told, and of which code."""
-
-    code: Code
-    sources: Sources | None  # None where trials change what they read: another would tell nothing new
-    found: Any
-
-    def still_holds(self, code: Code, sources: Sources | None) -> bool:
-        is_known = sources is None or self.sources is None or sources is self.sources
-        return is_known and self.code.still_holds(code)
 
 
 def double_copy(module: nn.Module) -> nn.Module:
@@ -138,7 +42,7 @@ def double_copy(module: nn.Module) -> nn.Module:
                 p.requires_grad_()
                 p.uniform_(-1, 1, generator=numbers)
                 if not is_norm:
-                    p.div_((p.numel() / max(p.shape[:1].numel(), 1)) ** 0.5)
+                    p.div_(_fan(p) ** 0.5)
             if is_norm and inner.weight is not None:
                 inner.weight.abs_().add_(0.5)
             if is_norm and getattr(inner, "running_mean", None) is not None:
@@ -169,7 +73,23 @@ class Step(NamedTuple):
 
     def agrees(self, other: "Step") -> bool:
         """Whether tensors are the same to nine digits of each one's norm."""
-        return all(_near(a, b) for a, b in zip(self.tensors, other.tensors, strict=True))
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return len(self.tensors) == len(other.tensors) and all(_near(a, b) for a, b in pairs)
+
+    def agrees_where_finite(self, other: "Step") -> bool:
+        """Whether ``self`` has the finite numbers of ``other``, and of the last sample's output no more; gradients are
+        to be finite where those of ``other`` are.
+        """
+        if not (self.tensors and other.tensors):
+            return self.tensors == other.tensors
+        out, wanted = cast(Tensor, self.tensors[0]), cast(Tensor, other.tensors[0])
+        finite = wanted.isfinite()
+        return (
+            out.shape == wanted.shape
+            and torch.equal(out[-1].isfinite(), finite[-1])
+            and all(_is_finite_with(a, b) for a, b in zip(self.tensors, other.tensors, strict=True))
+            and _near(out.where(finite, 0), wanted.where(finite, 0))
+        )
 
     def is_finite(self) -> bool:
         return all(bool(t.isfinite().all()) for t in self.tensors if t is not None)
@@ -181,47 +101,147 @@ def _near(a: Tensor | None, b: Tensor | None) -> bool:
     return bool((a.double() - b.double()).norm() <= 1e-9 * b.double().norm())
 
 
-class Situation(NamedTuple):
-    """A mode, and the factor of all parameters and of the input.
+def _is_finite_with(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is None or b is None or bool(a.isfinite()[b.isfinite()].all())
 
-    Some functions, such as relu6 and relu, or clamps of features, differ where numbers are large, and only there.
+
+class Situation(NamedTuple):
+    """A mode, the factor of all parameters and of the input, and what is planted in one sample of the input each.
+
+    Some functions, such as relu6 and relu, or clamps of features, differ where numbers are large, and only there;
+    others, such as nan_to_num, at NaN and infinities.
     """
 
     training: bool
     factor: float = 1.0
+    planted: tuple[float, ...] = ()
 
 
 # Large numbers in training alone: in eval mode norms do not take them back, and they would grow from layer to layer.
-_SITUATIONS = (Situation(True), Situation(False), Situation(True, 2.0**3), Situation(True, 2.0**20))
+# NaN alone in training: norms spread it over the batch, as they would infinities.
+_SITUATIONS = (
+    Situation(True),
+    Situation(False),
+    Situation(True, 2.0**3),
+    Situation(True, 2.0**20),
+    Situation(True, planted=(math.nan,)),
+    Situation(False, planted=(math.nan, math.inf, -math.inf)),
+)
 
 
 class Trial(NamedTuple):
-    """A copy, what it reads, and what watches each pass."""
+    """A copy, what it reads, and what watches each pass.
+
+    ``runs_its_code``: what it is compared with runs the code of its layers, so that every NaN has to be the same.
+    """
 
     twin: nn.Module
     input: Tensor
     watch: Callable[[], AbstractContextManager[Any]]
+    runs_its_code: bool = False
 
     def steps(self, forward: Callable[[Tensor], Any]) -> dict[Situation, Step]:
         """What ``forward`` makes in every situation that keeps its numbers finite."""
         made = {}
         for situation in _SITUATIONS:
             step = self._step(forward, situation)
-            if situation.factor == 1 and not self._step(forward, situation).agrees(step):
+            is_usual = situation.factor == 1 and not situation.planted
+            if is_usual and not self._step(forward, situation).agrees(step):
                 raise NotFusible("its results differ from run to run")
             if situation.factor == 1 or step.is_finite():
                 made[situation] = step
+        if not self.runs_its_code:  # on a shared buffer it runs without gradients as it is
+            self._check_inference(forward, made[Situation(False)])
         return made
 
+    def _check_inference(self, forward: Callable[[Tensor], Any], step: Step) -> None:
+        """Raises NotFusible where ``forward`` makes something else without gradients than ``step`` did in eval mode."""
+        self.twin.eval()
+        try:
+            with warnings.catch_warnings(), torch.inference_mode(), self.watch():
+                warnings.simplefilter("ignore")  # of checkpoints that have nothing to do
+                out = forward(self.input.clone())
+        except NotFusible:
+            raise
+        except Exception:
+            return
+        if not isinstance(out, Tensor) or not _near(out, step.tensors[0]):
+            raise NotFusible("its results are others without gradients")
+
     def agrees(self, forward: Callable[[Tensor], Any], made: dict[Situation, Step]) -> bool:
-        """Whether ``forward`` makes the same."""
-        return all(self._step(forward, situation).agrees(step) for situation, step in made.items())
+        """Whether ``forward`` makes the same; raises NotFusible where only NaN or infinities make a difference."""
+        for situation, step in made.items():
+            again = self._step(forward, situation)
+            is_lenient = situation.planted and not self.runs_its_code
+            if not (again.agrees_where_finite(step) if is_lenient else again.agrees(step)):
+                if situation.planted:
+                    raise NotFusible("it treats NaN or infinity in a way of its own")
+                return False
+        return True
 
     def _step(self, forward: Callable[[Tensor], Any], situation: Situation) -> Step:
         """One pass; statistics and parameters are put back."""
         self.twin.train(situation.training)
+        if situation.planted:
+            return self._planted_step(forward, situation)
         with _multiplied(self.twin, situation.factor):
-            return _one_step(self.twin, forward, self.input * situation.factor, self.watch())
+            return _one_step(self.twin, forward, self.input * situation.factor, self.watch(), _gradient)
+
+    def _planted_step(self, forward: Callable[[Tensor], Any], situation: Situation) -> Step:
+        """The output where each sample but the last reads one of the values; nothing where the module raises an error.
+
+        In eval mode, also the gradient that the last sample's input gets where its output gets NaN. The others' would
+        not tell: the gradient of a ReLU at NaN depends on how the ReLU is written. It tells where the same code runs.
+        """
+        values = situation.planted
+        x = self.input.repeat(len(values) + 1, *[1] * (self.input.dim() - 1))[: len(values) + 1]
+        for sample, value in enumerate(values):
+            x[sample].view(-1)[sample] = value
+        goes_back = self.runs_its_code or not situation.training
+        try:
+            with _positive(self.twin):
+                step = _one_step(self.twin, forward, x, self.watch(), _planted_gradient if goes_back else None)
+        except NotFusible:
+            raise
+        except Exception:
+            return Step([], False)
+        if self.runs_its_code:
+            found = [t for t in step.tensors if t is not None]
+            return Step([*(t.nan_to_num(0.0, 0.0, 0.0) for t in found), *(t.isfinite() for t in found)], False)
+        out, grad = step.tensors[:2]
+        return Step([out] if grad is None else [out, grad[-1]], False)
+
+
+def _gradient(out: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, out.numel()).to(out).view(out.shape)
+
+
+def _planted_gradient(out: Tensor) -> Tensor:
+    grad = _gradient(out)
+    grad[-1].view(-1)[[0, -1]] = math.nan  # new features are in the first or in the last channel
+    return grad
+
+
+@contextlib.contextmanager
+def _positive(module: nn.Module) -> Iterator[None]:
+    """Within it no parameter is negative: infinities of both signs, which would make NaN, do not meet.
+
+    Each sums up to about the same whatever its size, so that numbers do not grow from layer to layer.
+    """
+    before = [(p.data, p.data.signbit(), 2.0 ** -round(math.log2(max(_fan(p), 1)) / 2)) for p in module.parameters()]
+    for p, _, factor in before:
+        p.abs_().mul_(factor)
+    try:
+        yield
+    finally:
+        for p, was_negative, factor in before:
+            p.div_(factor)
+            p.copy_(p.where(~was_negative, -p))
+
+
+def _fan(p: Tensor) -> float:
+    """How many numbers each output of a convolution reads; 1 for a parameter of channels."""
+    return p.numel() / max(p.shape[:1].numel(), 1)
 
 
 @contextlib.contextmanager
@@ -246,27 +266,33 @@ def _multiplied(module: nn.Module, factor: float) -> Iterator[None]:
 
 
 def _one_step(
-    module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, watch: AbstractContextManager[Any]
+    module: nn.Module,
+    forward: Callable[[Tensor], Any],
+    x: Tensor,
+    watch: AbstractContextManager[Any],
+    gradient_of: Callable[[Tensor], Tensor] | None,
 ) -> Step:
-    """One pass that ``watch`` sees; the statistics are put back."""
+    """One pass that ``watch`` sees, with no gradients where none is given; the statistics are put back."""
     before = [buffer.clone() for buffer in module.buffers()]
     x = x.clone().requires_grad_()
     wanted = [x, *module.parameters()]
-    with watch:
-        out = forward(x)
-        if not isinstance(out, Tensor) or not out.requires_grad:
-            raise NotFusible("its output is not one tensor that requires grad")
-        if not {id(leaf) for leaf in leaves_of(out)} <= {id(t) for t in wanted}:
-            raise NotFusible("it reads a tensor that requires grad and is none of its parameters")
-        statistics = [buffer.clone() for buffer in module.buffers()]
-        torch.autograd.backward(out, torch.linspace(-1, 1, out.numel()).to(out).view_as(out))
-    grads = [t.grad for t in wanted]
-    for t in wanted:
-        t.grad = None
-    moves_twice = any(not torch.equal(*pair) for pair in zip(module.buffers(), statistics, strict=True))
-    for buffer, old in zip(module.buffers(), before, strict=True):
-        buffer.copy_(old)
-    return Step([out.detach(), *grads, *statistics], moves_twice)
+    try:
+        with watch:
+            out = forward(x)
+            if not isinstance(out, Tensor) or not out.requires_grad:
+                raise NotFusible("its output is not one tensor that requires grad")
+            if not {id(leaf) for leaf in leaves_of(out)} <= {id(t) for t in wanted}:
+                raise NotFusible("it reads a tensor that requires grad and is none of its parameters")
+            statistics = [buffer.clone() for buffer in module.buffers()]
+            if gradient_of is not None:
+                torch.autograd.backward(out, gradient_of(out))
+        moves_twice = any(not torch.equal(*pair) for pair in zip(module.buffers(), statistics, strict=True))
+        return Step([out.detach(), *(t.grad for t in wanted), *statistics], moves_twice)
+    finally:
+        for t in wanted:
+            t.grad = None
+        for buffer, old in zip(module.buffers(), before, strict=True):
+            buffer.copy_(old)
 
 
 def leaves_of(*outs: Tensor) -> Iterator[Tensor]:
@@ -328,6 +354,7 @@ def isolated() -> Iterator[None]:
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
+            torch.autograd.set_detect_anomaly(False),
             torch.device("cpu"),
         ):
             yield

@@ -28,14 +28,13 @@ from fastdense.fusion.equivalence import (
     NoRandomNumbers,
     Situation,
     Trial,
-    code_of,
     double_copy,
     isolated,
     masked,
     plain_forward,
     random_input,
-    tried,
 )
+from fastdense.fusion.plan.outcome import code_of, tried
 from fastdense.ops import Activation
 from fastdense.reference import activate
 
@@ -210,6 +209,11 @@ def _read_layers(module: nn.Module, heads: int = 0) -> list[Layer]:
     if not parts:
         raise NotFusible("it has no layers")
     depth = 1 + next(iter(parts)).count(".")
+    owners: dict[int, str] = {}
+    for name, inner in module.named_modules(remove_duplicate=False):
+        layer = ".".join(name.split(".")[:depth])
+        if layer in parts and isinstance(inner, _WITH_NUMBERS) and owners.setdefault(id(inner), layer) != layer:
+            raise NotFusible(f"{owners[id(inner)]} and {layer} share a {class_name(inner)}")
     shared: list[tuple[str, nn.Module]] = []  # activations of the block, which layers may call
     for name, inner in modules:
         if inner is not module:

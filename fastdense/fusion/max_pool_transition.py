@@ -23,6 +23,7 @@ from fastdense.fusion.checks import (
     check_no_hooks,
     class_name,
     has_fused_relu,
+    is_pointwise,
 )
 from fastdense.fusion.dense_layers import is_activation
 from fastdense.ops.flops import uncounted
@@ -51,8 +52,7 @@ def looks_like_max_pool_transition(modules: Sequence[nn.Module]) -> bool:
     kinds = [_CONVS, *[tuple(_DROPOUTS)] * (len(modules) - 4), POOLS]
     if not (isinstance(modules[1], nn.ReLU) or is_activation(modules[1])):
         return False
-    conv: Any = modules[2]
-    return all(isinstance(m, k) for m, k in zip(modules[2:], kinds, strict=True)) and conv.weight.shape[2:].numel() == 1
+    return all(isinstance(m, k) for m, k in zip(modules[2:], kinds, strict=True)) and is_pointwise(modules[2])
 
 
 def read_max_pool_transition(module: nn.Module) -> list[Any]:

@@ -12,7 +12,7 @@ from fastdense.fusion.checks import NotFusible, check_module
 from fastdense.fusion.convert import Pattern, find, forget_equivalence_checks, restore
 from fastdense.fusion.inferred_layers import count_layers
 from fastdense.fusion.plan.state import STATE, memory_of, state_of
-from fastdense.fusion.saved_memory import check_image_shape, saved_bytes_per_image
+from fastdense.fusion.saved_memory import check_image_shape, check_not_lazy, saved_bytes_per_image
 from fastdense.fusion.shared_buffer.block import SharedBuffer
 from fastdense.fusion.shared_buffer.layers import about_shared_buffer
 from fastdense.inference import freezable_plans
@@ -103,6 +103,7 @@ def report(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Repo
     check_module("report", model)
     if input_shape is not None:
         input_shape = check_image_shape("report", input_shape)
+        check_not_lazy("report", model)
     frozen = _frozen_bytes(model)
     rows = [_row(name, module, kind, frozen) for name, module, kind in find(model)]
     forget_equivalence_checks(model)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdense.fusion.checks import NotFusible, check_conv, check_no_global_hooks, check_no_hooks
+from fastdense.fusion.checks import NotFusible, check_conv, check_no_global_hooks, check_no_hooks, is_pointwise
 from fastdense.fusion.equivalence import (
     NoRandomNumbers,
     Situation,
@@ -18,8 +18,8 @@ from fastdense.fusion.equivalence import (
     isolated,
     plain_forward,
     random_input,
-    tried,
 )
+from fastdense.fusion.plan.outcome import tried
 from fastdense.fusion.plan.state import plain_class
 from fastdense.ops import ConvWeights
 from fastdense.plain.residual_dense_block import PlainResidualDenseBlock
@@ -114,7 +114,7 @@ def read_residual_block(module: nn.Module) -> ResidualLayers:
     its results. It is checked again when one of its numbers has changed.
     """
     convs = _convolutions(module)
-    kernel = 1 if convs[-1][1].weight.shape[2:].numel() == 1 else 3
+    kernel = 1 if is_pointwise(convs[-1][1]) else 3
     weights = _read_weights(module, [3] * (len(convs) - 1) + [kernel])
     slope, scale = _factors(module)
     return ResidualLayers(weights[:-1], weights[-1], slope, scale)
@@ -209,7 +209,8 @@ def _grow(convs: list[Any], x: Tensor, slope: float, first: int = 0) -> Tensor:
     features = x
     for at, conv in enumerate(convs):
         read = features[:, first if at else 0 :]
-        new = F.leaky_relu(F.conv2d(read, conv.weight, conv.bias, padding=1), slope)
+        new = F.conv2d(read, conv.weight, conv.bias, padding=1)
+        new = F.relu(new) if slope == 0 else F.leaky_relu(new, slope)  # which makes NaN of -inf with slope 0
         features = torch.cat([features, new], 1)
     return features
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -16,6 +17,13 @@ def check_image_shape(op: str, shape: Any) -> tuple[int, ...]:
     if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{op}: expected input_shape to be [channels, spatial] of one image, got {shape!r}")
     return sizes
+
+
+def check_not_lazy(op: str, model: nn.Module) -> None:
+    """Raises ValueError for a model of which nobody knows the sizes yet; errors begin with ``op``."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{op}: expected a model that has run once, as {name} belongs to a lazy module")
 
 
 def saved_bytes_per_image(model: nn.Module, shape: tuple[int, ...]) -> int:

@@ -25,7 +25,7 @@ from fastdense.fusion.inferred_block import FusedInferredBlock
 from fastdense.fusion.inferred_layers import read_inferred_block
 from fastdense.fusion.max_pool_transition import POOLS
 from fastdense.fusion.plan.code import find_sources
-from fastdense.fusion.plan.kept import Kept, check_compiled_code, check_function_modes, check_sources, keep
+from fastdense.fusion.plan.kept import IN_TURN, Kept, check_compiled_code, check_function_modes, check_sources, keep
 from fastdense.fusion.plan.state import memory_of, plain_class, state_of
 from fastdense.fusion.residual_dense_block import FusedSRDenseBlock, plan_growing, run_growing
 from fastdense.fusion.stem import is_conv_norm_act, read_stem, run_stem
@@ -178,10 +178,11 @@ def _run_of(sequence: nn.Module, at: int, row: tuple[nn.Module, ...]) -> Run:
         check_compiled_code()
         return _read(row)
     steps = state_of(sequence).steps
-    kept: Kept[Run] | None = steps.get(at)
-    if kept is None or not kept.still_holds(row):
-        kept = keep(row, lambda: _read(row), kept)
-        steps[at] = kept.to_store()
+    with IN_TURN:
+        kept: Kept[Run] | None = steps.get(at)
+        if kept is None or not kept.still_holds(row):
+            kept = keep(row, lambda: _read(row), kept)
+            steps[at] = kept.to_store()
     return kept.get()
 
 

@@ -141,8 +141,7 @@ def plan_memory(
         >>> plan.apply()
     """
     check_module("plan_memory", model)
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"plan_memory: expected batch_size to be an integer of at least 1, got {batch_size!r}")
+    _check_batch_size("plan_memory", batch_size)
     return _Measured.of("plan_memory", model, input_shape, options).plan(batch_size, budget)
 
 
@@ -163,7 +162,7 @@ def largest_batch(
     """
     check_module("largest_batch", model)
     measured = _Measured.of("largest_batch", model, input_shape, options)
-    return measured.largest_batch(read_budget(budget, measured.setting.device))
+    return measured.largest_batch(read_budget("largest_batch", budget, measured.setting.device))
 
 
 def memory_front(
@@ -182,7 +181,13 @@ def memory_front(
         From the largest peak to the smallest.
     """
     check_module("memory_front", model)
+    _check_batch_size("memory_front", batch_size)
     return _Measured.of("memory_front", model, input_shape, options).front(batch_size)
+
+
+def _check_batch_size(op: str, batch_size: int) -> None:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"{op}: expected batch_size to be an integer of at least 1, got {batch_size!r}")
 
 
 # What was measured of a model, as long as it lives; see _Measured.of.
@@ -192,12 +197,12 @@ _KNOWN: "weakref.WeakKeyDictionary[nn.Module, dict[Any, _Measured]]" = weakref.W
 class _Measured:
     """Steps of a model in each mode, at small batch sizes."""
 
-    def __init__(self, model: nn.Module, setting: StepSetting, exact: bool) -> None:
+    def __init__(self, op: str, model: nn.Module, setting: StepSetting, exact: bool) -> None:
         self.model = weakref.ref(model)
         self.setting = setting
         self.blocks = [block._replace(modes=_choice(block, exact)) for block in fused_blocks(model)]
         if not self.blocks:
-            raise ValueError("expected model to have fused blocks, got none; call fastdense.convert(model)")
+            raise ValueError(f"{op}: expected model to have fused blocks, got none; call fastdense.convert(model)")
         self._steps: dict[tuple[Any, ...], Step] = {}
 
     @classmethod
@@ -210,7 +215,7 @@ class _Measured:
         known = _KNOWN.setdefault(model, {})
         if key not in known:
             known.clear()
-            known[key] = cls(model, setting, options.get("exact", True))
+            known[key] = cls(op, model, setting, options.get("exact", True))
         return known[key]
 
     def step(self, modes: dict[str, str], batch: int) -> Step:
@@ -276,7 +281,7 @@ class _Measured:
 
     def plan(self, batch: int, budget: int | float | str) -> MemoryPlan:
         """The plan for a budget."""
-        most = read_budget(budget, self.setting.device)
+        most = read_budget("plan_memory", budget, self.setting.device)
         problem, fixed = self.problem(batch), self.setting.fixed_bytes(batch)
         chosen = cheapest(problem, most - fixed)
         room = most - fixed

@@ -16,8 +16,10 @@ _AMOUNT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z%]*)\s*", re.IGNORECASE)
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def read_budget(budget: int | float | str, device: torch.device) -> int:
+def read_budget(op: str, budget: int | float | str, device: torch.device) -> int:
     """Bytes of a number, of "8GiB", "500 MB" and the like, or of "80%" of the device's memory.
+
+    Errors begin with ``op``.
 
     Raises:
         ValueError: what is none of these, not above 0, or above 100%.
@@ -25,16 +27,16 @@ def read_budget(budget: int | float | str, device: torch.device) -> int:
     written = _AMOUNT.fullmatch(str(budget)) if isinstance(budget, str) else None
     if written is not None and written[2] == "%":
         if float(written[1]) > 100:
-            raise ValueError(f"expected budget to be at most 100% of the device's memory, got {budget!r}")
+            raise ValueError(f"{op}: expected budget to be at most 100% of the device's memory, got {budget!r}")
         amount = float(written[1]) / 100 * device_memory(device)
     elif written is not None and written[2].lower() in _UNITS:
         amount = float(written[1]) * _UNITS[written[2].lower()]
     elif isinstance(budget, int | float) and not isinstance(budget, bool):
         amount = float(budget)
     else:
-        raise ValueError(f'expected budget to be bytes, or like "8GiB" or "80%", got {budget!r}')
+        raise ValueError(f'{op}: expected budget to be bytes, or like "8GiB" or "80%", got {budget!r}')
     if not 1 <= amount < float("inf"):
-        raise ValueError(f"expected budget to be at least 1 byte, got {budget!r}")
+        raise ValueError(f"{op}: expected budget to be at least 1 byte, got {budget!r}")
     return int(amount)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from fastdense.fusion.saved_memory import check_image_shape
+from fastdense.fusion.saved_memory import check_image_shape, check_not_lazy
 
 Loss = Callable[[Any], Tensor]
 # Larger batches are not run, but follow from these two.
@@ -57,6 +57,7 @@ class StepSetting(NamedTuple):
             raise ValueError(f"{op}: expected optimizer_state to be a number of at least 0, got {optimizer_state!r}")
         if options.get("loss") is not None and not callable(options["loss"]):
             raise TypeError(f"{op}: expected loss to be a function of the model's output, got {options['loss']!r}")
+        check_not_lazy(op, model)
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{op}: expected model to have parameters that require grad, got none")
         unknown = options.keys() - StepOptions.__annotations__.keys()

@@ -22,10 +22,10 @@ class SharedBufferBlock(SharedBufferLayers, PlainSharedBufferBlock):
         ValueError: if there are no layers.
 
     Note:
-        Outputs, gradients, running statistics and random numbers are those of plain modules. Layers with hooks or
-        parametrizations, and code under ``torch.compile``, run as plain modules. Between forward and backward pass,
-        neither modules nor parameters may change; the backward pass raises ``RuntimeError`` if they do. Double backward
-        is not supported.
+        Outputs, gradients, running statistics and random numbers are those of plain modules. Layers with hooks,
+        parametrizations or fused blocks in them, and code under ``torch.compile``, run as plain modules. Between
+        forward and backward pass, neither modules nor parameters may change; the backward pass raises
+        ``RuntimeError`` if they do. Double backward is not supported.
 
     Example:
         >>> import torch

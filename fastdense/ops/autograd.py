@@ -94,8 +94,11 @@ def saved(ctx: Any) -> list[Any]:
 
 
 def run_again(op: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls an operator again for its backward pass: without a graph, and left out of what is counted."""
-    with torch.no_grad(), uncounted():
+    """Calls an operator again for its backward pass, left out of what is counted.
+
+    With a graph where the backward pass has one: gradients of gradients that would go through it have to be refused.
+    """
+    with uncounted():
         return op(*arguments)
 
 
@@ -113,3 +116,30 @@ def no_double_backward(
         raise RuntimeError(f"{op}: double backward is not supported; {instead}")
 
     return refuse
+
+
+def refuse_double_backward(
+    op: str, gradients: Sequence[Tensor | None], made_of: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that a backward pass without a graph has made, such that their own raise an error.
+
+    In place of ``once_differentiable``, whose gradients depend on nothing: ``torch.autograd.grad`` leaves them out.
+
+    Args:
+        op: as the error calls it.
+        made_of: what they were made of; all that they depend on is in its graph.
+    """
+    if not torch.is_grad_enabled():
+        return tuple(gradients)
+    return _Refusal.apply(op, len(gradients), *gradients, *made_of)
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.op = op
+        return tuple(t if t is None else t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        no_double_backward(ctx.op)()

@@ -57,8 +57,7 @@ def _grads_rule(op: Callable[..., Any]) -> Callable[..., Any]:
     """The rule for batched gradients."""
 
     def run(*arguments: Any) -> Any:
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
+        level = level_of_gradients()
         flat, structure = _pytree.tree_flatten(arguments)
         # A tensor that has no batch of this level gets one of size 1.
         parts = [_batched(value, level) if isinstance(value, Tensor) else None for value in flat]
@@ -72,6 +71,13 @@ def _grads_rule(op: Callable[..., Any]) -> Callable[..., Any]:
         return _pytree.tree_map(lambda t: torch._add_batch_dim(t, 0, level), stacked)
 
     return run
+
+
+def level_of_gradients() -> int:
+    """How many batches of gradients are around a backward pass."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
 
 
 def _batched(value: Tensor, level: int) -> Tensor:

@@ -96,7 +96,6 @@ class _Stem(torch.autograd.Function):
         return output, mean, var, count_pixels(features)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[3:]
         if grad is None:

@@ -183,7 +183,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     input, weights, first_channels, fusion, negative_slope, scale, _, outer_scale, *others = inputs
     out, buffer = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(buffer)
     ctx.recompute = any(others[1:])  # behind `contiguous`; the dispatcher leaves out what is as by default
     save(ctx, input if ctx.recompute else buffer if fusion else out, *weights)
     ctx.arguments = (first_channels, fusion, negative_slope, scale, outer_scale, input.shape[1])

@@ -8,6 +8,8 @@ its place at once, so that threads may share a module.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -22,6 +24,11 @@ from fastdense.fusion.plan.code import Sources, find_sources, replaced_in_torch
 from fastdense.fusion.plan.state import plain_class
 
 Made = TypeVar("Made")
+
+# Held by a thread that reads modules or runs them again: a backward pass on a shared buffer puts other tensors in the
+# places of their parameters meanwhile.
+IN_TURN = threading.RLock()
+os.register_at_fork(after_in_child=IN_TURN._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 class Kept(NamedTuple, Generic[Made]):

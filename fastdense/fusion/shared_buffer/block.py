@@ -17,6 +17,7 @@ from fastdense.fusion.base import (
     run_plain,
 )
 from fastdense.fusion.checks import NotFusible
+from fastdense.fusion.plan.kept import IN_TURN
 from fastdense.fusion.plan.state import plain_class, state_of
 from fastdense.fusion.shared_buffer.function import run_layers
 from fastdense.fusion.shared_buffer.layers import Block, Form, read_layers
@@ -54,19 +55,20 @@ def run_shared(module: nn.Module, read: Callable[[nn.Module], Block], input: Any
         return torch.overrides.handle_torch_function(run_shared, wrapped, module, read, input)
     if torch.compiler.is_compiling() or is_traced(input) or not isinstance(input, torch.Tensor):
         return run_plain(module, input)
-    if input.is_inference() or not torch.is_grad_enabled():
-        return run_plain(module, input)
-    try:
-        check_no_transforms()
-        block = plan_of(module, read)
-        owners = _owners(module)
-    except NotFusible as reason:
-        return fall_back(module, reason, input)
-    for head in block.heads:
-        input = head(input)
-    if not needs_gradient(input, block.parameters):
-        return _without_gradient(block, input)
-    return run_layers(block, input, owners)
+    with IN_TURN:
+        if input.is_inference() or not torch.is_grad_enabled():
+            return run_plain(module, input)
+        try:
+            check_no_transforms()
+            block = plan_of(module, read)
+            owners = _owners(module)
+        except NotFusible as reason:
+            return fall_back(module, reason, input)
+        for head in block.heads:
+            input = head(input)
+        if not needs_gradient(input, block.parameters):
+            return _without_gradient(block, input)
+        return run_layers(block, input, owners)
 
 
 def _owners(module: nn.Module) -> Owners:

@@ -19,9 +19,10 @@ from fastdense._C import Fingerprint
 from fastdense.fusion.base import run_plain
 from fastdense.fusion.checks import NotFusible, check_no_global_hooks, child
 from fastdense.fusion.dual_path_layers import split_of
-from fastdense.fusion.equivalence import double_copy, isolated, random_input, tried
+from fastdense.fusion.equivalence import double_copy, isolated, random_input
 from fastdense.fusion.plan.code import Sources
 from fastdense.fusion.plan.kept import read_sources
+from fastdense.fusion.plan.outcome import tried
 from fastdense.fusion.plan.state import state_of
 from fastdense.fusion.shared_buffer.layers import Form, Layer, distinct_parameters, first_convolution, read_layer
 from fastdense.fusion.shared_buffer.reruns import (

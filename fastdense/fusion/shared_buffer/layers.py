@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdense._choices import SHARED_BUFFER_MODES
+from fastdense.fusion.base import FusedModule
 from fastdense.fusion.checks import CONVS, NORMS, NotFusible, check_no_global_hooks, check_no_hooks, forward_of
 from fastdense.fusion.shared_buffer.shortcuts import End
 
@@ -97,6 +98,8 @@ def read_layer(layer: nn.Module, end: End, name: str = "", *, is_called: bool = 
     for where, module in layer.named_modules(prefix=name):
         if is_called or module is not layer:
             check_no_hooks(module, where)
+            if isinstance(module, FusedModule):  # which draws other random numbers than its plain modules
+                raise NotFusible(f"{where or type(module).__name__} is fused itself")
         _check_registered(module, where or type(module).__name__)
     recounted = [id(module) for module in inner if isinstance(module, NORMS) and module.training]
     buffers = [(id(module), place) for module in inner for place in _places(module._buffers)]

@@ -16,8 +16,11 @@ from torch.autograd.function import once_differentiable
 from fastdense._C import Fingerprint
 from fastdense.fusion.equivalence import leaves_of
 from fastdense.fusion.plan.code import Sources
+from fastdense.fusion.plan.kept import IN_TURN
 from fastdense.fusion.shared_buffer.layers import Layer
 from fastdense.fusion.shared_buffer.shortcuts import End, Shortcut
+from fastdense.ops.autograd import refuse_double_backward
+from fastdense.ops.batching import level_of_gradients
 
 _CHANGED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: "
@@ -162,12 +165,18 @@ class SharedBuffer(torch.autograd.Function):
         return saved[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        return (None, *ctx.run.backward(saved, grad, ctx.needs_input_grad[1:]))
+        if level_of_gradients() > 0:
+            raise RuntimeError(
+                "fastdense: a block on a shared buffer takes no batch of gradients (is_grads_batched, vectorize=True); "
+                "call fastdense.restore(model) for plain modules"
+            )
+        with torch.no_grad(), IN_TURN:
+            grads = ctx.run.backward(saved, grad, ctx.needs_input_grad[1:])
+        return (None, *refuse_double_backward("a block on a shared buffer", grads, [grad, *saved]))
 
 
 class _Prefix(torch.autograd.Function):

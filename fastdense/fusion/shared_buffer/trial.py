@@ -13,16 +13,15 @@ from fastdense.fusion.equivalence import (
     Situation,
     Step,
     Trial,
-    code_of,
     double_copy,
     isolated,
     plain_forward,
     random_input,
-    tried,
 )
 from fastdense.fusion.inferred_layers import _behind as behind
 from fastdense.fusion.inferred_layers import _layer_modules as layer_modules
 from fastdense.fusion.inferred_layers import count_heads
+from fastdense.fusion.plan.outcome import code_of, tried
 from fastdense.fusion.shared_buffer.function import run_layers
 from fastdense.fusion.shared_buffer.layers import Block, Form, first_convolution, read_layers
 from fastdense.fusion.shared_buffer.reruns import Owners
@@ -74,7 +73,7 @@ def observed(
     twin: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, observe: Callable[[], Form]
 ) -> tuple[Form, Trial, dict[Situation, Step]]:
     """How a module calls its layers, as ``observe`` sees, and its steps."""
-    trial, before, forms = Trial(twin, x, OwnNumbers), code_of(twin), []
+    trial, before, forms = Trial(twin, x, OwnNumbers, runs_its_code=True), code_of(twin), []
     for mode in (True, False):
         twin.train(mode)
         forms.append(observe())

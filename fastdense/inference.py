@@ -15,7 +15,7 @@ from fastdense.fusion.checks import NORMS, NotFusible, check_module
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock
 from fastdense.fusion.dual_path import FusedDualPathBlock, StagePlan, StagesPlan
 from fastdense.fusion.inferred_block import FusedInferredBlock, FusedInferredLayers
-from fastdense.fusion.plan.frozen import FrozenWeights
+from fastdense.fusion.plan.frozen import FrozenWeights, watched
 from fastdense.fusion.plan.state import state_of
 from fastdense.fusion.sequential import FusedSequential, runs_of
 from fastdense.ops.arguments import PackedWeights
@@ -141,10 +141,11 @@ def _frozen(plan: BlockPlan | StagePlan) -> FrozenWeights:
     dtypes = set(flat.conv_dtypes)
     if [device.type for device in flat.devices] != ["cpu"] or len(dtypes) != 1:
         raise NotFusible("only blocks on the CPU, whose convolutions have one type, are packed")
-    versions = WeightVersions(flat.weights)  # before reading them
+    norms = [norm for norm, _ in plan.norms]
+    versions = WeightVersions(watched(flat, norms))  # before reading them
     with torch.no_grad():
         packed = _packed(flat, plan.in_channels)
-    return FrozenWeights(flat, packed, dtypes.pop(), versions)
+    return FrozenWeights(flat, norms, packed, dtypes.pop(), versions)
 
 
 def _packed(flat: FlatBlock | FlatStage, in_channels: int) -> PackedWeights:

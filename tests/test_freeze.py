@@ -228,6 +228,27 @@ def test_a_stage_of_which_one_block_trains_is_not_used():
     same(plain, fast, x)
 
 
+@pytest.mark.parametrize("hooked", [False, True], ids=["fused", "plain"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("name", ["torchvision", "dual path"])
+@pytest.mark.filterwarnings("ignore:fastdense. .* runs as plain modules")
+def test_a_step_of_one_norm_alone_is_seen(name, momentum, hooked):
+    """Its block is in eval mode, and running statistics keep their versions where a step moves them."""
+    plain, fast, x = made(name)
+    place = "features.conv3_2.c3x3_b.bn" if name == "dual path" else "features.denseblock2.denselayer1.norm2"
+    for net in (plain, fast):
+        norm = net.get_submodule(place)
+        norm.momentum = momentum
+        norm.train()
+        if hooked:
+            norm.register_forward_hook(lambda *_: None)
+    same(plain, fast, x)
+    for net in (plain, fast):
+        net.get_submodule(place)._forward_hooks.clear()
+        net.get_submodule(place).eval()
+    same(plain, fast, x)
+
+
 def test_blocks_of_a_stage_run_alone_use_their_own_weights():
     """The first block keeps the weights of its stage: called alone, it is another one."""
     plain, fast, _ = made("dual path")

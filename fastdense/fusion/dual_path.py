@@ -91,6 +91,11 @@ class StagePlan(NamedTuple):
         return self.row is not None and not any(takes_statistics(part.norm) for b in self.blocks for part in _parts(b))
 
     @property
+    def norms(self) -> list[tuple[Any, int]]:
+        """Those of all blocks, and where their batch statistics begin."""
+        return self.row.in_front + self.row.behind if self.row is not None else []
+
+    @property
     def in_channels(self) -> int:
         return self.blocks[0].a.norm.num_features
 

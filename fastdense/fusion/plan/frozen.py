@@ -22,17 +22,26 @@ class FrozenWeights(NamedTuple):
     """The packed weights of a block or a stage, and what they were packed from."""
 
     flat: Flat
+    norms: list[Any]
     packed: PackedWeights
     dtype: torch.dtype
     versions: WeightVersions
 
     def hold(self) -> bool:
         """Whether nothing has been written to the weights since."""
-        return self.versions.hold(self.flat.weights)
+        return self.versions.hold(watched(self.flat, self.norms))
 
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes
+
+
+def watched(flat: Flat, norms: list[Any]) -> list[Any]:
+    """Tensors whose versions tell whether packed weights are still right: the weights, and what norms count steps with.
+
+    Running statistics keep their versions where a training step moves them, in torch and here.
+    """
+    return [*flat.weights, *(norm.__dict__["_buffers"].get("num_batches_tracked") for norm in norms)]
 
 
 class Freezer:

@@ -14,7 +14,9 @@ from fastdense.ops import (
     dense_block,
     dual_path_stage,
 )
+from fastdense.ops.arguments import PackedWeights
 from fastdense.ops.dual_path import DUAL_PATH_MEMORY_MODES as MODES
+from fastdense.ops.dual_path import FlatStage, flatten_stage, pack_stage, run_stage_inference
 from tests.cases.dual_path import Stage, StageCase
 from tests.cases.random_block import (
     check,
@@ -287,6 +289,48 @@ def test_inputs_of_any_strides(device):
     for other in (view, view.contiguous(memory_format=torch.channels_last)):
         assert torch.equal(dual_path_stage(other, stage.blocks, **arguments)[0], expected)
     assert expected.is_contiguous(memory_format=torch.channels_last)
+
+
+def packed_stage(case: StageCase) -> tuple[Stage, FlatStage, PackedWeights]:
+    stage = Stage(replace(case, frozen=("",)))
+    flat = flatten_stage(stage.blocks, stage.projection, case.residual_channels, case.stride)
+    with torch.no_grad():
+        return stage, flat, pack_stage(flat, stage.input.shape[1])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"stride": 2}, {"projection": False, "size": (6,)}, {"width": 60}], ids=str)
+def test_packed_weights_give_the_same_bits(level, dtype, options):
+    if not has_level(level):
+        return
+    with simd_level(level), torch.no_grad():
+        stage, flat, packed = packed_stage(StageCase(dtype=dtype, **options))
+        expected, _ = stage.run()
+        assert torch.equal(run_stage_inference(stage.input, flat, packed), expected)
+        assert torch.equal(run_stage_inference(stage.input, flat, packed, contiguous=True), expected)
+        assert run_stage_inference(stage.input[:0], flat, packed).shape == (0, *expected.shape[1:])
+
+
+def test_packed_weights_that_do_not_fit_are_refused():
+    stage, flat, packed = packed_stage(StageCase(num_blocks=1))
+    tensors = packed.tensors
+    with torch.no_grad():
+        for at in range(1, len(tensors)):
+            for wrong in (tensors[at][:0] if tensors[at].numel() else torch.ones(1), tensors[at].to(torch.int16)):
+                with pytest.raises((ValueError, TypeError), match="dual_path_stage_inference: expected packed"):
+                    run_stage_inference(
+                        stage.input, flat, packed._replace(tensors=[*tensors[:at], wrong, *tensors[at + 1 :]])
+                    )
+        with pytest.raises(ValueError, match="expected packed to have 9 entries, got 8"):
+            run_stage_inference(stage.input, flat, packed._replace(tensors=tensors[:-1]))
+        other = packed._replace(tensors=[tensors[0] + 17, *tensors[1:]])
+        with pytest.raises(ValueError, match="packed to be made for"):
+            run_stage_inference(stage.input, flat, other)
+        training = Stage(StageCase())
+        flat = flatten_stage(training.blocks, training.projection, 6, 1)
+        with pytest.raises(ValueError, match="running statistics for every norm"):
+            pack_stage(flat, training.input.shape[1])
 
 
 def test_empty_batch(device):

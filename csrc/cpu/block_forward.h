@@ -82,7 +82,7 @@ class BlockForward {
   Chunks chunks(const RowSets& sets, int64_t most) const {
     const int64_t shares = sets.count < workers ? workers : 1;
     const int64_t least = std::max<int64_t>(1, (sets.rows + most - 1) / most);
-    const int64_t count = std::min((least + shares - 1) / shares * shares, std::max<int64_t>(1, sets.rows));
+    const int64_t count = std::min((least + shares - 1) / shares * shares, sets.rows);
     return {sets.rows, count, sets.rows >= 4 * kernels.tile_rows * count ? kernels.tile_rows : 1};
   }
 

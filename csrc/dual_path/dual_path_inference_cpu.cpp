@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dual path stage in inference on the CPU, by weights that were packed before: all norms are frozen, and nothing is
-// kept for backward.  pack_dual_path_stage gives a header (cpu/packed.h), then for each norm and the convolution behind
+// The dual path stage in inference on the CPU, by weights that were packed before, or for the call: all norms are
+// frozen, and nothing is kept for backward.  pack_dual_path_stage gives a header (cpu/packed.h), then for each norm and
+// the convolution behind
 //   coefficients [1, 4, channels]  of the norm
 //   panels [bytes]                 of a 1x1 convolution; of a grouped one the numbers that our own kernels read, and
 //                                  nothing for the library's
@@ -120,9 +121,9 @@ at::Tensor dual_path_stage_inference(const at::Tensor& input,  // [N, C_in, spat
   const DualPathOutputs o = allocate_dual_path(args, input.options(), nothing);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), kOp, [&] {
     using T = typename Storage<scalar_t>::type;
-    PackedStage<T>(args, input.scalar_type()).check(kOp, packed);
+    if (!packed.empty()) PackedStage<T>(args, input.scalar_type()).check(kOp, packed);
     if (!input.is_meta() && args.pixels() > 0)
-      DualPathForward<T>(args, nothing, o, input.scalar_type(), packed.slice(1)).run(input);
+      DualPathForward<T>(args, nothing, o, input.scalar_type(), packed.empty() ? packed : packed.slice(1)).run(input);
   });
   return contiguous ? o.out.contiguous() : o.out;
 }

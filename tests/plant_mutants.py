@@ -25,6 +25,7 @@ FILES += ["tests/test_mean_join.py", "tests/test_residual_dense_block.py", "test
 FILES += ["tests/test_dual_path.py", "tests/test_dense_block.py", "tests/test_sync_batch_norm.py"]
 FILES += ["tests/test_fused_blocks.py", "tests/test_general_blocks.py", "tests/test_presets_bytes.py"]
 FILES += ["tests/test_dense_block_inference.py", "tests/test_freeze.py", "tests/test_grouped_conv.py"]
+FILES += ["tests/test_freeze_dual_path.py"]
 FILES += ["tests/test_memory_modes.py"]
 
 

@@ -6,73 +6,15 @@ import io
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
 import fastdense
-from tests.cases.converted import pair, randomise, timm_net, torchvision_net
-from tests.cases.families import Layer
-from tests.cases.monai import VOLUMES, monai_net
-
-
-def hand_written() -> nn.Module:
-    layers = nn.Sequential(*(Layer(10 + 6 * i, 6) for i in range(3)))
-    return randomise(nn.Sequential(nn.Conv2d(3, 10, 3), layers, nn.BatchNorm2d(28)).double())
-
-
-def dual_path(**options: object) -> nn.Module:
-    sizes = {"k_sec": (2, 2, 2, 2), "inc_sec": (4, 4, 4, 4), "k_r": 8, "groups": 4, "num_init_features": 6}
-    return randomise(timm.models.dpn.DPN(num_classes=5, small=True, **{**sizes, **options}).double())
-
-
-def own_dual_path(**options: float) -> nn.Module:
-    sizes = {"stem_channels": 6, "width": 8, "groups": 2, "blocks": (2, 2), "growth_rates": (4, 4)}
-    net = fastdense.models.DPN(residual_channels=16, num_classes=5, **sizes, **options)
-    return randomise(fastdense.restore(net).double())
-
-
-def cifar() -> nn.Module:
-    return randomise(fastdense.restore(fastdense.models.densenet_cifar(10)).double())
-
-
-NETS = {
-    "torchvision": (torchvision_net, (2, 3, 64, 48)),
-    "timm": (timm_net, (3, 3, 64, 48)),
-    "MONAI 1-D": (partial(monai_net, 1), VOLUMES[1]),
-    "MONAI 3-D": (monai_net, VOLUMES[3]),
-    "without bottleneck": (cifar, (2, 3, 32, 32)),
-    "hand-written": (hand_written, (2, 3, 11, 12)),
-    "dual path": (dual_path, (2, 3, 64, 48)),
-    "own dual path": (own_dual_path, (2, 3, 64, 48)),
-    "dual path, one channel a group": (partial(dual_path, groups=8), (2, 3, 64, 48)),
-    "dual path, groups of the library": (partial(dual_path, k_r=64, groups=1), (2, 3, 64, 48)),
-}
-
-
-def made(name: str = "torchvision"):
-    """A plain net in eval mode, the same converted and frozen, and images."""
-    make, shape = NETS[name]
-    plain, fast = pair(make)
-    plain.eval(), fast.eval()
-    return plain, fastdense.freeze(fast), torch.randn(shape, dtype=torch.float64)
-
-
-def frozen_bytes(model: nn.Module) -> int:
-    return sum(row.frozen_bytes for row in fastdense.report(model).rows)
-
-
-def relative(a, b) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-@torch.no_grad()
-def same(plain, fast, x) -> None:
-    assert relative(fast(x), plain(x)) <= 1e-10
+from tests.cases.converted import pair, torchvision_net
+from tests.cases.frozen import CHANGES, NETS, check_change_is_seen, frozen_bytes, made, relative, same
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -99,35 +41,10 @@ def test_gradients_are_those_of_the_weights():
     assert frozen_bytes(fast) > 0
 
 
-def _step(net: nn.Module, make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, **options: bool) -> None:
-    for parameter in net.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    make(net.parameters(), 0.1, **options).step()
-
-
-def _train_and_write(net: nn.Module) -> None:
-    """Writes that leave no trace, where training announced them."""
-    net.train()
-    for parameter in net.parameters():
-        parameter.data.mul_(1.5)
-    net.eval()
-
-
-def _load(net: nn.Module, assign: bool = False) -> None:
-    net.load_state_dict(
-        {k: v + 0.25 if v.is_floating_point() else v for k, v in net.state_dict().items()}, assign=assign
-    )
-
-
 def _replace_a_layer(net: nn.Module) -> None:
     torch.manual_seed(5)
     layer = net.features.denseblock1.denselayer2
     layer.conv2 = nn.Conv2d(layer.conv2.in_channels, 6, 3, padding=1, bias=False).double()
-
-
-def _swap_data(net: nn.Module) -> None:
-    for parameter in net.parameters():
-        parameter.data = parameter.data * 1.25
 
 
 @torch.no_grad()
@@ -140,92 +57,16 @@ def _write_a_weight(net: nn.Module) -> None:
     net.features.transition1.conv.weight.add_(0.5)
 
 
-THAWS = {
-    "a step": _step,
-    "a step, fused": partial(_step, fused=True),
-    "a step of Adam, fused": partial(_step, make=torch.optim.Adam, fused=True),
-    "a step of Adam, foreach": partial(_step, make=torch.optim.Adam, foreach=True),
-    "training, and hidden writes in it": _train_and_write,
-    "load_state_dict": _load,
-    "load_state_dict(assign=True)": partial(_load, assign=True),
+THAWS = CHANGES | {
     "a running statistic": _write_a_statistic,
     "a weight of the transition": _write_a_weight,
     "another layer": _replace_a_layer,
-    "other memory": _swap_data,
 }
 
 
 @pytest.mark.parametrize("change", THAWS)
 def test_a_change_is_seen_at_the_next_call(change):
-    plain, fast, x = made()
-    before = frozen_bytes(fast)
-    same(plain, fast, x)
-    for net in (plain, fast):
-        THAWS[change](net)
-    same(plain, fast, x)
-    assert frozen_bytes(fast) < before
-    fastdense.freeze(fast)
-    assert frozen_bytes(fast) == before
-    same(plain, fast, x)
-
-
-def _replace_a_stage_block(net: nn.Module) -> None:
-    net.features.conv3_2.c1x1_c.conv = copy.deepcopy(net.features.conv3_2.c1x1_c.conv)
-    with torch.no_grad():
-        net.features.conv3_2.c1x1_c.conv.weight.mul_(1.5)
-
-
-@torch.no_grad()
-def _write_a_stage_statistic(net: nn.Module) -> None:
-    net.features.conv4_2.c3x3_b.bn.running_var.mul_(3)
-
-
-@torch.no_grad()
-def _write_a_grouped_weight(net: nn.Module) -> None:
-    net.features.conv2_2.c3x3_b.conv.weight.add_(0.5)
-
-
-STAGE_THAWS = {
-    name: change
-    for name, change in THAWS.items()
-    if change not in (_write_a_statistic, _write_a_weight, _replace_a_layer)
-} | {
-    "a running statistic": _write_a_stage_statistic,
-    "a grouped weight": _write_a_grouped_weight,
-    "another convolution": _replace_a_stage_block,
-}
-
-
-@pytest.mark.parametrize("change", STAGE_THAWS)
-def test_a_change_of_a_dual_path_stage_is_seen_at_the_next_call(change):
-    plain, fast, x = made("dual path")
-    before = frozen_bytes(fast)
-    for net in (plain, fast):
-        STAGE_THAWS[change](net)
-    same(plain, fast, x)
-    assert frozen_bytes(fast) < before
-    fastdense.freeze(fast)
-    assert frozen_bytes(fast) == before
-    same(plain, fast, x)
-
-
-def test_frozen_stages_give_the_same_bits():
-    _, fast, x = made("dual path")
-    with torch.no_grad():
-        frozen = fast(x)
-        assert torch.equal(frozen, fastdense.thaw(fast)(x))
-
-
-def test_a_stage_of_which_one_block_trains_is_not_used():
-    plain, fast, x = made("dual path")
-    for net in (plain, fast):
-        net.features.conv3_2.train()
-    same(plain, fast, x)
-    for a, b in zip(fast.buffers(), plain.buffers(), strict=True):
-        assert relative(a.double(), b.double() + (b == 0)) <= 1e-10 or torch.equal(a, b)
-    for net in (plain, fast):
-        net.eval()
-    same(plain, fast, x)
+    check_change_is_seen("torchvision", THAWS[change])
 
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["fused", "plain"])
@@ -247,30 +88,6 @@ def test_a_step_of_one_norm_alone_is_seen(name, momentum, hooked):
         net.get_submodule(place)._forward_hooks.clear()
         net.get_submodule(place).eval()
     same(plain, fast, x)
-
-
-def test_blocks_of_a_stage_run_alone_use_their_own_weights():
-    """The first block keeps the weights of its stage: called alone, it is another one."""
-    plain, fast, _ = made("dual path")
-    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
-    with torch.no_grad():
-        for a, b in zip(fast.features.conv2_1(x), plain.features.conv2_1(x), strict=True):
-            assert relative(a, b) <= 1e-10
-
-
-@pytest.mark.filterwarnings("ignore:fastdense. .* runs as plain modules")
-def test_hooks_in_a_frozen_stage_are_called():
-    plain, fast, x = made("dual path")
-    seen = []
-    fast.features.conv3_2.c1x1_a.register_forward_hook(lambda *_: seen.append(1))
-    same(plain, fast, x)
-    assert seen == [1]
-
-
-@pytest.mark.parametrize("net", [dual_path(b=True), own_dual_path(survival=0.5)], ids=["joined", "depth"])
-def test_stages_that_are_planned_in_each_call_are_refused(net):
-    with pytest.raises(ValueError, match="stochastic depth or two last convolutions, as in dpn68b, are not packed"):
-        fastdense.freeze(fastdense.convert(net).eval())
 
 
 @pytest.fixture
@@ -327,7 +144,7 @@ def test_a_step_on_another_model_is_none_of_its_business():
     _, fast, _ = made()
     _, other, _ = made()
     bytes_before = frozen_bytes(fast)
-    _step(other, fused=True)
+    CHANGES["a step, fused"](other)
     assert frozen_bytes(fast) == bytes_before > 0 == frozen_bytes(other)
 
 

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <ostream>
 #include <string>
 
 namespace fastdense {
@@ -17,8 +18,15 @@ namespace fastdense {
 // A copy: older versions of torch return temporaries.
 inline std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
+// The name of an argument, perhaps in two parts, which are put together for errors only.
+struct ArgName {
+  ArgName(const char* name, const char* suffix = "") : name(name), suffix(suffix) {}
+  friend std::ostream& operator<<(std::ostream& to, const ArgName& arg) { return to << arg.name << arg.suffix; }
+  const char *name, *suffix;
+};
+
 // None arrives as an undefined tensor.
-inline void check_given(const char* op, const char* arg, const at::Tensor& tensor) {
+inline void check_given(const char* op, const ArgName& arg, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.defined(), op, ": expected ", arg, " to be a tensor, got None");
 }
 
@@ -31,7 +39,7 @@ inline void check_dtype(const char* op, const char* arg, const at::Tensor& tenso
                    dtype_name(tensor.scalar_type()));
 }
 
-inline void check_floating(const char* op, const char* arg, const at::Tensor& tensor) {
+inline void check_floating(const char* op, const ArgName& arg, const at::Tensor& tensor) {
   check_given(op, arg, tensor);
   const at::ScalarType dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16, op,
@@ -81,7 +89,7 @@ inline void check_channels(const char* op, const char* arg, const at::Tensor& te
                     " channels in dimension 1, got shape ", tensor.sizes());
 }
 
-inline void check_shape(const char* op, const char* arg, const at::Tensor& tensor, at::IntArrayRef expected) {
+inline void check_shape(const char* op, const ArgName& arg, const at::Tensor& tensor, at::IntArrayRef expected) {
   TORCH_CHECK_VALUE(tensor.sizes() == expected, op, ": expected ", arg, " to have shape ", expected, ", got ",
                     tensor.sizes());
 }

@@ -2,23 +2,27 @@
 // Tensors [N, C, spatial] with the channels innermost in memory, in any number of spatial dimensions.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 
-#include <vector>
-
 namespace fastdense {
 
-// Uninitialised.
-inline at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  std::vector<int64_t> strides(sizes.size());
+// Strides with the channels innermost.
+inline at::DimVector channels_last_strides(at::IntArrayRef sizes) {
+  at::DimVector strides(sizes.size());
   strides[1] = 1;
   int64_t stride = sizes[1];
   for (size_t d = sizes.size(); d-- > 2; stride *= sizes[d]) strides[d] = stride;
   strides[0] = stride;
-  return at::empty_strided(sizes, strides, options);
+  return strides;
+}
+
+// Uninitialised.
+inline at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::empty_strided(sizes, channels_last_strides(sizes), options);
 }
 
 // Whether the channels are innermost, pixel behind pixel.  That of a dimension of size 1 may be any stride.
@@ -49,6 +53,9 @@ inline bool has_values(const at::Tensor& t) { return t.numel() > 0 && !t.is_meta
 // `value`, which the caller owns, in the shape, type and layout of a parameter: autograd then takes a gradient without
 // copying it, and DDP does not warn about its strides.
 inline at::Tensor laid_out_like(const at::Tensor& value, const at::Tensor& parameter) {
+  if (value.scalar_type() == parameter.scalar_type() && value.sizes() == parameter.sizes() &&
+      value.strides() == parameter.strides() && value.is_non_overlapping_and_dense())
+    return value;  // as a rule
   const at::Tensor shaped = value.reshape(parameter.sizes());
   bool same = shaped.scalar_type() == parameter.scalar_type() && shaped.is_non_overlapping_and_dense();
   for (int64_t d = 0; d < shaped.dim(); ++d) same &= shaped.size(d) == 1 || shaped.stride(d) == parameter.stride(d);

@@ -3,6 +3,7 @@
 // absent one.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -31,8 +32,8 @@ struct ConvArgs {
 };
 
 // Shape of a 1x1 convolution.
-inline std::vector<int64_t> conv1x1_shape(int64_t out, int64_t in, size_t spatial_dims) {
-  std::vector<int64_t> shape{out, in};
+inline at::DimVector conv1x1_shape(int64_t out, int64_t in, size_t spatial_dims) {
+  at::DimVector shape{out, in};
   shape.resize(2 + spatial_dims, 1);
   return shape;
 }
@@ -45,11 +46,10 @@ class WeightReader {
   NormArgs norm(const std::string& name, int64_t channels) {
     NormArgs n;
     n.at = next_;
-    const std::vector<int64_t> shape{channels};
-    n.weight = take(name + ".weight", shape, true);
-    n.bias = take(name + ".bias", shape, true);
-    n.running_mean = take(name + ".running_mean", shape, true);
-    n.running_var = take(name + ".running_var", shape, true);
+    n.weight = take({name.c_str(), ".weight"}, {channels}, true);
+    n.bias = take({name.c_str(), ".bias"}, {channels}, true);
+    n.running_mean = take({name.c_str(), ".running_mean"}, {channels}, true);
+    n.running_var = take({name.c_str(), ".running_var"}, {channels}, true);
     n.eps = eps_[next_eps_++];
     check_eps(op_, n.eps);
     constants_.insert(constants_.end(), {n.at + 2, n.at + 3});
@@ -60,19 +60,19 @@ class WeightReader {
 
   ConvArgs conv(const std::string& name, at::IntArrayRef shape) {
     const int64_t at = next_;
-    return {take(name + ".weight", shape, false), at};
+    return {take({name.c_str(), ".weight"}, shape, false), at};
   }
 
   // Undefined where there is none.
   ConvArgs bias(const std::string& name, int64_t channels) {
     const int64_t at = next_;
-    return {take(name + ".bias", {channels}, true), at};
+    return {take({name.c_str(), ".bias"}, {channels}, true), at};
   }
 
   // One number, or one for each channel; undefined where there is none.
   ConvArgs one_or(const std::string& name, int64_t channels) {
     const int64_t at = next_;
-    return {take(name, {weights_[size_t(at)].numel() == 1 ? 1 : channels}, true), at};
+    return {take(name.c_str(), {weights_[size_t(at)].numel() == 1 ? 1 : channels}, true), at};
   }
 
   // The tensor `ahead` places behind the current one, given or not.
@@ -90,13 +90,13 @@ class WeightReader {
   const std::vector<int64_t>& constants() const { return constants_; }
 
  private:
-  at::Tensor take(const std::string& name, at::IntArrayRef shape, bool optional) {
+  at::Tensor take(const ArgName& name, at::IntArrayRef shape, bool optional) {
     const at::Tensor& t = weights_[size_t(next_++)];
     if (optional && t.numel() == 0) return {};
-    check_floating(op_, name.c_str(), t);
+    check_floating(op_, name, t);
     TORCH_CHECK_VALUE(t.device() == options_.device(), op_, ": expected ", name, " to be on ", options_.device(),
                       " like input, got ", t.device());
-    check_shape(op_, name.c_str(), t, shape);
+    check_shape(op_, name, t, shape);
     return t;
   }
 

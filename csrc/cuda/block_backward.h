@@ -7,6 +7,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/stack.h>
 
+#include <utility>
 #include <vector>
 
 #include "cuda/conv1x1/conv1x1.h"
@@ -26,9 +27,7 @@ class CudaBlockBackward {
 
   // needs: whether the gradients of the input and of each weight are wanted.
   CudaBlockBackward(const CudaBlockForward<T>& block, const std::vector<bool>& needs, at::TensorList weights)
-      : block_(block), needs_(needs), weights_(weights), grads_(needs.size()) {
-    for (at::Tensor& grad : grads_) grad = at::empty({0}, block.options);
-  }
+      : block_(block), needs_(needs), weights_(weights), grads_(needs.size()) {}
 
   bool needs(int64_t weight) const { return needs_[size_t(weight) + 1]; }
   bool needs_input() const { return needs_[0]; }
@@ -36,7 +35,12 @@ class CudaBlockBackward {
   void set(int64_t weight, const at::Tensor& value) {
     if (needs(weight)) grads_[size_t(weight) + 1] = laid_out_like(value, weights_[size_t(weight)]);
   }
-  const std::vector<at::Tensor>& all() const { return grads_; }
+  // All of them, empty where none is wanted.
+  std::vector<at::Tensor> take() {
+    for (at::Tensor& grad : grads_)
+      if (!grad.defined()) grad = at::empty({0}, block_.options);  // results do not share memory
+    return std::move(grads_);
+  }
 
   struct Sums {
     at::Tensor dweight, dbias;  // [channels] of a norm
@@ -45,14 +49,14 @@ class CudaBlockBackward {
 
   // Adds up partial sums of channels [first, ...) of a norm over `count` values; `norm` starts there, too.
   // And what a weight's gradient still needs.
-  void finalise(const NormArgs& args, const NormParams<A>& norm, const at::Tensor& partial, int64_t count,
+  void finalise(const NormArgs& args, const NormParams<A>& norm, const PartialSums<A>& partial, int64_t count,
                 const CudaCorrections& corrections, const Sums& s, int64_t first = 0,
                 const SumPartialsParams<A>& weight = {}) const {
     const CudaCorrections to = args.frozen() ? CudaCorrections{} : corrections;
     check_launch(
-        launch_finalise_sums<A>({block_.sums(partial), partial.size(0), norm, block_.sums(s.dweight) + first,
+        launch_finalise_sums<A>({partial.data, partial.splits, norm, block_.sums(s.dweight) + first,
                                  block_.sums(s.dbias) + first, to.shift_sum, to.slope_sum, 1.0 / double(count)},
-                                partial.size(2), weight, block_.cuda.stream));
+                                partial.columns, weight, block_.cuda.stream));
   }
   void set_norm(const NormArgs& args, const Sums& s) {
     if (args.weight.defined()) set(args.at, s.dweight);
@@ -64,11 +68,12 @@ class CudaBlockBackward {
                      int64_t rows, int64_t columns) {
     const Partials partial = block_.partials(rows, columns);
     block_.reduction(launch_mask_reduce<T>, {du, z, norm, block_.sums(partial.tensor)}, rows, columns);
-    norm_backward(args, norm, partial.tensor, du, z, rows, columns);
+    norm_backward(args, norm, partial.all(), du, z, rows, columns);
   }
   // From partial sums, as launch_mask_reduce takes them; adds up a weight's gradient in passing.
-  void norm_backward(const NormArgs& args, const NormParams<A>& norm, const at::Tensor& partial, const Matrix<T>& du,
-                     const Matrix<const T>& z, int64_t rows, int64_t columns, const SumPartialsParams<A>& weight = {}) {
+  void norm_backward(const NormArgs& args, const NormParams<A>& norm, const PartialSums<A>& partial,
+                     const Matrix<T>& du, const Matrix<const T>& z, int64_t rows, int64_t columns,
+                     const SumPartialsParams<A>& weight = {}) {
     const Sums s = sums(columns);
     finalise(args, norm, partial, rows, {}, s, 0, weight);
     set_norm(args, s);
@@ -103,7 +108,8 @@ class CudaBlockBackward {
   // Backward of a 1x1 with the gradient dz [pixels, n] of its output, and of the norm and ReLU in front of it.
   void conv1x1_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args, const NormParams<A>& norm,
                         const at::Tensor& dz, const std::vector<Segment>& segments) {
-    if (segments.size() == 1 && fuses_conv1x1<T>(block_.cuda, segments[0].x, packed, dz) &&
+    if (segments.size() == 1 &&
+        fuses_conv1x1<T>(block_.cuda, segments[0].x, packed, block_.const_matrix(dz), dz.size(0)) &&
         has_rows_of(4, segments[0].gradient, segments[0].columns))
       return fused_conv1x1_backward(conv, packed, args, norm, dz, segments[0]);
     const int64_t pixels = dz.size(0), c = packed.size(1), step = block_.chunk_rows(pixels, c);
@@ -128,7 +134,7 @@ class CudaBlockBackward {
     if (dweight.defined()) set(conv.at, dweight);
     const Sums total = sums(c);
     for (size_t i = 0; i < segments.size(); ++i)
-      finalise(args, norm.from_channel(segments[i].first), partial[i].tensor, pixels, segments[i].corrections, total,
+      finalise(args, norm.from_channel(segments[i].first), partial[i].all(), pixels, segments[i].corrections, total,
                segments[i].first);
     set_norm(args, total);
   }
@@ -159,15 +165,15 @@ class CudaBlockBackward {
     });
     if (dweight.defined()) set(conv.at, dweight);
     const Sums total = sums(c);
-    finalise(args, norm, partial.tensor, images * area, s.corrections, total);
+    finalise(args, norm, partial.all(), images * area, s.corrections, total);
     set_norm(args, total);
   }
 
  private:
   void fused_conv1x1_backward(const ConvArgs& conv, const at::Tensor& packed, const NormArgs& args,
                               const NormParams<A>& norm, const at::Tensor& dz, const Segment& s) {
-    const Conv1x1Backward<A> g =
-        fastdense::conv1x1_backward<T>(block_, s.x, norm, packed, dz, s.gradient, s.add, needs(conv.at));
+    const Conv1x1Backward<A> g = fastdense::conv1x1_backward<T>(block_, s.x, norm, packed, dz, s.gradient, s.add,
+                                                                needs(conv.at) ? &conv.weight : nullptr);
     const Sums total = sums(s.columns);
     finalise(args, norm, g.partial, dz.size(0), s.corrections, total, 0, g.dweight.params);
     if (needs(conv.at)) set(conv.at, g.dweight.to);

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <type_traits>
 
 #include "core/layout.h"
@@ -47,6 +48,31 @@ inline void check_image_pixels(const char* op, int64_t pixels) {
   TORCH_CHECK_VALUE(pixels <= std::numeric_limits<uint32_t>::max(), op,
                     ": expected an image to have fewer than 2^32 pixels on CUDA, got ", pixels);
 }
+
+// Memory that one step of a pass after the other uses: kernels of one stream run in order.
+class ReusedMemory {
+ public:
+  // Room for so many numbers; what was there is lost.
+  template <typename A>
+  A* take(int64_t count, const at::TensorOptions& options) {
+    const int64_t bytes = count * int64_t(sizeof(A));
+    if (!memory_.defined() || memory_.numel() < bytes) {
+      memory_.reset();  // first, so that the new piece may lie there
+      memory_ = at::empty({bytes}, options.dtype(at::kByte));
+    }
+    return static_cast<A*>(memory_.mutable_data_ptr());
+  }
+
+ private:
+  at::Tensor memory_;
+};
+
+// Partial sums [splits, 2, columns] of a norm's gradient.
+template <typename A>
+struct PartialSums {
+  A* data;
+  int64_t splits, columns;
+};
 
 template <typename T>
 class CudaBlockForward {
@@ -102,12 +128,20 @@ class CudaBlockForward {
     at::Tensor tensor;             // [chunks * splits, 2, columns]
     int64_t step, splits, stride;  // rows of a chunk; blocks that share them; numbers of a chunk
     A* of_chunk(int64_t chunk) const { return sums(tensor) + chunk * stride; }
+    PartialSums<A> all() const { return {sums(tensor), tensor.size(0), tensor.size(2)}; }
   };
   Partials partials(int64_t rows, int64_t step, int64_t columns) const {
     const int64_t chunks = (rows + step - 1) / step, blocks = splits(std::min(step, rows), columns);
     return {numbers({chunks * blocks, 2, columns}), step, blocks, blocks * 2 * columns};
   }
   Partials partials(int64_t rows, int64_t columns) const { return partials(rows, std::max<int64_t>(1, rows), columns); }
+
+  // Those of a kernel that takes sums in passing; the next one's are in the same place.
+  PartialSums<A> reused_partials(int64_t splits, int64_t columns) const {
+    return {partials_.template take<A>(splits * 2 * columns, options), splits, columns};
+  }
+  // The same of a weight's gradient.
+  A* reused_weights(int64_t count) const { return weights_.template take<A>(count, options); }
 
   // Statistics of the columns of a matrix from partial moments relative to `pivot`.
   void finalise_moments(const Partials& partial, const T* pivot, int64_t rows, const BatchStatistics<A>& to) const {
@@ -121,19 +155,17 @@ class CudaBlockForward {
   }
 
   // What a fused kernel takes moments with, in so many splits of its rows; nothing where they are not wanted.
-  struct FusedMoments {
-    at::Tensor numbers;
-    BlockMoments params;
-  };
-  FusedMoments fused_moments(int64_t splits, int64_t columns, int64_t rows, const BatchStatistics<float>& to) const {
+  BlockMoments fused_moments(int64_t splits, int64_t columns, int64_t rows, const BatchStatistics<float>& to) const {
     if (!to.mean) return {};
     if (!ticket_.defined()) ticket_ = at::zeros({1}, options.dtype(at::kInt));
     const int64_t counts = splits * 2 * columns;  // which follow, in the place of two numbers each
-    const at::Tensor numbers = at::empty({counts + 2 * splits}, options.dtype(at::kFloat));
-    auto* partial = numbers.mutable_data_ptr<float>();
-    return {numbers,
-            {partial, reinterpret_cast<int64_t*>(partial + counts),
-             reinterpret_cast<unsigned*>(ticket_.template mutable_data_ptr<int>()), to.mean, to.var, rows}};
+    auto* partial = moments_.take<float>(counts + 2 * splits, options);
+    return {partial,
+            reinterpret_cast<int64_t*>(partial + counts),
+            reinterpret_cast<unsigned*>(ticket_.template mutable_data_ptr<int>()),
+            to.mean,
+            to.var,
+            rows};
   }
 
   void statistics(const Matrix<const T>& x, int64_t rows, int64_t columns, const BatchStatistics<A>& to) const {
@@ -148,7 +180,8 @@ class CudaBlockForward {
     return (channels + kVector - 1) / kVector * kVector;
   }
   at::Tensor workspace(int64_t rows, int64_t channels) const {
-    return at::empty({rows, padded(channels)}, options).narrow(1, 0, channels);
+    const at::Tensor whole = at::empty({rows, padded(channels)}, options);
+    return padded(channels) == channels ? whole : whole.narrow(1, 0, channels);
   }
   static Matrix<T> matrix(const at::Tensor& t) { return {data(t), t.stride(0)}; }
   static Matrix<const T> const_matrix(const at::Tensor& t) { return {const_data(t), t.stride(0)}; }
@@ -159,28 +192,26 @@ class CudaBlockForward {
     return sizes;
   }
 
-  // Both note a weight for launch_packs(), or take it as it is where it lies as wanted: in the storage type with the
-  // channels innermost.
+  // A weight [n, c, kernel...] in the storage type with the channels innermost: itself where it lies so, else memory
+  // that launch_packs() fills.  As a matrix [n, c], or as an image of these sizes, which may have more dimensions of 1.
   at::Tensor pack1x1(const at::Tensor& weight) {
-    return pack(weight.flatten(1), workspace(weight.size(0), weight.size(1)));
+    const int64_t n = weight.size(0), c = weight.size(1);
+    if (lies_packed(weight) && weight.stride(0) == padded(c) && weight.stride(1) == 1) return weight.flatten(1);
+    const at::Tensor to = workspace(n, c);
+    note(weight, false, to, to.stride(0));
+    return to;
   }
-  at::Tensor pack(const at::Tensor& weight, const at::Tensor& to) {
-    const bool same = weight.scalar_type() == options.dtype().toScalarType();
-    const at::Tensor from = weight.reshape({weight.size(0), weight.size(1), -1});
-    const int64_t taps = from.size(2), ld_to = to.dim() == 2 ? to.stride(0) : to.size(1);
-    const bool aligned = reinterpret_cast<uintptr_t>(const_data(weight)) % 16 == 0;  // kernels read so many bytes
-    if (same && aligned && to.strides() == weight.strides()) return weight;
-    const auto note = [&](auto& list, const at::Tensor& source, auto* data) {
-      kept_.push_back(source);
-      list.push_back({data, this->data(to), source.size(0), source.size(1), taps, source.stride(0), source.stride(1),
-                      source.stride(2), ld_to});
-    };
-    if (sizeof(T) == 2 && weight.scalar_type() == at::kFloat) {
-      note(from_float_, from, from.const_data_ptr<float>());
-    } else {
-      const at::Tensor converted = from.to(options.dtype().toScalarType());
-      note(from_same_, converted, const_data(converted));
-    }
+  at::Tensor pack(const at::Tensor& weight, at::IntArrayRef sizes) {
+    if (lies_packed(weight) && weight.strides() == at::IntArrayRef(channels_last_strides(sizes))) return weight;
+    const at::Tensor to = empty_channels_last(sizes, options);
+    note(weight, false, to, sizes[1]);
+    return to;
+  }
+  // With the first two dimensions exchanged, as a matrix [c * taps, n].
+  at::Tensor pack_exchanged(const at::Tensor& weight) {
+    const int64_t n = weight.size(0);
+    const at::Tensor to = workspace(weight.numel() / std::max<int64_t>(1, n), n);
+    note(weight, true, to, to.stride(0));
     return to;
   }
   void launch_packs() {
@@ -193,11 +224,47 @@ class CudaBlockForward {
   const SyncBatchNorm sync;
 
  private:
-  // A norm's vector in the type of arithmetic, kept alive.
+  // A norm's vector in the type of arithmetic: itself, which the caller holds, or a copy that is kept.
   const A* vector(const at::Tensor& t) {
     if (!t.defined()) return nullptr;
+    if (t.scalar_type() == accumulate() && t.is_contiguous()) return t.template const_data_ptr<A>();
     kept_.push_back(t.to(accumulate()).contiguous());
     return kept_.back().template const_data_ptr<A>();
+  }
+
+  // As kernels read it: of the storage type, from whole 16 bytes on.
+  bool lies_packed(const at::Tensor& weight) const {
+    return weight.scalar_type() == options.dtype().toScalarType() &&
+           reinterpret_cast<uintptr_t>(const_data(weight)) % 16 == 0;
+  }
+  // From one tap of a convolution's weight to the next; nothing where there is no such number.
+  static std::optional<int64_t> tap_stride(const at::Tensor& weight) {
+    int64_t stride = 0, next = 0;
+    for (int64_t d = weight.dim() - 1; d > 1; --d) {
+      if (weight.size(d) == 1) continue;
+      if (stride == 0) stride = next = weight.stride(d);
+      if (weight.stride(d) != next) return std::nullopt;
+      next *= weight.size(d);
+    }
+    return stride;
+  }
+  // Has a weight packed from `ld` numbers to the next; copies stay alive.
+  void note(const at::Tensor& weight, bool exchanged, const at::Tensor& to, int64_t ld) {
+    const bool from_float = sizeof(T) == 2 && weight.scalar_type() == at::kFloat;
+    at::Tensor from = from_float ? weight : weight.to(options.dtype().toScalarType());
+    if (!tap_stride(from)) from = from.contiguous();
+    const int64_t outer = exchanged ? 1 : 0, inner = 1 - outer;
+    const auto add = [&](auto& list, const auto* data) {
+      list.push_back({data, this->data(to), from.size(outer), from.size(inner),
+                      from.numel() / std::max<int64_t>(1, from.size(0) * from.size(1)), from.stride(outer),
+                      from.stride(inner), *tap_stride(from), ld});
+    };
+    if (from_float) {
+      add(from_float_, from.const_data_ptr<float>());
+    } else {
+      add(from_same_, const_data(from));
+    }
+    if (!from.is_same(weight)) kept_.push_back(from);
   }
 
   template <typename From>
@@ -212,6 +279,7 @@ class CudaBlockForward {
   }
 
   mutable at::Tensor ticket_;  // of kernels that take moments, one after the other
+  mutable ReusedMemory moments_, partials_, weights_;
   std::vector<at::Tensor> kept_;
   std::vector<PackedWeight<T, T>> from_same_;
   std::vector<PackedWeight<float, T>> from_float_;

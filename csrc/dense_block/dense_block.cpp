@@ -70,7 +70,7 @@ void read_layers(const char* op, WeightReader& reader, ActivationReader& activat
         TORCH_CHECK_VALUE(size % 2 == 1, op, ": expected the kernel of ", name, ".conv2 to be odd, got ",
                           first.sizes());
     }
-    std::vector<int64_t> shape{args.growth, layer.dropped ? 0 : in};
+    at::DimVector shape{args.growth, layer.dropped ? 0 : in};
     for (size_t d = 0; d < dims; ++d) shape.push_back(args.conv.kernel[d]);
     layer.conv2 = reader.conv(name + ".conv2", shape);
     args.layers.push_back(std::move(layer));

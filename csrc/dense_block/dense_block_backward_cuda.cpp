@@ -2,7 +2,6 @@
 // Backward of the dense block of batch norms with ReLU and without bias on a CUDA device; others are passed on.  Layers
 // in reverse; `gradient_` collects scale * dy of all consumers, and shift_sum_, slope_sum_ the norm corrections, until
 // a slice is finalised.
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include "cuda/block_backward.h"
@@ -16,7 +15,7 @@ template <typename T>
 class Backward : CudaBlock<T> {
   using Base = CudaBlock<T>;
   using Base::args, Base::cuda, Base::ld, Base::pixels, Base::plans;
-  using typename Base::A;
+  using typename Base::A, typename Base::Bottleneck;
   using Gradients = CudaBlockBackward<T>;
 
  public:
@@ -43,8 +42,9 @@ class Backward : CudaBlock<T> {
     if (args.tail == Tail::kNorm || args.tail == Tail::kNormRelu) last_norm(to_channels_last(grad_output));
     for (int64_t l = int64_t(args.layers.size()) - 1; l >= lowest; --l)
       if (!args.layers[size_t(l)].dropped) layer(l);
+    for (at::Tensor* of_layers : {&z_again_, &d_, &dv_}) of_layers->reset();
     if (grads_.needs_input()) input();
-    return grads_.all();
+    return grads_.take();
   }
 
  private:
@@ -72,13 +72,13 @@ class Backward : CudaBlock<T> {
                     {{x_, ld}, {this->data(dy), c}, {g_, ld}, params, partial.of_chunk(0), relu, false, add}, pixels,
                     c);
     const typename Gradients::Sums sums = grads_.sums(c);
-    grads_.finalise(norm, params, partial.tensor, pixels, corrections(), sums);
+    grads_.finalise(norm, params, partial.all(), pixels, corrections(), sums);
     grads_.set_norm(norm, sums);
   }
 
   // Gradient of the channels [first, first + n), whose consumers are done, into a packed image.
   void finalised(int64_t first, int64_t n, const DropoutParams& dropout, const at::Tensor& to) {
-    this->sync.means(corrections_.narrow(1, first, n), pixels);
+    if (this->sync.enabled()) this->sync.means(corrections_.narrow(1, first, n), pixels);
     this->reduction(launch_slice_gradient<T>,
                     {{g_ + first, ld},
                      {x_ + first, ld},
@@ -99,52 +99,52 @@ class Backward : CudaBlock<T> {
   void layer(int64_t l) {
     const LayerArgs& layer = args.layers[size_t(l)];
     const NormParams<A> norm1 = this->norm_params(layer.norm1, mean_, var_);
-    const at::Tensor d = this->packed_image(args.growth);
-    finalised(layer.channels, args.growth, this->dropout(l), d);
+    if (!d_.defined()) d_ = this->packed_image(args.growth);
+    finalised(layer.channels, args.growth, this->dropout(l), d_);
     if (!args.bottleneck) {
-      const at::Tensor y = this->activated_image(x_, ld, norm1, layer.channels);
-      return consume(layer.norm1, convolution(l, d, y), layer.channels, true, true);
+      const at::Tensor y = this->activated_image({x_, ld}, norm1, layer.channels);
+      return consume(layer.norm1, convolution(l, y), layer.channels, true, true);
     }
-    const at::Tensor z = bottleneck(l, norm1);
+    const Matrix<const T> z = this->rows_of(bottleneck(l, norm1));
     const int64_t at = args.norm2_statistics(l);
     const NormParams<A> norm2 = this->norm_params(layer.norm2, mean_ + at, var_ + at);
-    const at::Tensor dz = plans ? fused_convolution(l, d, z, norm2) : library_convolution(l, d, z, norm2);
+    const at::Tensor dz = plans ? fused_convolution(l, z, norm2) : library_convolution(l, z, norm2);
     grads_.conv1x1_backward(layer.conv1, this->conv1(l), layer.norm1, norm1, dz, {prefix(layer.channels, true)});
   }
 
   // The saved output of the 1x1, or the same recomputed.
-  at::Tensor bottleneck(int64_t l, const NormParams<A>& norm1) {
-    if (z_.size(0) > 0) return z_[args.layers[size_t(l)].z_index];
+  Bottleneck bottleneck(int64_t l, const NormParams<A>& norm1) {
+    if (z_.size(0) > 0) return {z_, args.layers[size_t(l)].z_index};
     if (!z_again_.defined()) z_again_ = at::empty({pixels, args.width}, this->options);
-    this->make_bottleneck(l, x_, norm1, z_again_);
-    return z_again_;
+    this->make_bottleneck(l, x_, norm1, {z_again_});
+    return {z_again_};
   }
 
   // Gradient of z [pixels, b] from that of the slice; those of conv2 and norm2 go to their places.
-  at::Tensor fused_convolution(int64_t l, const at::Tensor& d, const at::Tensor& z, const NormParams<A>& norm2) {
+  at::Tensor fused_convolution(int64_t l, const Matrix<const T>& z, const NormParams<A>& norm2) {
     const LayerArgs& layer = args.layers[size_t(l)];
-    const at::Tensor dv = at::empty_like(z);
-    const at::Tensor partial =
-        fused_conv_input_gradient<T>(*this, plans.input_gradient, d, this->conv2(l), z, norm2, dv);
+    if (!dv_.defined()) dv_ = at::empty({pixels, args.width}, this->options);
+    const T* d = this->const_data(d_);
+    const PartialSums<A> partial =
+        fused_conv_input_gradient<T>(*this, plans.input_gradient, d, this->conv2(l), z.data, norm2, this->data(dv_));
     WeightSum<A> dweight;
     if (grads_.needs(layer.conv2.at))
-      dweight = fused_conv_weight_gradient<T>(*this, plans.weight_gradient, d, z, norm2, layer.conv2.weight);
-    grads_.norm_backward(layer.norm2, norm2, partial, this->matrix(dv), this->const_matrix(z), pixels, args.width,
-                         dweight.params);
+      dweight = fused_conv_weight_gradient<T>(*this, plans.weight_gradient, d, z.data, norm2, layer.conv2.weight);
+    grads_.norm_backward(layer.norm2, norm2, partial, this->matrix(dv_), z, pixels, args.width, dweight.params);
     if (dweight.to.defined()) grads_.set(layer.conv2.at, dweight.to);
-    return dv;
+    return dv_;
   }
-  at::Tensor library_convolution(int64_t l, const at::Tensor& d, const at::Tensor& z, const NormParams<A>& norm2) {
+  at::Tensor library_convolution(int64_t l, const Matrix<const T>& z, const NormParams<A>& norm2) {
     const int64_t b = args.width;
-    const at::Tensor du = convolution(l, d, this->activated_image(this->const_data(z), b, norm2, b));
-    grads_.norm_backward(args.layers[size_t(l)].norm2, norm2, {this->data(du), b}, this->const_matrix(z), pixels, b);
+    const at::Tensor du = convolution(l, this->activated_image(z, norm2, b));
+    grads_.norm_backward(args.layers[size_t(l)].norm2, norm2, {this->data(du), b}, z, pixels, b);
     return du.movedim(1, -1).reshape({pixels, b});
   }
 
   // Gradient of the input u of conv2, packed; that of its weight goes to its place.
-  at::Tensor convolution(int64_t l, const at::Tensor& d, const at::Tensor& u) {
+  at::Tensor convolution(int64_t l, const at::Tensor& u) {
     const ConvArgs& conv2 = args.layers[size_t(l)].conv2;
-    const auto [du, dweight] = this->convolution_gradients(l, d, u, grads_.needs(conv2.at));
+    const auto [du, dweight] = this->convolution_gradients(l, d_, u, grads_.needs(conv2.at));
     if (grads_.needs(conv2.at)) grads_.set(conv2.at, dweight);
     return du;
   }
@@ -154,7 +154,8 @@ class Backward : CudaBlock<T> {
   const T* const x_;
   const A *const mean_, *const var_;
   const at::Tensor z_;
-  at::Tensor z_again_, gradient_, corrections_;
+  at::Tensor gradient_, corrections_;
+  at::Tensor z_again_, d_, dv_;  // of one layer at a time: z and its gradient [pixels, b], the gradient of the slice
   T* g_ = nullptr;
   double *shift_sum_ = nullptr, *slope_sum_ = nullptr;
 };

@@ -55,47 +55,44 @@ struct ConvPlans {
 // The slice x = dropout(conv(relu(norm(z)))) with the weight packed [k, b, 3, 3], channels innermost, and mean and
 // variance of its channels where wanted.
 template <typename T>
-void fused_conv(const CudaBlockForward<T>& block, const ConvPlan& plan, const at::Tensor& z,
+void fused_conv(const CudaBlockForward<T>& block, const ConvPlan& plan, const T* z, int64_t pixels,
                 const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed, const Matrix<T>& x,
                 const DropoutParams& dropout, const BatchStatistics<accumulate_t<T>>& statistics) {
   if constexpr (!std::is_same_v<T, double>) {
-    const int64_t k = packed.size(0), b = packed.size(1), pixels = z.size(0);
-    const auto moments = block.fused_moments(plan.splits, k, pixels, statistics);
-    check_launch(launch_conv_forward<T>(
-        {block.const_data(z), norm, block.const_data(packed), int(b), int(k), x, dropout, moments.params}, plan,
-        block.cuda.stream));
+    const int64_t k = packed.size(0), b = packed.size(1);
+    const BlockMoments moments = block.fused_moments(plan.splits, k, pixels, statistics);
+    check_launch(launch_conv_forward<T>({z, norm, block.const_data(packed), int(b), int(k), x, dropout, moments}, plan,
+                                        block.cuda.stream));
     block.share_moments(statistics, k, pixels);
   }
 }
 
 // Gradient dv [pixels, b] in front of the ReLU of norm(z) from the gradient d of the convolution, with the weight
-// packed [b * 9, k]; the result is the partial sums of the norm's gradient.
+// packed [b * 9, k]; the result is the partial sums of the norm's gradient, which the next step overwrites.
 template <typename T>
-at::Tensor fused_conv_input_gradient(const CudaBlockForward<T>& block, const ConvPlan& plan, const at::Tensor& d,
-                                     const at::Tensor& exchanged, const at::Tensor& z,
-                                     const NormParams<accumulate_t<T>>& norm, const at::Tensor& dv) {
-  const int64_t b = z.size(1), k = exchanged.size(1);
-  const at::Tensor partial = block.numbers({plan.splits, 2, b});
+PartialSums<accumulate_t<T>> fused_conv_input_gradient(const CudaBlockForward<T>& block, const ConvPlan& plan,
+                                                       const T* d, const at::Tensor& exchanged, const T* z,
+                                                       const NormParams<accumulate_t<T>>& norm, T* dv) {
+  const int64_t b = exchanged.size(0) / 9, k = exchanged.size(1);
+  const PartialSums<accumulate_t<T>> partial = block.reused_partials(plan.splits, b);
   if constexpr (!std::is_same_v<T, double>)
-    check_launch(
-        launch_conv_input_gradient<T>({block.const_data(d), block.const_data(exchanged), exchanged.stride(0),
-                                       block.const_data(z), norm, int(b), int(k), block.data(dv), block.sums(partial)},
-                                      plan, block.cuda.stream));
+    check_launch(launch_conv_input_gradient<T>(
+        {d, block.const_data(exchanged), exchanged.stride(0), z, norm, int(b), int(k), dv, partial.data}, plan,
+        block.cuda.stream));
   return partial;
 }
 
 // Gradient of the weight [k, b, 3, 3] in the layout of `like`, a sum over splits that finalise_sums() takes.
 template <typename T>
 WeightSum<accumulate_t<T>> fused_conv_weight_gradient(const CudaBlockForward<T>& block, const ConvPlan& plan,
-                                                      const at::Tensor& d, const at::Tensor& z,
-                                                      const NormParams<accumulate_t<T>>& norm, const at::Tensor& like) {
+                                                      const T* d, const T* z, const NormParams<accumulate_t<T>>& norm,
+                                                      const at::Tensor& like) {
   if constexpr (std::is_same_v<T, double>) {
     return {};
   } else {
     const WeightSum<float> sum = sum_of_3x3(block, plan.splits, like);
-    check_launch(launch_conv_weight_gradient<T>(
-        {block.const_data(d), block.const_data(z), norm, int(z.size(1)), int(like.size(0)), sum.target()}, plan,
-        block.cuda.stream));
+    check_launch(launch_conv_weight_gradient<T>({d, z, norm, int(like.size(1)), int(like.size(0)), sum.target}, plan,
+                                                block.cuda.stream));
     return sum;
   }
 }

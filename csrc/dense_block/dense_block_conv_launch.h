@@ -74,10 +74,10 @@ inline ConvTiles conv_tiles(int64_t batch, int height, int width, int most_pixel
   ConvTiles best{};
   int64_t least = 0;
   int least_banks = 0;
-  for (int most = std::min(width, most_pixels); most > 0; --most) {
+  for (int most = std::min(width, most_pixels), columns; most > 0; most = columns - 1) {
     ConvTiles t{batch, height, width, 1, 0, 0, {}};
     const int across = (width + most - 1) / most;
-    t.columns = (width + across - 1) / across;
+    t.columns = columns = (width + across - 1) / across;
     const int fit = std::min({height, most_pixels / t.columns, most_halo / (t.columns + 2) - 2});
     if (fit < 1) continue;
     const int down = (height + fit - 1) / fit;

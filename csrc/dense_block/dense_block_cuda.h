@@ -61,18 +61,17 @@ class CudaBlock : public CudaBlockForward<T> {
   void pack_weights(int64_t first, bool backward) {
     conv1_.resize(args.layers.size());
     conv2_.resize(args.layers.size());
+    const std::vector<int64_t> kernel = with_spatial({}, args.conv.kernel);
     for (size_t l = size_t(first); l < args.layers.size(); ++l) {
       if (args.layers[l].dropped) continue;
       if (args.bottleneck) conv1_[l] = this->pack1x1(args.layers[l].conv1.weight);
       if (plans && backward) {
-        conv2_[l] = this->pack(args.layers[l].conv2.weight.transpose(0, 1),
-                               this->workspace(args.width * args.conv.taps(), args.growth));
+        conv2_[l] = this->pack_exchanged(args.layers[l].conv2.weight);
         continue;
       }
-      conv2_[l] = this->pack(
-          args.layers[l].conv2.weight,
-          empty_channels_last(with_spatial({args.growth, args.layers[l].conv2.weight.size(1)}, args.conv.kernel),
-                              this->options));
+      at::DimVector sizes{args.growth, args.layers[l].conv2.weight.size(1)};
+      sizes.append(kernel.begin(), kernel.end());
+      conv2_[l] = this->pack(args.layers[l].conv2.weight, sizes);
     }
     if (args.tail == Tail::kTransition) tail_conv_ = this->pack1x1(args.tail_conv.weight);
     this->launch_packs();
@@ -81,26 +80,36 @@ class CudaBlock : public CudaBlockForward<T> {
   const at::Tensor& conv2(int64_t l) const { return conv2_[size_t(l)]; }  // [k, b or c, kernel], or fused [b * 9, k]
   const at::Tensor& tail_conv() const { return tail_conv_; }              // [co, C]
 
-  // z [pixels, b] = relu(norm(prefix)) * conv1^T, the same in forward and, when z was not saved, in backward; and mean
-  // and variance of its columns where wanted.
-  void make_bottleneck(int64_t l, const T* x, const NormParams<A>& norm1, const at::Tensor& z,
+  // The result z [pixels, b] of a 1x1: one of all that are saved [.., pixels, b], or memory for one at a time.
+  struct Bottleneck {
+    at::Tensor memory;
+    int64_t index = -1;
+    at::Tensor tensor() const { return index < 0 ? memory : memory[index]; }
+  };
+  Matrix<T> rows_of(const Bottleneck& z) const {
+    return {this->data(z.memory) + std::max<int64_t>(0, z.index) * pixels * args.width, args.width};
+  }
+
+  // z = relu(norm(prefix)) * conv1^T, the same in forward and, when z was not saved, in backward; and mean and variance
+  // of its columns where wanted.
+  void make_bottleneck(int64_t l, const T* x, const NormParams<A>& norm1, const Bottleneck& to,
                        const BatchStatistics<A>& statistics = {}) const {
-    if (fuses_conv1x1<T>(this->cuda, {x, ld}, conv1(l), z))
-      return conv1x1<T>(*this, {x, ld}, norm1, conv1(l), z, statistics);
+    if (fuses_conv1x1<T>(this->cuda, {x, ld}, conv1(l), rows_of(to), pixels))
+      return conv1x1<T>(*this, {x, ld}, norm1, conv1(l), rows_of(to), pixels, statistics);
     const int64_t c = args.layers[size_t(l)].channels, step = this->chunk_rows(pixels, c);
-    const at::Tensor y = this->workspace(std::min(step, pixels), c);
+    const at::Tensor y = this->workspace(std::min(step, pixels), c), z = to.tensor();
     this->for_each_chunk(pixels, step, [&](int64_t row, int64_t rows, int64_t) {
       this->reduction(launch_activate<T>, {{x + row * ld, ld}, this->matrix(y), norm1, true}, rows, c);
       at::Tensor out = z.narrow(0, row, rows);
       at::mm_out(out, y.narrow(0, 0, rows), conv1(l).t());
     });
-    if (statistics.mean) this->statistics({this->const_data(z), args.width}, pixels, args.width, statistics);
+    if (statistics.mean) this->statistics(rows_of(to), pixels, args.width, statistics);
   }
 
   // relu(norm(x)) of a matrix as a packed image.
-  at::Tensor activated_image(const T* x, int64_t ldx, const NormParams<A>& norm, int64_t channels) const {
+  at::Tensor activated_image(const Matrix<const T>& x, const NormParams<A>& norm, int64_t channels) const {
     const at::Tensor y = packed_image(channels);
-    this->reduction(launch_activate<T>, {{x, ldx}, {this->data(y), channels}, norm, true}, pixels, channels);
+    this->reduction(launch_activate<T>, {x, {this->data(y), channels}, norm, true}, pixels, channels);
     return y;
   }
 

@@ -10,7 +10,7 @@ template <typename T>
 class Forward : CudaBlock<T> {
   using Base = CudaBlock<T>;
   using Base::args, Base::cuda, Base::ld, Base::pixels, Base::plans;
-  using typename Base::A;
+  using typename Base::A, typename Base::Bottleneck;
 
  public:
   Forward(const DenseBlockArgs& args, const at::Tensor& input, const std::optional<at::Tensor>& seed,
@@ -35,25 +35,26 @@ class Forward : CudaBlock<T> {
   void layer(int64_t l) {
     const LayerArgs& layer = args.layers[size_t(l)];
     const NormParams<A> norm1 = this->norm_params(layer.norm1, mean_, var_);
-    if (!args.bottleneck) return convolution(l, this->activated_image(x_, ld, norm1, layer.channels));
+    if (!args.bottleneck) return convolution(l, this->activated_image({x_, ld}, norm1, layer.channels));
     const int64_t at = args.norm2_statistics(l), b = args.width;
     const bool wanted = !layer.norm2.frozen(), saved = z_.size(0) > 0;
     if (!plans && !wanted && !saved && !args.recompute) {
       // Nothing needs z itself, as in inference; backward recomputes it.  A fused convolution reads z.
-      const at::Tensor u = this->packed_image(b), rows = u.movedim(1, -1).reshape({pixels, b});
-      if (fuses_conv1x1<T>(cuda, {x_, ld}, this->conv1(l), rows)) {
+      const at::Tensor u = this->packed_image(b);
+      const Matrix<T> rows{this->data(u), b};
+      if (fuses_conv1x1<T>(cuda, {x_, ld}, this->conv1(l), rows, pixels)) {
         const NormParams<A> norm2 = this->norm_params(layer.norm2, nullptr, nullptr);
-        conv1x1<T>(*this, {x_, ld}, norm1, this->conv1(l), rows, {}, norm2);
+        conv1x1<T>(*this, {x_, ld}, norm1, this->conv1(l), rows, pixels, {}, norm2);
         return convolution(l, u);
       }
     }
     if (!saved && !one_z_.defined()) one_z_ = at::empty({pixels, b}, this->options);
-    const at::Tensor z = saved ? z_[layer.z_index] : one_z_;
+    const Bottleneck z = saved ? Bottleneck{z_, layer.z_index} : Bottleneck{one_z_};
     this->make_bottleneck(l, x_, norm1, z, statistics_from(at, wanted));
     const NormParams<A> norm2 = this->norm_params(layer.norm2, mean_ + at, var_ + at);
-    if (!plans) return convolution(l, this->activated_image(this->const_data(z), b, norm2, b));
-    fused_conv<T>(*this, plans.forward, z, norm2, this->conv2(l), {x_ + layer.channels, ld}, this->dropout(l),
-                  statistics_from(layer.channels, args.any_batch_statistics()));
+    if (!plans) return convolution(l, this->activated_image(this->rows_of(z), norm2, b));
+    fused_conv<T>(*this, plans.forward, this->rows_of(z).data, pixels, norm2, this->conv2(l), {x_ + layer.channels, ld},
+                  this->dropout(l), statistics_from(layer.channels, args.any_batch_statistics()));
   }
 
   BatchStatistics<A> statistics_from(int64_t first, bool wanted) const {

@@ -155,7 +155,7 @@ class GeneralBackward : GeneralCudaBlock<T> {
     for (int64_t l = int64_t(args.layers.size()) - 1; l >= lowest_; --l)
       if (!args.layers[size_t(l)].dropped) layer(l);
     if (grads_.needs_input()) input();
-    return grads_.all();
+    return grads_.take();
   }
 
  private:
@@ -199,7 +199,7 @@ class GeneralBackward : GeneralCudaBlock<T> {
 
   // Gradient of the channels [first, first + n), whose consumers are done, into a packed image.
   void finalised(int64_t first, int64_t n, const DropoutParams& dropout, const at::Tensor& to) {
-    this->sync.means(corrections_.narrow(2, first, n), pixels);
+    if (this->sync.enabled()) this->sync.means(corrections_.narrow(2, first, n), pixels);
     consumers_.correct(g_.from_column(first), x_.from_column(first), {this->data(to), n}, pixels, first, n,
                        {deferred().sums + first, ld, true}, dropout);
   }

@@ -46,10 +46,10 @@ class Backward : CudaStage<T> {
     g_ = this->data(gradient);
     corrections_ = at::zeros({2, channels_ + args.in_channels}, this->options.dtype(at::kDouble));
     for (int64_t i = args.num_blocks() - 1; i >= lowest_block_; --i) block(i);
-    if (lowest_block_ > 0) return grads_.all();
+    if (lowest_block_ > 0) return grads_.take();
     if (args.projection) projection();
     if (grads_.needs_input()) input();
-    return grads_.all();
+    return grads_.take();
   }
 
  private:
@@ -67,7 +67,7 @@ class Backward : CudaStage<T> {
 
   // The consumers of `n` channels are done: their corrections, which stand for `count` values of this process.
   void share_corrections(int64_t at, int64_t n, int64_t count) const {
-    this->sync.means(corrections_.narrow(1, at, n), count);
+    if (this->sync.enabled()) this->sync.means(corrections_.narrow(1, at, n), count);
   }
 
   // The residual path in front of block i; recomputed block by block in reversible mode.
@@ -124,13 +124,15 @@ class Backward : CudaStage<T> {
     const DualPathBlockArgs& block = args.blocks[size_t(i)];
     const GroupedPlans<T>& own = this->plans(i);
     const at::Tensor da = at::empty({args.a_pixels(i), args.width_a}, this->options);
-    const at::Tensor partial = grouped_conv_input_gradient<T>(*this, own.input_gradient, this->conv_b_shape(i), d,
-                                                              this->conv_b(i), a, norm, da);
+    const T *of_b = this->const_data(d), *from = this->const_data(a);
+    const PartialSums<A> partial = grouped_conv_input_gradient<T>(*this, own.input_gradient, this->conv_b_shape(i),
+                                                                  of_b, this->conv_b(i), from, norm, this->data(da));
     WeightSum<A> sum;
     const bool needed = grads_.needs(block.conv_b.at);
-    if (needed) sum = grouped_conv_weight_gradient<T>(*this, own.weight_gradient, d, a, norm, block.conv_b.weight);
-    grads_.norm_backward(block.norm_b, norm, partial, {this->data(da), args.width_a},
-                         {this->const_data(a), args.width_a}, args.a_pixels(i), args.width_a, sum.params);
+    if (needed)
+      sum = grouped_conv_weight_gradient<T>(*this, own.weight_gradient, of_b, from, norm, block.conv_b.weight);
+    grads_.norm_backward(block.norm_b, norm, partial, {this->data(da), args.width_a}, {from, args.width_a},
+                         args.a_pixels(i), args.width_a, sum.params);
     if (needed) grads_.set(block.conv_b.at, sum.to);
     return da;
   }

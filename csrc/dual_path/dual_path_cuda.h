@@ -55,7 +55,7 @@ class CudaStage : public CudaBlockForward<T> {
         this->with_spatial({args.width_b, args.width_a / args.groups}, kernel_, args.spatial.size());
     for (size_t i = size_t(first); i < args.blocks.size(); ++i) {
       conv_a_[i] = this->pack1x1(args.blocks[i].conv_a.weight);
-      conv_b_[i] = this->pack(args.blocks[i].conv_b.weight, empty_channels_last(sizes, this->options));
+      conv_b_[i] = this->pack(args.blocks[i].conv_b.weight, sizes);
       conv_c_[i] = this->pack1x1(args.blocks[i].conv_c.weight);
     }
     if (args.projection) conv_w_ = this->pack1x1(args.conv_w.weight);
@@ -78,9 +78,10 @@ class CudaStage : public CudaBlockForward<T> {
 
   // a [pixels of block i, ra] = conv_a(relu(norm_a(sources))); the same in forward and, when a was not saved, backward.
   void make_a(int64_t i, const std::vector<Source>& sources, const NormParams<A>& norm, const at::Tensor& a) const {
-    if (sources.size() == 1 && fuses_conv1x1<T>(this->cuda, sources[0].x, conv_a(i), a))
-      return conv1x1<T>(*this, sources[0].x, norm, conv_a(i), a, {});
-    const int64_t rows = args.a_pixels(i), c = args.blocks[size_t(i)].channels, step = this->chunk_rows(rows, c);
+    const int64_t rows = args.a_pixels(i);
+    if (sources.size() == 1 && fuses_conv1x1<T>(this->cuda, sources[0].x, conv_a(i), this->matrix(a), rows))
+      return conv1x1<T>(*this, sources[0].x, norm, conv_a(i), this->matrix(a), rows, {});
+    const int64_t c = args.blocks[size_t(i)].channels, step = this->chunk_rows(rows, c);
     const at::Tensor y = this->workspace(std::min(step, rows), c);
     this->for_each_chunk(rows, step, [&](int64_t row, int64_t count, int64_t) {
       for (const Source& s : sources)
@@ -107,7 +108,7 @@ class CudaStage : public CudaBlockForward<T> {
                     const BatchStatistics<A>& statistics) const {
     if (const GroupedPlans<T>& own = plans(i)) {
       if (!b.defined()) b = at::empty({pixels, args.width_b}, this->options);
-      grouped_conv<T>(*this, own.forward, a, norm, conv_b(i), b, statistics);
+      grouped_conv<T>(*this, own.forward, this->const_data(a), norm, conv_b(i), this->matrix(b), pixels, statistics);
       return b;
     }
     const at::Tensor image = convolution(i, activated_image(i, a, norm));

@@ -46,9 +46,9 @@ class NormPoolCuda : CudaBlockForward<T> {
     const auto s = gradients.sums(c_);
     const bool frozen = args_.norm.frozen();
     if (!frozen || needs[1] || needs[2]) {
-      const at::Tensor partial = this->numbers({args_.empty() ? 0 : splits_.count(), 2, c_});
+      const PartialSums<A> partial = this->reused_partials(args_.empty() ? 0 : splits_.count(), c_);
       check_launch(launch_norm_pool_sums<T>({shape_, this->const_data(x), this->const_data(grad),
-                                             indices.const_data_ptr<uint8_t>(), norm.mean, this->sums(partial)},
+                                             indices.const_data_ptr<uint8_t>(), norm.mean, partial.data},
                                             args_.batch, splits_, cuda.stream));
       gradients.finalise(args_.norm, norm, partial, args_.values(), {}, s);
       gradients.set_norm(args_.norm, s);
@@ -56,7 +56,7 @@ class NormPoolCuda : CudaBlockForward<T> {
     const bool others = sync.enabled() && !frozen;
     const at::Tensor terms = others ? at::stack({s.dbias, s.dweight}) : at::Tensor();
     if (others) sync.sums(terms, args_.values());
-    if (!needs[0]) return gradients.all();
+    if (!needs[0]) return gradients.take();
     const at::Tensor dx = args_.layout.empty(saved.input.sizes(), saved.input.options());
     check_launch(launch_norm_pool_backward<T>(
         {shape_, norm, this->const_data(x), this->const_data(grad), indices.const_data_ptr<uint8_t>(), this->data(dx),
@@ -64,7 +64,7 @@ class NormPoolCuda : CudaBlockForward<T> {
          frozen ? A(0) : A(1.0 / double(args_.values()))},
         args_.batch, splits_, cuda.stream));
     gradients.set_input(dx);
-    return gradients.all();
+    return gradients.take();
   }
 
  private:

@@ -64,7 +64,7 @@ class ResidualDenseBlockCuda : CudaBlockForward<T> {
                                    at::TensorList weights) {
     CudaBlockBackward<T> grads(*this, needs, weights);
     const int64_t lowest = args_.lowest_layer(needs);
-    if (lowest == int64_t(args_.layers.size())) return grads.all();
+    if (lowest == int64_t(args_.layers.size())) return grads.take();
     pack_weights(size_t(lowest));
     const at::Tensor gradient = at::empty({args_.pixels(), ld_}, this->options);
     if (!args_.fusion) gradient.copy_(rows_of(grad_output));
@@ -72,7 +72,7 @@ class ResidualDenseBlockCuda : CudaBlockForward<T> {
     for (int64_t l = int64_t(args_.layers.size()) - 1; l >= lowest; --l)
       layer_backward(grads, size_t(l), this->const_data(grad_output), l > lowest || needs[0]);
     if (needs[0]) grads.set_input(input_gradient(gradient, this->const_data(grad_output)));
-    return grads.all();
+    return grads.take();
   }
 
  private:
@@ -147,7 +147,7 @@ class ResidualDenseBlockCuda : CudaBlockForward<T> {
     weights_.resize(args_.layers.size());
     for (size_t l = first; l < weights_.size(); ++l) {
       const at::Tensor& weight = args_.layers[l].conv.weight;
-      weights_[l] = this->pack(weight, empty_channels_last(weight.sizes(), this->options));
+      weights_[l] = this->pack(weight, weight.sizes());
     }
     this->launch_packs();
   }

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA block ops with their kernels emulated, as ops of another namespace on CPU tensors.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#include <memory>
 
 #include "dense_block/dense_block_cuda.h"
 #include "dual_path/dual_path_cuda.h"
@@ -78,6 +82,15 @@ void update_running_stats(at::TensorList running_mean, at::TensorList running_va
                           context.stream);
 }
 
+// Products of torch's library, which are launches, too, and what they need on hosts only: copies in another type.
+std::unique_ptr<torch::Library> products;
+at::Tensor no_mm(const at::Tensor& a, const at::Tensor& b) { return at::empty({a.size(0), b.size(1)}, a.options()); }
+at::Tensor& no_mm_out(const at::Tensor&, const at::Tensor&, at::Tensor& out) { return out; }
+at::Tensor no_copy(const at::Tensor& from, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                   std::optional<at::Device>, std::optional<bool>, bool, std::optional<at::MemoryFormat>) {
+  return at::empty(from.sizes(), from.options().dtype(dtype.value_or(from.scalar_type())));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdense_emulated, CPU, m) {
@@ -110,6 +123,16 @@ int64_t launches() { return fastdense::emulation::launches; }
 void skip_launches(bool skip) {
   fastdense::emulation::skips = skip;
   fastdense::emulation::skipped.clear();
+}
+// And products of torch.
+void skip_products(bool skip) {
+  using fastdense::products;
+  products.reset();
+  if (!skip) return;
+  products = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  products->impl("mm", &fastdense::no_mm);
+  products->impl("mm.out", &fastdense::no_mm_out);
+  products->impl("_to_copy", &fastdense::no_copy);
 }
 // Of those that did nothing a line each: how many, and the function that starts them.
 const char* skipped_launches() {

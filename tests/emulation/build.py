@@ -71,6 +71,8 @@ def link(sources: dict[Path, str | None], extra: Sequence[str] = ()) -> Path:
 def compile_object(path: Path, text: str | None, extra: Sequence[str]) -> Path:
     text = path.read_text() if text is None else text
     flags = [*FLAGS, *extra, f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+    if path.suffix == ".cpp":
+        flags.append("-O2")  # the code between kernels, as it is in use; kernels compile faster without
     headers = sorted(included(text))
     name = f"{path.stem}_{digest(text, *flags, *(h.read_text() for h in headers))}"
     target = CACHE / f"{name}.o"

@@ -50,7 +50,7 @@ namespace fastdense::emulation {
 
 inline bool backwards = false, early_copies = false;
 inline bool skips = false;  // launches are counted only, by the function that starts them
-inline std::map<std::string, int64_t> skipped;
+inline std::map<const char*, int64_t> skipped;
 inline int64_t launches = 0;
 inline std::string failure;   // of the launches since cudaGetLastError was last asked
 inline std::string reported;  // what it said last

@@ -25,17 +25,18 @@ namespace fastdense {
 // Even so it spares the start of one kernel, in training of three, and these take about as long as 16 steps along a
 // prefix.  All this is counted, nothing of it measured.
 template <typename T>
-bool fuses_conv1x1(const CudaContext& cuda, const Matrix<const T>& x, const at::Tensor& packed, const at::Tensor& z) {
+bool fuses_conv1x1(const CudaContext& cuda, const Matrix<const T>& x, const at::Tensor& packed,
+                   const Matrix<const T>& z, int64_t rows) {
   if constexpr (std::is_same_v<T, double>) {
     return false;
   } else {
     const int64_t width = packed.size(0), columns = packed.size(1);
-    const bool possible = z.size(0) > 0 && cuda.tensor_cores && (sizeof(T) == 2 || cuda.tf32) &&
-                          is_conv1x1_width(width) && has_rows_of(4, x, columns) &&
+    const bool possible = rows > 0 && cuda.tensor_cores && (sizeof(T) == 2 || cuda.tf32) && is_conv1x1_width(width) &&
+                          has_rows_of(4, x, columns) &&
                           has_rows_of(4, CudaBlockForward<T>::const_matrix(packed), columns) &&
-                          has_rows_of(16, CudaBlockForward<T>::const_matrix(z), width) && z.stride(1) == 1;
+                          has_rows_of(16, z, width);
     constexpr int64_t kLeastRows = 32 / 4, kShort = 16 * 128 / sizeof(T);  // a multiprocessor; columns of 16 steps
-    return use_fused(possible, z.size(0) >= kLeastRows * cuda.multiprocessors() || columns <= kShort);
+    return use_fused(possible, rows >= kLeastRows * cuda.multiprocessors() || columns <= kShort);
   }
 }
 
@@ -43,72 +44,80 @@ bool fuses_conv1x1(const CudaContext& cuda, const Matrix<const T>& x, const at::
 // it relu(behind(z)) in the place of z.
 template <typename T>
 void conv1x1(const CudaBlockForward<T>& block, const Matrix<const T>& x, const NormParams<accumulate_t<T>>& norm,
-             const at::Tensor& packed, const at::Tensor& z, const BatchStatistics<accumulate_t<T>>& statistics,
-             const NormParams<accumulate_t<T>>& behind = {}) {
+             const at::Tensor& packed, const Matrix<T>& z, int64_t rows,
+             const BatchStatistics<accumulate_t<T>>& statistics, const NormParams<accumulate_t<T>>& behind = {}) {
   if constexpr (!std::is_same_v<T, double>) {
-    const int64_t count = z.size(0), width = z.size(1);
-    const int64_t processors = block.cuda.multiprocessors(), tile = conv1x1_tile<T>(count, width, processors);
-    const int64_t blocks = conv1x1_blocks(count, tile, processors, statistics.mean);
-    const auto moments = block.fused_moments(blocks, width, count, statistics);
-    check_launch(launch_conv1x1<T>({x, block.const_matrix(packed), block.matrix(z), norm, moments.params, behind},
-                                   count, packed.size(1), width, tile, blocks, block.cuda.stream));
-    block.share_moments(statistics, width, count);
+    const int64_t width = packed.size(0);
+    const int64_t processors = block.cuda.multiprocessors(), tile = conv1x1_tile<T>(rows, width, processors);
+    const int64_t blocks = conv1x1_blocks(rows, tile, processors, statistics.mean);
+    const BlockMoments moments = block.fused_moments(blocks, width, rows, statistics);
+    check_launch(launch_conv1x1<T>({x, block.const_matrix(packed), z, norm, moments, behind}, rows, packed.size(1),
+                                   width, tile, blocks, block.cuda.stream));
+    block.share_moments(statistics, width, rows);
   }
 }
 
-// A weight's gradient that is still to be added up, where `partial` is defined.
+// A weight's gradient, where a kernel writes it or partial sums of it, and how these are to be added up.
 template <typename A>
 struct WeightSum {
-  at::Tensor to, partial;
-  SumPartialsParams<A> params;
-  A* target() const { return (partial.defined() ? partial : to).template mutable_data_ptr<A>(); }
+  at::Tensor to;
+  A* target = nullptr;
+  SumPartialsParams<A> params = {};
 };
 
-// For the gradient of a weight [k, b, 3, 3], in its layout, from so many partial sums [k][9][b]; target() is where
-// these go.
+// For the gradient of a weight [k, b, 3, 3], in its layout, from so many partial sums [k][9][b].
 template <typename T>
 WeightSum<accumulate_t<T>> sum_of_3x3(const CudaBlockForward<T>& block, int64_t splits, const at::Tensor& like) {
   const int64_t k = like.size(0), b = like.size(1), count = k * 9 * b;
   WeightSum<accumulate_t<T>> sum;
   // A single one is the gradient, channels innermost.
   const bool as_like = splits > 1 && like.is_non_overlapping_and_dense() && like.stride(2) == 3 * like.stride(3);
-  sum.to = as_like ? at::empty_strided(like.sizes(), like.strides(), block.options.dtype(block.accumulate()))
-                   : block.numbers({k, 3, 3, b}).permute({0, 3, 1, 2});
+  const int64_t innermost[] = {9 * b, 1, 3 * b, b};
+  const at::Tensor& to = sum.to =
+      at::empty_strided(like.sizes(), as_like ? like.strides() : innermost, block.options.dtype(block.accumulate()));
+  sum.target = block.sums(to);
   if (splits == 1) return sum;
-  sum.partial = block.numbers({splits, count});
-  const at::Tensor to = sum.to.flatten(2);
-  sum.params = {block.sums(sum.partial), splits, count, block.sums(to), 9, b, to.stride(0), to.stride(2), to.stride(1)};
+  sum.target = block.reused_weights(splits * count);
+  sum.params = {sum.target, splits, count, block.sums(to), 9, b, to.stride(0), to.stride(3), to.stride(1)};
+  return sum;
+}
+
+// The same of a weight [n, c, 1...] from partial sums [n][c].
+template <typename T>
+WeightSum<accumulate_t<T>> sum_of_1x1(const CudaBlockForward<T>& block, int64_t splits, const at::Tensor& like) {
+  const int64_t c = like.size(1), count = like.size(0) * c;
+  const bool as_like = like.stride(0) == c && like.stride(1) == 1 && like.is_non_overlapping_and_dense();
+  WeightSum<accumulate_t<T>> sum;
+  sum.to = as_like ? at::empty_strided(like.sizes(), like.strides(), block.options.dtype(block.accumulate()))
+                   : block.numbers({like.size(0), c});
+  sum.target = block.sums(sum.to);
+  if (splits == 1) return sum;
+  sum.target = block.reused_weights(splits * count);
+  sum.params = {sum.target, splits, count, block.sums(sum.to), 1, count};
   return sum;
 }
 
 // Partial sums of the norm's gradient [splits, 2, columns], and the gradient of the weight unless it is not wanted.
 template <typename A>
 struct Conv1x1Backward {
-  at::Tensor partial;
+  PartialSums<A> partial;
   WeightSum<A> dweight;
 };
 
-// Backward of the same with the gradient dz of z; adds to `gradient`, or writes it.
+// Backward of the same with the gradient dz of z; adds to `gradient`, or writes it.  weight: whose gradient is wanted.
 template <typename T>
 Conv1x1Backward<accumulate_t<T>> conv1x1_backward(const CudaBlockForward<T>& block, const Matrix<const T>& x,
                                                   const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed,
                                                   const at::Tensor& dz, const Matrix<T>& gradient, bool add,
-                                                  bool needs_weight) {
-  Conv1x1Backward<accumulate_t<T>> g;
+                                                  const at::Tensor* weight) {
+  Conv1x1Backward<accumulate_t<T>> g{};
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t count = dz.size(0), width = packed.size(0), columns = packed.size(1);
     const int64_t splits = conv1x1_backward_splits<T>(count, columns, block.cuda.multiprocessors());
-    const auto numbers = [&](const at::Tensor& t) { return t.defined() ? block.sums(t) : nullptr; };
-    g.partial = block.numbers({splits, 2, columns});
-    if (needs_weight) g.dweight.to = block.numbers({width, columns});
-    if (needs_weight && splits > 1) {
-      g.dweight.partial = block.numbers({splits, width, columns});
-      const int64_t weights = width * columns;
-      g.dweight.params = {numbers(g.dweight.partial), splits, weights, numbers(g.dweight.to), 1, weights};
-    }
+    g.partial = block.reused_partials(splits, columns);
+    if (weight != nullptr) g.dweight = sum_of_1x1(block, splits, *weight);
     check_launch(launch_conv1x1_backward<T>(
-        {block.const_matrix(dz), x, block.const_matrix(packed), gradient, norm, numbers(g.partial),
-         numbers(g.dweight.partial.defined() ? g.dweight.partial : g.dweight.to), add},
+        {block.const_matrix(dz), x, block.const_matrix(packed), gradient, norm, g.partial.data, g.dweight.target, add},
         count, columns, width, splits, block.cuda.stream));
   }
   return g;

@@ -44,48 +44,45 @@ struct GroupedPlans {
 // out [pixels, width] = conv(relu(norm(z))) with the weight packed [width, channels of a group, 3, 3], channels
 // innermost, and mean and variance of its channels where wanted.
 template <typename T>
-void grouped_conv(const CudaBlockForward<T>& block, const GroupedPlan& plan, const at::Tensor& z,
-                  const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed, const at::Tensor& out,
-                  const BatchStatistics<accumulate_t<T>>& statistics) {
+void grouped_conv(const CudaBlockForward<T>& block, const GroupedPlan& plan, const T* z,
+                  const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed, const Matrix<T>& out,
+                  int64_t pixels, const BatchStatistics<accumulate_t<T>>& statistics) {
   if constexpr (!std::is_same_v<T, double>) {
-    const int64_t width = out.size(1), pixels = out.size(0);
-    const auto moments = block.fused_moments(plan.splits, width, pixels, statistics);
-    check_launch(launch_grouped_forward<T>(
-        {block.const_data(z), norm, block.const_data(packed), int(width), block.data(out), moments.params}, plan,
-        block.cuda.stream));
+    const int64_t width = packed.size(0);
+    const BlockMoments moments = block.fused_moments(plan.splits, width, pixels, statistics);
+    check_launch(launch_grouped_forward<T>({z, norm, block.const_data(packed), int(width), out.data, moments}, plan,
+                                           block.cuda.stream));
     block.share_moments(statistics, width, pixels);
   }
 }
 
 // dv [input pixels, width] = the gradient in front of the ReLU of norm(z), from that of the result; the result is the
-// partial sums of the norm's gradient.
+// partial sums of the norm's gradient, which the next step overwrites.
 template <typename T>
-at::Tensor grouped_conv_input_gradient(const CudaBlockForward<T>& block, const GroupedPlan& plan,
-                                       const GroupedShape& shape, const at::Tensor& d, const at::Tensor& packed,
-                                       const at::Tensor& z, const NormParams<accumulate_t<T>>& norm,
-                                       const at::Tensor& dv) {
-  const int64_t width = z.size(1);
-  const at::Tensor partial = block.numbers({plan.splits, 2, width});
+PartialSums<accumulate_t<T>> grouped_conv_input_gradient(const CudaBlockForward<T>& block, const GroupedPlan& plan,
+                                                         const GroupedShape& shape, const T* d,
+                                                         const at::Tensor& packed, const T* z,
+                                                         const NormParams<accumulate_t<T>>& norm, T* dv) {
+  const int64_t width = packed.size(0);
+  const PartialSums<accumulate_t<T>> partial = block.reused_partials(plan.splits, width);
   if constexpr (!std::is_same_v<T, double>)
     check_launch(launch_grouped_input_gradient<T>(
-        {block.const_data(d), block.const_data(packed), block.const_data(z), norm, int(width), int(shape.height),
-         int(shape.width), block.data(dv), block.sums(partial)},
-        plan, block.cuda.stream));
+        {d, block.const_data(packed), z, norm, int(width), int(shape.height), int(shape.width), dv, partial.data}, plan,
+        block.cuda.stream));
   return partial;
 }
 
 // Gradient of the weight in the layout of `like`, a sum over splits that finalise_sums() takes.
 template <typename T>
 WeightSum<accumulate_t<T>> grouped_conv_weight_gradient(const CudaBlockForward<T>& block, const GroupedPlan& plan,
-                                                        const at::Tensor& d, const at::Tensor& z,
-                                                        const NormParams<accumulate_t<T>>& norm,
+                                                        const T* d, const T* z, const NormParams<accumulate_t<T>>& norm,
                                                         const at::Tensor& like) {
   if constexpr (std::is_same_v<T, double>) {
     return {};
   } else {
     const WeightSum<float> sum = sum_of_3x3(block, plan.splits, like);
-    check_launch(launch_grouped_weight_gradient<T>(
-        {block.const_data(d), block.const_data(z), norm, int(z.size(1)), sum.target()}, plan, block.cuda.stream));
+    check_launch(
+        launch_grouped_weight_gradient<T>({d, z, norm, int(like.size(0)), sum.target}, plan, block.cuda.stream));
     return sum;
   }
 }

@@ -66,10 +66,10 @@ inline int grouped_pitch(int columns, int step) {
 inline GroupedTiles grouped_tiles(GroupedTiles grid, int most_pixels) {
   GroupedTiles best = grid;
   int64_t least = 0;
-  for (int most = std::min(grid.width, most_pixels); most > 0; --most) {
+  for (int most = std::min(grid.width, most_pixels), columns; most > 0; most = columns - 1) {
     GroupedTiles t = grid;
     const int across = (t.width + most - 1) / most;
-    t.columns = (t.width + across - 1) / across;
+    t.columns = columns = (t.width + across - 1) / across;
     const int fit = std::min(t.height, most_pixels / t.columns), down = (t.height + fit - 1) / fit;
     t.rows = (t.height + down - 1) / down;
     t.pitch = grouped_pitch(t.columns, t.step);

@@ -155,11 +155,10 @@ def transition(pixels: int, c: int, train: bool) -> Iterator[Kernel]:
     for _ in range(chunks):
         yield Kernel("transition", stream(size, 0.7) / chunks)
         yield Kernel("transition", stream(size / 4, 0.6) / chunks)
-        if train:
-            yield Kernel("transition backward", stream(size, 0.7) / chunks)
-            yield Kernel("transition backward", stream(size / 2, 0.6) / chunks)
-            yield Kernel("transition backward", 2e-6)
+        if train:  # the gradient of y, the windows that make y of it in passing, the weight's gradient
+            yield Kernel("transition backward", stream(size / 4, 0.6) / chunks)
             yield Kernel("transition backward", stream(2 * size, 0.7) / chunks)
+            yield Kernel("transition backward", stream(size / 4, 0.6) / chunks + 2e-6)
     if train:
         yield Kernel("transition backward", 3e-6)
 
@@ -173,7 +172,6 @@ def network(name: str, batch: int, train: bool, tile: Tile | None = None) -> Ite
         pixels = batch * side**2
         yield Kernel("block input", stream(2 * pixels * c * NUMBER))
         if train:
-            yield Kernel("block input", stream(pixels * c * NUMBER))
             yield Kernel("block input", moments(min(8 * PROCESSORS, pixels // 32)))
             yield Kernel("block input gradient", stream(3 * pixels * c * NUMBER))
         for number in range(layers):

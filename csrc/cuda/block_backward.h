@@ -146,22 +146,18 @@ class CudaBlockBackward {
     const int64_t area = pool.size[0] * pool.size[1] * pool.size[2], pooled = pool.pixels(), c = s.columns;
     // Whole images, so that no window is cut.
     const int64_t step = std::max<int64_t>(1, block_.chunk_rows(images * pooled, c) / pooled);
-    const Partials partial = block_.partials(images * area, step * area, c);
+    const Partials partial = block_.partials(images * pooled, step * pooled, c);
     const at::Tensor y = block_.workspace(std::min(step, images) * pooled, c);
     at::Tensor dweight;
     block_.for_each_chunk(images, step, [&](int64_t image, int64_t count, int64_t chunk) {
       const at::Tensor left = dz.narrow(0, image * pooled, count * pooled);
       at::Tensor right = y.narrow(0, 0, count * pooled);
-      if (needs(conv.at)) {
-        block_.reduction(launch_activate_pooled<T>, {s.x, block_.matrix(y), norm, pool, image * pooled}, count * pooled,
-                         c);
-        add(dweight, over_pixels(left, right));
-      }
       at::mm_out(right, left, packed);
       check_launch(
           launch_accumulate_pooled<T>({s.x.from_row(image * area), block_.matrix(y), s.gradient.from_row(image * area),
-                                       norm, partial.of_chunk(chunk), true, false, s.add},
-                                      pool, count * area, c, partial.splits, block_.cuda.stream));
+                                       norm, partial.of_chunk(chunk), true, needs(conv.at), s.add},
+                                      pool, count * pooled, c, partial.splits, block_.cuda.stream));
+      if (needs(conv.at)) add(dweight, over_pixels(left, right));
     });
     if (dweight.defined()) set(conv.at, dweight);
     const Sums total = sums(c);

@@ -55,11 +55,11 @@ struct ConvPlans {
 // The slice x = dropout(conv(relu(norm(z)))) with the weight packed [k, b, 3, 3], channels innermost, and mean and
 // variance of its channels where wanted.
 template <typename T>
-void fused_conv(const CudaBlockForward<T>& block, const ConvPlan& plan, const T* z, int64_t pixels,
+void fused_conv(const CudaBlockForward<T>& block, const ConvPlan& plan, const T* z,
                 const NormParams<accumulate_t<T>>& norm, const at::Tensor& packed, const Matrix<T>& x,
                 const DropoutParams& dropout, const BatchStatistics<accumulate_t<T>>& statistics) {
   if constexpr (!std::is_same_v<T, double>) {
-    const int64_t k = packed.size(0), b = packed.size(1);
+    const int64_t k = packed.size(0), b = packed.size(1), pixels = plan.tiles.pixels_of_images();
     const BlockMoments moments = block.fused_moments(plan.splits, k, pixels, statistics);
     check_launch(launch_conv_forward<T>({z, norm, block.const_data(packed), int(b), int(k), x, dropout, moments}, plan,
                                         block.cuda.stream));

@@ -30,6 +30,7 @@ struct ConvTiles {
   FASTDENSE_HD int64_t across() const { return (width + columns - 1) / columns; }
   FASTDENSE_HD int64_t count() const { return (batch + images - 1) / images * down() * across(); }
   FASTDENSE_HD int pixels() const { return images * rows * columns; }
+  int64_t pixels_of_images() const { return batch * height * width; }
   FASTDENSE_HD int halo() const { return images * (rows + 2) * (columns + 2); }  // with a ring of pixels around
   // Place of a pixel among those with the ring.
   FASTDENSE_HD int centre(int pixel) const {

@@ -23,8 +23,7 @@ class Forward : CudaBlock<T> {
 
   void run(const at::Tensor& input, const DenseBlockOutputs& o) {
     this->pack_weights(0, false);
-    o.buffer.narrow(1, 0, args.in_channels).copy_(input);
-    if (args.any_batch_statistics()) this->statistics({x_, ld}, pixels, args.in_channels, {mean_, var_});
+    take_in(to_channels_last(input));
     for (size_t l = 0; l < args.layers.size(); ++l)
       if (!args.layers[l].dropped) layer(int64_t(l));
     if (args.tail == Tail::kTransition) transition(o.out);
@@ -32,6 +31,10 @@ class Forward : CudaBlock<T> {
   }
 
  private:
+  void take_in(const at::Tensor& input) {
+    append({this->const_data(input), args.in_channels}, 0, args.in_channels, {});
+  }
+
   void layer(int64_t l) {
     const LayerArgs& layer = args.layers[size_t(l)];
     const NormParams<A> norm1 = this->norm_params(layer.norm1, mean_, var_);
@@ -53,7 +56,7 @@ class Forward : CudaBlock<T> {
     this->make_bottleneck(l, x_, norm1, z, statistics_from(at, wanted));
     const NormParams<A> norm2 = this->norm_params(layer.norm2, mean_ + at, var_ + at);
     if (!plans) return convolution(l, this->activated_image(this->rows_of(z), norm2, b));
-    fused_conv<T>(*this, plans.forward, this->rows_of(z).data, pixels, norm2, this->conv2(l), {x_ + layer.channels, ld},
+    fused_conv<T>(*this, plans.forward, this->rows_of(z).data, norm2, this->conv2(l), {x_ + layer.channels, ld},
                   this->dropout(l), statistics_from(layer.channels, args.any_batch_statistics()));
   }
 
@@ -61,21 +64,20 @@ class Forward : CudaBlock<T> {
     return wanted ? BatchStatistics<A>{mean_ + first, var_ + first} : BatchStatistics<A>{};
   }
 
-  // The slice of layer l = dropout(conv2(u)), with its statistics.
+  // The slice of layer l = dropout(conv2(u)).
   void convolution(int64_t l, const at::Tensor& u) {
     const at::Tensor features = this->convolved(l, u);
-    const int64_t c = args.layers[size_t(l)].channels, k = args.growth;
+    append({this->const_data(features), args.growth}, args.layers[size_t(l)].channels, args.growth, this->dropout(l));
+  }
+
+  // Channels [first, first + n) of the buffer, with their statistics.
+  void append(const Matrix<const T>& features, int64_t first, int64_t n, const DropoutParams& dropout) {
     const bool wanted = args.any_batch_statistics();
-    const typename Base::Partials partial = this->partials(pixels, k);
+    const typename Base::Partials partial = this->partials(pixels, n);
     this->reduction(launch_slice_in<T>,
-                    {{this->const_data(features), k},
-                     {x_ + c, ld},
-                     this->dropout(l),
-                     wanted ? partial.of_chunk(0) : nullptr,
-                     {},
-                     nullptr},
-                    pixels, k);
-    if (wanted) this->finalise_moments(partial, x_ + c, pixels, statistics_from(c, wanted));
+                    {features, {x_ + first, ld}, dropout, wanted ? partial.of_chunk(0) : nullptr, {}, nullptr}, pixels,
+                    n);
+    if (wanted) this->finalise_moments(partial, x_ + first, pixels, statistics_from(first, wanted));
   }
 
   void transition(const at::Tensor& out) {

@@ -3,7 +3,6 @@
 #include "cuda/norm_relu/column_reduce.h"
 #include "cuda/norm_relu/columns.h"
 #include "cuda/norm_relu/norm_relu_launch.h"
-#include "cuda/norm_relu/pooled_row.h"
 #include "cuda/norm_relu/slice_gradient.h"
 
 namespace fastdense {
@@ -92,13 +91,66 @@ class InputGradient : public Columns<InputGradientParams<T>, V> {
   const ColumnValues<A, V> t1_, t2_;
 };
 
-// Which row of dy belongs to a pixel, and how much of it.
-struct SameRow {
-  __device__ int64_t operator()(int64_t row) const { return row; }
-  template <typename A>
-  __device__ A share() const {
-    return A(1);
+// What a consumer of V neighbouring channels does with a pixel: gradient, y, and sums.
+template <typename T, int V>
+class Accumulate {
+  using A = accumulate_t<T>;
+
+ public:
+  using State = ColumnSums<A, V>;
+  __device__ Accumulate(const AccumulateParams<T>& p, int64_t first, int count)
+      : relu_(p.relu), norm_(p.norm, first, count), mean_(p.norm.mean, first, count) {}
+
+  // Channel i: adds the gradient dy of its y to g, and returns y.
+  __device__ A consume(int i, A x, A dy, T& g) {
+    const A gradient = relu_ ? norm_relu_gradient(dy, x, norm_.scale[i], norm_.shift[i]) : dy;
+    g = store<T>(mul_add(norm_.scale[i], gradient, A(load(g))));
+    state_.first(i) += gradient;
+    state_.second(i) += gradient * (x - mean_[i]);
+    return norm_relu(x, norm_.scale[i], norm_.shift[i]);
   }
+  __device__ State& state() { return state_; }
+
+ private:
+  const bool relu_;
+  const ColumnScales<A, V> norm_;
+  const ColumnValues<A, V> mean_;
+  State state_;
+};
+
+template <typename T, int V>
+class AccumulatePlain : public Columns<AccumulateParams<T>, V> {
+  using A = accumulate_t<T>;
+  using Base = Columns<AccumulateParams<T>, V>;
+  using Base::p_;
+
+ public:
+  using typename Base::Params;
+  static constexpr int kTileRows = 2;
+  using State = typename Accumulate<T, V>::State;
+  __device__ AccumulatePlain(const Params& p, int64_t first, int count)
+      : Base(p, first, count), sums_(p, first, count) {}
+
+  template <int kRows>
+  __device__ void tile(int64_t row, int64_t step) {
+    Vector<T, V> dy[kRows], x[kRows], g[kRows] = {};
+    this->read_rows(p_.dy, row, step, dy);
+    this->read_rows(p_.x, row, step, x);
+    if (p_.add) this->read_rows(p_.gradient, row, step, g);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < V; ++i)
+        dy[r].v[i] = store<T>(sums_.consume(i, load(x[r].v[i]), load(dy[r].v[i]), g[r].v[i]));  // y in dy's place
+      this->write_row(p_.gradient, row + r * step, g[r]);
+      if (p_.keep_y) this->write_row(p_.dy, row + r * step, dy[r]);
+    }
+  }
+  __device__ State& state() { return sums_.state(); }
+  __device__ A* partial() const { return p_.partial; }
+
+ private:
+  Accumulate<T, V> sums_;
 };
 
 template <typename T>
@@ -106,69 +158,83 @@ struct AccumulatePooledParams : AccumulateParams<T> {
   PoolGeometry pool;
 };
 
-template <typename T, int V, typename Pixel>
-class AccumulateRows : public Columns<AccumulateParams<T>, V> {
+// A row is a window, with the pixels between it and the next ones, or behind the last: those get no gradient.
+template <typename T, int V>
+class AccumulatePooled : public Columns<AccumulatePooledParams<T>, V> {
   using A = accumulate_t<T>;
-  using Base = Columns<AccumulateParams<T>, V>;
+  using Base = Columns<AccumulatePooledParams<T>, V>;
   using Base::p_;
 
  public:
-  static constexpr int kTileRows = 2;
-  using State = ColumnSums<A, V>;
-  __device__ AccumulateRows(const AccumulateParams<T>& p, const Pixel& pixel, int64_t first, int count)
-      : Base(p, first, count), pixel_(pixel), norm_(p.norm, first, count), mean_(p.norm.mean, first, count) {}
+  using typename Base::Params;
+  static constexpr int kTileRows = 1;
+  using State = typename Accumulate<T, V>::State;
+  __device__ AccumulatePooled(const Params& p, int64_t first, int count)
+      : Base(p, first, count), sums_(p, first, count), share_(A(1) / A(p.pool.volume())) {}
 
   template <int kRows>
   __device__ void tile(int64_t row, int64_t step) {
-    Vector<T, V> dy[kRows], x[kRows], g[kRows] = {};
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t from = pixel_(row + r * step);
-      dy[r] = from < 0 ? Vector<T, V>{} : this->read_row(p_.dy, from);
-      x[r] = this->read_row(p_.x, row + r * step);
-      if (p_.add) g[r] = this->read_row(p_.gradient, row + r * step);
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) consume(i, load(x[r].v[i]), dy[r].v[i], g[r].v[i]);
-      this->write_row(p_.gradient, row + r * step, g[r]);
-      if (p_.keep_y) this->write_row(p_.dy, row + r * step, dy[r]);
-    }
+    for (int r = 0; r < kRows; ++r, row += step) window(row);
   }
-  __device__ State& state() { return state_; }
+  __device__ State& state() { return sums_.state(); }
   __device__ A* partial() const { return p_.partial; }
 
  private:
-  // Channel i of a pixel; y takes dy's place.
-  __device__ void consume(int i, A x, T& dy, T& g) {
-    A gradient = load(dy) * share_;
-    if (p_.relu) gradient = norm_relu_gradient(gradient, x, norm_.scale[i], norm_.shift[i]);
-    g = store<T>(mul_add(norm_.scale[i], gradient, A(load(g))));
-    dy = store<T>(norm_relu(x, norm_.scale[i], norm_.shift[i]));
-    state_.first(i) += gradient;
-    state_.second(i) += gradient * (x - mean_[i]);
+  static constexpr int kPair = 2;  // pixels that are in flight together
+
+  // Pixels from a window's first one to the next window's, or to the end of the image.
+  __device__ int extent(int d, uint32_t window) const {
+    const PoolGeometry& g = p_.pool;
+    const auto begin = window * uint32_t(g.stride[d]);
+    return int(window + 1 == g.pooled(d) ? uint32_t(g.size[d]) - begin : uint32_t(g.stride[d]));
   }
 
-  Pixel pixel_;
-  const A share_ = pixel_.template share<A>();
-  const ColumnScales<A, V> norm_;
-  const ColumnValues<A, V> mean_;
-  State state_;
-};
+  // 32-bit divisions, which GPUs have, within an image.
+  __device__ void window(int64_t row) {
+    const PoolGeometry& g = p_.pool;
+    const int64_t image = row / g.pixels();
+    const auto in = uint32_t(row - image * g.pixels()), size1 = uint32_t(g.pooled(1)), size2 = uint32_t(g.pooled(2));
+    const uint32_t line = in / size2, i0 = line / size1, i1 = line - i0 * size1, i2 = in - line * size2;
+    const int extents[] = {extent(0, i0), extent(1, i1), extent(2, i2)};
+    const int64_t origin = window_origin<uint32_t>(g, row);
+    Vector<T, V> dy = this->read_row(p_.dy, row);
+    A y[V] = {};
+    for (int i = 0; i < extents[0]; ++i)
+      for (int j = 0; j < extents[1]; j += kPair)
+        for (int k = 0; k < extents[2]; ++k) pair(origin, extents[1], i, j, k, dy, y);
+    if (!p_.keep_y) return;
+#pragma unroll
+    for (int i = 0; i < V; ++i) dy.v[i] = store<T>(y[i] * share_);
+    this->write_row(p_.dy, row, dy);
+  }
 
-template <typename T, int V>
-struct AccumulatePlain : AccumulateRows<T, V, SameRow> {
-  using Params = AccumulateParams<T>;
-  __device__ AccumulatePlain(const Params& p, int64_t first, int count)
-      : AccumulateRows<T, V, SameRow>(p, SameRow(), first, count) {}
-};
+  // Pixels j and j + 1 < end; adds to the sum y of a window.
+  __device__ void pair(int64_t origin, int end, int i, int j, int k, const Vector<T, V>& dy, A (&y)[V]) {
+    const PoolGeometry& g = p_.pool;
+    const int64_t first = origin + (i * g.size[1] + j) * g.size[2] + k;
+    Vector<T, V> x[kPair], gradient[kPair] = {};
+#pragma unroll
+    for (int n = 0; n < kPair; ++n) {
+      if (j + n >= end) continue;
+      x[n] = this->read_row(p_.x, first + n * g.size[2]);
+      if (p_.add) gradient[n] = this->read_row(p_.gradient, first + n * g.size[2]);
+    }
+#pragma unroll
+    for (int n = 0; n < kPair; ++n) {
+      if (j + n >= end) continue;
+      if (i < g.window[0] && j + n < g.window[1] && k < g.window[2]) {
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          y[v] += sums_.consume(v, load(x[n].v[v]), A(load(dy.v[v])) * share_, gradient[n].v[v]);
+      } else if (p_.add) {
+        continue;
+      }
+      this->write_row(p_.gradient, first + n * g.size[2], gradient[n]);
+    }
+  }
 
-template <typename T, int V>
-struct AccumulatePooled : AccumulateRows<T, V, PooledRow> {
-  using Params = AccumulatePooledParams<T>;
-  __device__ AccumulatePooled(const Params& p, int64_t first, int count)
-      : AccumulateRows<T, V, PooledRow>(p, PooledRow(p.pool), first, count) {}
+  Accumulate<T, V> sums_;
+  const A share_;
 };
 
 template <typename A>
@@ -269,7 +335,8 @@ cudaError_t launch_accumulate(const AccumulateParams<T>& p, int64_t rows, int64_
 template <typename T>
 cudaError_t launch_accumulate_pooled(const AccumulateParams<T>& p, const PoolGeometry& pool, int64_t rows,
                                      int64_t columns, int64_t splits, cudaStream_t stream) {
-  return launch_column_reduce<AccumulatePooled, T>(
+  constexpr int kMostChannels = std::min<int>(4, 16 / sizeof(T));  // of a thread: eight do not fit in registers
+  return launch_column_reduce<AccumulatePooled, T, kMostChannels>(
       {p, pool}, address_bits(p.x) | address_bits(p.dy) | address_bits(p.gradient), rows, columns, splits, stream);
 }
 

@@ -186,8 +186,8 @@ struct AccumulateParams {
 template <typename T>
 cudaError_t launch_accumulate(const AccumulateParams<T>&, int64_t rows, int64_t columns, int64_t splits, cudaStream_t);
 
-// The same behind pooling, for whole images: dy [pooled pixels] goes to the pixels of each window in equal shares,
-// pixels outside all windows get none.  `keep_y` does not apply.
+// The same behind pooling, for whole images: a row is a window, whose dy goes to its pixels in equal shares; pixels
+// outside all windows get none.  y is the mean over the window.
 template <typename T>
 cudaError_t launch_accumulate_pooled(const AccumulateParams<T>&, const PoolGeometry&, int64_t rows, int64_t columns,
                                      int64_t splits, cudaStream_t);

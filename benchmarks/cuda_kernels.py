@@ -91,6 +91,8 @@ def time_layer(side: int, c: int, k: int, batch: int) -> list[tuple[str, float]]
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def step() -> None:
+        block.zero_grad(set_to_none=True)  # nothing is added to gradients of the step before
+        x.grad = None
         with torch.autocast("cuda", dtype=torch.bfloat16):
             out = block(x)
         out.backward(out.detach())

@@ -122,6 +122,19 @@ def test_the_rest_runs_with_the_librarys_kernels_where_the_selftest_fails(tmp_pa
     assert (tmp_path / "run.log").read_text().count("chosen library") == 2
 
 
+@pytest.mark.parametrize(
+    ("failed", "chosen"), [(["library"], ["None"]), (["library", "fused"], ["library"] * 2), (None, ["library"] * 2)]
+)
+def test_what_failed_beside_the_fused_kernels_does_not_rule_them_out(tmp_path, failed, chosen):
+    checks = failed and [{"kernels": kernels, "ok": False} for kernels in failed] + [{"kernels": "fused", "ok": True}]
+    write = f"import pathlib, sys; pathlib.Path(sys.argv[1]).write_text({json.dumps(checks)!r}); sys.exit(1)"
+    say = "import os; print('chosen', os.environ.get('FASTDENSE_CUDA_KERNELS'))"
+    report = Report(tmp_path)
+    selftest = python("selftest", f"{say}; {write}" if checks else f"{say}; raise SystemExit(1)")
+    go_through(report, (selftest, python("kernels", say)))
+    assert re.findall(r"^chosen (\w+)$", (tmp_path / "run.log").read_text(), re.MULTILINE) == ["None", *chosen]
+
+
 def test_nothing_runs_where_the_build_fails(tmp_path):
     assert not go_through(Report(tmp_path), (python("build", "raise SystemExit(1)"), python("kernels", "pass")))
     assert list(results(tmp_path)) == ["build"]

@@ -103,6 +103,14 @@ def test_libraries_are_as_they_were():
     assert flags() == before
 
 
+def test_a_file_gets_the_checks_beside_the_table(few, folder, capsys):
+    assert main(["selftest", "--json", "checks.json"]) == 0
+    rows = json.loads((folder / "checks.json").read_text())
+    assert len(rows) == selftest.count_checks("cpu") and all(row["ok"] for row in rows)
+    assert f"{len(rows)} of {len(rows)} checks passed" in capsys.readouterr().out
+    assert main(["selftest", "--json", "."]) == 2  # a folder
+
+
 def test_verbose_says_what_begins(few, capsys):
     assert main(["selftest", "--verbose"]) == 0
     lines = capsys.readouterr().err.splitlines()

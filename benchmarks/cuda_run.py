@@ -6,10 +6,10 @@
                                                        that start early, compiled rivals
 
 What matters most comes first. Every stage is a process of its own with a time limit, and goes on where another failed;
-where fused kernels do not pass ``fastdense selftest``, later stages run with the library's. A stage that reaches
-its limit says where it was, and ends with all that it started. All together take ``--seconds`` at most. ``DIR`` ($OUT,
-or build/cuda) gets ``run.log``, with the output of all stages as it comes, and ``results.json``, written anew after
-every stage. The exit code is 0 when all stages went well.
+where fused kernels do not pass ``fastdense selftest``, compute-sanitizer looks at them if it is there, and later stages
+run with the library's. A stage that reaches its limit says where it was, and ends with all that it started. All
+together take ``--seconds`` at most. ``DIR`` ($OUT, or build/cuda) gets ``run.log``, with the output of all stages as it
+comes, and ``results.json``, written anew after every stage. The exit code is 0 when all stages went well.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,9 @@ SELFTEST = (PYTHON, "-m", "fastdense", "selftest", "--device", "cuda", "--verbos
 BFLOAT16 = ("--dtype", "bfloat16")
 DPN92 = ("--model", "dpn92", "--batch", "128")
 EARLY = ("env", "FASTDENSE_DEPENDENT_LAUNCH=1")
+# The self-test of fused kernels, each allocation by itself and each access of ours checked.
+ALONE = ("env", "FASTDENSE_CUDA_KERNELS=fused", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
+MEMCHECK = ("--tool", "memcheck", "--kernel-regex", "kns=fastdense", "--error-exitcode", "1")
 LEAST_SECONDS = 3  # that are worth the start of a stage
 GRAPHS = "plain-channels-last,plain-channels-last-graph,balanced,balanced-graph"
 
@@ -68,7 +72,7 @@ SECOND = (
     Stage("build", 240, (PYTHON, "setup.py", "-q", "build_ext", "--inplace")),
     Stage("super-resolution", 50, (*STAGE, "super_resolution", "--json", "{json}")),
     Stage("bicubic", 30, (*STAGE, "bicubic", "--json", "{json}")),
-    Stage("dependent-selftest", 75, (*EARLY, *SELFTEST)),
+    Stage("dependent-selftest", 100, (*EARLY, *SELFTEST)),
     Stage(
         "dependent-densenet121-64",
         60,
@@ -193,6 +197,8 @@ def go_through(report: Report, stages: tuple[Stage, ...]) -> bool:
         if stage.name == "selftest" and not ok and blames_fused(report.stages[stage.name].get("result")):
             report.environment["FASTDENSE_CUDA_KERNELS"] = "library"
             report.run(stage._replace(name="selftest-library"))
+            if tool := shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"):
+                report.run(Stage("sanitizer", 90, (*ALONE, tool, *MEMCHECK, *stage.command)))
     return good
 
 

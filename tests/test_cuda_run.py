@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -120,6 +121,19 @@ def test_the_rest_runs_with_the_librarys_kernels_where_the_selftest_fails(tmp_pa
         ("kernels", True),
     ]
     assert (tmp_path / "run.log").read_text().count("chosen library") == 2
+
+
+def test_a_sanitizer_looks_at_fused_kernels_that_fail(tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho sanitized $FASTDENSE_CUDA_KERNELS $PYTORCH_NO_CUDA_MEMORY_CACHING $*\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    go_through(Report(tmp_path / "out"), (python("selftest", "raise SystemExit(1)"),))
+    assert list(results(tmp_path / "out")) == ["selftest", "selftest-library", "sanitizer"]
+    said = (tmp_path / "out" / "run.log").read_text().rpartition("\nsanitized ")[2]
+    assert said.startswith("fused 1 --tool memcheck --kernel-regex kns=fastdense")
+    assert "raise SystemExit(1)" in said
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ PYTHON = sys.executable
 STAGE = (PYTHON, "-m", "benchmarks.cuda_stages")
 # A variant that hangs is given up, and the others are timed.
 BENCH = (PYTHON, "-m", "fastdense", "bench", "--device", "cuda", "--memory-batches", "0", "--steps", "20")
-BENCH += ("--timeout", "40")
+BENCH += ("--timeout", "60")
 COMPILE = (*BENCH, "--timeout", "120")
 SELFTEST = (PYTHON, "-m", "fastdense", "selftest", "--device", "cuda", "--verbose", "--json", "{json}")
 BFLOAT16 = ("--dtype", "bfloat16")
@@ -57,12 +57,12 @@ class Stage(NamedTuple):
 FIRST = (
     Stage("build", 240, (PYTHON, "setup.py", "-q", "build_ext", "--inplace")),
     Stage("selftest", 100, SELFTEST),
-    Stage("kernels", 60, (*STAGE, "kernels", "--json", "{json}")),
+    Stage("kernels", 90, (*STAGE, "kernels", "--json", "{json}")),
     Stage("layers", 60, (PYTHON, "-m", "benchmarks.cuda_kernels", "--json", "{json}")),
-    Stage("densenet121-64", 90, (*BENCH, *BFLOAT16, "--batch", "64", "--variants", GRAPHS, "--json", "{json}")),
+    Stage("densenet121-64", 120, (*BENCH, *BFLOAT16, "--batch", "64", "--variants", GRAPHS, "--json", "{json}")),
     Stage(
         "densenet121-256",
-        90,
+        120,
         (*BENCH, *BFLOAT16, "--batch", "256", "--variants", "plain-channels-last,balanced,min", "--json", "{json}"),
     ),
     Stage("memory", 45, (*STAGE, "memory", "--json", "{json}")),
@@ -75,12 +75,12 @@ SECOND = (
     Stage("dependent-selftest", 100, (*EARLY, *SELFTEST)),
     Stage(
         "dependent-densenet121-64",
-        60,
+        100,
         (*EARLY, *BENCH, *BFLOAT16, "--batch", "64", "--variants", "balanced,balanced-graph", "--json", "{json}"),
     ),
     Stage(
         "dpn92-128",
-        90,
+        120,
         (*BENCH, *BFLOAT16, *DPN92, "--variants", "plain-channels-last,balanced", "--json", "{json}"),
     ),
     Stage(
@@ -90,7 +90,7 @@ SECOND = (
     ),
     Stage(
         "densenet201-64",
-        90,
+        120,
         (*BENCH, *BFLOAT16, "--model", "densenet201", "--batch", "64", "--variants", GRAPHS, "--json", "{json}"),
     ),
 )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``benchmarks.cuda_run`` measures by itself: ``python -m benchmarks.cuda_stages NAME [--json FILE]``.
 
-* ``kernels``: device time of a training step of DenseNet-121 by kernel, at batch 64 in bfloat16, of the plain network
-  and of both paths of fastdense; beside it what ``benchmarks.cuda_model`` predicts
+* ``kernels``: device time of a training step of DenseNet-121 by kernel, at batch 64 in bfloat16, of the plain network,
+  also with ``torch.backends.cudnn.benchmark``, and of both paths of fastdense; beside it what ``benchmarks.cuda_model``
+  predicts
 * ``memory``: the allocator's peak in a training step, per image
 * ``super_resolution``: RRDBNet in float16, plain and fused: time and the allocator's peak
 * ``bicubic``: 1024 x 1024 to four times that, and the share of a copy's rate
@@ -34,6 +35,7 @@ from fastdense.bench.environment import describe
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 BATCH, PROFILED = 64, 5  # images; steps that are profiled
+TRIED = "plain, cuDNN's choices by trial"  # as many training scripts have it
 Keep = Callable[[dict[str, Any]], None]  # writes what a stage found so far
 # Kernels of the model by parts of the names of those that run; the rest has no prediction of its own.
 NAMES = {
@@ -71,13 +73,14 @@ def training_step(net: nn.Module, batch: int) -> Callable[[], None]:
 
 
 def kernels(keep: Keep) -> dict[str, Any]:
-    torch.backends.cudnn.benchmark = True  # plain PyTorch at its best
     predicted = milliseconds(network("densenet121", BATCH, True))
     found: dict[str, Any] = {"variants": {}, "predicted": predicted}
-    for name in ("plain", *reversed(choices_here())):
-        if name != "plain":
+    for name in ("plain", *choices_here(), TRIED):
+        is_plain = name in ("plain", TRIED)
+        torch.backends.cudnn.benchmark = name == TRIED
+        if not is_plain:
             _C.set_cuda_kernels(name)
-        times = device_times(training_step(densenet(name != "plain"), BATCH), PROFILED)
+        times = device_times(training_step(densenet(not is_plain), BATCH), PROFILED)
         rows = [{"kernel": key, "launches": count, "ms": time / 1e3} for key, count, time in times]
         totals = {"ms": sum(row["ms"] for row in rows), "launches": sum(row["launches"] for row in rows)}
         print(f"{name}: {totals}", flush=True)

@@ -185,6 +185,8 @@ def measure_ceilings(dtype: torch.dtype) -> Ceilings:
 
 def raise_clocks(run: Callable[[], object], seconds: float = 0.3) -> None:
     """Runs again and again until a GPU that was idle has its highest clocks, and libraries have made their choices."""
+    run()  # which may take long by itself, most of it on the host
+    torch.cuda.synchronize()
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         run()

@@ -43,8 +43,6 @@ class Steps:
             torch.set_num_threads(job.threads)
         self.job = job
         self.device = torch.device(job.device)
-        if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # plain PyTorch at its best, as training scripts run it
         self.variant = VARIANTS[job.variant]
         torch.manual_seed(job.seed)
         self.model: nn.Module = build(job.net, self.variant).to(self.device)

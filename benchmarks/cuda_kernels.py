@@ -9,7 +9,7 @@ the time of all kernels of the layer, forward and backward, fused and by the lib
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,12 +19,13 @@ import fastdense
 from fastdense import _C
 from fastdense._support import write_json
 from fastdense.bench.environment import describe
-from fastdense.bench.roofline import Ceilings, measure_ceilings, tensor_core_kernels
+from fastdense.bench.roofline import Ceilings, measure_ceilings, raise_clocks, tensor_core_kernels
 
 # Side of an image, channels of the prefix, growth rate: narrow and wide layers of every block.
 LAYERS = [(56, 64, 32), (56, 224, 32), (28, 128, 32), (28, 480, 32), (14, 256, 32), (14, 992, 32), (7, 512, 32)]
 LAYERS += [(7, 992, 32), (32, 24, 12), (32, 600, 40)]
 STEPS = 20
+OVERHEAD = "Activity Buffer Request"  # what the profiler itself takes
 
 
 @dataclass
@@ -68,6 +69,21 @@ def rate(times: Iterable[tuple[str, float]], pixels: int, c: int, k: int, ceilin
     return found
 
 
+def device_times(step: Callable[[], object], steps: int) -> list[tuple[str, float, float]]:
+    """Names of the kernels of a step, launches and microseconds; the slowest first, means of so many steps."""
+    raise_clocks(step)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    found = [
+        (event.key, event.count / steps, event.self_device_time_total / steps)
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0 and event.key != OVERHEAD
+    ]
+    return sorted(found, key=lambda item: -item[2])
+
+
 def time_layer(side: int, c: int, k: int, batch: int) -> list[tuple[str, float]]:
     """Names and microseconds of the kernels of a layer's forward and backward pass, slowest first."""
     block = fastdense.nn.DenseBlock(num_layers=1, in_channels=c, growth_rate=k).cuda()
@@ -75,36 +91,32 @@ def time_layer(side: int, c: int, k: int, batch: int) -> list[tuple[str, float]]
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def step() -> None:
+        block.zero_grad(set_to_none=True)  # nothing is added to gradients of the step before
+        x.grad = None
         with torch.autocast("cuda", dtype=torch.bfloat16):
             out = block(x)
         out.backward(out.detach())
 
-    for _ in range(5):
-        step()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(STEPS):
-            step()
-        torch.cuda.synchronize()
-    found = [(e.key, e.self_device_time_total / STEPS) for e in profile.key_averages() if e.self_device_time_total > 0]
-    return sorted(found, key=lambda item: -item[1])
+    return [(name, microseconds) for name, _, microseconds in device_times(step, STEPS)]
 
 
-def measure(batch: int) -> tuple[Ceilings, list[Layer]]:
-    ceilings = measure_ceilings(torch.bfloat16)
-    layers = []
+def measured(batch: int, ceilings: Ceilings, choices: tuple[str, ...]) -> Iterator[Layer]:
     choice = _C.build_info()["cuda_kernels"]
     try:
         for side, c, k in LAYERS:
             times = {}
-            for kernels in ("fused", "library"):
+            for kernels in choices:
                 _C.set_cuda_kernels(kernels)
                 times[kernels] = time_layer(side, c, k, batch)
-            rated = rate(times["fused"], batch * side * side, c, k, ceilings)
-            layers.append(Layer(side, c, k, rated, {name: sum(t for _, t in found) for name, found in times.items()}))
+            rated = rate(times[choices[0]], batch * side * side, c, k, ceilings)
+            yield Layer(side, c, k, rated, {name: sum(t for _, t in found) for name, found in times.items()})
     finally:
         _C.set_cuda_kernels(choice)
-    return ceilings, layers
+
+
+def choices_here() -> tuple[str, ...]:
+    """The ways to run a layer, the fused kernels first; not these where the environment chose the library's."""
+    return ("library",) if _C.build_info()["cuda_kernels"] == "library" else ("fused", "library")
 
 
 def table(layer: Layer) -> str:
@@ -120,8 +132,9 @@ def table(layer: Layer) -> str:
         f"| {cell(kernel.tflop_per_second, 1)} | {cell(kernel.floor_share, 2)} |"
         for kernel in layer.kernels
     ]
-    fused, library = layer.microseconds["fused"], layer.microseconds["library"]
-    return "\n".join([*lines, "", f"all kernels: {fused:.0f} us fused, {library:.0f} us by the library", ""])
+    said = {"fused": "fused", "library": "by the library"}
+    times = ", ".join(f"{time:.0f} us {said[name]}" for name, time in layer.microseconds.items())
+    return "\n".join([*lines, "", f"all kernels: {times}", ""])
 
 
 def main() -> int:
@@ -131,12 +144,14 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a CUDA GPU to time kernels on, got none")
-    ceilings, layers = measure(options.batch)
-    for layer in layers:
-        print(table(layer))
-    if options.json:
-        results = {"environment": describe(), "batch": options.batch, "ceilings": asdict(ceilings)}
-        write_json(options.json, results | {"layers": [asdict(layer) for layer in layers]})
+    ceilings = measure_ceilings(torch.bfloat16)
+    results = {"environment": describe(), "batch": options.batch, "ceilings": asdict(ceilings)}
+    layers: list[Layer] = []
+    for layer in measured(options.batch, ceilings, choices_here()):
+        layers.append(layer)
+        print(table(layer), flush=True)
+        if options.json:  # again and again: whoever ends this early has what is there
+            write_json(options.json, results | {"layers": [asdict(each) for each in layers]})
     return 0
 
 

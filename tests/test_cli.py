@@ -43,6 +43,7 @@ def test_info(capsys):
     [
         (["bench", "--model", "nope"], "expected --model to be one of"),
         (["bench", "--batch", "0"], "expected --batch to be at least 1"),
+        (["bench", "--timeout", "0"], "expected --timeout to be positive, got 0"),
         (["bench", "--sweep", "depth", "--depths", "41"], "6 n \\+ 4"),
         (["bench", "--depth", "40"], "bench: expected --depth with --model densenet_cifar, got densenet121"),
         (["plan", "--growth-rate", "24"], "plan: expected --growth-rate with --model densenet_cifar, got densenet121"),

@@ -183,12 +183,19 @@ def measure_ceilings(dtype: torch.dtype) -> Ceilings:
     return Ceilings(2 * copied / copy, 2 * side**3 / product)
 
 
+def raise_clocks(run: Callable[[], object], seconds: float = 0.3) -> None:
+    """Runs again and again until a GPU that was idle has its highest clocks, and libraries have made their choices."""
+    run()  # which may take long by itself, most of it on the host
+    torch.cuda.synchronize()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        run()
+        torch.cuda.synchronize()
+
+
 def _median_seconds(run: Callable[..., object], *arguments: object) -> float:
     """Seconds of the median of some runs, after the clocks have risen."""
-    until = time.monotonic() + 0.3
-    while time.monotonic() < until:
-        run(*arguments)
-        torch.cuda.synchronize()
+    raise_clocks(lambda: run(*arguments))
     samples = []
     for _ in range(20):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

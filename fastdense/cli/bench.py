@@ -76,6 +76,13 @@ def add(commands: Commands) -> None:
         metavar="M,N",
         help="batch sizes of the memory slope, 0 for none (default: 4,12)",
     )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=900.0,
+        metavar="S",
+        help="seconds that a variant may take for its start or a step before it is given up (default: %(default)g)",
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures (default: scikit-image's photographs)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples and the environment")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
@@ -163,10 +170,13 @@ def make_config(options: argparse.Namespace) -> BenchConfig:
         memory_batches=options.memory_batches,
         images=options.images,
         budget=options.budget or "",
+        timeout=options.timeout,
     )
     for name in ("batch", "size", "steps", "repeats"):
         if getattr(config, name) < 1:
             raise InputError(f"bench: expected --{name} to be at least 1, got {getattr(config, name)}")
+    if not config.timeout > 0:
+        raise InputError(f"bench: expected --timeout to be positive, got {config.timeout:g}")
     if net.is_cifar and (net.depth < 10 or (net.depth - 4) % 6):
         raise InputError(f"bench: expected --depth to be of the form 6 n + 4 (10, 16, ..., 100), got {net.depth}")
     if net.growth_rate < 1:

@@ -7,9 +7,10 @@ import argparse
 import contextlib
 import json
 import sys
+from pathlib import Path
 
 from fastdense._choices import DEVICES
-from fastdense._support import InputError
+from fastdense._support import InputError, check_output, write_json
 from fastdense.cli.arguments import Commands, add_command
 from fastdense.cli.terminal import columns
 
@@ -31,29 +32,46 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     parser = add_command(commands, "selftest", HELP, run)
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print JSON, a row a check")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="print JSON, a row a check, or write it beside the table"
+    )
+    parser.add_argument("--verbose", action="store_true", help="a line on stderr before and after each check")
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints a line for each operator and network, then what failed."""
     from fastdense import selftest
 
-    checks = []
+    if options.json and options.json != "-":
+        check_output("selftest: expected --json", Path(options.json))
+    checks: list[selftest.Check] = []
+    is_terminal = False
+    with contextlib.suppress(OSError):
+        is_terminal = sys.stderr.isatty()
+
+    def started(what: str) -> None:
+        if options.verbose:
+            print(f"{what} ...", end=" ", file=sys.stderr, flush=True)
+        elif is_terminal:
+            print(f"\r\033[K{len(checks) + 1}: {what}", end="", file=sys.stderr, flush=True)
+
     try:
-        for check in selftest.run(options.device):
+        for check in selftest.run(options.device, started):
             checks.append(check)
-            with contextlib.suppress(OSError):
-                if sys.stderr.isatty():
-                    print(f"\r\033[K{len(checks)}: {check.name}", end="", file=sys.stderr, flush=True)
+            if options.verbose:
+                print(f"{check.problem or 'ok'} ({check.seconds:.1f} s)", file=sys.stderr, flush=True)
     except ValueError as error:
         raise InputError(str(error)) from error
     finally:
-        if checks and sys.stderr.isatty():
+        if checks and is_terminal and not options.verbose:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
     failed = [check for check in checks if not check.ok]
     if options.json:
-        print(json.dumps([{**check._asdict(), "ok": check.ok} for check in checks], indent=2))
-        return 1 if failed else 0
+        found = [{**check._asdict(), "ok": check.ok} for check in checks]
+        if options.json == "-":
+            print(json.dumps(found, indent=2))
+            return 1 if failed else 0
+        write_json(Path(options.json), found)
     rows = [("what", "checks", "largest error / bound", "seconds", "")]
     for name in dict.fromkeys(check.name for check in checks):
         of_name = [check for check in checks if check.name == name]

@@ -210,7 +210,8 @@ def bicubic_resize(
         steps = [1.0 if n == m else step for n, m, step in zip(input.shape[2:], sizes, steps, strict=True)]
     options = (steps, a, antialias, border, align_corners)
     if exports:
-        product = _multiplied(_widened(input), sizes, options, known.bytes if dtype == torch.uint8 else "last")
+        is_bytes = input.dtype == dtype == torch.uint8
+        product = _multiplied(_widened(input), sizes, options, known.bytes if is_bytes else "last")
         return _finished(product, residual, low, high, dtype)
     if input.dtype == torch.uint8 and out_dtype in (None, torch.uint8):
         if residual is not None or clamp is not None:

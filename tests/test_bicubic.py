@@ -179,6 +179,20 @@ def test_bytes_to_floating_point():
     torch.testing.assert_close(made, bicubic_resize(x.float(), (90, 31)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_floating_point_to_bytes_is_rounded_and_saturated(dtype):
+    x = as_batch(photograph()).to(dtype)
+    x = x * 2 - 100  # leaves the range of bytes at both ends
+    exact = expected(x.double(), (90, 31), "torch")
+    assert exact.min() < 0 and exact.max() > 255
+    made = bicubic_resize(x, (90, 31), out_dtype=torch.uint8)
+    rounding = 1 if dtype == torch.bfloat16 else 0.501
+    assert made.dtype == torch.uint8
+    assert (made.double() - exact.clamp(0, 255)).abs().max() <= rounding
+    made = bicubic_resize(x, (90, 31), out_dtype=torch.uint8, clamp=(10, 20))
+    assert made.unique().tolist() == list(range(10, 21))
+
+
 # Errors
 
 
@@ -202,7 +216,10 @@ def test_bytes_to_floating_point():
         ({"size": 4, "border": "wrap"}, "border to be one of clamp, drop, symmetric"),
         ({"size": 4, "rounding": "up"}, "rounding to be one of floor, round, even, ceil"),
         ({"size": 4, "a": math.inf}, "a to be finite"),
-        ({"size": 4, "clamp": (1, 0)}, "clamp to be a lowest and a highest value"),
+        *(
+            ({"size": 4, "clamp": clamp}, "clamp to be a lowest and a highest value")
+            for clamp in ((1, 0), (0, math.nan), 1, (0,), (0, 1, 2))
+        ),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -213,6 +230,9 @@ def test_bad_arguments(kwargs, message):
 def test_bad_tensors():
     with pytest.raises(TypeError, match=r"input to be floating point or uint8, got torch\.int32"):
         bicubic_resize(torch.zeros(1, 1, 5, dtype=torch.int32), 3)
+    for dtype in (torch.int32, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"out_dtype to be floating point or uint8, got {dtype}"):
+            bicubic_resize(torch.zeros(1, 1, 5, 5), 3, out_dtype=dtype)
     with pytest.raises(ValueError, match="3 to 5 dimensions"):
         bicubic_resize(torch.zeros(5, 5), 3)
     with pytest.raises(ValueError, match="positive spatial sizes"):

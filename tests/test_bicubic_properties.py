@@ -211,6 +211,12 @@ def test_compile_with_changing_sizes(backend):
         torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (made, wanted)))
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_export_rounds_floating_point_to_the_same_bytes(preset):
+    net, x = BicubicResize((17, 5), preset=preset, out_dtype=torch.uint8), random(1, 3, 9, 11) * 100 + 100
+    assert torch.equal(torch.export.export(net, (x,)).module()(x), net(x))
+
+
 def test_export_needs_no_operator_of_ours():
     """ONNX and other runtimes get torch's own operators."""
 

@@ -189,11 +189,18 @@ def test_a_link_in_a_circle_is_no_place_for_a_result(folder, capsys):
     assert "Too many levels of symbolic links: 'link.png'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["-1", "two", "1.5"])
+@pytest.mark.parametrize("text", ["-1", "two", "1.5", "5000", "9" * 5000])
 def test_numbers_of_threads_are_counts(text, capsys):
     with pytest.raises(SystemExit):
         main(["upscale", "in.png", "out.png", "--scale", "2", "--threads", text])
-    assert f"argument --threads: expected a whole number from 0 on, got '{text}'" in capsys.readouterr().err
+    assert f"argument --threads: expected a whole number from 0 to 4096, got '{text}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "bench", "train"])
+def test_seeds_fit_into_64_bits(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--seed", str(2**63)])
+    assert f"argument --seed: expected a whole number from 0 to {2**63 - 1}, got '{2**63}'" in capsys.readouterr().err
 
 
 def test_links_in_a_folder(folder, capsys):

@@ -145,6 +145,24 @@ def test_copies_leave_the_plan_behind_and_keep_the_rest(make):
     assert memory_of(net[0]) == "min"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_changes_in_a_network_out_of_a_file_is_seen(family):
+    """A process that reads one has other strings there than code has for the names of attributes."""
+    made = FAMILIES[family]
+    fast, x = fastdense.convert(made.make().eval()), torch.randn(made.shape, dtype=torch.float64)
+    for module in fast.modules():
+        module.__dict__ = {"".join([*name]): value for name, value in vars(module).items()}
+    plain = fastdense.restore(copy.deepcopy(fast))
+    assert_same({"out": fast(x)}, {"out": plain(x)})
+    for name, old in list(plain.named_parameters()):
+        with torch.no_grad():
+            new = nn.Parameter(old + 0.5)
+        for net in (plain, fast):
+            owner, _, attribute = name.rpartition(".")
+            setattr(net.get_submodule(owner), attribute, new)
+        assert_same({name: fast(x)}, {name: plain(x)})
+
+
 def test_a_class_with_a_state_of_its_own_is_pickled_by_it():
     net, x = nn.Sequential(WithState()).double(), torch.randn(2, 6, 5, 5, dtype=torch.float64)
     expected = fastdense.convert(net)(x)

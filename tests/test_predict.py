@@ -2,9 +2,12 @@
 """``fastdense predict`` and ``fastdense export``."""
 
 import csv
+import io
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +180,55 @@ def test_mistakes_are_named(trained: TrainConfig, tmp_path: Path, capsys: pytest
     ):
         assert main(["predict", *arguments]) == 2
         assert message in capsys.readouterr().err, arguments
+
+
+def emptied(content: dict[str, Any]) -> bytes:
+    return b""
+
+
+def cut(content: dict[str, Any]) -> bytes:
+    whole = written(content)
+    return whole[: len(whole) // 2]
+
+
+def without_configuration(content: dict[str, Any]) -> bytes:
+    return written({key: value for key, value in content.items() if key != "config"})
+
+
+def without_classes(content: dict[str, Any]) -> bytes:
+    return written({**content, "data": {}})
+
+
+def with_data_of_another_kind(content: dict[str, Any]) -> bytes:
+    return written({**content, "data": 3})
+
+
+def with_nan(content: dict[str, Any]) -> bytes:
+    return written({**content, "model": {key: value * math.nan for key, value in content["model"].items()}})
+
+
+def written(content: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage", [emptied, cut, without_configuration, without_classes, with_data_of_another_kind, with_nan]
+)
+def test_a_damaged_checkpoint_ends_in_one_line(
+    damage: Callable[[dict[str, Any]], bytes],
+    trained: TrainConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = torch.load(trained.out / "checkpoint.pt", weights_only=True)
+    (tmp_path / "damaged.pt").write_bytes(damage(content))
+    for command in (["predict", "."], ["export", "made.pt2"]):
+        assert main([*command, f"--weights={tmp_path / 'damaged.pt'}"]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"fastdense: {command[0]}: expected ") and "damaged.pt" in error, error
+        assert error.count("\n") == 0
 
 
 # --- export ----------------------------------------------------------------------------------------------------------

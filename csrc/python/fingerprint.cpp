@@ -86,6 +86,13 @@ const Names& names() {
   return *known;
 }
 
+// Names of attributes are interned, but for those that came out of a pickle: these are other objects.
+bool is_name(PyObject* key, PyObject* name) {
+  if (key == name) return true;
+  if (!PyUnicode_CheckExact(key)) return false;
+  return !PyUnicode_CHECK_INTERNED(key) && PyUnicode_Compare(key, name) == 0;
+}
+
 bool is_tensor(PyObject* v) { return PyType_IsSubtype(Py_TYPE(v), reinterpret_cast<PyTypeObject*>(THPVariableClass)); }
 
 // The walk.  Every function is false where the list differs, or where something cannot be listed.
@@ -101,14 +108,14 @@ class Walk {
     if (!dict) return fail();
     PyObject *key, *found;
     for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &found);) {
-      if (key == names().state) {
+      if (is_name(key, names().state)) {
         if (!state(found)) return false;
       } else if (!tape_.object(key) || !tape_.object(found)) {
         return false;
-      } else if (key == names().children && PyDict_Check(found)) {
+      } else if (is_name(key, names().children) && PyDict_Check(found)) {
         const auto inner = [&](PyObject* child) { return child == Py_None || module(child, nesting + 1); };
         if (!items(found, inner, true)) return false;
-      } else if ((key == names().parameters || key == names().buffers) && PyDict_Check(found)) {
+      } else if ((is_name(key, names().parameters) || is_name(key, names().buffers)) && PyDict_Check(found)) {
         if (!items(found, [&](PyObject* t) { return t == Py_None || (is_tensor(t) && tensor(t)); })) return false;
       } else if (!value(found, kDepth)) {
         return false;

@@ -19,6 +19,9 @@ WebP stays lossless where IN is a lossless WebP; else it is written at 95 and ha
 WebP can do. GIF holds 256 colours. With --alpha premultiplied, colours of hidden pixels do not bleed into what is seen.
 """
 
+# Of threads and processes: a typing error must not start a million.
+MOST_PROCESSES = 4096
+
 Commands = argparse._SubParsersAction
 Run = Callable[[argparse.Namespace], int]
 
@@ -81,12 +84,14 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="float32", help="16-bit types mean autocast (default: %(default)s)"
     )
     add_threads(machine)
-    machine.add_argument("--seed", type=count, default=0, metavar="N", help="default: %(default)s")
+    machine.add_argument("--seed", type=count(2**63 - 1), default=0, metavar="N", help="default: %(default)s")
 
 
 def add_threads(parser: argparse._ActionsContainer) -> None:
     """How many threads compute."""
-    parser.add_argument("--threads", type=count, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--threads", type=count(MOST_PROCESSES), default=0, metavar="N", help="CPU threads (default: torch's choice)"
+    )
 
 
 def add_pictures(parser: argparse.ArgumentParser, default_alpha: str) -> None:
@@ -130,11 +135,15 @@ def colour(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def count(text: str) -> int:
-    """Parses 0, 1, 2 ..."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
-    return int(text)
+def count(most: int) -> Callable[[str], int]:
+    """A parser of 0, 1, 2 ... up to `most`."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit()) or len(text) > len(str(most)) or int(text) > most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {most}, got {text!r}")
+        return int(text)
+
+    return parse
 
 
 def quality(text: str) -> int:

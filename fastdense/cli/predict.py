@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fastdense._choices import DEVICES, DTYPES
 from fastdense._support import InputError, Interrupted, check_output, write_atomically
-from fastdense.cli.arguments import Commands, add_classifier, add_command, add_threads, count, path
+from fastdense.cli.arguments import MOST_PROCESSES, Commands, add_classifier, add_command, add_threads, count, path
 from fastdense.cli.terminal import progress
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ def add(commands: Commands) -> None:
         "--mean-max", action="store_true", help="DPN on larger pictures: mean of average and maximum of all windows"
     )
     parser.add_argument(
-        "--workers", type=count, metavar="N", help="processes that read (default: up to 4, none for one batch)"
+        "--workers",
+        type=count(MOST_PROCESSES),
+        metavar="N",
+        help="processes that read (default: up to 4, none for one batch)",
     )
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="16-bit types: autocast (default: float32)")

@@ -9,7 +9,16 @@ from typing import Any
 
 from fastdense._choices import AUGMENTATIONS, SCHEDULES, TRAIN_MEMORY
 from fastdense._support import InputError
-from fastdense.cli.arguments import Commands, add_command, add_machine, add_model, assignment, check_of_cifar
+from fastdense.cli.arguments import (
+    MOST_PROCESSES,
+    Commands,
+    add_command,
+    add_machine,
+    add_model,
+    assignment,
+    check_of_cifar,
+    count,
+)
 
 HELP = """Train a model on pictures or digits.
 
@@ -90,7 +99,9 @@ def add(commands: Commands) -> None:
         "--checkpoint-seconds", type=float, default=60.0, metavar="S", help="between checkpoints (default: 60)"
     )
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, too, in --out")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read pictures (default: up to 4)")
+    parser.add_argument(
+        "--workers", type=count(MOST_PROCESSES), metavar="N", help="processes that read pictures (default: up to 4)"
+    )
     add_machine(parser)
     parser.set_defaults(
         unused={task: {name: parser.get_default(name) for name in names} for task, names in _UNUSED.items()}

@@ -159,17 +159,17 @@ def bicubic_resize(
         rounding: "floor", "round" (halves up), "even" (halves to the even neighbour) or "ceil".
         clamp: lowest and highest value of the result.
         residual: added to the result before clamping; of its shape and dtype.
-        out_dtype: of the result; that of the input by default.
+        out_dtype: of the result, floating point or uint8; that of the input by default.
 
     Returns:
         ``[N, C, size]``, contiguous, or channels_last for channels_last input. uint8 results are rounded and saturated
         as in the preset's library. They are bit-identical to Pillow's, MATLAB's and torch's, and to OpenCV's but for
-        the rounding of its float32 sums.
+        the rounding of its float32 sums. Those of floating-point input are rounded once, halves to even.
 
     Raises:
         ValueError: both or neither of size and scale_factor; numbers that are not positive and finite, or for which
             weights cannot be computed; unknown names; Pillow's or MATLAB's rounding of uint8 in three dimensions.
-        TypeError: an integer type other than uint8.
+        TypeError: an input or ``out_dtype`` of another type than floating point and uint8.
 
     Note:
         Linear: gradients of any order and forward-mode derivatives use the transposed matrices. They need no atomics
@@ -186,6 +186,8 @@ def bicubic_resize(
         raise _error("input", "of 3 to 5 dimensions [N, C, spatial]", tuple(input.shape))
     if input.dtype != torch.uint8 and not input.is_floating_point():
         raise TypeError(f"bicubic_resize: expected input to be floating point or uint8, got {input.dtype}")
+    if out_dtype is not None and out_dtype != torch.uint8 and not out_dtype.is_floating_point:
+        raise TypeError(f"bicubic_resize: expected out_dtype to be floating point or uint8, got {out_dtype}")
     if preset not in PRESETS:
         raise _error("preset", f"one of {', '.join(PRESETS)}", preset)
     known = PRESETS[preset]
@@ -195,9 +197,7 @@ def bicubic_resize(
     antialias = known.antialias if antialias is None else bool(antialias)
     if not -math.inf < a < math.inf:
         raise _error("a", "finite", a)
-    low, high = (-math.inf, math.inf) if clamp is None else (float(clamp[0]), float(clamp[1]))
-    if not low <= high:
-        raise _error("clamp", "a lowest and a highest value", clamp)
+    low, high = _limits(clamp)
     exports, dtype = is_exporting(), out_dtype or input.dtype
     is_torch = (a, antialias, border, rounding) == PRESETS["torch"][:4]
     if exports and input.dim() == 4 and is_torch and dtype != torch.uint8:
@@ -210,7 +210,8 @@ def bicubic_resize(
         steps = [1.0 if n == m else step for n, m, step in zip(input.shape[2:], sizes, steps, strict=True)]
     options = (steps, a, antialias, border, align_corners)
     if exports:
-        product = _multiplied(_widened(input), sizes, options, known.bytes if dtype == torch.uint8 else "last")
+        is_bytes = input.dtype == dtype == torch.uint8
+        product = _multiplied(_widened(input), sizes, options, known.bytes if is_bytes else "last")
         return _finished(product, residual, low, high, dtype)
     if input.dtype == torch.uint8 and out_dtype in (None, torch.uint8):
         if residual is not None or clamp is not None:
@@ -219,8 +220,16 @@ def bicubic_resize(
     if input.dtype == torch.uint8:
         assert out_dtype is not None
         input = input.to(out_dtype)
-    out = _resize(input, sizes, options, residual, low, high)
-    return out if out_dtype is None else out.to(out_dtype)
+    return _finished(_resize(input, sizes, options, residual, low, high), None, -math.inf, math.inf, dtype)
+
+
+def _limits(clamp: Any) -> tuple[float, float]:
+    if clamp is None:
+        return -math.inf, math.inf
+    low, high = map(float, clamp) if hasattr(clamp, "__len__") and len(clamp) == 2 else (math.nan, math.nan)
+    if not low <= high:
+        raise _error("clamp", "a lowest and a highest value", clamp)
+    return low, high
 
 
 def _widened(input: Tensor) -> Tensor:

@@ -207,13 +207,20 @@ def _of_data(model: nn.Module, data: Mapping[str, Any], augment: str = "crop") -
 
 
 def _of_checkpoint(op: str, path: Path, kwargs: Mapping[str, Any]) -> Classifier:
-    content = read_entries(op, path)
-    if not str(content.get("format")).startswith(CHECKPOINT) or "data" not in content:
-        raise InputError(f"{op}: expected --model for {path}, which is no checkpoint of fastdense train")
-    config, data = content["config"], content["data"]
-    model = _make(op, config["model"], {**config["model_kwargs"], "num_classes": len(data["classes"]), **kwargs})
-    load_state(op, model, read_weights(op, path), path)
-    return _of_data(model, data, config["augment"])
+    try:
+        content = read_entries(op, path)
+        if not str(content.get("format")).startswith(CHECKPOINT) or "data" not in content:
+            raise InputError(f"{op}: expected --model for {path}, which is no checkpoint of fastdense train")
+        config, data = content["config"], content["data"]
+        model = _make(op, config["model"], {**config["model_kwargs"], "num_classes": len(data["classes"]), **kwargs})
+        load_state(op, model, read_weights(op, path), path)
+        return _of_data(model, data, config["augment"])
+    except InputError:
+        raise
+    except ValueError as error:  # whose message names the file
+        raise InputError(str(error)) from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{op}: expected {path} to be a whole checkpoint of fastdense train, got {error!r}") from error
 
 
 def _of_name(op: str, name: str, weights: str | None, kwargs: Mapping[str, Any]) -> Classifier:

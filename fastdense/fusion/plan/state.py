@@ -81,8 +81,7 @@ def renewed(attributes: dict[str, Any], keeps_memory: bool) -> dict[str, Any]:
     """Attributes of a module that version 0.1.0 pickled: its state was four attributes."""
     old = {"_fused_name", "_fallback_reason", "_trial_outcome"}
     if old.isdisjoint(attributes):
-        # With the very string that a fingerprint looks for: pickles have copies of it.
-        return {STATE if name == STATE else name: value for name, value in attributes.items()}
+        return attributes
     kept = {name: value for name, value in attributes.items() if name not in old}
     memory = None if keeps_memory else kept.pop("memory", None)
     kept[STATE] = State(memory, attributes.get("_fused_name", ""), attributes.get("_fallback_reason", ""))

@@ -11,7 +11,7 @@ from torch import nn
 from fastdense._C import WeightVersions
 from fastdense.fusion import dense_block, dual_path, inferred_block
 from fastdense.fusion.base import plan_of
-from fastdense.fusion.checks import NORMS, NotFusible, check_module
+from fastdense.fusion.checks import CALL_CONVERT, NORMS, NotFusible, check_module
 from fastdense.fusion.dense_block import BlockPlan, FusedDenseBlock
 from fastdense.fusion.dual_path import FusedDualPathBlock, StagePlan, StagesPlan
 from fastdense.fusion.inferred_block import FusedInferredBlock, FusedInferredLayers
@@ -63,8 +63,7 @@ def freeze(model: Model) -> Model:
     blocks = {name: block for name, block in model.named_modules() if isinstance(block, _BLOCKS)}
     if not blocks:
         raise ValueError(
-            "freeze: expected model to have converted dense or dual path blocks, got none; "
-            "call fastdense.convert(model)"
+            f"freeze: expected model to have converted dense or dual path blocks, got none; {CALL_CONVERT}"
         )
     for name, block in blocks.items():
         if block.training or any(inner.training for inner in block.modules() if isinstance(inner, NORMS)):

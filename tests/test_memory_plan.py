@@ -350,13 +350,14 @@ def test_a_share_of_the_device():
 
 def test_command(capsys, tmp_path):
     picture = tmp_path / "plan.png"
-    arguments = ["plan", "--model", "densenet_cifar", "--depth", "22", "--batch", "4", "--budget", "1GiB"]
+    model = ["plan", "--model", "densenet_cifar", "--depth", "22"]
+    arguments = [*model, "--batch", "4", "--budget", "1GiB"]
     assert main([*arguments, "--plot", str(picture)]) == 0
     assert "features.denseblock1" in capsys.readouterr().out
     assert picture.stat().st_size > 1000
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["batch_size"] == 4
-    assert main([*arguments[:-1], "25MB", "--largest-batch", "--json"]) == 0
+    assert main([*model, "--budget", "25MB", "--largest-batch", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["batch_size"] > 4
 
 

@@ -29,11 +29,14 @@ Exit code 2 where no choice fits; the message has the least budget, and the larg
 """
 
 
+BATCH = 32
+
+
 def add(commands: Commands) -> None:
     """Adds the command."""
     parser = add_command(commands, "plan", HELP, run)
     add_model(parser, "densenet121", "densenet121", depth=100)
-    parser.add_argument("--batch", type=int, default=32, help="images per step (default: %(default)s)")
+    parser.add_argument("--batch", type=int, help=f"images per step (default: {BATCH})")
     parser.add_argument("--size", type=int, help="side of an image in pixels (default: 224, or 32 for densenet_cifar)")
     parser.add_argument(
         "--budget", default="80%", help="tensor memory: 8GiB, 500MB, or a share of the device's (default: 80%%)"
@@ -67,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
     if options.model not in known:
         raise InputError(f"plan: expected --model to be one of {', '.join(known)}, got {options.model!r}")
     check_of_cifar("plan", options)
+    if options.largest_batch and options.batch is not None:
+        raise InputError("plan: expected either --batch or --largest-batch, got both")
     if options.growth_rate < 1:
         raise InputError(f"plan: expected --growth-rate to be at least 1, got {options.growth_rate}")
     if options.plot is not None:
@@ -83,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     how: dict[str, Any] = {"optimizer_state": options.optimizer_state, "measure": options.measure}
     if options.dtype != "float32":
         how["dtype"] = getattr(torch, options.dtype)
-    shape, batch = (3, size, size), options.batch
+    shape, batch = (3, size, size), BATCH if options.batch is None else options.batch
     try:
         if options.largest_batch:
             batch = largest_batch(model, shape, budget=options.budget, **how)
@@ -92,6 +97,11 @@ def run(options: argparse.Namespace) -> int:
         plan = plan_memory(model, shape, batch_size=batch, budget=options.budget, **how)
     except ValueError as error:
         raise InputError(str(error)) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        message = f"plan: one image of {size} x {size} does not fit into memory; use a smaller --size"
+        raise InputError(message) from error
     if options.json:
         print(json.dumps(plan.to_dict() | {"model": options.model, "shape": shape}, indent=2))
     else:

@@ -57,6 +57,10 @@ class NotFusibleInTraining(NotFusible):
     """A reason that goes away in eval mode: the block is converted, and runs plainly while it trains."""
 
 
+# What to do where a model has no fused blocks.
+CALL_CONVERT = "call fastdense.convert(model); fastdense.report(model) says what stays plain, and why"
+
+
 def check_module(op: str, model: object) -> None:
     if isinstance(model, nn.Module):
         return

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastdense._choices import SHARED_BUFFER_MODES, DualPathMemoryMode
 from fastdense.fusion.base import FusedModule
-from fastdense.fusion.checks import NotFusible, check_module
+from fastdense.fusion.checks import CALL_CONVERT, NotFusible, check_module
 from fastdense.fusion.convert import Pattern, find, forget_equivalence_checks, set_mode
 from fastdense.fusion.plan.state import memory_of
 from fastdense.fusion.shared_buffer.block import SharedBuffer
@@ -79,7 +79,7 @@ def set_memory(model: Model, memory: DualPathMemoryMode | Mapping[str, DualPathM
     check_module("set_memory", model)
     blocks = fused_blocks(model)
     if not blocks:
-        raise ValueError("set_memory: expected model to have fused blocks, got none; call fastdense.convert(model)")
+        raise ValueError(f"set_memory: expected model to have fused blocks, got none; {CALL_CONVERT}")
     if not isinstance(memory, str | Mapping):
         raise TypeError(f"set_memory: expected memory to be a mode, or a dict of names and modes, got {memory!r}")
     modes = {"": memory} if isinstance(memory, str) else dict(memory)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import nn
 
-from fastdense.fusion.checks import check_module
+from fastdense.fusion.checks import CALL_CONVERT, check_module
 from fastdense.memory.choice import Problem, cheapest, least_peak, pareto_front, pose
 from fastdense.memory.modes import Block, fused_blocks, set_memory
 from fastdense.memory.sizes import read_budget, show_bytes
@@ -202,7 +202,7 @@ class _Measured:
         self.setting = setting
         self.blocks = [block._replace(modes=_choice(block, exact)) for block in fused_blocks(model)]
         if not self.blocks:
-            raise ValueError(f"{op}: expected model to have fused blocks, got none; call fastdense.convert(model)")
+            raise ValueError(f"{op}: expected model to have fused blocks, got none; {CALL_CONVERT}")
         self._steps: dict[tuple[Any, ...], Step] = {}
 
     @classmethod

@@ -74,6 +74,31 @@ def test_which_shapes_are_fused(case, tf32, fused):
     assert (count < library) == fused
 
 
+def exchanged(values: Tensor) -> Tensor:
+    """The same in dense memory, the first two dimensions exchanged."""
+    return values.transpose(0, 1).contiguous().transpose(0, 1) if values.dim() > 1 else values
+
+
+def with_gaps(values: Tensor) -> Tensor:
+    """The same with as many other numbers in between, ahead of the last dimension if there are more."""
+    d = max(0, values.dim() - 2)
+    apart = torch.stack((values, torch.full_like(values, torch.nan)), d + 1)
+    return apart.select(d + 1, 0)
+
+
+@pytest.mark.parametrize("layout", [exchanged, with_gaps])
+def test_weights_of_any_strides(device, layout):
+    block = Block(replace(BC, device=device))
+    for parameter in block.parameters:
+        if parameter.dim() == 1:
+            parameter.data = parameter.data.float()  # the type of arithmetic, in which a norm's kernels read
+    expected = results(block)
+    for parameter in block.parameters:
+        parameter.data = layout(parameter.data)
+    assert any(not p.is_contiguous() for p in block.parameters)
+    assert same(results(block), expected)
+
+
 @pytest.mark.parametrize("kernels", ["fused", "library"])
 def test_inference_reads_all_weights_in_each_call(kernels):
     """A captured graph sees weights that change between replays, in a way that their versions do not tell."""

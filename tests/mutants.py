@@ -158,7 +158,6 @@ CUDA_MUTANTS = [
     ("cuda/block_forward.h", "const int64_t outer = exchanged ? 1 : 0", "const int64_t outer = 0"),
     ("cuda/block_forward.h", "if (weight.stride(d) != next) return std::nullopt;", ""),
     ("cuda/block_forward.h", "t.scalar_type() == accumulate() && t.is_contiguous()", "t.scalar_type() == accumulate()"),
-    ("cuda/block_forward.h", "|| memory_.numel() < bytes", ""),
     ("cuda/norm_relu/pooled_row.h", "at - i * stride < g_.window[d]", "true"),
     ("cuda/norm_relu/norm_relu_forward.cu", "if (!p_.add.data) return x;", "return x;"),
     ("cuda/norm_relu/norm_relu_forward.cu", "p_.pivot ? read", "false ? read"),

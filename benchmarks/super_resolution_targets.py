@@ -100,7 +100,7 @@ def times(
     expected = runs["plain"]()
     for variant in variants:
         difference = (runs[variant]() - expected).abs().max().item()
-        if difference > 1e-4:
+        if not difference <= 1e-4:  # a NaN differs
             raise SystemExit(f"{name} {variant}: results differ by {difference:.1e}")
     return row_of_times(f"{name}, ms, {kind} {batch} x {side} x {side}", runs, rounds)
 

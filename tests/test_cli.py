@@ -50,7 +50,7 @@ def test_info(capsys):
         (["plan", "--model", "rrdbnet"], "plan: expected --model to be one of densenet121"),
         (["plan", "--model", "resnet_cifar"], "plan: expected --model to be one of densenet121"),
         (["plan", "--largest-batch", "--batch", "4"], "plan: expected either --batch or --largest-batch, got both"),
-        (["plan", "--size", "100000000"], "plan: one image of 100000000 x 100000000 does not fit into memory"),
+        (["plan", "--size", "100000000"], "plan: steps of a few images of 100000000 x 100000000 do not fit"),
         (["plan", "--plot", "x.foo"], "--plot to end in .png, .svg, .pdf, got x.foo"),
         (["plan", "--budget", "150%"], "budget to be at most 100% of the device's memory, got '150%'"),
         (["train", "--model", "nope"], "expected --model to be one of"),

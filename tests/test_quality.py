@@ -49,6 +49,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image():
     options = {"data_range": 255, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "full": True}
     assert ssim(x, y, 3) == pytest.approx(structural_similarity(a, b, **options)[1][5:-5, 5:-5].mean(), abs=1e-10)
     assert psnr(x, x, 3) == math.inf and ssim(x, x, 3) == pytest.approx(1)
+    assert math.isnan(psnr(x * math.nan, x, 3)) and math.isnan(ssim(x * math.nan, x, 3))
 
 
 def test_luminance_is_that_of_matlab():

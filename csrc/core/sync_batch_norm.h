@@ -36,6 +36,10 @@ class SyncBatchNorm {
   void means(const at::Tensor& terms, int64_t count) const {
     if (enabled()) terms.copy_(mean_of_all(terms, double(count), count));
   }
+  // The same of entries [first, first + n) of a dimension.
+  void means(const at::Tensor& terms, int64_t dim, int64_t first, int64_t n, int64_t count) const {
+    if (enabled()) means(terms.narrow(dim, first, n), count);
+  }
 
   // Sums over `count` values of this process become so many times the mean over all processes' values.
   void sums(const at::Tensor& terms, int64_t count) const {

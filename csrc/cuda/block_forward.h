@@ -89,6 +89,14 @@ class CudaBlockForward {
   static const T* const_data(const at::Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
   static A* sums(const at::Tensor& t) { return t.mutable_data_ptr<A>(); }
 
+  // A parameter in the type of arithmetic: itself, which the caller holds, or a copy that is kept; nullptr for none.
+  const A* vector(const at::Tensor& t) {
+    if (!t.defined()) return nullptr;
+    if (t.scalar_type() == accumulate() && t.is_contiguous()) return t.template const_data_ptr<A>();
+    kept_.push_back(t.to(accumulate()).contiguous());
+    return kept_.back().template const_data_ptr<A>();
+  }
+
   NormParams<A> norm_params(const NormArgs& n, const A* batch_mean, const A* batch_var) {
     return {vector(n.weight), vector(n.bias), n.frozen() ? vector(n.running_mean) : batch_mean,
             n.frozen() ? vector(n.running_var) : batch_var, A(n.eps)};
@@ -224,14 +232,6 @@ class CudaBlockForward {
   const SyncBatchNorm sync;
 
  private:
-  // A norm's vector in the type of arithmetic: itself, which the caller holds, or a copy that is kept.
-  const A* vector(const at::Tensor& t) {
-    if (!t.defined()) return nullptr;
-    if (t.scalar_type() == accumulate() && t.is_contiguous()) return t.template const_data_ptr<A>();
-    kept_.push_back(t.to(accumulate()).contiguous());
-    return kept_.back().template const_data_ptr<A>();
-  }
-
   // As kernels read it: of the storage type, from whole 16 bytes on.
   bool lies_packed(const at::Tensor& weight) const {
     return weight.scalar_type() == options.dtype().toScalarType() &&

@@ -78,7 +78,7 @@ class Backward : CudaBlock<T> {
 
   // Gradient of the channels [first, first + n), whose consumers are done, into a packed image.
   void finalised(int64_t first, int64_t n, const DropoutParams& dropout, const at::Tensor& to) {
-    if (this->sync.enabled()) this->sync.means(corrections_.narrow(1, first, n), pixels);
+    this->sync.means(corrections_, 1, first, n, pixels);
     this->reduction(launch_slice_gradient<T>,
                     {{g_ + first, ld},
                      {x_ + first, ld},

@@ -199,7 +199,7 @@ class GeneralBackward : GeneralCudaBlock<T> {
 
   // Gradient of the channels [first, first + n), whose consumers are done, into a packed image.
   void finalised(int64_t first, int64_t n, const DropoutParams& dropout, const at::Tensor& to) {
-    if (this->sync.enabled()) this->sync.means(corrections_.narrow(2, first, n), pixels);
+    this->sync.means(corrections_, 2, first, n, pixels);
     consumers_.correct(g_.from_column(first), x_.from_column(first), {this->data(to), n}, pixels, first, n,
                        {deferred().sums + first, ld, true}, dropout);
   }

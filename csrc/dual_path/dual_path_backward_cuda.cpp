@@ -67,7 +67,7 @@ class Backward : CudaStage<T> {
 
   // The consumers of `n` channels are done: their corrections, which stand for `count` values of this process.
   void share_corrections(int64_t at, int64_t n, int64_t count) const {
-    if (this->sync.enabled()) this->sync.means(corrections_.narrow(1, at, n), count);
+    this->sync.means(corrections_, 1, at, n, count);
   }
 
   // The residual path in front of block i; recomputed block by block in reversible mode.

@@ -36,9 +36,7 @@ class ResidualDenseBlockCuda : CudaBlockForward<T> {
     T* x = this->data(buffer_);
     for (size_t l = 0; l < args_.layers.size(); ++l) {
       const ResidualLayerArgs& layer = args_.layers[l];
-      const at::Tensor bias =
-          layer.bias.weight.defined() ? layer.bias.weight.to(this->accumulate()).contiguous() : at::Tensor();
-      const A* b = bias.defined() ? bias.template const_data_ptr<A>() : nullptr;
+      const A* b = this->vector(layer.bias.weight);
       for (const Stripe& s : stripes(layer)) {
         const at::Tensor sums = rows_of(
             at::convolution(image(layer, s), weights_[l], {}, kOnes, padding(layer, s), kOnes, false, kZeros, 1));

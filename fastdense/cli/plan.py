@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        message = f"plan: one image of {size} x {size} does not fit into memory; use a smaller --size"
+        message = f"plan: steps of a few images of {size} x {size} do not fit into memory; use a smaller --size"
         raise InputError(message) from error
     if options.json:
         print(json.dumps(plan.to_dict() | {"model": options.model, "shape": shape}, indent=2))

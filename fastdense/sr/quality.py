@@ -51,9 +51,9 @@ def _round(values: Tensor) -> Tensor:
 
 
 def psnr(picture: Tensor, original: Tensor, shave: int) -> float:
-    """``10 log10(255^2 / MSE)`` without ``shave`` pixels at each border; infinite for equal pictures."""
+    """``10 log10(255^2 / MSE)`` without ``shave`` pixels at each border; infinite for equal pictures, NaN with NaN."""
     error = (_shaved(picture, shave) - _shaved(original, shave)).square().mean().item()
-    return 10 * math.log10(255**2 / error) if error > 0 else math.inf
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def ssim(picture: Tensor, original: Tensor, shave: int) -> float:

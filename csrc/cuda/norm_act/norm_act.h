@@ -82,7 +82,7 @@ class CudaNormAct {
     n.act.kind = act.kind;
     n.act.parameters = {A(p.a), A(p.b), A(p.c)};
     if (act.is_prelu) {
-      n.act.slope = kept(act.slope.weight);
+      n.act.slope = block_.vector(act.slope.weight);
       n.act.slope_by_channel = act.slope.weight.numel() > 1;
     }
     return n;
@@ -152,7 +152,7 @@ class CudaNormAct {
     const SetRows r = rows(sets, pixels / std::max<int64_t>(1, sets), c.columns);
     const at::Tensor partial = block_.numbers({c.wanted ? sets * r.splits : 0, 2, c.columns});
     A* sums = c.wanted ? block_.sums(partial) : nullptr;
-    const A* added = bias.weight.defined() ? kept(bias.weight) : nullptr;
+    const A* added = block_.vector(bias.weight);
     check_launch(launch_slice_in_sets<T>({features, x, added, dropout, sums}, r, c.columns, block_.cuda.stream));
     if (!c.wanted) return;
     FinaliseSetMomentsParams<T> made = of_groups(c.groups, c.groups_at);
@@ -180,12 +180,6 @@ class CudaNormAct {
     noted_.clear();
   }
 
-  // A vector in the type of arithmetic.
-  const A* kept(const at::Tensor& t) {
-    kept_.push_back(t.to(block_.accumulate()).contiguous());
-    return kept_.back().template const_data_ptr<A>();
-  }
-
  private:
   // Without new channels.
   FinaliseSetMomentsParams<T> of_groups(const GroupStatistics& groups, int64_t at) const {
@@ -211,7 +205,6 @@ class CudaNormAct {
 
   CudaBlockForward<T>& block_;
   std::vector<FinaliseSetMomentsParams<T>> noted_;
-  std::vector<at::Tensor> kept_;
 };
 
 // Backward: consumers of channels, and the corrections that they owe.
